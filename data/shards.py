@@ -1,0 +1,83 @@
+"""The shard format, and the tokenizer settings, shared by everything under data/ (the trainer has its own reader)."""
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_WORDS
+PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+
+
+class ShardError(ValueError):
+    """A shard file that must not be read; the message names the file, what is wrong and the remedy."""
+
+
+def write_shard(path: Path, values: np.ndarray) -> None:
+    """Write uint16 `values` as one shard: a header of 256 int32 words (magic, version, count), then the values.
+
+    The file appears under its name only once it is complete and on disk.
+    """
+    if values.dtype != np.dtype("<u2"):
+        raise TypeError(f"{path}: shard values must be little-endian uint16, got {values.dtype}")
+    header = np.zeros(HEADER_WORDS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(values)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(header.tobytes())
+        file.write(values.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Map one shard's values (uint16, read-only); ShardError if magic, version or size are not what they must be."""
+    remedy = "delete it and make or download it again"
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise ShardError(f"{path}: {size} bytes, shorter than the {HEADER_BYTES}-byte header; {remedy}")
+    magic, version, count = (int(word) for word in np.fromfile(path, dtype="<i4", count=3))
+    if magic != MAGIC:
+        raise ShardError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard; {remedy}")
+    if version != VERSION:
+        raise ShardError(f"{path}: format version {version}, expected {VERSION}; {remedy}")
+    if count < 0 or size != HEADER_BYTES + 2 * count:
+        raise ShardError(f"{path}: {size} bytes, but {count} values need {HEADER_BYTES + 2 * count}; {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)) if count else np.zeros(0, "<u2")
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def train_tokenizer(texts: Iterable[str], prefix: Path, vocab_size: int, operators: Sequence[str] = ()) -> Path:
+    """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
+
+    The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte fallback, split
+    digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3. `operators` become user-defined
+    symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by a space, stripped.
+    """
+    import sentencepiece
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(stripped for text in texts if (stripped := text.replace("\0", " ").strip())),
+        model_prefix=str(prefix), model_type="bpe", vocab_size=vocab_size, character_coverage=0.999,
+        byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+        pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, hard_vocab_limit=False,
+        user_defined_symbols=list(operators), minloglevel=1)
+    return prefix.with_name(prefix.name + ".model")
