@@ -303,16 +303,42 @@ def problem(out: Path, expected: str) -> str | None:
         return "no complete dataset there"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest.pop("checksum") != _checksum(manifest):
+            return "damaged: manifest.json was changed"
         if manifest["source"]["signature"] != expected:
             return "stale: other packages, options or builder than when it was made"
-        for name, facts in manifest["files"].items():
-            if not (out / name).is_file():
-                return f"damaged: {name} is missing"
-            if (out / name).stat().st_size != facts["size"] or sha256_file(out / name) != facts["sha256"]:
-                return f"damaged: {name} differs from the manifest"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "damaged: manifest.json is not readable"
+    files = manifest["files"]
+    present = {entry.name for entry in out.iterdir()} - {path.name}
+    if difference := sorted(present ^ set(files)):
+        return f"damaged: {difference[0]} is {'not in the manifest' if difference[0] in present else 'missing'}"
+    for name, facts in files.items():
+        if (out / name).stat().st_size != facts["size"] or sha256_file(out / name) != facts["sha256"]:
+            return f"damaged: {name} differs from the manifest"
     return None
+
+
+def _checksum(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Stop before replacing a folder that this program did not make; only it writes validation.txt."""
+    if not out.exists():
+        return
+    names = sorted(os.listdir(out)) if out.is_dir() else [""]
+    foreign = [name for name in names if not OUR_FILES.fullmatch(name)]
+    if foreign or (names and "validation.txt" not in names and not _says_demo(out / "manifest.json")):
+        raise DemoError(f"{out} is no demo dataset and would be replaced ({(foreign or names)[0] or 'a file'}); "
+                        "choose another folder with --out, or delete it")
+
+
+def _says_demo(manifest: Path) -> bool:
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["name"] == "demo"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, source_signature: str) -> None:
@@ -363,6 +389,7 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
         "versions": {"python": platform.python_version(), "numpy": version("numpy"),
                      "sentencepiece": version("sentencepiece")},
     }
+    manifest["checksum"] = _checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -405,10 +432,8 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
     is refused with DemoError.
     """
     started = time.monotonic()
-    out = Path(out)
-    if out.is_dir() and (foreign := [path.name for path in out.iterdir() if not OUR_FILES.fullmatch(path.name)]):
-        raise DemoError(f"{out} holds files that are no part of the demo dataset ({sorted(foreign)[0]}); "
-                        "choose another folder with --out")
+    out = Path(out).resolve()
+    _refuse_foreign(out)
     sources = inventory(default_roots() if roots is None else roots)
     current = signature(sources, vocab_size)
     out.parent.mkdir(parents=True, exist_ok=True)
