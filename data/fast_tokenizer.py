@@ -1,0 +1,329 @@
+"""SentencePiece ids several times faster: a word table in numpy that refuses every model it is not exact for.
+
+Why it is exact. A SentencePiece model normalises text by longest-match rules, escapes spaces as U+2581 and then joins
+pieces of its vocabulary. Where no rule and no piece spans a place in the text, what stands left of it cannot influence
+the ids to the right of it. That holds in front of every space when no piece has an inner U+2581, and between two ASCII
+characters that are adjacent in no piece ("d" and "," for example). So text is cut at those places and the ids of each
+segment are looked up by its exact bytes. `refusal` checks everything this argument uses on the model itself; a model
+that fails is encoded by SentencePiece alone.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+SPACE = "\u2581"
+UNIGRAM, BPE = 1, 2
+NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
+PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
+# Two 64-bit words hold a segment of up to 15 bytes and, in the top byte, whether a space leads it.
+SHORT = 15
+LONGEST = 4096
+BLOCK_BYTES = 1 << 20
+# 2**21 rows of 32 bytes: with the ids they refer to, at most about 100 MB for each process.
+SMALLEST_TABLE, LARGEST_TABLE = 1 << 16, 1 << 21
+MOST_LONG_SEGMENTS = 200_000
+EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+LEAD_BIT = np.uint64(1 << 63)
+
+
+def load_model(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece_model_pb2.ModelProto]:
+    """The processor and the parsed model of a SentencePiece file; ValueError if it is not one."""
+    model = sentencepiece_model_pb2.ModelProto()
+    content = Path(path).read_bytes()
+    try:
+        model.ParseFromString(content)
+        if not model.pieces:
+            raise ValueError("it has no pieces")
+        return sentencepiece.SentencePieceProcessor(model_proto=content), model
+    except Exception as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({type(error).__name__}: {error}); "
+                         "give the .model file of a tokenizer") from None
+
+
+class NormalisationRules:
+    """The longest-match rules of a precompiled normalisation map (a double-array trie, then the NUL-ended results)."""
+
+    def __init__(self, charsmap: bytes):
+        size = int.from_bytes(charsmap[:4], "little")
+        units = np.frombuffer(charsmap, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
+        self.results = charsmap[4 + size:]
+        self._units = units
+        self._labels = units & (0x80000000 | 0xFF)
+        self._bases = np.arange(len(units)) ^ ((units >> 10) << ((units & (1 << 9)) >> 6))
+
+    def _child(self, node: int, letter: int) -> int:
+        """The node that `letter` leads to, or 0 (the root, which is nobody's child)."""
+        child = int(self._bases[node]) ^ letter
+        return child if child < len(self._units) and self._labels[child] == letter else 0
+
+    def result(self, source: bytes) -> bytes | None:
+        """What the rule for exactly `source` puts in its place (UTF-8), None if there is no such rule."""
+        node = 0
+        for letter in source if len(self._units) else b"":
+            node = self._child(node, letter)
+            if not node:
+                return None
+        if not node or not self._units[node] >> 8 & 1:
+            return None
+        start = int(self._units[self._bases[node]] & 0x7FFFFFFF)
+        return self.results[start:self.results.index(b"\0", start)]
+
+    def spans(self, first: bytes) -> bool:
+        """Whether some rule has an ASCII byte after its first byte, or any byte after a first byte out of `first`."""
+        letters = np.arange(1, 256)
+        seen = np.zeros(len(self._units), dtype=bool)
+        nodes = np.array([node for letter in range(1, 256) if (node := self._child(0, letter))]
+                         if len(self._units) else [], dtype=np.int64)
+        starts = [node for letter in first if (node := self._child(0, letter))] if len(nodes) else []
+        while len(nodes):
+            seen[nodes] = True
+            children = self._bases[nodes][:, None] ^ letters
+            inside = children < len(self._units)
+            parent, letter = np.nonzero(inside & (self._labels[np.where(inside, children, 0)] == letters))
+            if (letters[letter] < 128).any() or np.isin(nodes[parent], starts).any():
+                return True
+            nodes, starts = np.unique(children[parent, letter]), []
+            nodes = nodes[~seen[nodes]]
+        return False
+
+
+def space_bytes(rules: NormalisationRules) -> bytes:
+    """The ASCII characters that the normaliser treats as a space."""
+    return b" " + bytes(code for code in range(1, 128) if rules.result(bytes((code,))) == b" ")
+
+
+def refusal(model: sentencepiece_model_pb2.ModelProto, rules: NormalisationRules) -> str:
+    """Why the word table would not be exact for this model, or an empty string if it is."""
+    trainer, normaliser = model.trainer_spec, model.normalizer_spec
+    pieces = [piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)]
+    spaces = space_bytes(rules)
+    if trainer.model_type not in (BPE, UNIGRAM):
+        return "the model is neither BPE nor Unigram"
+    if trainer.model_type == UNIGRAM:
+        if any(piece.type != NORMAL for piece in pieces):
+            return "a Unigram model with user-defined or unused symbols"
+        if any(piece.score != round(piece.score) or abs(piece.score) > 64 for piece in pieces):
+            return "Unigram scores are not small integers, so ties depend on the rounding of sums over the whole text"
+    if not trainer.byte_fallback:
+        return "no byte fallback"
+    if trainer.treat_whitespace_as_suffix or normaliser.add_dummy_prefix:
+        return "spaces as suffix or a dummy prefix"
+    if not (normaliser.remove_extra_whitespaces and normaliser.escape_whitespaces):
+        return "extra spaces are kept or not escaped"
+    if any(SPACE in piece.piece[1:] or any(space in piece.piece.encode() for space in spaces) for piece in pieces):
+        return "a piece has a space inside"
+    if any(piece.type == USER_DEFINED and piece.piece.startswith(SPACE) for piece in pieces):
+        return "a user-defined symbol starts with a space"
+    if rules.result(SPACE.encode()) != b" " or SPACE.encode() in rules.results:
+        return "U+2581 in the text is not treated as a space"
+    if any(rules.result(letter.encode()) is not None for letter in PRINTABLE):
+        return "the normaliser rewrites printable ASCII"
+    if rules.spans(spaces):
+        return "a normalisation rule spans ASCII characters"
+    return ""
+
+
+class FastTokenizer:
+    """Ids of a SentencePiece model, equal to `encode` of the library; `refused` says why the plain path is used."""
+
+    def __init__(self, path: Path, fast: bool = True):
+        self.processor, self.model = load_model(path)
+        self.vocab_size = self.processor.vocab_size()
+        rules = NormalisationRules(self.model.normalizer_spec.precompiled_charsmap)
+        self.refused = refusal(self.model, rules) if fast else "not wanted"
+        if self.refused:
+            return
+        self._pairs = self._pair_table(space_bytes(rules))
+        self._prefix = len(self.processor.encode("a"))
+        # Sums of Unigram scores are exact in float32 below 2**24; an unknown character costs 10 more than any piece.
+        lowest = min(piece.score for piece in self.model.pieces)
+        self._most_characters = int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**31
+        self._low_mask = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
+        self._high_mask = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
+        self._clear()
+
+    def _pair_table(self, spaces: bytes) -> np.ndarray:
+        """uint8 (65536,), by byte + 256 * next: 1 = a word starts at the next byte, 2 = cut, 4 = a segment ends."""
+        adjacent = {pair for piece in self.model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)
+                    for pair in zip(piece.piece[:-1], piece.piece[1:], strict=True)}
+        table = np.zeros((256, 256), dtype=np.uint8)
+        is_space = np.zeros(256, dtype=bool)
+        is_space[list(spaces)] = True
+        table[np.ix_(~is_space, is_space)] = 1
+        table[np.ix_(is_space, ~is_space)] = 4
+        for left in PRINTABLE:
+            for right in PRINTABLE:
+                if (left, right) not in adjacent:
+                    table[ord(right), ord(left)] = 2 | 4
+        return table.ravel()
+
+    def _clear(self) -> None:
+        self._table = np.full((SMALLEST_TABLE, 4), EMPTY, dtype=np.uint64)
+        self._used = 0
+        self._ids = np.zeros(1 << 16, dtype=np.uint16)
+        self._ids_used = 0
+        self._long: dict[bytes, int] = {}
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All ids of `texts` one after another (uint16) and the number of ids of each text (int64).
+
+        UnicodeEncodeError if a text has a lone surrogate.
+        """
+        parts, counts = [np.zeros(0, dtype=np.uint16)], [np.zeros(0, dtype=np.int64)]
+        block: list[bytes] = []
+        block_texts: list[str] = []
+        size = 0
+        for text in texts:
+            block.append(text.encode())
+            block_texts.append(text)
+            size += len(block[-1])
+            if size >= BLOCK_BYTES:
+                part, count = self._encode_block(block_texts, block)
+                parts.append(part)
+                counts.append(count)
+                block, block_texts, size = [], [], 0
+        if block:
+            part, count = self._encode_block(block_texts, block)
+            parts.append(part)
+            counts.append(count)
+        return np.concatenate(parts), np.concatenate(counts)
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self.processor.encode(text), dtype=np.uint16) for text in texts]
+
+    def _encode_block(self, texts: list[str], encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        if self.refused:
+            plain = self._encode_plain(texts)
+            return np.concatenate(plain), np.array([len(ids) for ids in plain], dtype=np.int64)
+        # NUL pads the keys and may not be in them; such texts, and extreme ones, take the plain path.
+        slow = {index for index, data in enumerate(encoded)
+                if b"\0" in data or len(texts[index]) > self._most_characters}
+        data = [b"" if index in slow else part for index, part in enumerate(encoded)] if slow else encoded
+        buffer = np.frombuffer(b" " + b" ".join(data) + b" " * 17, dtype=np.uint8)
+        text_starts = np.cumsum([1] + [len(part) + 1 for part in data])
+        length = int(text_starts[-1])
+        kinds = self._pairs.take(np.ndarray(length, "<u2", buffer, strides=(1,)))
+        cuts = np.flatnonzero(kinds & 2)
+        # A combining character may change the letter before it, and with it the pair that was looked up.
+        kinds[cuts[buffer[cuts + 2] >= 128]] = 0
+        starts = np.flatnonzero(kinds & 3)
+        lengths = np.flatnonzero(kinds & 4) - starts
+        lead = (kinds[starts] & 1).astype(bool)
+        starts += 1
+        borders = np.searchsorted(starts, text_starts)
+        first = borders[:-1][borders[:-1] < borders[1:]]
+        lead[first] = False
+        values = np.empty(len(starts), dtype=np.uint64)
+        short = lengths <= SHORT
+        if short.all():
+            values = self._look_up_short(buffer, starts, lengths, lead)
+        else:
+            values[short] = self._look_up_short(buffer, starts[short], lengths[short], lead[short])
+            for index in np.flatnonzero(~short).tolist():
+                values[index] = self._look_up_long(buffer, starts[index], lengths[index], lead[index])
+        counts = (values & np.uint64(0xFFFF)).astype(np.int64)
+        begins = (values >> np.uint64(16)).astype(np.int64)
+        ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+        ids = self._ids.take(np.repeat(begins - ends[:-1], counts) + np.arange(ends[-1]))
+        # A segment that normalises to nothing may leave the next word without its space: SentencePiece decides.
+        slow.update((np.searchsorted(borders, np.flatnonzero(counts == 0), side="right") - 1).tolist())
+        token_borders = ends[borders]
+        if self._used > LARGEST_TABLE // 2 or len(self._long) > MOST_LONG_SEGMENTS:
+            self._clear()
+        if not slow:
+            return ids, np.diff(token_borders)
+        per_text = np.split(ids, token_borders[1:-1])
+        for index in slow:
+            per_text[index] = self._encode_plain([texts[index]])[0]
+        return np.concatenate(per_text), np.array([len(ids) for ids in per_text], dtype=np.int64)
+
+    def _encode_segments(self, segments: list[bytes], lead: Sequence[bool]) -> list[list[int]]:
+        """Ids of each segment; a leading space is restored behind the word "a", whose ids are then removed."""
+        texts = [("a " if space else "") + segment.decode() for segment, space in zip(segments, lead, strict=True)]
+        return [ids[self._prefix:] if space else ids
+                for ids, space in zip(self.processor.encode(texts, num_threads=1), lead, strict=True)]
+
+    def _store(self, encoded: list[list[int]]) -> np.ndarray:
+        """Append the ids of segments to the common array; the packed value (begin << 16 | count) of each, uint64."""
+        counts = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        flat = np.array([token for ids in encoded for token in ids], dtype=np.uint16)
+        while self._ids_used + len(flat) > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+        self._ids[self._ids_used:self._ids_used + len(flat)] = flat
+        begins = self._ids_used + np.cumsum(counts) - counts
+        self._ids_used += len(flat)
+        return (begins << 16 | counts).astype(np.uint64)
+
+    def _look_up_long(self, buffer: np.ndarray, start: int, length: int, lead: bool) -> int:
+        segment = buffer[start:start + length].tobytes()
+        key = b" " + segment if lead else segment
+        value = self._long.get(key)
+        if value is None:
+            value = int(self._store(self._encode_segments([segment], [lead]))[0])
+            self._long[key] = value
+        return value
+
+    def _look_up_short(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray,
+                       lead: np.ndarray) -> np.ndarray:
+        """Packed values (uint64) of segments of at most SHORT bytes, after adding those not met before."""
+        words = np.ndarray(len(buffer) - 7, "<u8", buffer, strides=(1,))
+        low = words[starts] & self._low_mask.take(lengths)
+        high = words[starts + 8] & self._high_mask.take(lengths)
+        high |= lead.astype(np.uint64) << np.uint64(63)
+        values = self._find(low, high)
+        missing = np.flatnonzero(values == EMPTY)
+        if len(missing):
+            keys = np.stack([low[missing], high[missing]], axis=1)
+            _, index = np.unique(keys.view("V16").ravel(), return_index=True)
+            new = missing[index]
+            segments = [buffer[start:start + length].tobytes()
+                        for start, length in zip(starts[new].tolist(), lengths[new].tolist(), strict=True)]
+            self._insert(low[new], high[new], self._store(self._encode_segments(segments, lead[new].tolist())))
+            values[missing] = self._find(low[missing], high[missing])
+        return values
+
+    def _slots(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        mixed = low * np.uint64(0x9E3779B97F4A7C15) ^ high * np.uint64(0xC2B2AE3D27D4EB4F)
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= np.uint64(0xBF58476D1CE4E5B9)
+        return (mixed >> np.uint64(40)).astype(np.int64) & (len(self._table) - 1)
+
+    def _find(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        slots = self._slots(low, high)
+        rows = self._table.take(slots, axis=0)
+        values = rows[:, 2].copy()
+        wrong = np.flatnonzero(((rows[:, 0] != low) | (rows[:, 1] != high)) & (values != EMPTY))
+        slots = slots[wrong]
+        while len(wrong):
+            slots = (slots + 1) & (len(self._table) - 1)
+            rows = self._table.take(slots, axis=0)
+            values[wrong] = rows[:, 2]
+            again = np.flatnonzero(((rows[:, 0] != low[wrong]) | (rows[:, 1] != high[wrong])) & (rows[:, 2] != EMPTY))
+            wrong, slots = wrong[again], slots[again]
+        return values
+
+    def _insert(self, low: np.ndarray, high: np.ndarray, values: np.ndarray) -> None:
+        self._used += len(low)
+        if 2 * self._used > len(self._table):
+            old = self._table[self._table[:, 2] != EMPTY]
+            size = len(self._table)
+            while 2 * self._used > size:
+                size *= 2
+            self._table = np.full((size, 4), EMPTY, dtype=np.uint64)
+            low, high, values = (np.concatenate([old[:, column], new])
+                                 for column, new in enumerate((low, high, values)))
+        slots = self._slots(low, high)
+        pending = np.arange(len(low))
+        while len(pending):
+            free = np.flatnonzero(self._table[slots[pending], 2] == EMPTY)
+            taken, index = np.unique(slots[pending[free]], return_index=True)
+            winners = pending[free[index]]
+            self._table[taken, 0], self._table[taken, 1] = low[winners], high[winners]
+            self._table[taken, 2] = values[winners]
+            pending = np.setdiff1d(pending, winners, assume_unique=True)
+            slots[pending] = (slots[pending] + 1) & (len(self._table) - 1)
