@@ -1,0 +1,756 @@
+#!/usr/bin/env python3
+"""Documents -> text transform -> tokenizer -> token shards, byte sidecar and manifest, in one command.
+
+    python data/prepare.py corpus.jsonl.zst --out data/datasets/mine --tokenizer fineweb_8192_bpe.model
+    python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_caseops --transform caseops_v3 --vocab-size 8192
+
+The first 50,000 documents are the validation set (or those of --val); training documents equal to one of them are left
+out and counted. Each document is BOS and its tokens; documents may straddle shards. The output does not depend on
+--workers or --batch-mb. A run that was killed goes on where it was when the same command is given again.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.documents import (
+    OPENING_TOKENS,
+    Batch,
+    DataError,
+    Position,
+    batches,
+    expand,
+    text_bytes_estimate,
+    text_hash,
+    texts_of,
+    token_hash,
+)
+from data.fast_tokenizer import FastTokenizer, load_model
+from data.shards import BOS, HEADER_BYTES, HEADER_WORDS, MAGIC, VERSION, read_shard, sha256_file, train_tokenizer
+from data.sidecar import encode_with_bytes, table_bytes
+from data.workers import run_in_order
+from lossless_caps import TRANSFORMS
+
+FORMAT = "parameter-golf-dataset/1"
+STANDARD_VALIDATION = 50_000
+STANDARD_SHARD = 100_000_000
+MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "prepare.journal.json", "tokenizer.model"
+TRAIN, VAL, SIDECAR = "fineweb_train_%06d.bin", "fineweb_val_%06d.bin", "fineweb_val_bytes_%06d.bin"
+PARTIAL = ".partial"
+# Bytes of shards written for one byte of text: 0.32 tokens of 2 bytes with CaseOps v1, and a margin.
+OUTPUT_PER_TEXT = 0.75
+MARGIN_BYTES = 64 << 20
+LONGEST_SENTENCE = 4192
+
+
+def checksum(manifest: dict) -> str:
+    """The sha256 that a manifest carries of itself (of everything but this entry)."""
+    body = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that the file is either the old or the new one, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# === PROGRESS ===
+
+class Progress:
+    """A bar with rate and time left on a terminal, a line every 10 s elsewhere."""
+
+    def __init__(self, stage: str, total: int, start: int = 0):
+        self.stage, self.total, self.start, self.done = stage, max(1, total), start, start
+        self.began = self.printed = time.monotonic()
+        self.text_bytes = 0
+        self.bar = None
+        if sys.stderr.isatty():
+            import tqdm
+            self.bar = tqdm.tqdm(total=total, initial=start, desc=stage, unit="B", unit_scale=True, leave=False)
+
+    def update(self, done: int, text_bytes: int = 0) -> None:
+        """`done` of the source bytes (as stored) are behind us; `text_bytes` more bytes of text were worked on."""
+        self.text_bytes += text_bytes
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"text {self.text_bytes / 1e6 / max(1e-9, now - self.began):.1f} MB/s")
+            self.bar.update(done - self.done)
+        self.done = done
+        if self.bar is None and now - self.printed >= 10:
+            self.printed = now
+            left = (now - self.began) * (self.total - done) / max(1, done - self.start)
+            print(f"{self.stage}: {100 * done / self.total:.1f} %, text "
+                  f"{self.text_bytes / 1e6 / (now - self.began):.1f} MB/s, {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+# === WORK ON ONE BATCH ===
+
+@dataclass
+class Known:
+    """Content hashes of the validation documents: raw text, tokens, first OPENING_TOKENS tokens."""
+
+    texts: set[bytes] = field(default_factory=set)
+    tokens: set[bytes] = field(default_factory=set)
+    openings: set[bytes] = field(default_factory=set)
+
+
+@dataclass
+class Result:
+    """What one batch becomes: tokens with BOS (uint16), for validation their bytes (uint16), and counters."""
+
+    tokens: np.ndarray
+    sidecar: np.ndarray | None
+    counts: dict[str, int]
+
+
+@lru_cache(maxsize=2)
+def tokenizer_of(path: str, sha256: str) -> FastTokenizer:
+    """The tokenizer of a file, once per process; the hash keeps a changed file from being taken for the old one."""
+    return FastTokenizer(Path(path))
+
+
+@dataclass
+class Job:
+    """What is done to every batch of a stage, in this process or in a worker."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    transform: str
+    key: str
+    validation: bool
+    known: Known | None = None
+
+    def __call__(self, batch: Batch) -> Result:
+        texts = texts_of(batch, self.key)
+        return self._validation(texts, batch) if self.validation else self._training(texts)
+
+    def _validation(self, texts: list[str], batch: Batch) -> Result:
+        processor = tokenizer_of(self.tokenizer, self.tokenizer_sha256).processor
+        tokens, sidecar, dropped = [np.zeros(0, np.uint16)], [np.zeros(0, np.uint16)], 0
+        for text in texts:
+            try:
+                ids, counts, lost = encode_with_bytes(processor, self.transform, text)
+            except OverflowError as error:
+                raise DataError(f"{batch.path}: after record {batch.start.record}: {error}") from None
+            tokens += [np.array([BOS], np.uint16), ids]
+            sidecar += [np.zeros(1, np.uint16), counts]
+            dropped += lost
+        raw = sum(len(text.encode()) for text in texts)
+        return Result(np.concatenate(tokens), np.concatenate(sidecar),
+                      {"documents": len(texts), "bytes": raw, "uncounted_bytes": dropped})
+
+    def _training(self, texts: list[str]) -> Result:
+        assert self.known is not None
+        counts = dict.fromkeys(("same_text", "same_tokens", "same_opening"), 0)
+        if self.known.texts:
+            kept = [text for text in texts if text_hash(text) not in self.known.texts]
+            counts["same_text"] = len(texts) - len(kept)
+            texts = kept
+        encode = TRANSFORMS[self.transform][0]
+        tokenizer = tokenizer_of(self.tokenizer, self.tokenizer_sha256)
+        ids, lengths = tokenizer.encode_batch([encode(text) for text in texts] if self.transform != "none" else texts)
+        ends = np.cumsum(lengths)
+        keep = np.ones(len(texts), dtype=bool)
+        if self.known.tokens or self.known.openings:
+            for index, (start, end) in enumerate(zip((ends - lengths).tolist(), ends.tolist(), strict=True)):
+                if token_hash(ids[start:end]) in self.known.tokens:
+                    counts["same_tokens"] += 1
+                    keep[index] = False
+                elif (end - start >= OPENING_TOKENS
+                      and token_hash(ids[start:start + OPENING_TOKENS]) in self.known.openings):
+                    counts["same_opening"] += 1
+                    keep[index] = False
+        if not keep.all():
+            ids = ids[np.repeat(keep, lengths)]
+            lengths = lengths[keep]
+            texts = [text for text, good in zip(texts, keep.tolist(), strict=True) if good]
+        tokens = np.insert(ids, np.cumsum(lengths) - lengths, BOS)
+        return Result(tokens, None, counts | {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)})
+
+
+# === SHARDS ===
+
+class ShardWriter:
+    """Values appended to numbered shards of `limit` values; `state` is all that is needed to go on after a kill."""
+
+    def __init__(self, folder: Path, pattern: str, limit: int, state: dict | None = None):
+        self.folder, self.pattern, self.limit = folder, pattern, limit
+        state = state or {"shard": 0, "count": 0, "files": {}}
+        self.shard, self.count, self.files = state["shard"], state["count"], dict(state["files"])
+        self.total = sum(entry["tokens"] for entry in self.files.values()) + self.count
+        final, partial = self._path(), self._partial()
+        # The shard may have been completed after the last journal entry; what that does not know is written again.
+        if self.count and not partial.exists() and final.exists():
+            os.replace(final, partial)
+        for path in folder.glob(pattern.replace("%06d", "[0-9]" * 6) + "*"):
+            if path not in (partial if self.count else None, *(folder / name for name in self.files)):
+                path.unlink()
+        self.file = None
+        if self.count:
+            size = HEADER_BYTES + 2 * self.count
+            if not partial.exists() or partial.stat().st_size < size:
+                raise DataError(f"{partial}: shorter than the journal says; delete {folder} and start again")
+            self.file = open(partial, "r+b")  # noqa: SIM115
+            self.file.truncate(size)
+            self.file.seek(size)
+
+    def _path(self) -> Path:
+        return self.folder / (self.pattern % self.shard)
+
+    def _partial(self) -> Path:
+        return self.folder / (self.pattern % self.shard + PARTIAL)
+
+    def append(self, values: np.ndarray) -> None:
+        """Write `values` (uint16), closing shards as they fill up."""
+        while len(values):
+            if self.file is None:
+                self.file = open(self._partial(), "wb")  # noqa: SIM115
+                self.file.write(bytes(HEADER_BYTES))
+            part = values[:self.limit - self.count]
+            self.file.write(part.astype("<u2", copy=False).tobytes())
+            self.count += len(part)
+            self.total += len(part)
+            values = values[len(part):]
+            if self.count == self.limit:
+                self.close()
+
+    def close(self) -> None:
+        """Complete the current shard, if one is open: header, disk, final name, hash."""
+        if self.file is None:
+            return
+        header = np.zeros(HEADER_WORDS, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self.count
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None
+        os.replace(self._partial(), self._path())
+        self.files[self._path().name] = {"tokens": self.count, "size": HEADER_BYTES + 2 * self.count,
+                                         "sha256": sha256_file(self._path())}
+        self.shard, self.count = self.shard + 1, 0
+
+    def state(self) -> dict:
+        """The state that is safely on disk now."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return {"shard": self.shard, "count": self.count, "files": self.files}
+
+
+# === THE RUN ===
+
+@dataclass
+class Settings:
+    """Everything the command line says; see --help."""
+
+    sources: list[Path]
+    out: Path
+    val: list[Path] = field(default_factory=list)
+    val_docs: int | None = None
+    key: str = "text"
+    transform: str = "none"
+    tokenizer: Path | None = None
+    vocab_size: int = 8192
+    tokenizer_docs: int = 0
+    tokenizer_mb: float = 100
+    shard_tokens: int = STANDARD_SHARD
+    name: str = ""
+    sidecar: bool = False
+    keep_duplicates: bool = False
+    workers: int = 1
+    batch_mb: float = 2
+    journal_seconds: float = 5
+    overwrite: bool = False
+    disk_check: bool = True
+
+
+def say(text: str) -> None:
+    """One line for the user."""
+    print(f"prepare: {text}", flush=True)
+
+
+class Preparation:
+    """One run of the pipeline: stages `tokenizer`, `val`, `train`, each resumable from the journal."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.out = settings.out
+        self.batch_bytes = max(1, int(settings.batch_mb * 1e6))
+        self.journal: dict = {}
+        self.saved = 0.0
+        self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
+        self.has_sidecar = settings.transform != "none" or settings.sidecar
+
+    def run(self) -> dict:
+        """Make the dataset, or recognise a finished one; the manifest."""
+        settings = self.settings
+        self._check_tokenizer()
+        recipe = self._recipe()
+        if (manifest := self._finished(recipe)) is not None:
+            say(f"{self.out}: already complete, verified ({manifest['docs_train']:,} training and "
+                f"{manifest['docs_val']:,} validation documents)")
+            return manifest
+        self._load_journal(recipe)
+        if settings.disk_check:
+            self._check_disk()
+        if recipe["validation"]["documents"] not in (STANDARD_VALIDATION, None) or settings.val:
+            print("prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); scores "
+                  "on it cannot be compared with published ones", file=sys.stderr, flush=True)
+        known, train_start = self._scan_validation()
+        self._make_tokenizer(known, train_start)
+        self._validation_stage(train_start)
+        self._training_stage(known, train_start)
+        return self._finish(recipe)
+
+    # Checks before anything is written.
+
+    def _check_tokenizer(self) -> None:
+        path = self.settings.tokenizer
+        if path is None:
+            return
+        try:
+            processor, _ = load_model(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); give an existing --tokenizer") from None
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        if processor.vocab_size() > 0xFFFF:
+            raise DataError(f"{path}: {processor.vocab_size()} entries, but shards hold ids below 65,536; "
+                            "use a smaller vocabulary")
+        operators = TRANSFORMS[self.settings.transform][2]
+        missing = [f"U+{ord(symbol):04X}" for symbol in operators
+                   if processor.id_to_piece(processor.piece_to_id(symbol)) != symbol]
+        if missing:
+            raise DataError(f"{path}: has no {', '.join(missing)}, the operators of --transform "
+                            f"{self.settings.transform}; give a tokenizer trained for it, or leave --tokenizer out to "
+                            "train one")
+        if processor.bos_id() != BOS:
+            raise DataError(f"{path}: BOS has id {processor.bos_id()}, the shard format needs {BOS}; "
+                            "use another tokenizer")
+
+    def _hash_sources(self) -> list[dict]:
+        cache = self.out / JOURNAL
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.journal = json.loads(cache.read_text(encoding="utf-8"))
+        seen = self.journal.get("seen", {})
+        files = [("documents", path) for path in self.settings.sources]
+        files += [("validation", path) for path in self.settings.val]
+        total = sum(path.stat().st_size for _, path in files)
+        progress, done, facts = Progress("hash sources", total), 0, []
+        self.seen = {}
+        for role, path in files:
+            status = path.stat()
+            key = [status.st_size, status.st_mtime_ns]
+            try:
+                digest = seen[str(path)][2] if seen.get(str(path), [])[:2] == key else sha256_file(path)
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+            self.seen[str(path)] = [*key, digest]
+            facts.append({"name": path.name, "role": role, "size": status.st_size, "sha256": digest})
+            done += status.st_size
+            progress.update(done, status.st_size)
+        progress.close()
+        return facts
+
+    def _recipe(self) -> dict:
+        """All that decides the output, free of paths; equal recipes give equal bytes."""
+        settings = self.settings
+        documents = settings.val_docs if settings.val or settings.val_docs is not None else STANDARD_VALIDATION
+        if settings.tokenizer is not None:
+            tokenizer: dict = {"sha256": sha256_file(settings.tokenizer), "source": settings.tokenizer.name}
+        else:
+            tokenizer = {"trained": {"vocab_size": settings.vocab_size, "documents": settings.tokenizer_docs,
+                                     "megabytes": settings.tokenizer_mb, "on": "training documents"}}
+        return {"sources": self._hash_sources(), "key": settings.key, "transform": settings.transform,
+                "tokenizer": tokenizer, "shard_tokens": settings.shard_tokens, "name": settings.name,
+                "sidecar": self.has_sidecar, "duplicates": "kept" if settings.keep_duplicates else "left out",
+                "validation": {"from": "separate files" if settings.val else "first documents",
+                               "documents": documents}}
+
+    def _finished(self, recipe: dict) -> dict | None:
+        """The manifest if a complete dataset of this recipe is there and all its files are unchanged."""
+        path = self.out / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            same, unchanged = manifest["recipe"] == recipe, manifest["checksum"] == checksum(manifest)
+            files = manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            same = unchanged = False
+        if same and unchanged:
+            wrong = [name for name, facts in files.items() if not (self.out / name).is_file()
+                     or (self.out / name).stat().st_size != facts["size"]
+                     or sha256_file(self.out / name) != facts["sha256"]]
+            if not wrong:
+                (self.out / JOURNAL).unlink(missing_ok=True)
+                return manifest
+            reason = f"its {wrong[0]} is missing or changed"
+        else:
+            reason = "it holds another dataset" if unchanged else "its manifest.json was not made by this program"
+        if not self.settings.overwrite:
+            raise DataError(f"{self.out}: {reason}; choose another --out, or give --overwrite to replace it")
+        path.unlink()
+        return None
+
+    def _load_journal(self, recipe: dict) -> None:
+        # The journal first: without it, what a killed replacement leaves behind is taken for nothing it is not.
+        ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
+        ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
+        foreign = [path.name for path in sorted(self.out.iterdir()) if not any(path.match(name) for name in ours)]
+        if foreign:
+            raise DataError(f"{self.out}: holds other files ({foreign[0]}); choose another --out")
+        started = any(path.name not in (".lock", JOURNAL + ".tmp") for path in self.out.iterdir())
+        if self.journal.get("recipe") == recipe and self.journal.get("versions") == self.versions:
+            say(f"going on where an earlier run stopped (stage {self.journal['stage']})")
+        else:
+            if started and not self.settings.overwrite:
+                old = self.journal.get("recipe") or {}
+                differs = [name for name in recipe if old.get(name) != recipe[name]] or ["versions"]
+                raise DataError(f"{self.out}: holds an unfinished or unknown dataset that differs in "
+                                f"{', '.join(differs)}; choose another --out, or give --overwrite to replace it")
+            for pattern in ours[:-1]:
+                for path in self.out.glob(pattern):
+                    path.unlink()
+            self.journal = {"recipe": recipe, "versions": self.versions, "seen": self.seen, "stage": "tokenizer"}
+            write_json(self.out / JOURNAL, self.journal)
+
+    def _check_disk(self) -> None:
+        text = sum(text_bytes_estimate(path) for path in [*self.settings.sources, *self.settings.val])
+        present = sum(path.stat().st_size for path in self.out.iterdir())
+        needed = int(text * OUTPUT_PER_TEXT) + MARGIN_BYTES - present
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise DataError(f"{self.out}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+                            "free some, choose another --out, or give --no-disk-check")
+
+    # The stages.
+
+    def _batches(self, validation: bool, start: Position, limit: int | None = None) -> Iterator[Batch]:
+        paths = self.settings.val if validation and self.settings.val else self.settings.sources
+        return batches(paths, self.settings.key, self.batch_bytes, start, limit)
+
+    def _validation_limit(self) -> int | None:
+        return self.journal["recipe"]["validation"]["documents"]
+
+    def _scan_validation(self) -> tuple[Known, Position]:
+        """Raw-text hashes of the validation documents, and where training documents start."""
+        known, count, after, self.validation_end = Known(), 0, Position(), 0
+        limit = self._validation_limit()
+        for batch in self._batches(True, Position(), limit):
+            texts = texts_of(batch, self.settings.key)
+            known.texts.update(map(text_hash, texts))
+            count, after, self.validation_end = count + len(texts), batch.after, batch.consumed
+        if count == 0 or (limit is not None and count < limit):
+            raise DataError(f"{(self.settings.val or self.settings.sources)[0]}: {count} documents, but "
+                            f"{limit or 'some'} are wanted for validation; give a smaller --val-docs or a --val file")
+        return known, Position() if self.settings.val else after
+
+    def _training_texts(self, known: Known, start: Position, read: dict[str, int]) -> Iterator[str]:
+        """Transformed training documents up to the limits for training a tokenizer; `read` counts them."""
+        encode = TRANSFORMS[self.settings.transform][0]
+        most_documents, most_bytes = self.settings.tokenizer_docs, self.settings.tokenizer_mb * 1e6
+        for batch in self._batches(False, start):
+            for text in texts_of(batch, self.settings.key):
+                if text_hash(text) in known.texts:
+                    continue
+                if (most_documents and read["documents"] >= most_documents) or (
+                        most_bytes and read["bytes"] >= most_bytes):
+                    return
+                code = encode(text)
+                # SentencePiece skips longer ones; here they do not count towards the limits either.
+                if len(code.encode()) <= LONGEST_SENTENCE:
+                    read["documents"] += 1
+                    read["bytes"] += len(text.encode())
+                    yield code
+
+    def _make_tokenizer(self, known: Known, start: Position) -> None:
+        path = self.out / TOKENIZER
+        facts = self.journal.get("tokenizer")
+        if facts is None or not path.is_file() or sha256_file(path) != facts["sha256"]:
+            facts = {"file": TOKENIZER}
+            if self.settings.tokenizer is not None:
+                shutil.copyfile(self.settings.tokenizer, path)
+            else:
+                facts["trained"] = self._train_tokenizer(path, known, start)
+            processor, model = load_model(path)
+            facts |= {"sha256": sha256_file(path), "vocab_size": processor.vocab_size(),
+                      "type": {1: "unigram", 2: "bpe"}.get(model.trainer_spec.model_type, "other")}
+            self._save(tokenizer=facts, stage="val")
+        self.tokenizer = tokenizer_of(str(path), facts["sha256"])
+        if self.tokenizer.refused:
+            say(f"tokenising with SentencePiece alone, the word table is not exact for this model: "
+                f"{self.tokenizer.refused}")
+
+    def _train_tokenizer(self, path: Path, known: Known, start: Position) -> dict[str, int]:
+        from sentencepiece import sentencepiece_model_pb2
+
+        say(f"training a tokenizer of {self.settings.vocab_size} entries on training documents")
+        read = {"documents": 0, "bytes": 0}
+        began = time.monotonic()
+        try:
+            trained = train_tokenizer(self._training_texts(known, start, read), self.out / "tokenizer",
+                                      self.settings.vocab_size, TRANSFORMS[self.settings.transform][2])
+        except RuntimeError as error:
+            if not read["documents"]:
+                raise self._no_training_documents() from None
+            raise DataError(f"--vocab-size {self.settings.vocab_size}: SentencePiece cannot train it on "
+                            f"{read['documents']} documents ({str(error).splitlines()[0][:200]}); give a smaller "
+                            "--vocab-size or more text") from None
+        (self.out / "tokenizer.vocab").unlink(missing_ok=True)
+        # SentencePiece stores the folder in the model; equal tokenizers must have equal hashes.
+        model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())
+        model.trainer_spec.model_prefix = "tokenizer"
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        say(f"tokenizer trained on {read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB) in "
+            f"{time.monotonic() - began:.1f} s")
+        return read
+
+    def _no_training_documents(self) -> DataError:
+        return DataError(f"{self.settings.sources[0]}: no documents are left for training after "
+                         f"{self._validation_limit()} for validation; give a smaller --val-docs or more documents")
+
+    def _save(self, **changes) -> None:
+        self.journal |= changes
+        write_json(self.out / JOURNAL, self.journal)
+        self.saved = time.monotonic()
+
+    def _stage(self, stage: str, job: Job, writers: list[ShardWriter], start: Position, limit: int | None) -> None:
+        """Run `job` over the documents from the journal's position on; all state goes into the journal's entry."""
+        entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
+        counts, position = dict(entry["counts"]), Position(**entry["position"])
+        seconds, began = entry["seconds"], time.monotonic()
+        if limit is not None:
+            limit -= counts.get("documents", 0)
+        sizes = sum(path.stat().st_size for path in self.settings.sources)
+        total, progress = self.validation_end if job.validation else sizes, None
+
+        def save() -> None:
+            states = [writer.state() for writer in writers]
+            self._save(**{stage: {"position": asdict(position), "counts": counts, "writers": states,
+                                  "seconds": seconds + time.monotonic() - began}})
+
+        source = () if limit == 0 else self._batches(job.validation, position, limit)
+        for batch, result in run_in_order(job, source, self.settings.workers):
+            progress = progress or Progress(stage, total, batch.consumed)
+            for writer, values in zip(writers, (result.tokens, result.sidecar), strict=False):
+                writer.append(values)
+            for name, value in result.counts.items():
+                counts[name] = counts.get(name, 0) + value
+            position = batch.after
+            progress.update(batch.consumed, result.counts["bytes"])
+            if time.monotonic() - self.saved > self.settings.journal_seconds:
+                save()
+        if progress is not None:
+            progress.close()
+        for writer in writers:
+            writer.close()
+        save()
+
+    def _writers(self, stage: str, patterns: list[str]) -> list[ShardWriter]:
+        states = (self.journal.get(stage) or {}).get("writers") or [None] * len(patterns)
+        return [ShardWriter(self.out, pattern, self.settings.shard_tokens, state)
+                for pattern, state in zip(patterns, states, strict=True)]
+
+    def _job(self, validation: bool, known: Known | None = None) -> Job:
+        return Job(str(self.out / TOKENIZER), self.journal["tokenizer"]["sha256"], self.settings.transform,
+                   self.settings.key, validation, known)
+
+    def _validation_stage(self, train_start: Position) -> None:
+        if self.journal["stage"] != "val":
+            return
+        writers = self._writers("val", [VAL, SIDECAR] if self.has_sidecar else [VAL])
+        self._stage("val", self._job(True), writers, Position(), self._validation_limit())
+        self._save(stage="train")
+
+    def _training_stage(self, known: Known, start: Position) -> None:
+        processor, carry, before = self.tokenizer.processor, np.zeros(0, np.uint16), BOS
+        credited = 0
+        if self.settings.keep_duplicates:
+            known.texts.clear()
+        for name in sorted(self.journal["val"]["writers"][0]["files"]):
+            values = read_shard(self.out / name)
+            for block in range(0, len(values), 1 << 22):
+                tokens = np.array(values[block:block + (1 << 22)])
+                credited += table_bytes(processor, tokens, before)
+                before = int(tokens[-1])
+                tokens = np.concatenate([carry, tokens])
+                borders = np.flatnonzero(tokens == BOS)
+                carry = tokens[borders[-1]:] if len(borders) else tokens
+                self._learn(known, tokens, borders)
+        self._learn(known, np.append(carry, np.uint16(BOS)), np.array([0, len(carry)]))
+        self.table_bytes = credited
+        self._stage("train", self._job(False, known), self._writers("train", [TRAIN]), start, None)
+        if not self.journal["train"]["counts"].get("documents"):
+            raise self._no_training_documents()
+
+    def _learn(self, known: Known, tokens: np.ndarray, borders: np.ndarray) -> None:
+        if self.settings.keep_duplicates:
+            return
+        for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+            known.tokens.add(token_hash(tokens[begin + 1:end]))
+            if end - begin > OPENING_TOKENS:
+                known.openings.add(token_hash(tokens[begin + 1:begin + 1 + OPENING_TOKENS]))
+
+    def _finish(self, recipe: dict) -> dict:
+        journal, settings = self.journal, self.settings
+        val, train = journal["val"]["counts"], journal["train"]["counts"]
+        files = {name: facts for stage in ("train", "val") for writer in journal[stage]["writers"]
+                 for name, facts in writer["files"].items()}
+        tokens = {stage: sum(facts["tokens"] for facts in journal[stage]["writers"][0]["files"].values())
+                  for stage in ("train", "val")}
+        files[TOKENIZER] = {"size": (self.out / TOKENIZER).stat().st_size, "sha256": journal["tokenizer"]["sha256"]}
+        standard = recipe["validation"] == {"from": "first documents", "documents": STANDARD_VALIDATION}
+        manifest = {
+            "format": FORMAT,
+            "name": settings.name or f"sp{journal['tokenizer']['vocab_size']}_{settings.transform}",
+            "transform": settings.transform,
+            "lossless": TRANSFORMS[settings.transform][3], "bos": BOS,
+            "tokenizer": journal["tokenizer"],
+            "validation": recipe["validation"] | {"standard": standard},
+            "docs_val": val["documents"], "val_tokens": tokens["val"], "val_bytes": val["bytes"],
+            "val_uncounted_bytes": val["uncounted_bytes"], "val_sidecar": self.has_sidecar,
+            "val_sidecar_bytes": val["bytes"] - val["uncounted_bytes"] if self.has_sidecar else None,
+            "val_lut_bytes": self.table_bytes,
+            "docs_train": train["documents"], "train_tokens": tokens["train"], "train_bytes": train["bytes"],
+            "left_out": {name: train[name] for name in ("same_text", "same_tokens", "same_opening")},
+            "recipe": recipe, "files": dict(sorted(files.items())),
+            "versions": self.versions | {"python": platform.python_version(), "numpy": version("numpy")},
+        }
+        manifest["checksum"] = checksum(manifest)
+        write_json(self.out / MANIFEST, manifest)
+        (self.out / JOURNAL).unlink()
+        seconds = journal["train"]["seconds"]
+        for stage, counts in (("val", val), ("train", train)):
+            say(f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {tokens[stage]:,} tokens "
+                f"({tokens[stage] / max(1, counts['bytes']):.5f} per byte)")
+        if any(manifest["left_out"].values()):
+            say("left out of training: {same_text:,} documents equal to a validation document, {same_tokens:,} with "
+                "equal tokens, {same_opening:,} with an equal opening".format(**manifest["left_out"]))
+        if not self.has_sidecar and self.table_bytes != val["bytes"]:
+            say(f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} validation bytes; "
+                "give --sidecar to count the raw bytes exactly")
+        say(f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s for training documents with "
+            f"{settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}")
+        return manifest
+
+
+def prepare(settings: Settings) -> dict:
+    """Make the dataset `settings` describes and return its manifest; DataError says in one line what is wrong."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with open(settings.out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(f"{settings.out}: another run is writing here; "
+                            "wait for it or choose another --out") from None
+        manifest = Preparation(settings).run()
+        (settings.out / ".lock").unlink(missing_ok=True)
+    return manifest
+
+
+def _positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+    return parse
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line; exits with usage on a wrong one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.")
+    add = parser.add_argument
+    add("sources", nargs="+", help="documents: .jsonl, .gz, .xz, .zst, .parquet files or quoted globs, in this order")
+    add("--out", type=Path, required=True, help="folder for the dataset; a new one, or that of the run to go on with")
+    add("--key", default="text", help="key of the text in a JSON object, or parquet column (default %(default)s)")
+    add("--transform", choices=sorted(TRANSFORMS), default="none", help="applied before the tokenizer (default none)")
+    group = parser.add_argument_group("validation set")
+    group.add_argument("--val", action="append", default=[], metavar="FILE",
+                       help="take the validation documents from these files instead of the sources (repeatable)")
+    group.add_argument("--val-docs", type=_positive(int), metavar="N",
+                       help=f"how many documents (default {STANDARD_VALIDATION:,}; with --val all of them)")
+    group.add_argument("--sidecar", action="store_true", help="write the byte sidecar for --transform none as well")
+    group.add_argument("--keep-duplicates", action="store_true",
+                       help="keep training documents that equal, or start like, a validation document (as the "
+                            "published exports do; verify_bytes.py will refuse the result)")
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
+    group.add_argument("--vocab-size", type=_positive(int), default=8192, help="for training one (default %(default)s)")
+    group.add_argument("--tokenizer-docs", type=int, default=0, metavar="N",
+                       help="train it on at most the first N training documents (default 0: no such limit)")
+    group.add_argument("--tokenizer-mb", type=float, default=100, metavar="MB",
+                       help="and at most the first MB megabytes; 0: no limit, needs much memory (default %(default)s). "
+                            "SentencePiece leaves out documents of more than 4,192 bytes")
+    group = parser.add_argument_group("output and machine")
+    group.add_argument("--shard-tokens", type=_positive(int), default=STANDARD_SHARD, metavar="N",
+                       help=f"tokens for each shard (default {STANDARD_SHARD:,})")
+    group.add_argument("--name", default="", help="name in the manifest (default: vocabulary size and transform)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    group.add_argument("--workers", type=_positive(int), default=cores, metavar="N",
+                       help="processes (default: one for each core, here %(default)s)")
+    group.add_argument("--batch-mb", type=_positive(float), default=2, metavar="MB",
+                       help="text handed to a worker at once (default %(default)s)")
+    group.add_argument("--journal-seconds", type=float, default=5, metavar="S",
+                       help="how often progress is saved for a later run (default %(default)s)")
+    group.add_argument("--overwrite", action="store_true", help="replace a dataset or unfinished run in --out")
+    group.add_argument("--no-disk-check", dest="disk_check", action="store_false",
+                       help="do not ask whether there is enough free space")
+    values = vars(parser.parse_args(arguments))
+    for name in ("sources", "val"):
+        values[name] = expand(values[name])
+    return Settings(**values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        prepare(parse_arguments(arguments))
+    except DataError as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"prepare: {error.filename or 'output'}: {error.strerror or error}; "
+              "check the path, its permissions and the free space", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare: interrupted; give the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
