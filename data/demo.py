@@ -303,7 +303,7 @@ def problem(out: Path, expected: str) -> str | None:
         return "no complete dataset there"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest.pop("checksum") != _checksum(manifest):
+        if manifest.pop("checksum") != manifest_checksum(manifest):
             return "damaged: manifest.json was changed"
         if manifest["source"]["signature"] != expected:
             return "stale: other packages, options or builder than when it was made"
@@ -319,7 +319,8 @@ def problem(out: Path, expected: str) -> str | None:
     return None
 
 
-def _checksum(manifest: dict) -> str:
+def manifest_checksum(manifest: dict) -> str:
+    """sha256 of a manifest without its `checksum` entry."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -389,7 +390,7 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
         "versions": {"python": platform.python_version(), "numpy": version("numpy"),
                      "sentencepiece": version("sentencepiece")},
     }
-    manifest["checksum"] = _checksum(manifest)
+    manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

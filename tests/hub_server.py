@@ -1,0 +1,180 @@
+"""A local stand-in for the dataset hub: the part of its HTTP interface that the hub client uses, with faults on demand.
+
+Large files answer a HEAD with a redirect to another host name, as the hub does for its storage, so that a token sent
+on to a foreign host would be seen. Faults are set per path and used up.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+PAGE = 5  # entries per page of a listing: small, so that the client has to follow pages
+
+
+class Seen(NamedTuple):
+    """One request as the server got it."""
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+    host: str
+
+
+class Hub:
+    """Repositories of files in memory, served on a free port of this machine while used as a context manager."""
+
+    def __init__(self):
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.small: set[str] = set()  # paths served directly, without LFS metadata
+        self.hidden: set[str] = set()  # paths that are listed but cannot be fetched
+        self.served_as: dict[str, bytes] = {}  # content sent instead of the published one
+        self.cut_after: dict[str, list[int]] = {}  # bytes after which the connection breaks, one per download
+        self.busy: Counter[str] = Counter()  # how often a path (or "api") answers 429
+        self.retry_after = "0"
+        self.private_token: str | None = None
+        self.seen: list[Seen] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Hub:
+        hub = self
+
+        class Bound(Handler):
+            pass
+
+        Bound.hub = hub
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def add(self, repository: str, files: dict[str, bytes]) -> None:
+        """Publish `files` (path: content) in `repository`."""
+        self.repositories.setdefault(repository, {}).update(files)
+
+    def use_up(self, counter: Counter[str], key: str) -> bool:
+        """True as long as there is one left of `key`."""
+        with self._lock:
+            counter[key] -= 1
+            return counter[key] >= 0
+
+    def take_cut(self, path: str) -> int | None:
+        """The number of bytes after which this download of `path` breaks, or None."""
+        with self._lock:
+            return self.cut_after[path].pop(0) if self.cut_after.get(path) else None
+
+    def downloads(self, path: str) -> list[Seen]:
+        """The requests for the content of files whose path ends in `path`."""
+        return [seen for seen in self.seen if seen.method == "GET" and seen.path.endswith(path)
+                and "/api/" not in seen.path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request to a Hub."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits 40 ms for the client's acknowledgement
+
+    def log_message(self, format: str, *args) -> None:
+        """Silence."""
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self._answer(status, X_Error_Code=code, X_Error_Message=code)
+
+    def do_HEAD(self) -> None:
+        """Same as GET without the body."""
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """Route a request."""
+        url = urlsplit(self.path)
+        token = self.headers.get("Authorization")
+        self.hub.seen.append(Seen(self.command, unquote(url.path), self.headers.get("Range"), token,
+                                  self.headers["Host"].split(":")[0]))
+        parts = unquote(url.path).strip("/").split("/")
+        if parts[0] == "storage":
+            return self._storage("/".join(parts[1:3]), "/".join(parts[3:]))
+        api = parts[0] == "api"
+        parts = parts[1:] if api else parts
+        repository = "/".join(parts[1:3])
+        if self.hub.use_up(self.hub.busy, "api" if api else "/".join(parts[5:])):
+            return self._answer(429, Retry_After=self.hub.retry_after)
+        if parts[0] != "datasets" or repository not in self.hub.repositories or (
+                self.hub.private_token and token != f"Bearer {self.hub.private_token}"):
+            return self._refuse(401, "RepoNotFound")
+        if len(parts) > 4 and parts[4] not in ("main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
+        if api and parts[3:4] == ["tree"]:
+            return self._tree(repository, url)
+        if api:
+            return self._json({"id": repository, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+        return self._resolve(repository, "/".join(parts[5:]))
+
+    def _json(self, value: object, **headers: str) -> None:
+        self._answer(200, json.dumps(value).encode(), Content_Type="application/json", **headers)
+
+    def _tree(self, repository: str, url) -> None:
+        files = sorted(self.hub.repositories[repository].items())
+        folders = sorted({path.rpartition("/")[0] for path, _ in files} - {""})
+        entries: list[dict] = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
+        for path, content in files:
+            entry = {"type": "file", "path": path, "size": len(content), "oid": git_digest(content)}
+            if path not in self.hub.small:
+                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+            entries.append(entry)
+        start = int(parse_qs(url.query).get("cursor", ["0"])[0])
+        link = {"Link": f'<{self.hub.url}{url.path}?recursive=true&cursor={start + PAGE}>; rel="next"'}
+        self._json(entries[start:start + PAGE], **(link if start + PAGE < len(entries) else {}))
+
+    def _resolve(self, repository: str, path: str) -> None:
+        content = self.hub.repositories[repository].get(path)
+        if content is None or path in self.hub.hidden:
+            return self._answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        if path in self.hub.small:
+            return self._answer(200, self.hub.served_as.get(path, content), ETag=f'"{git_digest(content)}"',
+                                X_Repo_Commit=COMMIT)
+        return self._answer(302, X_Repo_Commit=COMMIT, X_Linked_Size=str(len(content)),
+                            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
+                            Location=f"http://localhost:{self.hub.port}/storage/{repository}/{quote(path)}")
+
+    def _storage(self, repository: str, path: str) -> None:
+        content = self.hub.served_as.get(path, self.hub.repositories[repository][path])
+        status, start = 200, 0
+        headers = {}
+        if (wanted := self.headers.get("Range", "")).startswith("bytes="):
+            status, start = 206, int(wanted.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = self.hub.take_cut(path)
+        if cut is None:
+            return self._answer(status, content[start:], **headers)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:start + cut])
+        self.close_connection = True
+
+
+def git_digest(content: bytes) -> str:
+    """The git blob id of `content`."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
