@@ -1,0 +1,2034 @@
+"""Train, quantise, pack and score the best language model that fits in 16,000,000 bytes (Parameter Golf), in one file.
+
+    python train_gpt.py                                        one GPU or the CPU, settings from the environment
+    torchrun --standalone --nproc_per_node=8 train_gpt.py      eight GPUs: same batches, same losses
+    python train_gpt.py --help                                 every setting, its default and its meaning
+
+A run is train -> quantise -> pack -> evaluate, each also alone (STAGE=train|quantize|evaluate) from what the one before
+left in runs/$RUN_ID/. The score is computed from the bytes of the artifact on disk and nothing else.
+
+Contents, in the order of execution (every section starts with a line `# === NAME ===`):
+
+    CONFIG      every setting, declared once: type, default, range, meaning
+    RUN         rank, device, run folder, log, metrics, errors
+    DATA        shards, the two training loaders, validation tokens and their bytes
+    KERNELS     fused GPU kernels, each beside its plain reference
+    MODEL       route (the order of layer visits) and parameter table, attention backends, the one forward
+    OPTIMIZERS  Muon on parameter banks, Adam, EMA, schedule
+    QUANTIZE    Hessians, GPTQ with SDClip
+    ARTIFACT    the container on disk, the packed script, size accounting
+    EVALUATE    windows, scores, plain and sliding evaluation
+    TRAIN       warm-up, the training loop, checkpoints
+    MAIN        stages
+
+Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file stays under 2,400 lines.
+"""
+from __future__ import annotations
+
+import base64
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import importlib
+import itertools
+import json
+import lzma
+import math
+import os
+import pickle
+import platform
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+# === CONFIG ===
+# Only the standard library up to here: a wrong setting stops the run before the seconds that loading torch takes.
+
+
+class Stop(SystemExit):
+    """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
+
+
+Check = tuple[Callable[[Any], bool], str]
+positive: Check = (lambda v: v > 0, "must be greater than 0")
+not_negative: Check = (lambda v: v >= 0, "must not be negative")
+fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
+below_one: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
+bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
+bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
+file_name: Check = (lambda v: re.fullmatch(r"[A-Za-z0-9._-]*", v) is not None and v not in (".", ".."),
+                    "may hold letters, digits, '.', '_' and '-' only")
+
+
+def knob(default: Any, meaning: str, check: Check | None = None) -> Any:
+    """One setting: default, meaning in one line, and what its value must satisfy."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
+
+
+class Section(NamedTuple):
+    """A heading of the settings table; `shapes` says which stage's result the settings below it decide."""
+    title: str
+    shapes: Literal["nothing", "training", "artifact", "score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting, read from the environment variable of the same name in capitals; frozen, checked as a whole.
+
+    Names and meanings are those of the public submissions #1585, #1738, #1755 and #1693 wherever these have them.
+    """
+    _run = Section("Run", "nothing")
+    stage: Literal["all", "train", "quantize", "evaluate"] = knob("all", "part of the run to do, from what is on disk")
+    run_id: str = knob("", "folder under OUT_DIR; empty: the unfinished run of these settings or a new one", file_name)
+    out_dir: str = knob("runs", "where run folders are made")
+    artifact: str = knob("", "artifact to score with STAGE=evaluate; empty: final_model.ptz of the run folder")
+    checkpoint_every: int = knob(1000, "steps between resumable checkpoints; 0: only the trained model", not_negative)
+    train_log_every: int = knob(500, "steps between log lines (the first ten are always logged)", positive)
+    val_loss_every: int = knob(0, "steps between diagnostic validations; 0: score only the artifact", not_negative)
+    attention: Literal["auto", "fa3", "fa2", "varlen", "sdpa"] = knob("auto", "attention; auto: the first usable")
+    kernels: Literal["auto", "triton", "reference"] = knob("auto", "fused kernels; auto: triton if there is a GPU")
+    compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
+        "auto", "activations and matrix products; auto: bfloat16 where the hardware multiplies it")
+
+    _data = Section("Data", "nothing")
+    data_dir: str = knob("./data", "parent of datasets/ and tokenizers/")
+    datasets_dir: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: tokenizer.model beside the shards, else "
+                               "DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
+
+    _batch = Section("Batches", "training")
+    seed: int = knob(1337, "initial weights", not_negative)
+    loader: Literal["packed", "shuffled"] = knob(
+        "packed", "packed: whole documents, attention confined to each; shuffled: windows that ignore documents")
+    train_batch_tokens: int = knob(786_432, "tokens per optimiser step over all ranks, in 8 micro-batches", positive)
+    train_seq_len: int = knob(2048, "tokens per window, and the longest document segment when packed", positive)
+
+    _model = Section("Model", "training")
+    vocab_size: int = knob(8192, "entries of the tokenizer", (lambda v: 4 < v <= 65_536, "must be 5 to 65536"))
+    num_layers: int = knob(11, "layers with weights of their own", positive)
+    model_dim: int = knob(512, "width of the residual stream", positive)
+    num_heads: int = knob(8, "query heads", positive)
+    num_kv_heads: int = knob(4, "key and value heads (grouped-query attention)", positive)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", positive)
+    rope_dims: int = knob(16, "leading dimensions of each head that are rotated", not_negative)
+    rope_base: float = knob(10_000.0, "base of the rotation frequencies", (lambda v: v > 1, "must be greater than 1"))
+    qk_gain_init: float = knob(5.25, "initial gain of the normalised queries, per head", positive)
+    xsa_last_n: int = knob(11, "last layers whose attention output loses its own value direction (XSA)", not_negative)
+    ln_scale: bool = knob(True, "scale the input of layer i by 1/sqrt(i+1)")
+    skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
+    num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
+    loop_start: int = knob(3, "first looped layer", not_negative)
+    loop_end: int = knob(5, "last looped layer", not_negative)
+    parallel_residual: Literal["none", "gptj", "two_lane"] = knob(
+        "two_lane", "late layers: in sequence, attention beside MLP, or two residual lanes with learned routing")
+    parallel_start_layer: int = knob(8, "first layer of PARALLEL_RESIDUAL", not_negative)
+    parallel_first_skip: Literal["lane0", "both"] = knob(
+        "lane0", "the skip at the first two-lane layer goes to lane 0 (#1693) or in before the split (#1585)")
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding (also the head)", positive)
+    logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
+
+    _schedule = Section("Schedule", "training")
+    schedule: Literal["time", "steps"] = knob("time", "rates and loops follow the clock or (repeatable) the steps")
+    iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
+    max_wallclock_seconds: float = knob(600.0, "training budget, Hessians included", positive)
+    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for the Hessians", not_negative)
+    warmup_steps: int = knob(20, "untimed steps per loop state before the clock; all is restored after", not_negative)
+    warmdown_frac: float = knob(0.85, "last fraction of the run over which the learning rate falls linearly", fraction)
+    min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
+    enable_looping_at: float = knob(0.35, "fraction of the run at which the loops are switched on", fraction)
+
+    _optimizer = Section("Optimizers", "training")
+    matrix_lr: float = knob(0.026, "Muon step of the matrices", positive)
+    muon_momentum: float = knob(0.97, "Muon momentum after its ramp", below_one)
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", below_one)
+    muon_momentum_warmup_steps: int = knob(1500, "steps of the linear momentum ramp", not_negative)
+    muon_coefficients: Literal["polar_express", "classic"] = knob("polar_express", "Newton-Schulz polynomial of Muon")
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", positive)
+    muon_row_normalize: bool = knob(True, "divide each row of the update by its norm first (MuonEq-R)")
+    muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", not_negative)
+    tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
+    embed_wd: float = knob(0.085, "weight decay of the embedding", not_negative)
+    scalar_lr: float = knob(0.02, "Adam step of gains, scales, mixes and gates", positive)
+    adam_wd: float = knob(0.02, "weight decay of gains, scales, mixes and gates", not_negative)
+    beta1: float = knob(0.9, "Adam, first moment", below_one)
+    beta2: float = knob(0.99, "Adam, second moment", below_one)
+    adam_eps: float = knob(1e-8, "Adam epsilon", positive)
+    grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", not_negative)
+    grad_clip_scope: Literal["global", "local"] = knob(
+        "global", "clip the averaged gradient (#1738, #1755) or each rank's own before averaging (#1585, #1693)")
+    ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
+
+    _quantizer = Section("Quantizer", "artifact")
+    gptq_calibration_batches: int = knob(32, "training micro-batches for the Hessians, over all ranks", positive)
+    gptq_blocksize: int = knob(128, "columns per block of the GPTQ error propagation", positive)
+    gptq_dampening: float = knob(0.01, "added to the Hessian's diagonal, as a fraction of its mean", positive)
+    matrix_bits: int = knob(6, "integer width of matrices", bit_width)
+    attn_bits: int = knob(0, "integer width of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
+    mlp_bits: int = knob(0, "integer width of MLP matrices; 0: MATRIX_BITS", bit_width_or_default)
+    embed_bits: int = knob(7, "integer width of the embedding", bit_width)
+    attn_clip_sigmas: float = knob(13.0, "attention: largest level in standard deviations of a row (SDClip)", positive)
+    mlp_clip_sigmas: float = knob(11.5, "MLP: largest level in standard deviations of a row", positive)
+    embed_clip_sigmas: float = knob(14.0, "embedding: largest level in standard deviations of a row", positive)
+    compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
+    artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
+
+    _evaluation = Section("Evaluation", "score")
+    eval_seq_len: int = knob(2048, "tokens of context per window", positive)
+    eval_stride: int = knob(64, "new tokens per sliding window", positive)
+    sliding_window_enabled: bool = knob(True, "score with overlapping windows after the plain score")
+    eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
+    val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
+    eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check, value = field.metadata["check"], getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise Stop(f"{field.name.upper()}={value}: must be finite ({field.metadata['meaning']})")
+            if check is not None and not check[0](value):
+                raise Stop(f"{field.name.upper()}={value}: {check[1]} ({field.metadata['meaning']})")
+        for holds, message in self.combinations():
+            if not holds:
+                raise Stop(message)
+
+    def combinations(self) -> Iterator[tuple[bool, str]]:
+        """What settings must satisfy together: pairs of (holds, the error if it does not)."""
+        c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
+        yield (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}")
+        yield (c.num_heads % c.num_kv_heads == 0,
+               f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}")
+        yield (c.rope_dims % 2 == 0 and c.rope_dims <= head_dim,
+               f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}")
+        yield ((c.mlp_mult * c.model_dim).is_integer(),
+               f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number")
+        yield (c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers,
+               f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS="
+               f"{c.num_layers} (or NUM_LOOPS=0)")
+        yield (c.train_batch_tokens % STREAMS == 0,
+               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, one part per micro-batch")
+        yield (c.loader == "packed" or c.train_batch_tokens % micro == 0,
+               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: LOADER=shuffled needs a multiple of {STREAMS} x "
+               f"TRAIN_SEQ_LEN = {micro}")
+        yield (c.eval_stride <= c.eval_seq_len,
+               f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped")
+        yield (c.gptq_reserve_seconds < c.max_wallclock_seconds, f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: must "
+               f"be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}")
+        yield (not c.artifact or c.stage == "evaluate",
+               f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it, but STAGE={c.stage}")
+
+    @classmethod
+    def from_env(cls, environment: Mapping[str, str]) -> Config:
+        """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
+        types, known = typing.get_type_hints(cls), {f.name.upper(): f.name for f in dataclasses.fields(cls)}
+        for name in set(environment) - known.keys() - NOT_OURS:
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+                raise Stop(f"{name}={environment[name]}: not a setting; did you mean {near[0]}? (or unset {name})")
+        return cls(**{known[n]: parse(n, environment[n], types[known[n]]) for n in known if n in environment})
+
+    def overrides(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by variable name."""
+        return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+    def shaping(self, *kinds: str) -> dict[str, Any]:
+        """The settings that decide the given results ("training", "artifact", "score"), by variable name."""
+        return {f.name.upper(): getattr(self, f.name) for section, fields in self.sections() for f in fields
+                if section.shapes in kinds}
+
+    def section(self, title: str) -> dict[str, Any]:
+        """The settings under one heading, by variable name."""
+        return {f.name.upper(): getattr(self, f.name) for section, fields in self.sections() for f in fields
+                if section.title == title}
+
+    @classmethod
+    def sections(cls) -> list[tuple[Section, list[dataclasses.Field]]]:
+        """The settings under their headings, in order of declaration."""
+        fields, table = {f.name: f for f in dataclasses.fields(cls)}, []
+        for name, value in vars(cls).items():
+            if isinstance(value, Section):
+                table.append((value, []))
+            elif name in fields:
+                table[-1][1].append(fields[name])
+        return table
+
+    @classmethod
+    def describe(cls) -> str:
+        """The table of all settings for --help."""
+        types, lines = typing.get_type_hints(cls), []
+        for section, fields in cls.sections():
+            lines.append(f"\n{section.title}")
+            for f in fields:
+                options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
+                default = show(f.default) or "(empty)"
+                lines.append(f"  {f.name.upper():<27} {default:<14} {f.metadata['meaning']}{options}")
+        return "\n".join(lines).strip("\n")
+
+
+STREAMS = 8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
+NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
+
+
+def show(value: Any) -> str:
+    """A setting's value in the form `parse` reads back."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def parse(name: str, text: str, kind: Any) -> Any:
+    """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
+    options = typing.get_args(kind)
+    if options:
+        if text not in options:
+            raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+            raise Stop(f"{name}={text}: must be 0 or 1")
+        return text.lower() in ("1", "true", "yes", "on")
+    if kind is str:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+    if kind is int and not number.is_integer():
+        raise Stop(f"{name}={text}: must be a whole number")
+    return kind(number)
+
+
+def command_line(arguments: list[str]) -> Config | None:
+    """The settings of this process, or None after --help or --print-config was served; Stop for any other argument."""
+    if not arguments:
+        return Config.from_env(os.environ)
+    if arguments == ["--help"]:
+        print((__doc__ or "").split("\n\nContents")[0] + "\n\nSettings (environment variables)\n")
+        print(Config.describe())
+    elif arguments == ["--print-config"]:
+        config = Config.from_env(os.environ)
+        print("\n".join(f"{f.name.upper()}={show(getattr(config, f.name))}" for f in dataclasses.fields(config)))
+    else:
+        raise Stop(f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
+                   "the only arguments are --help and --print-config")
+    return None
+
+
+if __name__ == "__main__":
+    CONFIG = command_line(sys.argv[1:])
+    if CONFIG is None:
+        raise SystemExit(0)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:  # there is no triton for macOS and Windows; pick_kernels says so where it is asked for
+    triton = tl = None
+    jit = lambda function: function
+
+# === RUN ===
+
+
+class Run:
+    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks).
+
+    world = 1 is the same code: the collectives below are then identities.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if STREAMS % self.world:
+            raise Stop(f"WORLD_SIZE={self.world}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        self.is_cuda = self.device.type == "cuda"
+        self.dtype = pick_dtype(config, self.is_cuda)
+        self.streams = range(self.rank, STREAMS, self.world)
+        self.folder, self.lock, self.started = Path(), None, time.monotonic()
+        self.sink: typing.TextIO | None = None
+        self.metrics: typing.TextIO | None = None
+        die_with_parent()
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that logs and writes."""
+        return self.rank == 0
+
+    def open(self, folder: Path) -> None:
+        """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
+        self.folder = folder
+        if not self.main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        except BlockingIOError:
+            raise Stop(f"{folder}: another process is writing this run; wait for it or choose another RUN_ID") from None
+        except OSError as error:
+            raise Stop(f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder") from None
+
+    def log(self, line: str, console: bool = True) -> None:
+        """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
+        if self.main:
+            if console:
+                print(line, flush=True)
+            if self.sink:
+                self.sink.write(line + "\n")
+
+    def metric(self, kind: str, **values: Any) -> None:
+        """One record of full-precision values to metrics.jsonl. Rank 0 only."""
+        if self.metrics:
+            record = {"kind": kind, "time": time.time(), **values}
+            self.metrics.write(json.dumps(record) + "\n")
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable `value` on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def gather(self, value: dict) -> dict:
+        """The union of every rank's dictionary, on every rank."""
+        if self.world == 1:
+            return value
+        parts: list[dict] = [{}] * self.world
+        dist.all_gather_object(parts, value)
+        return {k: v for part in parts for k, v in part.items()}
+
+    def guarded(self, action: Callable[[], Any]) -> Any:
+        """`action` on rank 0 alone; the others get its value or its Stop, so nobody waits in a collective for ever."""
+        outcome: tuple[str, Any] = ("", None)
+        if self.main:
+            try:
+                outcome = ("", action())
+            except Stop as stop:
+                outcome = (str(stop), None)
+        message, value = self.share(outcome)
+        if message:
+            raise Stop(message if self.main else 1)
+        return value
+
+    def now(self) -> float:
+        """Seconds of a monotonic clock after the device has finished its work."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def close(self) -> None:
+        """Release the process group, so that torchrun ends quietly."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Progress:
+    """Time left of a long stage: a bar on a terminal, otherwise one line at most every 10 s. Rank 0 only."""
+
+    def __init__(self, run: Run, what: str, total: int):
+        self.run, self.what, self.total = run, what, max(total, 1)
+        self.start = self.last = time.monotonic()
+        self.tty = run.main and sys.stdout.isatty()
+
+    def show(self, done: int, note: str = "") -> None:
+        """Report that `done` of the total are finished; `note` is appended."""
+        now = time.monotonic()
+        if not self.run.main or now - self.last < (0.2 if self.tty else 10.0):
+            return
+        self.last = now
+        left = (now - self.start) * (self.total - done) / max(done, 1)
+        line = f"{self.what}: {100 * done / self.total:.0f}% {note} left:{left:.0f}s"
+        if self.tty:
+            filled = 24 * done // self.total
+            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\x1b[K", end="", flush=True)
+        else:
+            self.run.log(line)
+
+    def end(self) -> None:
+        """Clear the bar."""
+        if self.tty:
+            print("\r\x1b[K", end="", flush=True)
+
+
+def pick_dtype(config: Config, is_cuda: bool) -> torch.dtype:
+    """The dtype of activations and matrix products: COMPUTE_DTYPE, or bfloat16 where the hardware multiplies it."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    native = is_cuda or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def die_with_parent() -> None:
+    """End this process when torchrun is killed, so that an orphan never goes on writing to the run folder (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def find_run_folder(config: Config) -> Path:
+    """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name.
+
+    A folder matches if its config.json holds the same settings up to what the stage still decides, and nobody holds its
+    lock. STAGE=all and train look for an unfinished run with a checkpoint: the same command again resumes.
+    """
+    root = Path(config.out_dir)
+    if config.run_id:
+        folder = root / config.run_id
+        if config.stage in ("all", "train") and (folder / "summary.json").exists():
+            raise Stop(f"RUN_ID={config.run_id}: {folder} holds a finished run; choose another RUN_ID, or "
+                       "STAGE=evaluate to score it again")
+        return folder
+    kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
+    wanted = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt"
+    for folder in sorted((path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True):
+        saved = json.loads((folder / "config.json").read_text())
+        if differences(saved, config.shaping(*kinds)) or not (folder / wanted).exists():
+            continue
+        if config.stage in ("quantize", "evaluate") or not (is_locked(folder) or (folder / "summary.json").exists()):
+            return folder
+    if config.stage in ("quantize", "evaluate") and not config.artifact:
+        raise Stop(f"STAGE={config.stage}: no run under {root}/ with these settings has a {wanted}; set RUN_ID"
+                   + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"))
+    digest = hashlib.sha256(json.dumps(config.shaping("training", "artifact")).encode()).hexdigest()
+    return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
+    found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
+    return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process writes to the run `folder`."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Stop(f"{path}: cannot be written ({error.strerror}); free disk space or set OUT_DIR elsewhere") from None
+
+
+def versions(run: Run) -> dict[str, str]:
+    """Versions, hardware and source of this run, for the log and summary.json."""
+    source, here = Path(__file__).read_bytes(), Path(__file__).resolve().parent
+    git = shutil.which("git") and subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"],
+                                                 capture_output=True, text=True, check=False)
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "triton": getattr(triton, "__version__", "none"), "cuda": torch.version.cuda or "none",
+            "device": torch.cuda.get_device_name(run.device) if run.is_cuda else f"{os.cpu_count()}-core CPU",
+            "dtype": str(run.dtype).removeprefix("torch."), "threads": str(torch.get_num_threads()),
+            "commit": (git and git.stdout.strip()) or "none", "source_sha256": hashlib.sha256(source).hexdigest()}
+
+
+# === DATA ===
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS = 1
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
+    remedy = "delete it and prepare or download the data again"
+    try:
+        size, words = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3)
+    except OSError as error:
+        raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    magic, version, count = map(int, words) if size >= SHARD_HEADER_BYTES else (SHARD_MAGIC, SHARD_VERSION, 0)
+    if magic != SHARD_MAGIC or version != SHARD_VERSION:
+        raise Stop(f"{path}: starts with {magic}, {version} instead of magic {SHARD_MAGIC}, version {SHARD_VERSION}: "
+                   f"not a token shard; {remedy}")
+    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise Stop(f"{path}: {size} bytes, but a shard of {count} values has {SHARD_HEADER_BYTES + 2 * count}: "
+                   f"truncated or empty; {remedy}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+class Dataset:
+    """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
+
+    def __init__(self, config: Config, need_training: bool = True):
+        self.folder = Path(config.datasets_dir or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
+        places = [self.folder / "tokenizer.model",
+                  Path(config.data_dir) / "tokenizers" / f"fineweb_{config.vocab_size}_bpe.model"]
+        self.tokenizer = Path(config.tokenizer_path or next(filter(Path.exists, places), places[1]))
+        self.vocab_size = config.vocab_size
+        files = lambda pattern: sorted(self.folder.glob(pattern))
+        self.train_files, self.val_files = files("fineweb_train_[0-9]*.bin"), files("fineweb_val_[0-9]*.bin")
+        self.sidecar_files = files("fineweb_val_bytes_[0-9]*.bin")
+        for pattern, found in (("fineweb_val_*.bin", self.val_files), ("fineweb_train_*.bin", self.train_files)):
+            if not found and (need_training or found is self.val_files):
+                raise Stop(f"DATASETS_DIR={self.folder}: no {pattern} there; set DATASETS_DIR, or make the data with "
+                           "data/demo.py, data/prepare.py or data/download.py")
+        self.train = [read_shard(path) for path in self.train_files]
+        self.manifest = self.read_manifest()
+        self.pieces = self.read_tokenizer()
+
+    def read_manifest(self) -> dict:
+        """manifest.json of the folder, or an empty dictionary where there is none."""
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise Stop(f"{path}: cannot be read ({error}); delete it or prepare the data again") from None
+        if not isinstance(manifest, dict):
+            raise Stop(f"{path}: not a JSON object; delete it or prepare the data again")
+        return manifest
+
+    def read_tokenizer(self) -> Any:
+        """The SentencePiece model; Stop if it is missing, broken or of another size than VOCAB_SIZE."""
+        import sentencepiece
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        except (RuntimeError, OSError):
+            reason = "not a SentencePiece model" if self.tokenizer.exists() else "no such file"
+            raise Stop(f"TOKENIZER_PATH={self.tokenizer}: {reason}; set it to that of the dataset") from None
+        if pieces.vocab_size() != self.vocab_size:
+            raise Stop(f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer} has {pieces.vocab_size()} entries; set "
+                       f"VOCAB_SIZE={pieces.vocab_size()} or another TOKENIZER_PATH")
+        return pieces
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
+        digest = hashlib.sha256()
+        for path in [*self.train_files, *self.val_files, *self.sidecar_files]:
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 16))
+        manifest, short = self.folder / "manifest.json", lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        counts = {key: self.manifest[key] for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
+                  if key in self.manifest}
+        return {"shards": digest.hexdigest()[:16], "manifest": short(manifest) if manifest.exists() else None,
+                "tokenizer": short(self.tokenizer), "train_shards": len(self.train_files),
+                "train_tokens": sum(map(len, self.train)), **counts}
+
+    def check_ids(self, tokens: np.ndarray, where: object) -> np.ndarray:
+        """`tokens`, or Stop if one of them is not in the vocabulary."""
+        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
+            raise Stop(f"{where}: holds token {largest}, but VOCAB_SIZE={self.vocab_size}: the shards belong "
+                       "to another tokenizer; set DATASETS_DIR or VOCAB_SIZE")
+        return tokens
+
+
+class Batch(NamedTuple):
+    """Token ids (B, T) int64 and, for packed documents (B = 1), the int32 segment starts with the total as padding."""
+    inputs: Tensor
+    targets: Tensor
+    starts: Tensor | None = None
+    longest: int = 0
+
+
+def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
+    """Starts of the attention segments in one packed row (T,): at every BOS and break, cut every `longest` tokens.
+
+    The int32 vector ends with T and is padded with T to a multiple of 64 entries: few shapes, few compilations (#1530).
+    """
+    starts = np.flatnonzero(tokens == BOS)
+    starts = np.unique(np.concatenate([[0], starts, *([] if breaks is None else [breaks])]))
+    lengths = np.diff(np.append(starts, len(tokens)))
+    pieces = -(-lengths // longest)
+    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = np.repeat(starts, pieces) + within * longest
+    padded = np.full(-(-(len(starts) + 1) // 64) * 64, len(tokens), dtype=np.int32)
+    padded[:len(starts)] = starts
+    return torch.from_numpy(padded)
+
+
+class ShuffledLoader:
+    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants).
+
+    Stream s draws from the files s, s+8, ... (fewer than 8 files: from its share of one). Each epoch has its own phase
+    per file and one permutation of all its windows, both from PCG64 seeded by (stream, epoch): any batch can be had
+    without drawing the ones before it, so a resumed run goes on with the same data. Independent of SEED.
+    """
+
+    def __init__(self, config: Config, data: Dataset):
+        self.data, self.length = data, config.train_seq_len
+        self.rows = config.train_batch_tokens // STREAMS // self.length
+        self.plans: dict[tuple[int, int], np.ndarray] = {}
+        if min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0:
+            raise Stop(f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
+                       f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN")
+
+    def plan(self, stream: int, epoch: int) -> np.ndarray:
+        """(windows, 2): file index and first token of each window, in the order they are used."""
+        if (stream, epoch) not in self.plans:
+            self.plans = {key: plan for key, plan in self.plans.items() if key[0] != stream or key[1] >= epoch - 1}
+            random = np.random.Generator(np.random.PCG64([stream, epoch]))
+            shards, spread = len(self.data.train), max(1, -(-STREAMS // len(self.data.train)))
+            parts = []
+            for file in range(stream % shards, shards, STREAMS):
+                windows = (len(self.data.train[file]) - self.length) // self.length  # the same in every epoch
+                phase = int(random.integers(self.length)) if windows > 0 else 0
+                mine = np.arange(stream // shards if spread > 1 else 0, max(windows, 0), spread)
+                parts.append(np.stack([np.full(len(mine), file), phase + mine * self.length], 1))
+            windows = np.concatenate(parts)
+            self.plans[stream, epoch] = windows[random.permutation(len(windows))]
+        return self.plans[stream, epoch]
+
+    def get(self, step: int, stream: int) -> Batch:
+        """The micro-batch of `stream` at `step`: (rows, TRAIN_SEQ_LEN)."""
+        out = np.empty((self.rows, self.length + 1), dtype=np.int64)
+        size = len(self.plan(stream, 0))
+        for row in range(self.rows):
+            epoch, place = divmod(step * self.rows + row, size)
+            file, start = self.plan(stream, epoch)[place]
+            out[row] = self.data.train[file][start:start + self.length + 1]
+        tokens = torch.from_numpy(self.data.check_ids(out, self.data.folder))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+class PackedLoader:
+    """Consecutive tokens of the shards in file order; attention stays in documents, at most TRAIN_SEQ_LEN long (#1530).
+
+    A step takes 8 adjacent slices of TRAIN_BATCH_TOKENS/8 + 1 tokens, one per stream; a shard's remainder is skipped.
+    """
+
+    def __init__(self, config: Config, data: Dataset):
+        self.data, self.longest = data, config.train_seq_len
+        self.slice = config.train_batch_tokens // STREAMS + 1
+        first_bos = [int(np.argmax(shard[:1 << 20] == BOS)) for shard in data.train]
+        sizes = [len(shard) - first for shard, first in zip(data.train, first_bos, strict=True)]
+        self.first, self.ends = first_bos, np.cumsum([size // (STREAMS * self.slice) for size in sizes])
+        if self.ends[-1] == 0:
+            raise Stop(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in {data.folder} "
+                       f"has {max(sizes)} tokens; use a smaller batch or more data")
+
+    def get(self, step: int, stream: int) -> Batch:
+        """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS/8)."""
+        step %= int(self.ends[-1])
+        shard = int(np.searchsorted(self.ends, step, side="right"))
+        local = step - (int(self.ends[shard - 1]) if shard else 0)
+        start = self.first[shard] + (local * STREAMS + stream) * self.slice
+        tokens = self.data.check_ids(self.data.train[shard][start:start + self.slice], self.data.train_files[shard])
+        row = torch.from_numpy(tokens.astype(np.int64))
+        return Batch(row[None, :-1], row[None, 1:], segment_starts(tokens[:-1], self.longest), self.longest)
+
+
+LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
+
+
+class Feed:
+    """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
+
+    def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
+        self.run, self.loader = run, loader
+        self.worker = ThreadPoolExecutor(1)
+        self.step, self.ahead = -1, None
+
+    def get(self, step: int) -> list[Batch]:
+        """The micro-batches of `step` on the device."""
+        ready = self.ahead if step == self.step else self.worker.submit(self.load, step)
+        self.step, self.ahead = step + 1, self.worker.submit(self.load, step + 1)
+        return [to_device(batch, self.run) for batch in ready.result()]
+
+    def load(self, step: int) -> list[Batch]:
+        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        pin = lambda t: t.pin_memory() if isinstance(t, Tensor) and self.run.is_cuda else t
+        return [Batch(*map(pin, batch)) for batch in batches]
+
+
+def to_device(batch: Batch, run: Run) -> Batch:
+    """`batch` on the device of `run`, without waiting for the copy."""
+    move = lambda t: t.to(run.device, non_blocking=True) if isinstance(t, Tensor) else t
+    return Batch(*map(move, batch))
+
+
+class Validation(NamedTuple):
+    """All validation tokens (N,) uint16, the original bytes each accounts for (N,), and where those come from."""
+    tokens: np.ndarray
+    bytes: np.ndarray
+    source: str
+
+
+def load_validation(data: Dataset) -> Validation:
+    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text.
+
+    With a sidecar, its values are the bytes. Without, they follow from the pieces: the UTF-8 length of the piece, and
+    one byte for the space before it unless the token before is a control token. A tokenizer with case operators
+    (private-use code points) needs the sidecar: operators are no bytes of the original text.
+    """
+    tokens = data.check_ids(np.concatenate([read_shard(path) for path in data.val_files]), data.val_files[0])
+    if data.sidecar_files:
+        sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
+        if len(sizes) < len(tokens):
+            raise Stop(f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for {len(tokens)} "
+                       "validation tokens; prepare or download it again")
+        return Validation(tokens, sizes[:len(tokens)].astype(np.int32), "byte_sidecar")
+    sp, size = data.pieces, data.vocab_size
+    pieces = [sp.id_to_piece(i) for i in range(size)]
+    if operators := [i for i, piece in enumerate(pieces) if re.search("[\ue000-\uf8ff]", piece)]:
+        raise Stop(f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), which are "
+                   "no bytes of the text, and there is no fineweb_val_bytes_*.bin; prepare or download this sidecar")
+    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
+    lead = np.array([piece.startswith("\u2581") for piece in pieces]) & ~special
+    length = np.array([1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)])
+    length[special] = 0
+    credit = length[tokens].astype(np.int32)
+    credit[1:] += lead[tokens[1:]] & ~special[tokens[:-1]]
+    return Validation(tokens, credit, "lut")
+
+# === KERNELS ===
+# Per kernel: the plain reference, the Triton code, the launcher. Kernels take their dtype from the data and compute in
+# fp32. The CPU tests run them in Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+
+
+def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Cross-entropy in nats (N,) fp32 of raw `logits` (N, V) under cap*tanh(logits/cap), for `targets` (N,)."""
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+@jit
+def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
+    """One row per program: streaming log-sum-exp of the capped logits; tanh as 2 sigmoid(2x) - 1."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * columns
+    largest, total = -float("inf"), 0.0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = column < columns
+        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
+        capped = tl.where(live, cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0), -float("inf"))
+        larger = tl.maximum(largest, tl.max(capped, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
+        largest = larger
+    normalizer = largest + tl.log(total)
+    chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, normalizer - cap * (2.0 * tl.sigmoid(2.0 * chosen / cap) - 1.0))
+    tl.store(normalizers + row, normalizer)
+
+
+@jit
+def softcapped_ce_backward_kernel(logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr):
+    """One (row, block of columns) per program: upstream * (softmax - one-hot) * (1 - tanh^2)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < columns
+    raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
+    tanh = 2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0
+    probability = tl.exp(cap * tanh - tl.load(normalizers + row))
+    hit = (column == tl.load(targets + row)).to(tl.float32)
+    slope = tl.load(upstream + row) * (probability - hit) * (1.0 - tanh * tanh)
+    tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
+
+
+@torch.library.custom_op("golf::softcapped_ce", mutates_args=())
+def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference."""
+    rows, columns = logits.shape
+    losses, normalizers = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    block = min(triton.next_power_of_2(columns), 8192)
+    softcapped_ce_forward_kernel[(rows,)](logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8)
+    return losses, normalizers
+
+
+@torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
+def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tensor, upstream: Tensor,
+                              cap: float) -> Tensor:
+    """The gradient of the losses with respect to `logits`, in their dtype."""
+    rows, columns = logits.shape
+    gradient, block = torch.empty_like(logits), 1024
+    softcapped_ce_backward_kernel[(rows, -(-columns // block))](
+        logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK=block, num_warps=4)
+    return gradient
+
+
+@softcapped_ce_op.register_fake
+def _(logits, targets, cap):
+    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+@softcapped_ce_backward_op.register_fake
+def _(logits, targets, normalizers, upstream, cap):
+    return torch.empty_like(logits)
+
+
+def _softcapped_ce_save(context, inputs, output):
+    context.save_for_backward(inputs[0], inputs[1], output[1])
+    context.cap = inputs[2]
+
+
+def _softcapped_ce_gradient(context, upstream, _):
+    logits, targets, normalizers = context.saved_tensors
+    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), context.cap), None, None
+
+
+softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+
+def pick_kernels(config: Config, run: Run) -> bool:
+    """Whether the Triton kernels are used; logs the choice and its reason, Stop if KERNELS=triton cannot be had."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    missing = "triton is not installed" if triton is None else "" if run.is_cuda or interpreted else "there is no GPU"
+    if config.kernels == "triton" and missing:
+        raise Stop(f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)")
+    chosen = config.kernels == "triton" or (config.kernels == "auto" and run.is_cuda and not missing)
+    reason = missing or ("interpreted" if interpreted and chosen else f"KERNELS={config.kernels}, {run.device.type}")
+    run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
+    return chosen
+
+
+# === MODEL ===
+
+
+class Step(NamedTuple):
+    """One visit of a layer."""
+    layer: int  # whose weights
+    slot: int  # how many visits came before
+    push: bool  # U-Net encoder half: remember the output
+    pop: int | None  # U-Net decoder half: row of the skip parameters that merges a remembered output first
+    kind: Literal["serial", "gptj", "two_lane"]
+
+
+def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
+    """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
+    once, again = range(config.num_layers), range(config.loop_start, config.loop_end + 1)
+    repeats = config.num_loops if looped else 0
+    order = [*once[:config.loop_end + 1], *[*again] * repeats, *once[config.loop_end + 1:]]
+    half = len(order) // 2
+
+    def kind(place: int, layer: int) -> str:
+        late = config.parallel_residual != "none" and layer >= config.parallel_start_layer
+        return config.parallel_residual if late and (config.parallel_residual == "gptj" or place >= half) else "serial"
+
+    return tuple(Step(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
+                 for i, layer in enumerate(order))
+
+
+def show_route(route: tuple[Step, ...]) -> str:
+    """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
+    mark = {"serial": "", "gptj": "+", "two_lane": "="}
+    words = [f"{s.layer}{mark[s.kind]}" for s in route]
+    half = sum(s.push for s in route)
+    return " ".join([*words[:half], "|", *words[half:]])
+
+
+class Spec(NamedTuple):
+    """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
+    shape: tuple[int, ...]
+    init: Callable[[Tensor], Any]
+    optimizer: Literal["muon", "embed", "scalar"]
+    quantizer: Literal["attn", "mlp", "embed", "fp16"]
+    parts: tuple[tuple[str, str], ...] = ()  # (flat name with {} for the layer, calibration site) of each group
+
+
+def param_table(config: Config) -> dict[str, Spec]:
+    """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
+    c, layers, width = config, config.num_layers, config.model_dim
+    kv, hidden = c.num_kv_heads * width // c.num_heads, int(c.mlp_mult * width)
+    skips = len(make_route(c, c.num_loops > 0)) // 2
+    zero, one, constant = nn.init.zeros_, nn.init.ones_, lambda v: lambda t: nn.init.constant_(t, v)
+    orthogonal = lambda t: [nn.init.orthogonal_(matrix) for matrix in t]
+    table = {
+        "embed": Spec((c.vocab_size, width), lambda t: nn.init.normal_(t, std=c.tied_embed_init_std), "embed", "embed",
+                      (("tok_emb.weight", "head"),)),
+        "qo": Spec((2 * layers, width, width), lambda t: (orthogonal(t[:layers]), zero(t[layers:])), "muon", "attn",
+                   (("blocks.{}.attn.c_q.weight", "qkv"), ("blocks.{}.attn.proj.weight", "o"))),
+        "kv": Spec((2 * layers, kv, width), orthogonal, "muon", "attn",
+                   (("blocks.{}.attn.c_k.weight", "qkv"), ("blocks.{}.attn.c_v.weight", "qkv"))),
+        "up": Spec((layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)),
+        "down": Spec((layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)),
+        "q_gain": Spec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
+        "attn_scale": Spec((layers, width), one, "scalar", "fp16"),
+        "mlp_scale": Spec((layers, width), one, "scalar", "fp16"),
+        "resid_mix": Spec((layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"),
+        "skip_weights": Spec((skips, width), one, "scalar", "fp16"),
+        "skip_gates": Spec((skips, width), zero, "scalar", "fp16"),
+        "parallel_post_lambdas": Spec((layers, 2, 2), one, "scalar", "fp16"),
+        "parallel_resid_lambdas": Spec((layers, 2), constant(1.1), "scalar", "fp16"),
+    }
+    unused = {"skip_gates": not c.skip_gates_enabled, "parallel_post_lambdas": c.parallel_residual != "two_lane",
+              "parallel_resid_lambdas": c.parallel_residual != "two_lane"}
+    return {name: spec for name, spec in table.items() if not unused.get(name)}
+
+
+class Matrix(NamedTuple):
+    """One matrix that is quantised with calibration."""
+    name: str  # in the artifact
+    parameter: str
+    index: int | None  # in its bank; None: the parameter is the matrix
+    key: tuple[str, int]  # (site, layer) of its input
+    quantizer: str
+
+
+def matrices(table: dict[str, Spec]) -> list[Matrix]:
+    """Every matrix that is quantised with calibration, in table order."""
+    found = []
+    for parameter, spec in table.items():
+        banked = len(spec.shape) == 3
+        for part, (name, site) in enumerate(spec.parts):
+            layers = spec.shape[0] // len(spec.parts) if banked else 1
+            found += [Matrix(name.format(layer), parameter, part * layers + layer if banked else None, (site, layer),
+                             spec.quantizer) for layer in range(layers)]
+    return found
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int], Tensor]
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
+    """Causal attention by PyTorch alone: q (B, T, H, D), k and v (B, T, KV, D); a packed row document by document."""
+    dense = lambda *qkv: F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in qkv), is_causal=True, enable_gqa=True).transpose(1, 2)
+    if starts is None:
+        return dense(q, k, v)
+    edges = torch.unique(starts).tolist()
+    return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
+
+
+def attend_flash(backend: str) -> Attend:
+    """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, with attend_sdpa's contract."""
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+        dense = attend_sdpa
+
+        def packed(q, k, v, starts, longest):
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+            return varlen_attn(q, k, v, starts, starts, longest, longest, is_causal=True)
+    else:
+        module = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
+        first = lambda out: out[0] if isinstance(out, tuple) else out
+        dense = lambda q, k, v, *_: first(module.flash_attn_func(q, k, v, causal=True))
+        packed = lambda q, k, v, starts, longest: first(
+            module.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True))
+    return lambda q, k, v, starts, longest: dense(q, k, v, None, longest) if starts is None else \
+        packed(q[0], k[0], v[0], starts, longest)[None]
+
+
+def pick_attention(config: Config, run: Run) -> Attend:
+    """The attention backend: ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
+    refused, flash = [], run.is_cuda and run.dtype == torch.bfloat16
+    for backend in ("fa3", "fa2", "varlen", "sdpa") if config.attention == "auto" else (config.attention,):
+        reason = "" if flash or backend == "sdpa" else "needs a GPU and bfloat16"
+        if flash and backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+            reason = "needs a Hopper GPU"
+        try:
+            attend = attend_sdpa if reason or backend == "sdpa" else attend_flash(backend)
+        except ImportError as error:
+            reason = f"cannot be imported: {error}"
+        if not reason:
+            run.log(f"attention: {backend}" + (f" (not {'; not '.join(refused)})" if refused else ""))
+            return attend
+        refused.append(f"{backend}: {reason}")
+    raise Stop(f"ATTENTION={config.attention}: {reason}; install it (requirements-gpu.txt) or set ATTENTION=auto")
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS normalisation over the last dimension, without gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+Tap = Callable[[str, int, Tensor], None]
+
+
+class GPT(nn.Module):
+    """The one network: layers as the route says, weights from the parameter table.
+
+    Matrices lie in banks (#1523): few large parameters make Muon and its communication batched.
+    """
+
+    def __init__(self, config: Config, attend: Attend = attend_sdpa, fused: bool = False,
+                 dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.attend, self.fused, self.dtype = config, attend, fused, dtype
+        self.table, self.looped = param_table(config), False
+        self.routes = {looped: make_route(config, looped) for looped in (False, True)}
+        for name, spec in self.table.items():
+            weight = torch.empty(spec.shape)
+            spec.init(weight)
+            self.register_parameter(name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight))
+        length = max(config.train_seq_len, config.eval_seq_len)
+        if config.loader == "packed":
+            length = max(length, config.train_batch_tokens // STREAMS, evaluation_rows(config) * config.eval_seq_len)
+        frequency = config.rope_base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
+        angle = torch.outer(torch.arange(length), frequency)[:, None]  # (T, 1, ROPE_DIMS/2), fp32: rounding costs phase
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
+        half = self.config.rope_dims // 2
+        a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+        cos, sin = self.cos[:x.size(1)].type_as(x), self.sin[:x.size(1)].type_as(x)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+    def attention(self, x: Tensor, step: Step, banks: dict[str, Any], batch: Batch, tap: Tap | None) -> Tensor:
+        """Attention on the normalised x (B, T, D): per-head QK norm, rotation and gain, XSA, output projection."""
+        c, layer, (B, T, _) = self.config, step.layer, x.shape
+        if tap:
+            tap("qkv", layer, x)
+        q = F.linear(x, banks["qo"][layer]).view(B, T, c.num_heads, -1)
+        k = F.linear(x, banks["kv"][layer]).view(B, T, c.num_kv_heads, -1)
+        v = F.linear(x, banks["kv"][c.num_layers + layer]).view(B, T, c.num_kv_heads, -1)
+        q, k = self.rotate(norm(q)) * banks["q_gain"][layer][:, None], self.rotate(norm(k))
+        y = self.attend(q, k, v, batch.starts, batch.longest)
+        if layer >= c.num_layers - c.xsa_last_n:
+            own = F.normalize(v, dim=-1)[:, :, :, None]
+            y = y.view(B, T, c.num_kv_heads, -1, y.size(-1))
+            y = y - (y * own).sum(-1, keepdim=True) * own
+        y = y.reshape(B, T, -1)
+        if tap:
+            tap("o", layer, y)
+        return F.linear(y, banks["qo"][c.num_layers + layer])
+
+    def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], tap: Tap | None) -> Tensor:
+        """LeakyReLU(x up, 1/2)^2 down."""
+        if tap:
+            tap("up", step.layer, x)
+        hidden = F.leaky_relu(F.linear(x, banks["up"][step.layer]), 0.5).square()
+        if tap:
+            tap("down", step.layer, hidden)
+        return F.linear(hidden, banks["down"][step.layer])
+
+    def forward(self, batch: Batch, tap: Tap | None = None) -> Tensor:
+        """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores and calibration."""
+        logits = F.linear(self.trunk(batch, tap), self.embed).flatten(0, 1)
+        targets, cap = batch.targets.flatten(), self.config.logit_softcap
+        fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
+        losses = (fused if self.fused else softcapped_ce_reference)(logits, targets, cap)
+        return losses.view_as(batch.targets)
+
+    def trunk(self, batch: Batch, tap: Tap | None = None) -> Tensor:
+        """The normalised output of the last layer, (B, T, D): the input of the head."""
+        c, dtype = self.config, self.dtype
+        # One cast and one unbind per bank: looped layers reuse them, the backward has a node per bank, not per visit.
+        banks = {name: getattr(self, name).to(dtype).unbind(0) for name in self.table if name != "embed"}
+        x = x0 = norm(F.embedding(batch.inputs, self.embed))
+        lane, skips = None, []  # lane: the residual stream of the MLP once it has split off
+        for step in self.routes[self.looped]:
+            layer, depth = step.layer, (step.layer + 1) ** -0.5 if c.ln_scale else 1.0
+            if step.kind == "two_lane" and lane is None and c.parallel_first_skip == "lane0":
+                lane = x
+            if step.pop is not None:
+                skip = banks["skip_weights"][step.pop] * skips.pop()
+                gate = torch.sigmoid(banks["skip_gates"][step.pop]) if c.skip_gates_enabled else None
+                x = x + skip if gate is None else torch.lerp(skip, x, gate)
+            if step.kind == "two_lane" and lane is None:
+                lane = x
+            keep, mix = banks["resid_mix"][layer]
+            read = keep * x + mix * x0
+            normed = norm(read) * depth
+            attended = banks["attn_scale"][layer] * self.attention(normed, step, banks, batch, tap)
+            # The three kinds of residual differ in what the MLP reads and where the two outputs go.
+            if step.kind == "serial":
+                read = read + attended
+                normed = norm(read) * depth
+            elif step.kind == "two_lane":
+                normed = norm(lane) * depth
+            transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, tap)
+            if step.kind == "serial":
+                x = read + transformed
+            elif step.kind == "gptj":
+                x = read + attended + transformed
+            else:  # post[branch, lane] is how much of a branch each lane receives (#1529)
+                resid, post = banks["parallel_resid_lambdas"][layer], banks["parallel_post_lambdas"][layer]
+                x, lane = (resid[0] * x + post[0, 0] * attended + post[1, 0] * transformed,
+                           resid[1] * lane + post[0, 1] * attended + post[1, 1] * transformed)
+            if step.push:
+                skips.append(x)
+        x = norm(x if lane is None else 0.5 * (x + lane))
+        if tap:
+            tap("head", 0, x)
+        return x
+
+
+# === OPTIMIZERS ===
+
+# Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
+NEWTON_SCHULZ = {
+    "classic": ((3.4445, -4.7750, 2.0315),),
+    "polar_express": ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+                      (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)),
+}
+
+
+def orthogonalize(update: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """The matrices (N, R, C) of `update` with all singular values moved close to 1, in their dtype (Newton-Schulz)."""
+    wide = update.size(-2) <= update.size(-1)
+    x = update if wide else update.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def muon_update(gradient: Tensor, buffer: Tensor, momentum: Tensor, rows: bool, dtype: torch.dtype,
+                coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`, compiled as one."""
+    buffer.mul_(momentum).add_(gradient)
+    update = (gradient + momentum * buffer).float()
+    if rows:
+        update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return orthogonalize(update.to(dtype), coefficients)
+
+
+class Muon:
+    """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of every bank.
+
+    `reduce` starts the averaging of all banks, `step` updates them one by one while the next ones communicate.
+    """
+
+    def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool):
+        self.run, c = run, run.config
+        table = NEWTON_SCHULZ[c.muon_coefficients]
+        self.coefficients = tuple(table[min(i, len(table) - 1)] for i in range(c.muon_backend_steps))
+        self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
+        # Large banks first: their communication hides the most work.
+        self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
+        self.dtype = run.dtype
+        self.shards, self.momenta, self.pending = {}, {}, {}
+        for name, bank in self.banks.items():
+            count = -(-len(bank) // run.world)
+            self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+
+    def reduce(self) -> None:
+        """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
+        for name, bank in self.banks.items():
+            gradient = bank.grad.to(self.dtype)
+            if self.run.world == 1:
+                self.shards[name] = gradient
+                continue
+            count = len(self.momenta[name])
+            padded = gradient.new_zeros((count * self.run.world, *bank.shape[1:]))
+            padded[:len(bank)] = gradient / self.run.world
+            self.shards[name] = torch.empty_like(self.momenta[name])
+            self.pending[name] = dist.reduce_scatter_tensor(self.shards[name], padded, async_op=True), padded
+
+    def square_norm(self) -> Tensor:
+        """The sum of squares of the averaged gradients of all banks, over all ranks."""
+        for handle, _ in self.pending.values():
+            handle.wait()
+        self.pending.clear()
+        return self.run.sum(sum(shard.float().square().sum() for shard in self.shards.values()))
+
+    def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale` multiplies the gradients first."""
+        mu, rows = torch.tensor(momentum, dtype=self.dtype, device=self.run.device), self.run.config.muon_row_normalize
+        applied = None
+        for name, bank in self.banks.items():
+            if name in self.pending:
+                self.pending.pop(name)[0].wait()
+            shard = self.shards.pop(name)
+            if scale is not None:
+                shard.mul_(scale)
+            update = self.update(shard, self.momenta[name], mu, rows, self.dtype, self.coefficients)
+            gathered, handle = update, None
+            if self.run.world > 1:
+                gathered = update.new_empty((len(update) * self.run.world, *update.shape[1:]))
+                handle = dist.all_gather_into_tensor(gathered, update.contiguous(), async_op=True)
+            if applied:
+                self.apply(*applied, rate, decay)
+            applied = bank, gathered, handle
+        self.apply(*applied, rate, decay)
+
+    @staticmethod
+    def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
+        """Move one bank by its gathered update."""
+        if handle is not None:
+            handle.wait()
+        scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
+        bank.data.mul_(1 - rate * decay).add_(gathered[:len(bank)].to(bank.dtype), alpha=-rate * scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """The whole momentum of each bank, whatever the number of ranks."""
+        whole = {}
+        for name, shard in self.momenta.items():
+            gathered = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
+            if self.run.world > 1:
+                dist.all_gather_into_tensor(gathered, shard)
+            else:
+                gathered.copy_(shard)
+            whole[name] = gathered[:len(self.banks[name])].clone()
+        return whole
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's part of a `state`."""
+        for name, shard in self.momenta.items():
+            part = state[name][self.run.rank * len(shard):(self.run.rank + 1) * len(shard)]
+            shard.zero_()
+            shard[:len(part)] = part.to(shard)
+
+
+class Optimizers:
+    """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
+
+    def __init__(self, run: Run, model: GPT, compiled: bool):
+        self.run, c = run, run.config
+        group = lambda kind: {n: p for n, p in model.named_parameters() if model.table[n].optimizer == kind}
+        self.muon = Muon(run, group("muon"), compiled)
+        self.replicated = [*group("embed").values(), *group("scalar").values()]
+        self.parameters = [*self.muon.banks.values(), *self.replicated]
+        self.adam = torch.optim.AdamW(
+            [{"params": list(group("embed").values()), "lr": c.tied_embed_lr, "weight_decay": c.embed_wd},
+             {"params": list(group("scalar").values()), "lr": c.scalar_lr, "weight_decay": c.adam_wd}],
+            betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
+        self.rates = [g["lr"] for g in self.adam.param_groups]
+
+    def step(self, rate_scale: float, momentum: float) -> None:
+        """One update of all parameters from their gradients, which are freed."""
+        c, world = self.run.config, self.run.world
+        if c.grad_clip_norm and c.grad_clip_scope == "local":
+            nn.utils.clip_grad_norm_(self.parameters, c.grad_clip_norm, foreach=True)
+        self.muon.reduce()
+        if world > 1:
+            self.average_replicated()
+        scale = None
+        if c.grad_clip_norm and c.grad_clip_scope == "global":
+            square = self.muon.square_norm() + sum(p.grad.float().square().sum() for p in self.replicated)
+            scale = (c.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.replicated], scale)
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_scale
+        self.adam.step()
+        self.muon.step(c.matrix_lr * rate_scale, momentum, c.muon_wd, scale)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def average_replicated(self) -> None:
+        """Average the gradients of all parameters that every rank holds, with one flat all-reduce per dtype."""
+        for dtype in {p.dtype for p in self.replicated}:
+            gradients = [p.grad for p in self.replicated if p.dtype == dtype]
+            flat = torch.cat([g.flatten() for g in gradients]) / self.run.world
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def state(self) -> dict[str, Any]:
+        """Everything `load` needs, as tensors and numbers."""
+        return {"adam": self.adam.state_dict(), "muon": self.muon.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore a `state`."""
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load(state["muon"])
+
+
+class Average:
+    """Exponential moving average of all parameters in fp32, from the initial weights on."""
+
+    def __init__(self, model: GPT, decay: float):
+        self.decay, self.live = decay, dict(model.named_parameters())
+        self.weights = {name: p.detach().float().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the live weights by 1 - decay."""
+        average = list(self.weights.values())
+        torch._foreach_mul_(average, self.decay)
+        torch._foreach_add_(average, [p.detach().float() for p in self.live.values()], alpha=1 - self.decay)
+
+
+def rate_scale(config: Config, progress: float) -> float:
+    """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
+    warmdown = config.warmdown_frac
+    return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
+
+
+def muon_momentum(config: Config, step: int) -> float:
+    """Muon momentum at `step`: a linear ramp, then constant."""
+    ramp = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
+
+
+# === QUANTIZE ===
+
+
+def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
+    """(standard deviations covered by the integer range, integer width) of a quantiser class."""
+    return {"attn": (config.attn_clip_sigmas, config.attn_bits or config.matrix_bits),
+            "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
+            "embed": (config.embed_clip_sigmas, config.embed_bits)}[quantizer]
+
+
+@torch.no_grad()
+def collect_hessians(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], Tensor]:
+    """H = sum of x x^T over training tokens for the input x of every matrix, by (site, layer), averaged over batches.
+
+    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks and the sums are shared,
+    so the result does not depend on the number of ranks. A looped layer counts every visit.
+    """
+    config = run.config
+    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len) * STREAMS * config.train_seq_len
+    loader = ShuffledLoader(dataclasses.replace(config, loader="shuffled", train_batch_tokens=windows), data)
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def tap(site: str, layer: int, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        if (site, layer) not in sums:
+            sums[site, layer] = torch.zeros(x.size(-1), x.size(-1), device=x.device)
+        sums[site, layer].addmm_(x.T, x)
+
+    progress = Progress(run, "hessians", config.gptq_calibration_batches)
+    for index in range(run.rank, config.gptq_calibration_batches, run.world):
+        model.trunk(to_device(loader.get(index // STREAMS, index % STREAMS), run), tap)
+        progress.show(index + 1)
+    progress.end()
+    if not sums:  # more ranks than batches: this rank only takes part in the sum
+        for matrix in matrices(model.table):
+            width = model.get_parameter(matrix.parameter).size(-1)
+            sums[matrix.key] = torch.zeros(width, width, device=run.device)
+    return {key: run.sum(sums[key]) / config.gptq_calibration_batches for key in sorted(sums)}
+
+
+def gptq(weight: Tensor, hessian: Tensor, sigmas: float, bits: int, block: int,
+         dampening: float) -> tuple[Tensor, Tensor]:
+    """Integers (R, C) int8 and row scales (R,) fp16 so that integers*scales has little error under `hessian` (C, C).
+
+    Column by column in order of falling diagonal, the rounding error goes to the columns not yet rounded (GPTQ). The
+    scale is `sigmas` standard deviations of the row over the largest integer: the tail is clipped (SDClip, #1394).
+    """
+    largest = 2 ** (bits - 1) - 1
+    weight, hessian = weight.float().clone(), hessian.float().clone()
+    scales = (sigmas * weight.std(dim=1) / largest).clamp_min(1e-10).half()
+    step = scales.float()[:, None].clamp_min(2.0 ** -24)  # the smallest fp16: a row of zeros must not divide by 0
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    weight[:, dead] = 0.0
+    diagonal += dampening * diagonal.mean()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    integers = torch.empty_like(weight)
+    for start in range(0, weight.size(1), block):
+        end = min(start + block, weight.size(1))
+        errors = torch.empty_like(weight[:, start:end])
+        for j in range(start, end):
+            integers[:, j:j + 1] = (weight[:, j:j + 1] / step).round_().clamp_(-largest, largest)
+            error = (weight[:, j:j + 1] - integers[:, j:j + 1] * step) / factor[j, j]
+            weight[:, j:end].addmm_(error, factor[j:j + 1, j:end], alpha=-1)
+            errors[:, j - start:j - start + 1] = error
+        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return integers[:, torch.argsort(order)].to(torch.int8), step[:, 0].half()
+
+
+class Quantized(NamedTuple):
+    """What the artifact holds of one tensor: integers and row scales of a matrix, or fp16 values."""
+    values: Tensor  # int8 (R, C), or fp16 of any shape
+    scales: Tensor | None = None  # fp16 (R,)
+
+    def restore(self) -> Tensor:
+        """The fp32 tensor this stands for."""
+        return self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
+
+
+def quantize(run: Run, table: dict[str, Spec], weights: dict[str, Tensor],
+             hessians: dict[tuple[str, int], Tensor]) -> dict[str, Quantized]:
+    """Every tensor of `weights` as the artifact holds it, by flat name in table order; the ranks share the matrices."""
+    c, todo, mine = run.config, matrices(table), {}
+    progress = Progress(run, "gptq", len(todo))
+    for place in range(run.rank, len(todo), run.world):
+        m = todo[place]
+        weight = weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
+        try:
+            pair = gptq(weight, hessians[m.key], *clip_and_bits(c, m.quantizer), c.gptq_blocksize, c.gptq_dampening)
+        except torch.linalg.LinAlgError:
+            raise Stop(f"GPTQ_DAMPENING={c.gptq_dampening}: the Hessian of {m.name} is not positive definite; raise it "
+                       "or GPTQ_CALIBRATION_BATCHES") from None
+        mine[m.name] = Quantized(*(t.cpu() for t in pair))
+        progress.show(place + 1)
+    progress.end()
+    everyone = run.gather(mine)
+    small = {name: Quantized(weights[name].half().cpu()) for name, spec in table.items() if spec.quantizer == "fp16"}
+    return {m.name: everyone[m.name] for m in todo} | small
+
+
+def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+    """The fp32 parameters, banks put together again, from the tensors of an artifact."""
+    weights = {name: tensors[name].restore() for name, spec in table.items() if spec.quantizer == "fp16"}
+    parts: dict[str, list[Tensor]] = {}
+    for m in matrices(table):
+        parts.setdefault(m.parameter, []).append(tensors[m.name].restore())
+    return weights | {name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()}
+
+
+# === ARTIFACT ===
+
+ARTIFACT_MAGIC = b"GOLFPAK1"
+ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")  # magic, compressor, manifest bytes, payload bytes, sha256 of both
+
+
+def compress(data: bytes, compressor: str) -> bytes:
+    """`data` packed as tightly as `compressor` can."""
+    if compressor == "lzma":
+        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+    import brotli
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def decompress(data: bytes, compressor: str) -> bytes:
+    """Undo `compress`."""
+    if compressor == "lzma":
+        return lzma.decompress(data)
+    import brotli
+    return brotli.decompress(data)
+
+
+def split_bytes(tensor: Tensor) -> bytes:
+    """The bytes of `tensor` with, for fp16, all low bytes before all high bytes: these repeat, those do not."""
+    raw = tensor.contiguous().numpy().reshape(-1)
+    return raw.view(np.uint8).reshape(-1, raw.itemsize).T.tobytes()
+
+
+def join_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Undo `split_bytes` for a tensor of numpy type `dtype` and the given shape."""
+    raw = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1).T
+    return torch.from_numpy(np.array(raw, order="C").view(dtype).reshape(shape))
+
+
+def streams_of(name: str, tensor: Quantized) -> list[tuple[str, Tensor]]:
+    """Which stream each part of a tensor goes to: one per role, so that the coder sees like beside like."""
+    if tensor.scales is None:
+        return [("fp16", tensor.values)]
+    return [(re.sub(r"\d+", "*", name), tensor.values), ("scales", tensor.scales)]
+
+
+def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool) -> bytes:
+    """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role.
+
+    It holds no code and no pickle; the header carries the sha256 of what follows it. `looped`: the route to use.
+    """
+    streams: dict[str, list[bytes]] = {}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor.values.float()).all():
+            raise Stop(f"{name}: a value does not fit in fp16, nothing was packed; lower SCALAR_LR or raise ADAM_WD")
+        for stream, part in streams_of(name, tensor):
+            streams.setdefault(stream, []).append(split_bytes(part))
+    coder = config.compressor
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
+        packed = list(pool.map(lambda parts: compress(b"".join(parts), coder), streams.values()))
+    manifest = {"format": 1, "looped": looped, "model": config.section("Model"),
+                "tensors": [[name, list(t.values.shape), t.scales is not None] for name, t in tensors.items()],
+                "streams": [[name, len(data)] for name, data in zip(streams, packed, strict=True)]}
+    head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
+    digest = hashlib.sha256(coder.encode() + head + payload).digest()
+    return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder.encode(), len(head), len(payload), digest) + head + payload
+
+
+def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
+    """(manifest, tensors by flat name, sha256 of the file) of the artifact at `path`; Stop if a byte of it is wrong."""
+    remedy = "copy it again, or make it again with STAGE=quantize"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    start = ARTIFACT_HEADER.size
+    if len(data) < start or not data.startswith(ARTIFACT_MAGIC):
+        raise Stop(f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}")
+    _, coder, head, payload, digest = ARTIFACT_HEADER.unpack_from(data)
+    coder = coder.rstrip(b"\0")
+    if len(data) != start + head + payload:
+        raise Stop(f"{path}: {len(data)} bytes instead of {start + head + payload}, truncated or damaged; {remedy}")
+    if hashlib.sha256(coder + data[start:]).digest() != digest:
+        raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
+    manifest = json.loads(decompress(data[start:start + head], coder.decode()))
+    ends = np.cumsum([start + head] + [size for _, size in manifest["streams"]]).tolist()
+    streams = {name: decompress(data[a:b], coder.decode())
+               for (name, _), (a, b) in zip(manifest["streams"], itertools.pairwise(ends), strict=True)}
+    used = dict.fromkeys(streams, 0)
+
+    def take(stream: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        first = used[stream]
+        used[stream] += math.prod(shape) * np.dtype(dtype).itemsize
+        return join_bytes(streams[stream][first:used[stream]], dtype, shape)
+
+    tensors = {}
+    for name, shape, is_matrix in manifest["tensors"]:
+        empty = Quantized(torch.empty(0), torch.empty(0) if is_matrix else None)
+        shapes = [("int8" if is_matrix else "float16", tuple(shape)), ("float16", (shape[0],))]
+        tensors[name] = Quantized(*(take(stream, *what) for (stream, _), what in
+                                    zip(streams_of(name, empty), shapes, strict=False)))
+    return manifest, tensors, hashlib.sha256(data).hexdigest()
+
+
+def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
+    """Write the artifact, read the file again, compare every integer; returns (bytes, sha256). Rank 0 only."""
+    path = run.folder / "final_model.ptz"
+    write_atomically(path, encode_artifact(run.config, tensors, looped))
+    _, again, digest = decode_artifact(path)
+    if list(again) != list(tensors) or not all(torch.equal(a, b) for name in tensors for (_, a), (_, b) in
+                                               zip(streams_of(name, again[name]), streams_of(name, tensors[name]),
+                                                   strict=True)):
+        raise Stop(f"{path}: reads back differently than it was written; check the disk and the "
+                   f"{run.config.compressor} package, nothing was scored")
+    return path.stat().st_size, digest
+
+
+# The packed script: a decoder line around the compressed source. It registers the source with linecache because Triton
+# reads the text of its kernels through inspect, which a bare exec would leave without any.
+PACKED_HEAD = "import base64 as b,linecache as l,lzma as z\n"
+PACKED_SCRIPT = PACKED_HEAD + (
+    "s=z.decompress(b.b85decode(\"{}\"),3,None,[{{'id':33,'dict_size':1<<20}}]).decode()\n"
+    "n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
+
+
+def pack_source(source: str) -> tuple[str, str]:
+    """(`source` as a self-extracting script, how it was made); a script that is packed already comes back as it is."""
+    if source.startswith(PACKED_HEAD):
+        return source, "already packed"
+    try:
+        import python_minifier
+        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels' text.
+        source, how = python_minifier.minify(source, rename_locals=False, hoist_literals=False,
+                                             remove_annotations=False), "minified"
+    except ImportError:
+        how = "not minified (python-minifier is not installed)"
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}]
+    packed = lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=filters)
+    return PACKED_SCRIPT.format(base64.b85encode(packed).decode()), how
+
+
+# === EVALUATE ===
+
+
+def windows(length: int, context: int, stride: int) -> np.ndarray:
+    """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1.
+
+    Every target 1..length-1 is scored exactly once, the tail included. The first window scores all it sees, each later
+    one `stride` new targets after context-stride old ones. Plain: stride = context.
+    """
+    ends = np.minimum(np.arange(context, max(context, length - 1) + stride, stride), length - 1)
+    ends = ends[:np.searchsorted(ends, length - 1) + 1]
+    scored = np.concatenate([[0], ends[:-1]])
+    starts = np.where(scored == 0, 0, scored - (context - stride))
+    return np.stack([starts, ends + 1, scored + 1], 1).astype(np.int64)
+
+
+class Score(NamedTuple):
+    """Sums over scored targets, and the one place where they become bits per byte."""
+    nats: float
+    tokens: float
+    bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the original text."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+def evaluation_rows(config: Config) -> int:
+    """Windows per evaluation batch."""
+    return max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
+
+
+@torch.no_grad()
+def score(run: Run, forward: Callable[[Batch], Tensor], validation: Validation, stride: int, stage: str) -> Score:
+    """Score every validation token once in windows of EVAL_SEQ_LEN, `stride` new targets each, split over the ranks.
+
+    With LOADER=packed a window's attention is confined to documents, as in training. Sums are fp64. Logs the result.
+    """
+    c, tokens, begin = run.config, validation.tokens, run.now()
+    context, rows = c.eval_seq_len, evaluation_rows(c)
+    plan = windows(len(tokens), context, stride)
+    plan = plan[len(plan) * run.rank // run.world:len(plan) * (run.rank + 1) // run.world]
+    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
+    progress = Progress(run, f"val:{stage}", len(plan))
+    for first in range(0, len(plan), rows):
+        part = plan[first:first + rows]
+        place = part[:, :1] + np.arange(context + 1)
+        inside = place < part[:, 1:2]
+        ids = np.zeros((rows, context + 1), dtype=np.int64)  # one shape for all: the rest is filled up
+        ids[:len(part)][inside] = tokens[place[inside]]
+        chosen = np.zeros((rows, context), dtype=bool)
+        chosen[:len(part)] = inside[:, 1:] & (place[:, 1:] >= part[:, 2:3])
+        batch = Batch(*(torch.from_numpy(side.copy()) for side in (ids[:, :-1], ids[:, 1:])))
+        if c.loader == "packed":
+            starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
+            batch = Batch(batch.inputs.view(1, -1), batch.targets.view(1, -1), starts, context)
+        losses = forward(to_device(batch, run)).view(rows, context)[torch.from_numpy(chosen).to(run.device)]
+        counts = [len(losses), int(validation.bytes[place[:, 1:][chosen[:len(part)]]].sum())]
+        sums += torch.cat([losses.double().sum()[None], torch.tensor(counts, device=run.device)])
+        progress.show(first + len(part))
+    progress.end()
+    result = Score(*run.sum(sums).tolist())
+    if result.tokens != len(tokens) - 1 or result.bytes != int(validation.bytes[1:].sum()):
+        raise Stop(f"val:{stage}: scored {result.tokens:.0f} of {len(tokens) - 1} tokens: a bug, no score is reported")
+    facts = {"val_loss": result.loss, "val_bpb": result.bpb, "tokens": result.tokens, "bytes": result.bytes}
+    run.metric("score", stage=stage, seconds=run.now() - begin, **facts)
+    run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{run.now() - begin:.1f}s")
+    return result
+
+
+# === TRAIN ===
+
+
+def build(run: Run) -> tuple[GPT, Callable[[Batch], Tensor], bool]:
+    """(model on the device with initial weights of SEED, its possibly compiled forward, whether it is compiled)."""
+    c = run.config
+    torch.manual_seed(c.seed)
+    compiled = c.compile == "on" or (c.compile == "auto" and run.is_cuda)
+    model = GPT(c, pick_attention(c, run), pick_kernels(c, run), run.dtype).to(run.device)
+    run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={c.compile}, {run.device.type})")
+    for looped in (False, True) if c.num_loops else (False,):
+        run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
+    run.log(f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(matrices(model.table))}")
+    return model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled
+
+
+def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimizers, batches: list[Batch], rate: float,
+               momentum: float) -> Tensor:
+    """Forward, backward and update over this rank's micro-batches; returns their mean loss (0-d, on the device)."""
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        loss = forward(batch).mean()
+        (loss / len(batches)).backward()
+        total += loss.detach()
+    optimizers.step(rate, momentum)
+    return total / len(batches)
+
+
+class Agreement:
+    """Per-step facts that all ranks must share; on a GPU read one step late, so the host never waits for the device."""
+
+    def __init__(self, run: Run):
+        self.run, self.waiting = run, None
+
+    def share(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
+        """(largest elapsed seconds, whether a loss is not finite) over ranks, of the step before if `late` on a GPU."""
+        facts = torch.tensor([elapsed, 0.0], dtype=torch.float64, device=self.run.device)
+        facts[1] = ~loss.isfinite()
+        if self.run.world > 1:
+            dist.all_reduce(facts, dist.ReduceOp.MAX)
+        if self.run.is_cuda:
+            box, event = torch.empty(2, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
+            box.copy_(facts, non_blocking=True)
+            event.record()
+            previous, self.waiting = self.waiting, (box, event)
+            facts, event = previous if previous and late else self.waiting
+            event.synchronize()
+        seconds, bad = facts.tolist()
+        return seconds, bool(bad)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Replace the checkpoint at `path` by `content` (tensors, numbers, text), atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise Stop(f"{path}: cannot be written ({error}); free disk space, or CHECKPOINT_EVERY=0") from None
+
+
+def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
+    """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
+    path, shards = run.folder / "checkpoint.pt", data.fingerprint()["shards"]
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        settings, fingerprint = saved["settings"], saved["data"]
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise Stop(f"{path}: cannot be read ({type(error).__name__}), truncated or damaged; delete it to start again, "
+                   "or choose another RUN_ID") from None
+    if different := differences(settings, run.config.shaping("training")):
+        raise Stop(f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
+    if fingerprint != shards:
+        raise Stop(f"{path}: made from other data (shards {fingerprint}, here {shards}); choose another RUN_ID")
+    return saved
+
+
+def to_cpu(state: Any) -> Any:
+    """A copy of a nested state with its tensors on the CPU."""
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [to_cpu(value) for value in state]
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+
+
+def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers, feed: Feed) -> None:
+    """Run WARMUP_STEPS full steps in each loop state, so that compilation and allocation lie before the clock, then put
+    weights and optimiser state back, momentum included."""
+    start, c = time.monotonic(), run.config
+    weights, fresh = to_cpu(model.state_dict()), to_cpu(optimizers.state())
+    for looped in (False, True) if c.num_loops else (False,):
+        model.looped = looped
+        for step in range(c.warmup_steps):
+            train_step(run, forward, optimizers, feed.get(step), 1.0, c.muon_momentum)
+    model.looped = False
+    model.load_state_dict(weights)
+    optimizers.load(fresh)
+    run.log(f"warm-up: {c.warmup_steps} steps per loop state in {run.now() - start:.1f}s, untimed; all state restored")
+
+
+def log_step(run: Run, step: int, loss: float, seconds: float, each: float, rate: float) -> None:
+    """One training line and record; `each`: average seconds per step of this process."""
+    c = run.config
+    speed = c.train_batch_tokens / each
+    left = min(each * (c.iterations - step), max(c.max_wallclock_seconds - c.gptq_reserve_seconds - seconds, 0.0))
+    run.log(f"step:{step}/{c.iterations} train_loss:{loss:.4f} lr:{rate:.3f} train_time:{1000 * seconds:.0f}ms "
+            f"step_avg:{1000 * each:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s")
+    run.metric("train", step=step, train_loss=loss, rate=rate, seconds=seconds, step_ms=1000 * each, speed=speed)
+
+
+def train(run: Run, data: Dataset) -> None:
+    """Train from the last checkpoint, or from the start, to the end of the budget; leaves averaged weights on disk."""
+    c, path = run.config, run.folder / "checkpoint.pt"
+    saved = load_checkpoint(run, data)
+    if saved and saved["complete"]:
+        run.log(f"train: {path} holds the finished training of {saved['step']} steps; going on from there")
+        return
+    model, forward, compiled = build(run)
+    optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
+    warm_up(run, model, forward, optimizers, feed)
+    average, agreement, step, before = Average(model, c.ema_decay), Agreement(run), 0, 0.0
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizers.load(saved["optimizers"])
+        average.weights = {name: saved["average"][name].to(run.device) for name in average.weights}
+        step, before, model.looped = saved["step"], saved["train_seconds"], saved["looped"]
+        run.log(f"train: resumed at step {step} after {before:.1f}s of training")
+    identity = {"settings": c.shaping("training"), "data": data.fingerprint()["shards"]}
+    validation = load_validation(data) if c.val_loss_every else None
+    budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
+    first, elapsed, start = step, before, run.now()
+    while step < c.iterations and elapsed < budget:
+        progress = step / c.iterations if c.schedule == "steps" else elapsed / budget
+        if not model.looped and c.num_loops and progress >= c.enable_looping_at:
+            model.looped = True
+            run.log(f"loops on at step {step} after {elapsed:.1f}s")
+        rate = rate_scale(c, progress)
+        loss = train_step(run, forward, optimizers, feed.get(step), rate, muon_momentum(c, step))
+        average.update()
+        step += 1
+        checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
+        elapsed, broken = agreement.share(before + time.monotonic() - start, loss, late=not checkpoint)
+        if broken:
+            raise Stop(f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
+                       f"(nothing of this step was saved in {run.folder})")
+        if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
+            mean, here = run.sum(loss.double()).item() / run.world, run.now() - start
+            log_step(run, step, mean, before + here, here / (step - first), rate)
+        if validation and step % c.val_loss_every == 0:
+            paused = run.now()
+            score(run, forward, validation, c.eval_seq_len, f"step{step}")
+            start += run.now() - paused
+        if checkpoint:
+            content = {**identity, "complete": False, "step": step, "train_seconds": elapsed, "looped": model.looped,
+                       **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(),
+                                 "average": average.weights})}
+            if writing:
+                writing.result()
+            writing = writer.submit(save_checkpoint, path, content) if run.main else None
+    seconds = before + run.now() - start
+    if writing:
+        writing.result()
+    peak = (torch.cuda.max_memory_allocated() >> 10) if run.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    facts = {"steps": step, "train_seconds": seconds, "step_ms": 1000 * seconds / max(step, 1),
+             "tokens_per_second": step * c.train_batch_tokens / seconds, "peak_memory_mib": peak >> 10}
+    run.log(f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {peak >> 10} MiB, "
+            f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}")
+    content = {**identity, "complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
+               "average": to_cpu(average.weights)}
+    run.guarded(lambda: save_checkpoint(path, content))
+    record_stage(run, "train", facts)
+
+
+# === MAIN ===
+
+
+def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
+    """Keep the facts of a finished stage in stages.json, from which summary.json is made. Rank 0 only."""
+    run.metric(stage, **facts)
+    if run.main:
+        path = run.folder / "stages.json"
+        stages = json.loads(path.read_text()) if path.exists() else {}
+        write_atomically(path, json.dumps(stages | {stage: facts}, indent=1).encode())
+
+
+def quantize_stage(run: Run, data: Dataset) -> None:
+    """Hessians, GPTQ, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
+    c, saved = run.config, load_checkpoint(run, data)
+    if not saved or not saved["complete"]:
+        raise Stop(f"STAGE=quantize: {run.folder / 'checkpoint.pt'} holds no finished training; run STAGE=train first")
+    model, _, _ = build(run)
+    weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
+    model.load_state_dict(weights)
+    model.looped = saved["looped"]
+    times = [run.now()]
+    hessians = collect_hessians(run, model, data)
+    times.append(run.now())
+    tensors = quantize(run, model.table, weights, hessians)
+    times.append(run.now())
+
+    def seal() -> dict[str, Any]:
+        packed, how = pack_source(Path(__file__).read_text())
+        write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
+        size, digest = seal_artifact(run, tensors, model.looped)
+        hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
+        code, count = len(packed.encode()), sum(t.scales is not None for t in tensors.values())
+        run.log(f"quantised {count} matrices, {len(tensors) - count} tensors in fp16: Hessians {hessian:.1f}s, GPTQ "
+                f"{rounding:.1f}s, {c.compressor} {packing:.1f}s; read back from disk, every integer equal; code {how}")
+        run.log(f"training and Hessians: {saved['train_seconds'] + hessian:.1f}s of {c.max_wallclock_seconds:g}s")
+        run.log(f"artifact bytes:{size} code:{code} total:{size + code} cap:{c.artifact_cap_bytes} "
+                f"left:{c.artifact_cap_bytes - size - code}")
+        return {"artifact_bytes": size, "code_bytes": code, "artifact_sha256": digest, "hessian_seconds": hessian,
+                "gptq_seconds": rounding, "pack_seconds": packing, "budgeted_seconds": saved["train_seconds"] + hessian}
+
+    record_stage(run, "quantize", run.guarded(seal))
+
+
+def evaluate_stage(run: Run, data: Dataset) -> None:
+    """Score the sealed artifact from its bytes on disk: plain, then sliding; writes summary.json."""
+    c, path = run.config, Path(run.config.artifact or run.folder / "final_model.ptz")
+    manifest, tensors, digest = decode_artifact(path)
+    run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
+    if different := differences(manifest["model"], c.section("Model")):
+        raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
+    model, forward, _ = build(run)
+    model.looped, start, scores = manifest["looped"], run.now(), {}
+    validation = load_validation(data)
+    run.log(f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
+            f"val_bpb:{validation.source}:enabled")
+    if c.eval_prequant:
+        saved = None if c.artifact else load_checkpoint(run, data)
+        if saved and saved["complete"]:
+            model.load_state_dict(saved["average"])
+            scores["prequant"] = score(run, forward, validation, c.eval_seq_len, "prequant")
+        else:
+            run.log("val:prequant not measured: the unquantised weights are not here")
+    model.load_state_dict(assemble(model.table, tensors))
+    scores["quantized"] = score(run, forward, validation, c.eval_seq_len, "quantized")
+    if c.sliding_window_enabled:
+        scores["sliding"] = score(run, forward, validation, c.eval_stride, "sliding")
+    final = list(scores.values())[-1]
+    record_stage(run, "evaluate", {
+        "val_bpb": final.bpb, "val_loss": final.loss, "bpb": {stage: result.bpb for stage, result in scores.items()},
+        "val_tokens": final.tokens, "val_bytes": final.bytes, "eval_seconds": run.now() - start,
+        "artifact_bytes": path.stat().st_size, "artifact_sha256": digest})
+    run.guarded(lambda: summarize(run, data))
+
+
+def summarize(run: Run, data: Dataset) -> None:
+    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
+    c, stages = run.config, json.loads((run.folder / "stages.json").read_text())
+    facts = stages.get("train", {}) | stages.get("quantize", {}) | stages["evaluate"]
+    facts["total_bytes"] = facts["artifact_bytes"] + facts["code_bytes"] if "code_bytes" in facts else None
+    limits = {"train": (facts.get("budgeted_seconds"), c.max_wallclock_seconds), "size": (facts["total_bytes"],
+              c.artifact_cap_bytes), "eval": (facts["eval_seconds"], c.eval_budget_seconds)}
+    broken = [f"{name}: {value} of {limit} used" if value is not None else f"{name}: not measured here"
+              for name, (value, limit) in limits.items() if value is None or value > limit]
+    if stages.get("quantize", {}).get("artifact_sha256") != facts["artifact_sha256"]:
+        broken.append("artifact: not the one that this run sealed")
+    reason = "; ".join(broken) or "training, evaluation and size are within their limits"
+    facts |= {"seed": c.seed, "world_size": run.world, "overrides": c.overrides(), "versions": versions(run),
+              "data": data.fingerprint(), "compliance": {"legal": not broken, "reason": reason, "limits": limits}}
+    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
+    for name, bpb in data.manifest.get("references", {}).items():
+        run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {100 * (facts['val_bpb'] / bpb - 1):+.1f}%")
+    run.log(f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py")
+    run.log(f"compliance: {'legal' if not broken else 'NOT LEGAL'} ({reason})")
+    run.log(f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} total_bytes:{facts['total_bytes']} "
+            f"train_time:{facts.get('train_seconds', math.nan):.1f}s eval_time:{facts['eval_seconds']:.1f}s")
+
+
+def preflight(run: Run) -> None:
+    """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
+    c, sample = run.config, bytes(range(256)) * 4
+    try:
+        if decompress(compress(sample, c.compressor), c.compressor) != sample:
+            raise Stop(f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma")
+    except ImportError:
+        raise Stop(f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
+    size = sum(math.prod(spec.shape) for spec in param_table(c).values())
+    needed, free = 24 * size + 2**26, shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise Stop(f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; free "
+                   "disk space or set OUT_DIR elsewhere")
+    if (code := len(pack_source(Path(__file__).read_text())[0])) >= c.artifact_cap_bytes:
+        raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: the packed code alone has {code} bytes; raise the cap")
+
+
+def log_header(run: Run, data: Dataset) -> None:
+    """What runs where on which data, and the settings that differ from the defaults."""
+    c, pairs = run.config, lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
+    run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world} micro_steps:{len(run.streams)}")
+    run.log(f"versions: {pairs(versions(run))}")
+    run.log(f"data: {pairs(data.fingerprint())}")
+    run.log("overrides: " + (" ".join(f"{name}={show(value)}" for name, value in c.overrides().items()) or "none"))
+    for name, spec in param_table(c).items():
+        run.log(f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
+    if run.is_cuda:
+        run.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout, console=False)
+    known = [f.name.upper() for f in dataclasses.fields(c)]
+    words = [name.split("_")[0] for name in known]
+    for name in sorted(set(os.environ) - set(known) - NOT_OURS):
+        if "_" in name and words.count(name.split("_")[0]) > 1:
+            run.log(f"warning: {name} is set, but no setting of this program has that name; it changes nothing")
+
+
+def main(config: Config) -> None:
+    """Run the stages of `config.stage`."""
+    run = Run(config)
+    data = Dataset(config, need_training=config.stage != "evaluate")
+    run.open(run.guarded(lambda: find_run_folder(config)))
+    run.guarded(lambda: preflight(run))
+    log_header(run, data)
+    settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
+    run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))
+    if config.stage in ("all", "train"):
+        train(run, data)
+    if config.stage in ("all", "quantize"):
+        quantize_stage(run, data)
+    if config.stage in ("all", "evaluate"):
+        evaluate_stage(run, data)
+    run.close()
+
+
+if __name__ == "__main__":
+    main(CONFIG)
