@@ -73,12 +73,13 @@ class Dataset(NamedTuple):
 DATASETS = {dataset.name: dataset for dataset in (
     Dataset("sp8192", "kevclark/parameter-golf", "fineweb10B_sp8192", "fineweb_8192_bpe", 80, "none"),
     Dataset("casefold_v2", "Mikeapedia/fineweb10B-sp8192-casefold-v2", "fineweb10B_sp8192_casefold_v2",
-            "fineweb_8192_bpe_casefold_refined_v2", 114, "casefold_v2",
+            "fineweb_8192_bpe_casefold_refined_v2", 114, "casefold",
             "e2f3b89124cc3d517ae14abe3bc478ea5908a70289d4437123e25bb586148641"),
     Dataset("caseops_v1", "romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
             "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved", 80, "caseops_v1"),
 )}
 VOCAB_SIZE = 8192
+TOKENIZER = "tokenizer.model"
 
 
 class Entry(NamedTuple):
@@ -429,16 +430,18 @@ def write_manifest(dataset: Dataset, plan: Plan, out: Path) -> dict:
     model = out / "tokenizers" / f"{dataset.tokenizer}.model"
     manifest = {
         "format": FORMAT, "name": dataset.name, "transform": dataset.transform,
-        "lossless": dataset.transform != "casefold_v2",
-        "tokenizer": {"file": os.path.relpath(model, target), "vocab_size": VOCAB_SIZE,
-                      "sha256": sha256_file(model) if model.is_file() else dataset.tokenizer_sha256},
-        # Casefold shards hold no BOS, and only a sidecar says how many bytes there are without a tokenizer.
-        "docs_val": sums["documents"] or None, "val_tokens": sums["val"], "train_tokens": sums["train"],
-        "val_bytes": sums["bytes"] or None, "files": files,
+        "lossless": dataset.transform != "casefold",
+        "tokenizer": {"file": TOKENIZER, "sha256": dataset.tokenizer_sha256 or sha256_file(model),
+                      "vocab_size": VOCAB_SIZE},
+        "val_tokens": sums["val"], "train_tokens": sums["train"], "files": files,
         "source": {"repository": dataset.repository, "commit": plan.commit, "folder": plan.folder,
                    "train_shards_there": plan.train_shards_there},
         "versions": {"huggingface_hub": version("huggingface_hub")},
     }
+    if sums["documents"]:  # casefold shards hold no BOS, so nothing separates their documents
+        manifest["docs_val"] = sums["documents"]
+    if sums["val_bytes"]:
+        manifest |= {"val_sidecar": True, "val_sidecar_bytes": sums["bytes"]}
     manifest["checksum"] = manifest_checksum(manifest)
     temporary = target / ".manifest.json"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -446,17 +449,22 @@ def write_manifest(dataset: Dataset, plan: Plan, out: Path) -> dict:
     return manifest
 
 
-def check_tokenizer(dataset: Dataset, out: Path) -> None:
-    """Refuse another tokenizer than the one the shards were made with, and ask for it if it has to be brought along."""
-    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
-    if not dataset.tokenizer_sha256:
-        return
+def settle_tokenizer(dataset: Dataset, out: Path) -> None:
+    """Put the tokenizer beside the shards too, where the trainer and verify_bytes.py look for it.
+
+    One that is not on the hub is asked for, and refused if it is not the one that made the shards.
+    """
+    model, beside = out / "tokenizers" / f"{dataset.tokenizer}.model", out / "datasets" / dataset.folder / TOKENIZER
     if not model.is_file():
         print(f"{dataset.name}: the repository holds no tokenizer; put {model.name} (sha256 "
-              f"{dataset.tokenizer_sha256}) into {model.parent} before training", flush=True)
-    elif (found := sha256_file(model)) != dataset.tokenizer_sha256:
+              f"{dataset.tokenizer_sha256}) into {model.parent} and run this again", flush=True)
+        return
+    found = sha256_file(model)
+    if dataset.tokenizer_sha256 not in (None, found):
         raise DownloadError(f"{model} has sha256 {found}, but {dataset.name} was made with "
                             f"{dataset.tokenizer_sha256}; replace it")
+    if not beside.is_file() or sha256_file(beside) != found:
+        _place(model, beside)
 
 
 def download(dataset: Dataset, out: Path, train_shards: int | None = None, workers: int = 8, revision: str = "main",
@@ -481,7 +489,7 @@ def download(dataset: Dataset, out: Path, train_shards: int | None = None, worke
         manifest = write_manifest(dataset, plan, out)
         progress.say(f"{progress.fetched / 1e9:.2f} GB fetched in {time.monotonic() - progress.started:.0f} s, "
                      "all sizes and checksums right")
-    check_tokenizer(dataset, out)
+    settle_tokenizer(dataset, out)
     shards = sum(name.startswith("fineweb_train_") for name in manifest["files"])
     print(f"{dataset.name}: {target} complete, {shards} training shards, {manifest['train_tokens']:,} training and "
           f"{manifest['val_tokens']:,} validation tokens", flush=True)

@@ -95,6 +95,7 @@ def test_manifest_agrees_with_the_files(built):
     assert (built / "validation.txt").read_text(encoding="utf-8") == "\n".join(documents(built, "val")) + "\n"
     assert manifest["tokenizer"]["sha256"] == manifest["files"]["tokenizer.model"]["sha256"]
     assert manifest["transform"] == "none" and manifest["lossless"] is True
+    assert 0 < manifest["references"]["xz -9e"] < 8
 
 
 def test_validation_is_held_out_and_every_document_is_there_once(built):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from data.download import DATASETS, DownloadError, Entry, check_tokenizer, main, make_plan
+from data.download import DATASETS, DownloadError, Entry, main, make_plan, settle_tokenizer
 from data.shards import read_shard, sha256_file, write_shard
 from tests.hub_server import COMMIT, Hub
 
@@ -102,8 +102,8 @@ class Client:
         published = {path.rpartition("/")[2]: content
                      for path, content in self.hub.repositories[CASEOPS.repository].items() if path.startswith(DOUBLED)}
         names = sorted(set(published) - {f"fineweb_train_{number:06d}.bin" for number in range(shards, 3)})
-        assert sorted(path.name for path in self.folder.iterdir()) == sorted([*names, "hub_manifest.json",
-                                                                              "manifest.json"])
+        others = ["hub_manifest.json", "manifest.json", "tokenizer.model"]
+        assert sorted(path.name for path in self.folder.iterdir()) == sorted([*names, *others])
         for name in names:
             assert (self.folder / name).read_bytes() == published[name]
             assert manifest["files"][name]["sha256"] == sha256_file(self.folder / name)
@@ -121,11 +121,15 @@ def test_a_dataset_lands_in_one_place_whatever_the_layout(hub, client):
     output = client.good(HF_TOKEN="secret")
     manifest = client.check_complete()
     assert "all sizes and checksums right" in output and "3 training shards" in output
-    assert (client.folder / manifest["tokenizer"]["file"]).read_bytes() == b"a tokenizer" * 100
+    published = client.out / "tokenizers" / f"{CASEOPS.tokenizer}.model"
+    for model in (client.folder / manifest["tokenizer"]["file"], published):
+        assert model.read_bytes() == b"a tokenizer" * 100
+        assert sha256_file(model) == manifest["tokenizer"]["sha256"]
     assert (client.out / "tokenizers" / f"{CASEOPS.tokenizer}.vocab").read_bytes() == b"pieces"
     assert manifest["source"] | {"folder": DOUBLED, "commit": COMMIT} == manifest["source"]
     assert (manifest["docs_val"], manifest["val_tokens"], manifest["train_tokens"]) == (20, 2000, 6000)
-    assert manifest["val_bytes"] == int(read_shard(client.folder / "fineweb_val_bytes_000000.bin").sum(dtype=int))
+    sidecar = read_shard(client.folder / "fineweb_val_bytes_000000.bin")
+    assert manifest["val_sidecar_bytes"] == int(sidecar.sum(dtype=int))
     # The token belongs to the hub alone; its storage is another host.
     assert {seen.token for seen in hub.seen if seen.host == "127.0.0.1"} == {"Bearer secret"}
     assert {seen.token for seen in hub.seen if seen.host == "localhost"} == {None}
@@ -296,11 +300,15 @@ def test_casefold_asks_for_its_tokenizer_and_refuses_another(hub, client, tmp_pa
     output = client.good("casefold_v2")
     assert dataset.tokenizer_sha256 in output
     folder = client.out / "datasets" / dataset.folder
-    assert json.loads((folder / "manifest.json").read_text())["lossless"] is False
-    (client.out / "tokenizers").mkdir()
-    (client.out / "tokenizers" / f"{dataset.tokenizer}.model").write_bytes(b"another")
-    with pytest.raises(DownloadError, match="replace it"):
-        check_tokenizer(dataset, client.out)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["lossless"] is False and manifest["tokenizer"]["sha256"] == dataset.tokenizer_sha256
+    model = client.out / "tokenizers" / f"{dataset.tokenizer}.model"
+    model.parent.mkdir()
+    model.write_bytes(b"another")
+    assert "replace it" in client.bad("casefold_v2")
+    brought = dataset._replace(tokenizer_sha256=sha256_file(model))
+    settle_tokenizer(brought, client.out)
+    assert (folder / "tokenizer.model").read_bytes() == b"another"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
