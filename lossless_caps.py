@@ -26,6 +26,7 @@ import numpy as np
 TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 # By version, in the order in which a tokenizer reserves them.
 OPERATORS = {1: (TITLE, ALLCAPS, CAPNEXT, ESC), 3: (TITLE, ALLCAPS, CAPNEXT, ESC, LOWER)}
+NAMES = {TITLE: "TITLE", ALLCAPS: "ALLCAPS", CAPNEXT: "CAPNEXT", ESC: "ESC", LOWER: "LOWER"}
 
 
 class CaseOpsError(ValueError):
@@ -55,21 +56,21 @@ LETTER = 1
 CASE = UNIT.type(ord("a") ^ ord("A"))
 
 
-def _kinds(**characters: str) -> np.ndarray:
-    """The kind of each of the 65,536 units: the characters of each named kind, OTHER for the rest; uint8."""
+def _kinds(members: dict[int, str]) -> np.ndarray:
+    """The kind of each of the 65,536 units, uint8: the keys of `members` for their characters, OTHER for the rest."""
     kinds = np.full(1 << 16, OTHER, dtype=np.uint8)
-    for name, members in characters.items():
-        kinds[[ord(member) for member in members]] = globals()[name]
+    for kind, characters in members.items():
+        kinds[[ord(character) for character in characters]] = kind
     return kinds
 
 
-_LETTERS = {"SMALL": "abcdefghijklmnopqrstuvwxyz", "CAPITAL": "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
-_SENTENCE = {"BLANK": " ", "CLOSER": "\"')]\u201d\u2019", "SENTENCE_END": ".!?", "NEWLINE": "\n"}
-_OPERATORS = {"TITLED": TITLE, "SHOUTED": ALLCAPS, "NEXT": CAPNEXT, "ESCAPE": ESC}
-ENCODE_KINDS = {1: _kinds(**_LETTERS), 3: _kinds(**_LETTERS, **_SENTENCE)}
+_LETTERS = {SMALL: "abcdefghijklmnopqrstuvwxyz", CAPITAL: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+_SENTENCES = {BLANK: " ", CLOSER: "\"')]\u201d\u2019", SENTENCE_END: ".!?", NEWLINE: "\n"}
+_OPERATORS = {TITLED: TITLE, SHOUTED: ALLCAPS, NEXT: CAPNEXT, ESCAPE: ESC}
+ENCODE_KINDS = {1: _kinds(_LETTERS), 3: _kinds(_LETTERS | _SENTENCES)}
 DECODE_KINDS = {
-    1: _kinds(SMALL="".join(_LETTERS.values()), **_OPERATORS),
-    3: _kinds(**_LETTERS, **_SENTENCE, **_OPERATORS, LOWERED=LOWER),
+    1: _kinds({SMALL: "".join(_LETTERS.values())} | _OPERATORS),
+    3: _kinds(_LETTERS | _SENTENCES | _OPERATORS | {LOWERED: LOWER}),
 }
 # The operator of a capital, by the kind of the unit before it.
 SIGN = np.where(np.arange(256) & LETTER, ord(CAPNEXT), ord(TITLE)).astype(UNIT)
@@ -130,7 +131,7 @@ def _words_after(kinds: np.ndarray, marks: np.ndarray, newline: np.ndarray) -> t
 
 
 def encode_caseops(text: str, version: int = 1) -> str:
-    """The CaseOps encoding of `text`, any string without lone surrogates; `decode_caseops` gives `text` back."""
+    """The CaseOps encoding of any `text`, which `decode_caseops` gives back; UnicodeEncodeError on a lone surrogate."""
     encode = _encode_v1 if _version(version) == 1 else _encode_v3
     if not text.isascii():
         text = text.replace(ESC, ESC + ESC)
@@ -235,9 +236,9 @@ def _decode_v1(block: str) -> str:
     if len(lone) or len(inside) or len(last):
         raise _fault(
             units,
-            (lone, "operator that no ASCII letter follows"),
-            (inside, "operator of a whole word inside a word"),
-            (last, "ESC that nothing follows"),
+            (lone, "is not followed by an ASCII letter"),
+            (inside, "stands inside a word"),
+            (last, "ends the text"),
         )
     escaped = found[escape] + 1
     literal = units[escaped]
@@ -293,16 +294,16 @@ def _decode_v3(block: str) -> str:
     ):
         raise _fault(
             units,
-            (found[kind == CAPITAL], "capital letter"),
-            (useless, "ESC that no operator follows"),
-            (at[~worded], "operator that no word follows"),
-            (at[~apart], "operator between a word and what leads it"),
-            (at[~allowed & titled], "TITLE where a capital is expected anyway"),
-            (at[~allowed & ~titled], "LOWER where no capital is expected"),
-            (nexts[~inner], "CAPNEXT that is not between two lower-case letters"),
-            (under, "CAPNEXT under ALLCAPS"),
-            (single, "ALLCAPS on one letter"),
-            (spelled, "word of capitals without ALLCAPS"),
+            (found[kind == CAPITAL], "is a capital letter"),
+            (useless, "is not followed by an operator"),
+            (at[~worded], "is not followed by a word"),
+            (at[~apart], "stands between a word and the letter or space before it"),
+            (at[~allowed & titled], "stands where a capital is expected anyway"),
+            (at[~allowed & ~titled], "stands where no capital is expected"),
+            (nexts[~inner], "is not between a letter and a lower-case letter"),
+            (under, "stands in an ALLCAPS word"),
+            (single, "leads a word of one letter"),
+            (spelled, "begins a word of capitals that has no ALLCAPS"),
         )
     capitals = np.concatenate([first, nexts + 1])
     if len(shouted):
@@ -357,10 +358,11 @@ def _without(units: np.ndarray, places: np.ndarray) -> str:
 
 
 def _fault(units: np.ndarray, *faults: tuple[np.ndarray, str]) -> CaseOpsError:
-    """The error at the first of all the places in `faults`, which are indices into the block `units`."""
+    """The error at the first of all the places in `faults`: (indices into the block `units`, what is wrong there)."""
     found = [(int(places.min()), reason) for places, reason in faults if len(places)]
     place, reason = min(found, key=lambda fault: fault[0])
-    return CaseOpsError(len(str(units[1:place], CODEC)), reason)
+    character = chr(units[place])
+    return CaseOpsError(len(str(units[1:place], CODEC)), f"{NAMES.get(character, ascii(character))} {reason}")
 
 
 # === BYTES ===
@@ -376,7 +378,8 @@ class _Worth(dict):
         worth = -1 if ESC in piece else len(piece.translate(self.operators).encode())
         if len(self) >= 1 << 16:
             self.clear()
-        self[piece] = worth
+        if len(piece) <= 64:
+            self[piece] = worth
         return worth
 
 
@@ -390,12 +393,12 @@ def original_byte_counts(pieces: Sequence[str], version: int = 1) -> list[int]:
     on the token after it. An operator is worth 0, an escaped one its 3 bytes, anything else its own length.
     """
     worth = _WORTH[_version(version)]
-    counts = [worth[piece] for piece in pieces]
+    counts = list(map(worth.__getitem__, pieces))
     if -1 not in counts:
         return counts
     escaped = False
     for index, piece in enumerate(pieces):
-        if counts[index] >= 0 and not (escaped and piece):
+        if counts[index] >= 0 and not escaped:
             continue
         total = 0
         for character in piece:
@@ -406,7 +409,7 @@ def original_byte_counts(pieces: Sequence[str], version: int = 1) -> list[int]:
                 escaped = character == ESC
         counts[index] = total
     if escaped:
-        raise CaseOpsError(sum(map(len, pieces)) - 1, "ESC that nothing follows")
+        raise CaseOpsError(sum(map(len, pieces)) - 1, "ESC ends the document")
     return counts
 
 
