@@ -29,12 +29,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -207,14 +209,24 @@ def read_documents(source: Source) -> list[str]:
 
 # --- choosing documents ----------------------------------------------------------------------------------------------
 
+def _start_worker() -> None:
+    # Syntax trees are many objects without cycles: collecting garbage while building them doubles the time.
+    gc.disable()
+    # Ctrl-C reaches the whole process group; a worker that dies of it while holding the queue's lock hangs the rest.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def collect(sources: Sequence[Source]) -> list[str]:
     """All documents of `sources` once each, in order of the sha256 of their text."""
     largest_first = sorted(sources, key=lambda source: -source.size)
     workers = min(os.cpu_count() or 1, 8) if len(sources) > 500 else 1
     if workers > 1:
-        # Syntax trees are many objects without cycles: collecting garbage while building them doubles the time.
-        with ProcessPoolExecutor(workers, initializer=gc.disable) as pool:
-            found = list(pool.map(read_documents, largest_first, chunksize=16))
+        with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
+            try:
+                found = list(pool.map(read_documents, largest_first, chunksize=16))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     else:
         found = [read_documents(source) for source in largest_first]
     unique: dict[bytes, str] = {}
@@ -471,7 +483,7 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
 
 
 def main() -> int:
-    """Command line: 0 if the dataset is there, 2 after a one-line error."""
+    """Command line: 0 if the dataset is there, 2 after a one-line error, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Build the embedded corpus from the installed Python packages.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="folder to make")
     parser.add_argument("--vocab-size", type=int, choices=(1024, 2048), default=1024, help="tokenizer vocabulary")
@@ -485,6 +497,12 @@ def main() -> int:
         print(f"error: cannot write {arguments.out}: {error.strerror or error}; choose a writable folder with --out",
               file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("error: a worker was killed, probably for want of memory; free some and run this again", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was changed", file=sys.stderr)
+        return 130
     return 0
 
 
