@@ -116,6 +116,7 @@ class Config:
     loader: Literal["packed", "shuffled"] = knob(
         "packed", "packed: whole documents, attention confined to each; shuffled: windows that ignore documents")
     train_batch_tokens: int = knob(786_432, "tokens per optimiser step over all ranks, in 8 micro-batches", positive)
+    micro_batch_tokens: int = knob(98_304, "most tokens per forward; smaller micro-batches are joined", positive)
     train_seq_len: int = knob(2048, "tokens per window, and the longest document segment when packed", positive)
 
     _model = Section("Model", "training")
@@ -329,6 +330,7 @@ if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     if CONFIG is None:
         raise SystemExit(0)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while idle starve a busy machine 20-fold
 
 import numpy as np
 import torch
@@ -449,9 +451,11 @@ class Run:
         return time.monotonic()
 
     def close(self) -> None:
-        """Release the process group, so that torchrun ends quietly."""
+        """Release the process group, the log files and the lock of the run folder."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        for file in filter(None, (self.sink, self.metrics, self.lock)):
+            file.close()
 
 
 class Progress:
@@ -683,8 +687,8 @@ class ShuffledLoader:
     """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants).
 
     Stream s draws from the files s, s+8, ... (fewer than 8 files: from its share of one). Each epoch has its own phase
-    per file and one permutation of all its windows, both from PCG64 seeded by (stream, epoch): any batch can be had
-    without drawing the ones before it, so a resumed run goes on with the same data. Independent of SEED.
+    per file and its own permutation of a stream's windows, seeded by their numbers alone: any batch can be had without
+    drawing the ones before it, so a resumed run goes on with the same data. Independent of SEED.
     """
 
     def __init__(self, config: Config, data: Dataset):
@@ -699,16 +703,15 @@ class ShuffledLoader:
         """(windows, 2): file index and first token of each window, in the order they are used."""
         if (stream, epoch) not in self.plans:
             self.plans = {key: plan for key, plan in self.plans.items() if key[0] != stream or key[1] >= epoch - 1}
-            random = np.random.Generator(np.random.PCG64([stream, epoch]))
-            shards, spread = len(self.data.train), max(1, -(-STREAMS // len(self.data.train)))
-            parts = []
+            generator = lambda *seed: np.random.Generator(np.random.PCG64(seed))
+            shards, parts = len(self.data.train), []
             for file in range(stream % shards, shards, STREAMS):
                 windows = (len(self.data.train[file]) - self.length) // self.length  # the same in every epoch
-                phase = int(random.integers(self.length)) if windows > 0 else 0
-                mine = np.arange(stream // shards if spread > 1 else 0, max(windows, 0), spread)
+                phase = generator(epoch, file).integers(self.length)
+                mine = np.arange(stream // shards, max(windows, 0), max(1, len(range(file, STREAMS, shards))))
                 parts.append(np.stack([np.full(len(mine), file), phase + mine * self.length], 1))
             windows = np.concatenate(parts)
-            self.plans[stream, epoch] = windows[random.permutation(len(windows))]
+            self.plans[stream, epoch] = windows[generator(epoch, stream, 1).permutation(len(windows))]
         return self.plans[stream, epoch]
 
     def get(self, step: int, stream: int) -> Batch:
@@ -753,6 +756,20 @@ class PackedLoader:
 LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
 
 
+def join(batches: list[Batch]) -> Batch:
+    """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
+    if len(batches) == 1:
+        return batches[0]
+    if batches[0].starts is None:
+        return Batch(torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches]))
+    size = batches[0].inputs.size(1)
+    starts = torch.cat([torch.unique(b.starts)[:-1] + i * size for i, b in enumerate(batches)])
+    padded = torch.full((-(-(len(starts) + 1) // 64) * 64,), size * len(batches), dtype=torch.int32)
+    padded[:len(starts)] = starts
+    return Batch(*(torch.cat(side, 1) for side in zip(*((b.inputs, b.targets) for b in batches), strict=True)), padded,
+                 batches[0].longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
 
@@ -768,9 +785,12 @@ class Feed:
         return [to_device(batch, self.run) for batch in ready.result()]
 
     def load(self, step: int) -> list[Batch]:
-        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        """The micro-batches of `step` in host memory."""
+        c, batches = self.run.config, [self.loader.get(step, stream) for stream in self.run.streams]
+        group = max(1, c.micro_batch_tokens * STREAMS // c.train_batch_tokens)
+        group = max(n for n in range(1, len(batches) + 1) if len(batches) % n == 0 and n <= group)  # equal parts
         pin = lambda t: t.pin_memory() if isinstance(t, Tensor) and self.run.is_cuda else t
-        return [Batch(*map(pin, batch)) for batch in batches]
+        return [Batch(*map(pin, join(batches[i:i + group]))) for i in range(0, len(batches), group)]
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
@@ -850,10 +870,10 @@ def softcapped_ce_backward_kernel(logits, targets, normalizers, upstream, gradie
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < columns
     raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    tanh = 2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0
-    probability = tl.exp(cap * tanh - tl.load(normalizers + row))
+    rising, falling = tl.sigmoid(2.0 * raw / cap), tl.sigmoid(-2.0 * raw / cap)
+    probability = tl.exp(cap * (2.0 * rising - 1.0) - tl.load(normalizers + row))
     hit = (column == tl.load(targets + row)).to(tl.float32)
-    slope = tl.load(upstream + row) * (probability - hit) * (1.0 - tanh * tanh)
+    slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)  # 1 - tanh^2, exact when saturated
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
 
@@ -888,14 +908,14 @@ def _(logits, targets, normalizers, upstream, cap):
     return torch.empty_like(logits)
 
 
-def _softcapped_ce_save(context, inputs, output):
-    context.save_for_backward(inputs[0], inputs[1], output[1])
-    context.cap = inputs[2]
+def _softcapped_ce_save(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+    ctx.cap = inputs[2]
 
 
-def _softcapped_ce_gradient(context, upstream, _):
-    logits, targets, normalizers = context.saved_tensors
-    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), context.cap), None, None
+def _softcapped_ce_gradient(ctx, upstream, _):
+    logits, targets, normalizers = ctx.saved_tensors
+    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
 
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
@@ -1084,7 +1104,8 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight))
         length = max(config.train_seq_len, config.eval_seq_len)
         if config.loader == "packed":
-            length = max(length, config.train_batch_tokens // STREAMS, evaluation_rows(config) * config.eval_seq_len)
+            micro = max(config.micro_batch_tokens, config.train_batch_tokens // STREAMS)
+            length = max(length, micro, evaluation_rows(config) * config.eval_seq_len)
         frequency = config.rope_base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
         angle = torch.outer(torch.arange(length), frequency)[:, None]  # (T, 1, ROPE_DIMS/2), fp32: rounding costs phase
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -1581,7 +1602,7 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
     tensors = {}
     for name, shape, is_matrix in manifest["tensors"]:
         empty = Quantized(torch.empty(0), torch.empty(0) if is_matrix else None)
-        shapes = [("int8" if is_matrix else "float16", tuple(shape)), ("float16", (shape[0],))]
+        shapes = [("int8" if is_matrix else "float16", tuple(shape)), ("float16", tuple(shape[:1]))]
         tensors[name] = Quantized(*(take(stream, *what) for (stream, _), what in
                                     zip(streams_of(name, empty), shapes, strict=False)))
     return manifest, tensors, hashlib.sha256(data).hexdigest()
@@ -1868,10 +1889,10 @@ def train(run: Run, data: Dataset) -> None:
     seconds = before + run.now() - start
     if writing:
         writing.result()
-    peak = (torch.cuda.max_memory_allocated() >> 10) if run.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kib = torch.cuda.max_memory_allocated() >> 10 if run.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     facts = {"steps": step, "train_seconds": seconds, "step_ms": 1000 * seconds / max(step, 1),
-             "tokens_per_second": step * c.train_batch_tokens / seconds, "peak_memory_mib": peak >> 10}
-    run.log(f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {peak >> 10} MiB, "
+             "tokens_per_second": step * c.train_batch_tokens / seconds, "peak_memory_mib": kib >> 10}
+    run.log(f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {kib >> 10} MiB, "
             f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}")
     content = {**identity, "complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
                "average": to_cpu(average.weights)}

@@ -369,7 +369,6 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
     sentences = (document for document in corpus.training if len(document.encode()) <= MAX_SENTENCE_BYTES)
     model = train_tokenizer(_prefix(sentences, TOKENIZER_BYTES), folder / "tokenizer", vocab_size)
     (folder / "tokenizer.vocab").unlink()
-    _forget_place(model)
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     stage(f"tokenizer of {tokenizer.vocab_size():,} pieces trained on the training part")
 
@@ -408,15 +407,6 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
     }
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _forget_place(model: Path) -> None:
-    """Take the folder out of the model file: SentencePiece stores it, and equal models must have equal hashes."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
-    proto.trainer_spec.model_prefix = model.stem
-    model.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:

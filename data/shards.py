@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,13 +55,9 @@ def read_shard(path: Path) -> np.ndarray:
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in blocks."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -73,11 +70,14 @@ def train_tokenizer(texts: Iterable[str], prefix: Path, vocab_size: int, operato
     """
     import sentencepiece
 
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # a file written by SentencePiece itself would hold its own path, and differ between folders
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(stripped for text in texts if (stripped := text.replace("\0", " ").strip())),
-        model_prefix=str(prefix), model_type="bpe", vocab_size=vocab_size, character_coverage=0.999,
+        model_writer=model, model_type="bpe", vocab_size=vocab_size, character_coverage=0.999,
         byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
         pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, hard_vocab_limit=False,
         user_defined_symbols=list(operators), minloglevel=1)
-    return prefix.with_name(prefix.name + ".model")
+    path = prefix.with_name(prefix.name + ".model")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return path

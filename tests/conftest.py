@@ -1,0 +1,88 @@
+"""What the tests share: a small dataset with a tokenizer of its own, tiny settings, and ways to start the trainer."""
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded: kernels run on the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as t
+from data.shards import BOS, train_tokenizer, write_shard
+
+TINY = {
+    "LOADER": "shuffled", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "512", "NUM_LAYERS": "4", "MODEL_DIM": "32",
+    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4", "XSA_LAST_N": "4", "NUM_LOOPS": "1", "LOOP_START": "1",
+    "LOOP_END": "2", "PARALLEL_START_LAYER": "3", "SCHEDULE": "steps", "ITERATIONS": "8", "WARMUP_STEPS": "1",
+    "CHECKPOINT_EVERY": "3", "GPTQ_CALIBRATION_BATCHES": "4", "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "8",
+    "VAL_BATCH_TOKENS": "16384", "COMPUTE_DTYPE": "float32", "MUON_MOMENTUM_WARMUP_STEPS": "10", "EMA_DECAY": "0.5",
+}
+WORDS = ("the a model of language that reads and writes one token after another while loss falls with every step we take "
+         "in space Time 42 kernel matrix bank shard byte café naïve").split()
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """`count` documents of 5 to 60 random words."""
+    source = random.Random(seed)
+    return [" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A folder with two training shards, one validation shard and a tokenizer of 320 entries."""
+    import sentencepiece
+    folder = tmp_path_factory.mktemp("dataset")
+    train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for name, count, seed in (("train_000000", 300, 1), ("train_000001", 300, 2), ("val_000000", 30, 3)):
+        ids = [i for text in sentences(count, seed) for i in [BOS, *pieces.encode(text)]]
+        write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
+    return folder
+
+
+@pytest.fixture
+def settings(dataset: Path, tmp_path: Path) -> dict[str, str]:
+    """Environment variables of a run that takes seconds."""
+    return TINY | {"DATASETS_DIR": str(dataset), "VOCAB_SIZE": str(vocabulary(dataset)), "OUT_DIR": str(tmp_path / "runs")}
+
+
+@pytest.fixture
+def config(settings: dict[str, str]) -> t.Config:
+    """The same as a Config."""
+    return t.Config.from_env(settings)
+
+
+def vocabulary(folder: Path) -> int:
+    """Entries of the tokenizer in a dataset folder."""
+    import sentencepiece
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+
+
+def replace(config: t.Config, **changes) -> t.Config:
+    """`config` with some settings changed (and checked)."""
+    return dataclasses.replace(config, **changes)
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process: this one's, without settings of the program, plus `settings`."""
+    known = {f.name.upper() for f in dataclasses.fields(t.Config)}
+    return {name: value for name, value in os.environ.items() if name not in known} | settings
+
+
+def launch(settings: dict[str, str], processes: int = 1, script: Path = ROOT / "train_gpt.py",
+           cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run the trainer to its end in `processes` processes."""
+    start = [sys.executable] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*start, str(script)], env=environment(settings), cwd=cwd, capture_output=True, text=True,
+                          timeout=240, check=False)

@@ -1,0 +1,120 @@
+"""The container on disk and the packed script."""
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from conftest import ROOT, environment, launch, replace
+
+
+def tensors(seed=0):
+    """Something like the contents of an artifact."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = lambda r, c: t.Quantized(torch.randint(-31, 32, (r, c), generator=generator, dtype=torch.int8),
+                                      torch.rand(r, generator=generator).half())
+    return {"tok_emb.weight": matrix(40, 16), "blocks.0.attn.c_q.weight": matrix(16, 16),
+            "blocks.1.attn.c_q.weight": matrix(16, 16), "blocks.10.mlp.fc.weight": matrix(64, 16),
+            "q_gain": t.Quantized(torch.randn(2, 4, generator=generator).half()),
+            "scalar": t.Quantized(torch.tensor(1.5).half())}
+
+
+def equal(a, b):
+    """Whether two sets of tensors are the same in names, order, dtypes and every value."""
+    return list(a) == list(b) and all(
+        x.values.dtype == y.values.dtype and torch.equal(x.values, y.values)
+        and (x.scales is y.scales is None or torch.equal(x.scales, y.scales)) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_an_artifact_comes_back_bit_for_bit(tmp_path, compressor):
+    path = tmp_path / "a.ptz"
+    config = t.Config(compressor=compressor)
+    path.write_bytes(t.encode_artifact(config, tensors(), looped=True))
+    manifest, again, digest = t.decode_artifact(path)
+    assert equal(tensors(), again) and len(digest) == 64
+    assert manifest["looped"] is True and manifest["model"] == config.section("Model")
+    assert t.encode_artifact(config, again, looped=True) == path.read_bytes()
+    assert b"pickle" not in path.read_bytes() and b"PK\x03\x04" not in path.read_bytes()
+
+
+def test_every_flipped_byte_and_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "a.ptz"
+    data = t.encode_artifact(t.Config(), tensors(), looped=False)
+    source = random.Random(0)
+    for place in {*range(t.ARTIFACT_HEADER.size + 8), *source.sample(range(len(data)), 300)}:
+        changed = bytearray(data)
+        changed[place] ^= 1 << source.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(t.Stop, match=r"a.ptz: .*STAGE=quantize"):
+            t.decode_artifact(path)
+    for size in {0, 1, 8, t.ARTIFACT_HEADER.size, *source.sample(range(len(data)), 100)}:
+        path.write_bytes(data[:size])
+        with pytest.raises(t.Stop, match=r"a.ptz: .*STAGE=quantize"):
+            t.decode_artifact(path)
+    path.write_bytes(data + b"x")
+    with pytest.raises(t.Stop, match="truncated or damaged"):
+        t.decode_artifact(path)
+    with pytest.raises(t.Stop, match="missing.ptz: cannot be read"):
+        t.decode_artifact(tmp_path / "missing.ptz")
+
+
+def test_values_that_do_not_fit_fp16_are_not_packed():
+    bad = tensors() | {"q_gain": t.Quantized(torch.tensor([1e9]).half())}
+    with pytest.raises(t.Stop, match="q_gain: a value does not fit"):
+        t.encode_artifact(t.Config(), bad, looped=False)
+
+
+def test_what_is_written_is_read_back_and_compared(config, tmp_path, monkeypatch):
+    run = t.Run(config)
+    run.folder = tmp_path
+    size, digest = t.seal_artifact(run, tensors(), looped=False)
+    assert size == (tmp_path / "final_model.ptz").stat().st_size
+    assert equal(t.decode_artifact(tmp_path / "final_model.ptz")[1], tensors())
+    monkeypatch.setattr(t, "decode_artifact", lambda path: ({}, tensors(seed=1), digest))
+    with pytest.raises(t.Stop, match="reads back differently"):
+        t.seal_artifact(run, tensors(), looped=False)
+
+
+def test_bytes_are_split_and_joined_for_any_shape():
+    for shape in ((), (1,), (3, 5), (0,), (2, 1, 7)):
+        for dtype in ("float16", "int8"):
+            x = torch.from_numpy(np.random.default_rng(0).integers(-99, 99, shape).astype(dtype))
+            assert torch.equal(t.join_bytes(t.split_bytes(x), dtype, shape), x)
+
+
+def test_the_packed_script_is_small_and_packing_it_again_changes_nothing():
+    source = (ROOT / "train_gpt.py").read_text()
+    packed, how = t.pack_source(source)
+    assert how == "minified" and len(packed.encode()) < 0.45 * len(source.encode())
+    assert t.pack_source(packed) == (packed, "already packed")
+
+
+def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
+    """From an empty folder, in a process of its own, through every stage, the fused kernel in Triton's interpreter."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "train_gpt.py").write_text(t.pack_source((ROOT / "train_gpt.py").read_text())[0])
+    short = settings | {"ITERATIONS": "2", "TRAIN_BATCH_TOKENS": "256", "WARMUP_STEPS": "0", "EVAL_PREQUANT": "0",
+                        "SLIDING_WINDOW_ENABLED": "0", "VAL_BATCH_TOKENS": "2048"}
+    variables = environment(short | {"KERNELS": "triton", "TRITON_INTERPRET": "1", "RUN_ID": "packed"})
+    variables.pop("PYTHONPATH", None)
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=empty, env=variables, capture_output=True, text=True,
+                          check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "kernels: triton (interpreted)" in done.stdout and "code already packed" in done.stdout
+    loss = float(done.stdout.split("final val_loss:")[1].split()[0])
+    # The same run with the reference instead of the kernel ends at the same loss.
+    other = launch(short | {"RUN_ID": "plain", "KERNELS": "reference"})
+    assert float(other.stdout.split("final val_loss:")[1].split()[0]) == pytest.approx(loss, rel=1e-4)
+
+
+def test_kernels_that_cannot_run_are_refused(config, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(t.Stop, match="KERNELS=triton: there is no GPU"):
+        t.pick_kernels(replace(config, kernels="triton"), t.Run(config))
