@@ -1,0 +1,744 @@
+#!/usr/bin/env python3
+"""Prove a dataset: shards, manifest, tokens, bytes of every document, and no validation text among the training data.
+
+    python verify_bytes.py data/datasets/mine                                # what the dataset alone can prove
+    python verify_bytes.py data/datasets/mine --documents corpus.jsonl.zst   # everything, against the raw documents
+
+Exit code 0: all that could be checked is right (what could not is listed); 1: refuted, with the first counter-example;
+2: the command cannot be carried out.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from data.documents import (
+    OPENING_TOKENS,
+    Batch,
+    DataError,
+    Position,
+    batches,
+    expand,
+    text_hash,
+    texts_of,
+    token_hash,
+)
+from data.fast_tokenizer import FastTokenizer
+from data.prepare import FORMAT, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
+from data.shards import BOS, ShardError, read_shard, sha256_file
+from data.sidecar import encode_with_bytes, table_bytes
+from data.workers import run_in_order
+from lossless_caps import TRANSFORMS
+
+ESCAPE = "\ue004"
+BLOCK = 1 << 20
+CHUNK_TOKENS = 1 << 20
+# More places than this share a passage only if it is a repetition in itself (a line of dashes).
+MOST_PLACES = 1000
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Published constants of a validation set: documents, tokens (with BOS), bytes credited; pairs are ranges."""
+
+    transform: str
+    documents: int
+    tokens: tuple[int, int]
+    credited: tuple[int, int]
+
+
+# Of CaseOps v1 it is not known whether 47,853,343 tokens are all or all scored ones, nor the bytes to the last one.
+CANONICAL = {
+    "sp8192": Canonical("none", 50_000, (40_540_803, 40_540_803), (151_080_000, 151_081_500)),
+    "caseops_v1": Canonical("caseops_v1", 50_000, (47_853_343, 47_853_344), (151_080_000, 151_081_500)),
+}
+FOLDERS = {"fineweb10B_sp8192": "sp8192",
+           "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": "caseops_v1"}
+
+
+class Refuted(Exception):
+    """A counter-example: the message says what is wrong and where."""
+
+
+# === WHAT THE WORKERS DO ===
+
+@dataclass(frozen=True)
+class Scan:
+    """A shard to look through, and the tokens that follow it in the next one (a passage may straddle)."""
+
+    path: Path
+    following: np.ndarray
+    sha256: str | None
+    validation: bool
+
+
+@dataclass
+class Scanned:
+    """What is in one shard: counts, the documents that lie wholly inside, and the fragments at both ends."""
+
+    tokens: int
+    documents: int
+    largest: int
+    problem: str
+    hashes: list[bytes]
+    openings: list[bytes]
+    head: np.ndarray  # tokens before the first BOS
+    tail: np.ndarray  # tokens from the last BOS on
+    matches: list[tuple[int, int]]  # (passage, position of its first token in the shard)
+
+
+@dataclass
+class Passages:
+    """Runs of OPENING_TOKENS tokens of validation documents, and a filter that tells most other text apart fast."""
+
+    tokens: np.ndarray    # (P, OPENING_TOKENS) uint16, the opening and the middle of each document
+    hashes: np.ndarray    # (P,) uint64, sorted
+    order: np.ndarray     # (P,) passage of each sorted hash
+
+    FILTER_BITS = 23
+
+    @classmethod
+    def of(cls, tokens: np.ndarray) -> Passages:
+        """Passages for an array of token runs."""
+        hashes = window_hashes(tokens.ravel())[::OPENING_TOKENS] if len(tokens) else np.zeros(0, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        return cls(tokens, hashes[order], order)
+
+    def find(self, tokens: np.ndarray) -> list[tuple[int, int]]:
+        """(passage, position) wherever one occurs in `tokens`, compared token by token, MOST_PLACES of each at most."""
+        shift = np.uint64(64 - self.FILTER_BITS)
+        present = np.zeros(1 << self.FILTER_BITS, dtype=bool)
+        present[(self.hashes >> shift).astype(np.int64)] = True
+        found: list[tuple[int, int]] = []
+        places = np.zeros(len(self.tokens), dtype=np.int64)
+        for start in range(0, max(0, len(tokens) - OPENING_TOKENS + 1), BLOCK):
+            part = np.array(tokens[start:start + BLOCK + OPENING_TOKENS - 1])
+            hashes = window_hashes(part)
+            candidates = np.flatnonzero(present[(hashes >> shift).astype(np.int64)])
+            first = np.searchsorted(self.hashes, hashes[candidates], side="left")
+            last = np.searchsorted(self.hashes, hashes[candidates], side="right")
+            real = np.flatnonzero(first < last)
+            for position, low, high in zip(candidates[real].tolist(), first[real].tolist(), last[real].tolist(),
+                                           strict=True):
+                window = part[position:position + OPENING_TOKENS]
+                for passage in self.order[low:high].tolist():
+                    if places[passage] < MOST_PLACES and np.array_equal(window, self.tokens[passage]):
+                        places[passage] += 1
+                        found.append((passage, start + position))
+        return found
+
+
+@lru_cache(maxsize=1)
+def _token_codes() -> np.ndarray:
+    return np.random.default_rng(1017).integers(0, 1 << 64, 1 << 16, dtype=np.uint64)
+
+
+def window_hashes(tokens: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each run of OPENING_TOKENS tokens (uint64, one for each place where a whole run starts)."""
+    hashes = _token_codes()[tokens]
+    width, factor = 1, 0x9E3779B97F4A7C15
+    while width < OPENING_TOKENS:
+        hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
+        factor = factor * factor % (1 << 64)
+        width *= 2
+    return hashes
+
+
+@dataclass
+class ScanJob:
+    """Looks through one shard; for training shards also for passages of the validation documents."""
+
+    vocab_size: int
+    passages: Passages | None = None
+
+    def __call__(self, scan: Scan) -> Scanned:
+        problem = ""
+        if scan.sha256 is not None and sha256_file(scan.path) != scan.sha256:
+            problem = f"{scan.path.name}: sha256 differs from the manifest"
+        values = np.asarray(read_shard(scan.path))
+        starts = np.flatnonzero(values == BOS)
+        hashes, openings = [], []
+        for begin, end in zip((starts[:-1] + 1).tolist(), starts[1:].tolist(), strict=True):
+            hashes.append(token_hash(values[begin:end]))
+            openings.append(token_hash(values[begin:begin + OPENING_TOKENS]) if end - begin >= OPENING_TOKENS else b"")
+        largest = int(values.max()) if len(values) else 0
+        if largest >= self.vocab_size and not problem:
+            place = int(np.argmax(values >= self.vocab_size))
+            problem = (f"{scan.path.name}: token {place} is {int(values[place])}, but the tokenizer has "
+                       f"{self.vocab_size} entries")
+        matches = self.passages.find(np.concatenate([values, scan.following])) if self.passages is not None else []
+        head = np.array(values[:starts[0]] if len(starts) else values)
+        tail = np.array(values[starts[-1]:] if len(starts) else values[:0])
+        return Scanned(len(values), len(starts), largest, problem, hashes, openings, head, tail, matches)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Per document of a chunk: hashes of the decoded text and of its inverse transform, and the sidecar's bytes."""
+
+    texts: list[bytes]
+    inverses: list[bytes]
+    credited: list[int]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> FastTokenizer:
+    return FastTokenizer(Path(path))
+
+
+@dataclass
+class DecodeJob:
+    """Decodes whole documents: (tokens from a BOS to before the next document, sidecar or None)."""
+
+    tokenizer: str
+    transform: str
+
+    def __call__(self, chunk: tuple[np.ndarray, np.ndarray | None]) -> Decoded:
+        tokens, sidecar = chunk
+        processor, decode = _tokenizer(self.tokenizer).processor, TRANSFORMS[self.transform][1]
+        starts = np.flatnonzero(tokens == BOS)
+        documents = np.split(tokens, starts[1:])
+        texts = processor.decode([document[1:].tolist() for document in documents])
+        inverses = []
+        for text in texts:
+            try:
+                inverses.append(text_hash(decode(text)) if decode is not None else b"")
+            except ValueError:
+                inverses.append(b"")
+        credited = np.add.reduceat(sidecar.astype(np.int64), starts).tolist() if sidecar is not None else []
+        return Decoded([text_hash(text) for text in texts], inverses, credited)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one raw document must look like in the dataset; `known` says that training leaves it out."""
+
+    raw: bytes
+    normalised: bytes
+    code: bytes
+    length: int
+    credited: int
+    known: bool
+    excerpt: str
+
+
+@dataclass
+class SourceJob:
+    """Works out from raw documents what the dataset must hold, with SentencePiece's own normaliser."""
+
+    tokenizer: str
+    transform: str
+    key: str
+    sidecar: bool
+    texts: set[bytes] = field(default_factory=set)
+    tokens: set[bytes] = field(default_factory=set)
+    openings: set[bytes] = field(default_factory=set)
+
+    def __call__(self, batch: Batch) -> list[Source]:
+        tokenizer = _tokenizer(self.tokenizer)
+        processor, encode = tokenizer.processor, TRANSFORMS[self.transform][0]
+        texts = texts_of(batch, self.key)
+        codes = [encode(text) for text in texts]
+        lengths = np.zeros(len(texts), np.int64)
+        ids = np.zeros(0, np.uint16)
+        if self.openings or self.tokens:
+            ids, lengths = tokenizer.encode_batch(codes)
+        ends = np.cumsum(lengths)
+        sources = []
+        for index, (text, code) in enumerate(zip(texts, codes, strict=True)):
+            own = ids[ends[index] - lengths[index]:ends[index]]
+            raw = text_hash(text)
+            known = raw in self.texts or (len(ids) and token_hash(own) in self.tokens) or (
+                len(own) >= OPENING_TOKENS and token_hash(own[:OPENING_TOKENS]) in self.openings)
+            length = len(text.encode())
+            credited = length - encode_with_bytes(processor, self.transform, text)[2] if self.sidecar else 0
+            sources.append(Source(raw, text_hash(_plain(processor, text)), text_hash(_plain(processor, code)), length,
+                                  credited, bool(known), text[:60]))
+        return sources
+
+
+def _plain(processor, text: str) -> str:
+    return processor.normalize(text).replace("\u2581", " ")
+
+
+# === THE PROOF ===
+
+class Proof:
+    """All checks of one dataset folder; `report` is filled as they go and is printable at any moment."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace):
+        self.folder, self.options = folder, options
+        self.report: dict = {"dataset": folder.name, "verdict": "refuted", "first_counterexample": None, "proved": [],
+                             "not_proved": [], "counts": {}}
+        files = lambda pattern: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
+        self.files = {"train": files(TRAIN), "val": files(VAL), "sidecar": files(SIDECAR)}
+
+    def proved(self, text: str) -> None:
+        """Note a fact that was checked."""
+        self.report["proved"].append(text)
+
+    def not_proved(self, text: str) -> None:
+        """Note what could not be checked, and why."""
+        self.report["not_proved"].append(text)
+
+    def run(self) -> None:
+        """All checks in order; Refuted or ShardError at the first that fails."""
+        self._manifest()
+        self._shards()
+        self._tokenizer()
+        self._scan_validation()
+        self._sidecar()
+        self._scan_training()
+        self._canonical()
+        self._documents()
+        self.report["verdict"] = "proved"
+
+    def _manifest(self) -> None:
+        path = self.folder / MANIFEST
+        self.manifest: dict = {}
+        if not path.exists():
+            self.not_proved("hashes, counts and origin of the files: there is no manifest.json")
+            return
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+                raise ValueError("not a JSON object with an object of files")
+        except (OSError, ValueError, RecursionError) as error:
+            raise Refuted(f"manifest.json: cannot be read ({error})") from None
+        if manifest.get("format") != FORMAT:
+            self.not_proved("hashes and counts: manifest.json is of another format, so nothing in it is relied on")
+            return
+        if manifest.get("checksum") != checksum(manifest):
+            raise Refuted("manifest.json: was changed after it was written (its checksum does not match)")
+        listed = manifest["files"]
+        for name, facts in listed.items():
+            file = self.folder / name
+            if not file.is_file():
+                raise Refuted(f"{name}: in the manifest, but missing")
+            if file.stat().st_size != facts["size"]:
+                raise Refuted(f"{name}: {file.stat().st_size} bytes, the manifest says {facts['size']}")
+        for paths in self.files.values():
+            for file in paths:
+                if file.name not in listed:
+                    raise Refuted(f"{file.name}: not in the manifest")
+        for name in listed:
+            if not name.endswith(".bin") and sha256_file(self.folder / name) != listed[name]["sha256"]:
+                raise Refuted(f"{name}: sha256 differs from the manifest")
+        self.manifest = manifest
+        self.report["manifest_sha256"] = sha256_file(path)
+
+    def _shards(self) -> None:
+        self.values = {}
+        for kind, paths in self.files.items():
+            numbers = [int(path.stem[-6:]) for path in paths]
+            if numbers != list(range(len(numbers))):
+                missing = next(number for number in range(len(numbers)) if number != numbers[number])
+                raise Refuted(f"{kind} shards: number {missing} is missing, but {paths[-1].name} is there")
+            self.values[kind] = [read_shard(path) for path in paths]
+            for path, values in zip(paths, self.values[kind], strict=True):
+                facts = self.manifest.get("files", {}).get(path.name)
+                if facts is not None and facts["tokens"] != len(values):
+                    raise Refuted(f"{path.name}: {len(values)} values, the manifest says {facts['tokens']}")
+        if not self.files["val"]:
+            raise Refuted("there is no validation shard")
+        self.counts = {kind: sum(map(len, values)) for kind, values in self.values.items()}
+        self.proved(f"headers and sizes of {sum(map(len, self.files.values()))} shard files")
+
+    def _tokenizer(self) -> None:
+        path = self.options.tokenizer or self.folder / TOKENIZER
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; give --tokenizer, the dataset's SentencePiece model")
+        try:
+            self.tokenizer = FastTokenizer(path)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        self.tokenizer_path, self.processor = path, self.tokenizer.processor
+        expected = self.manifest.get("tokenizer", {}).get("sha256")
+        if expected is not None and sha256_file(path) != expected:
+            raise Refuted(f"{path.name}: sha256 differs from the tokenizer of the manifest")
+        symbols = {self.processor.id_to_piece(token): token for token in range(4, min(64, self.processor.vocab_size()))}
+        self.operators = {symbols[operator] for operator in TRANSFORMS["caseops_v3"][2] if operator in symbols}
+        self.escape = symbols.get(ESCAPE, -1)
+        claimed = self.options.transform or self.manifest.get("transform")
+        if claimed is None:
+            claimed = "caseops_v3" if len(self.operators) == 5 else "caseops_v1" if self.operators else "none"
+            self.not_proved(f"the transform: nothing names it; the tokenizer's symbols suggest {claimed}")
+        if claimed not in TRANSFORMS:
+            raise Refuted(f"manifest.json: unknown transform {claimed!r}")
+        self.transform = claimed
+        if self.operators and not self.files["sidecar"]:
+            raise Refuted("the tokenizer has operators worth no bytes, but there is no byte sidecar: "
+                          "no score would be right")
+
+    def _scans(self, kind: str) -> Iterator[Scan]:
+        for index, path in enumerate(self.files[kind]):
+            after = self.values[kind][index + 1] if index + 1 < len(self.files[kind]) else np.zeros(0, np.uint16)
+            facts = self.manifest.get("files", {}).get(path.name)
+            yield Scan(path, np.array(after[:OPENING_TOKENS - 1]), facts and facts["sha256"], kind == "val")
+
+    def _joined(self, kind: str, job: ScanJob) -> Iterator[tuple[Scanned, int]]:
+        """Each shard's findings and its first token's position; a document that straddles is the shard's it ends in."""
+        tail, first = np.zeros(0, np.uint16), 0
+        for _, found in run_in_order(job, self._scans(kind), self.options.workers):
+            if found.problem:
+                raise Refuted(found.problem)
+            if found.documents == 0:
+                tail = np.concatenate([tail, found.head]) if len(tail) else tail
+            else:
+                if len(tail):
+                    self._add_document(found, np.concatenate([tail, found.head])[1:])
+                tail = found.tail
+            yield found, first
+            first += found.tokens
+        if len(tail) and tail[0] == BOS:
+            last = Scanned(0, 0, 0, "", [], [], tail[:0], tail[:0], [])
+            self._add_document(last, tail[1:])
+            yield last, first
+
+    def _add_document(self, found: Scanned, tokens: np.ndarray) -> None:
+        found.hashes.append(token_hash(tokens))
+        found.openings.append(token_hash(tokens[:OPENING_TOKENS]) if len(tokens) >= OPENING_TOKENS else b"")
+
+    def _count_documents(self, kind: str, documents: int) -> None:
+        claimed = self.manifest.get(f"docs_{kind}")
+        self.report["counts"] |= {f"docs_{kind}": documents, f"{kind}_tokens": self.counts[kind]}
+        if claimed is not None and claimed != documents:
+            raise Refuted(f"{kind} shards: {documents} documents (BOS), the manifest says {claimed}")
+        if (tokens := self.manifest.get(f"{kind}_tokens")) is not None and tokens != self.counts[kind]:
+            raise Refuted(f"{kind} shards: {self.counts[kind]} tokens, the manifest says {tokens}")
+        if self.counts[kind] and documents and int(self.values[kind][0][0]) != BOS:
+            raise Refuted(f"{kind} shards: the first token is {int(self.values[kind][0][0])}, not BOS")
+
+    def _scan_validation(self) -> None:
+        documents, hashes, openings = 0, [], []
+        for found, _ in self._joined("val", ScanJob(self.processor.vocab_size())):
+            documents += found.documents
+            hashes += found.hashes
+            openings += found.openings
+        self.val_hashes, self.val_openings = set(hashes), set(openings) - {b""}
+        self._count_documents("val", documents)
+        self.val_documents = documents
+        if documents:
+            self.proved(f"{documents:,} validation documents in {self.counts['val']:,} tokens, all ids below "
+                        f"{self.processor.vocab_size()}")
+        else:
+            self.not_proved("the documents of the validation set: its shards have no BOS, so nothing separates them")
+        credited, before = 0, BOS
+        for values in self.values["val"]:
+            for start in range(0, len(values), 4 * BLOCK):
+                tokens = np.array(values[start:start + 4 * BLOCK])
+                credited += table_bytes(self.processor, tokens, before)
+                before = int(tokens[-1])
+        self.report["counts"]["val_lut_bytes"] = self.table_credit = credited
+        if (claimed := self.manifest.get("val_lut_bytes")) is not None and claimed != credited:
+            raise Refuted(f"byte tables credit {credited} bytes to the validation set, the manifest says {claimed}")
+
+    def _sidecar(self) -> None:
+        true = self.manifest.get("val_bytes")
+        if not self.files["sidecar"]:
+            if self.manifest.get("val_sidecar"):
+                raise Refuted("the manifest promises a byte sidecar, but there is none")
+            if true is not None:
+                self._compare_tables(true)
+            self.credited = self.table_credit
+            return
+        lengths = [[len(values) for values in self.values[kind]] for kind in ("val", "sidecar")]
+        if lengths[0] != lengths[1]:
+            raise Refuted(f"the sidecar's shards have {lengths[1]} values, the validation shards {lengths[0]} tokens")
+        total, escaped, position = 0, False, 0
+        operators = np.zeros(self.processor.vocab_size(), bool)
+        operators[list(self.operators)] = True
+        controls = np.array([self.processor.is_control(token) for token in range(len(operators))])
+        for tokens_all, values_all in zip(self.values["val"], self.values["sidecar"], strict=True):
+            for start in range(0, len(tokens_all), 4 * BLOCK):
+                tokens = np.array(tokens_all[start:start + 4 * BLOCK])
+                values = np.array(values_all[start:start + 4 * BLOCK])
+                total += int(values.sum(dtype=np.int64))
+                wrong = np.flatnonzero(controls[tokens] & (values != 0))
+                if len(wrong):
+                    raise Refuted(f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
+                                  f"no bytes, the sidecar says {values[wrong[0]]}")
+                # Whether an operator is escaped depends on the run of operators before it; runs are short and few.
+                for index in np.flatnonzero(operators[tokens]).tolist():
+                    literal = escaped if index == 0 else self._literal(tokens, index, escaped)
+                    worth = 3 if literal else 0
+                    if values[index] != worth:
+                        raise Refuted(f"sidecar: token {position + index} is operator {self._piece(tokens[index])}, "
+                                      f"worth {worth} bytes of the raw text, the sidecar says {values[index]}")
+                escaped = bool(tokens[-1] == self.escape and not self._literal(tokens, len(tokens) - 1, escaped))
+                position += len(tokens)
+        self.report["counts"]["val_sidecar_bytes"] = self.credited = total
+        if true is not None:
+            uncounted = self.manifest.get("val_uncounted_bytes", 0)
+            if total != true - uncounted:
+                excess = 100 * (total / max(1, true - uncounted) - 1)
+                raise Refuted(f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
+                              f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)")
+            self.proved(f"the sidecar sums to the {true:,} raw bytes of the manifest"
+                        + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else ""))
+        else:
+            self.not_proved("the sum of the sidecar: only the raw documents say what it must be (--documents)")
+
+    def _compare_tables(self, true: int) -> None:
+        difference = self.table_credit - true
+        self.report["counts"]["val_lut_difference"] = difference
+        if abs(difference) > 0.01 * true:
+            raise Refuted(f"without a sidecar the byte tables are the count, and they credit {self.table_credit} bytes "
+                          f"for {true} ({100 * difference / true:+.2f} %)")
+        if difference:
+            self.not_proved(f"an exact byte count: there is no sidecar and the byte tables credit {difference:+,} "
+                            f"bytes ({100 * difference / true:+.4f} %), because SentencePiece normalises text")
+        else:
+            self.proved("the byte tables credit exactly the raw bytes")
+
+    def _piece(self, token: int) -> str:
+        piece = self.processor.id_to_piece(int(token))
+        return piece if piece.isascii() else f"U+{ord(piece[0]):04X}"
+
+    def _literal(self, tokens: np.ndarray, index: int, escaped_before: bool) -> bool:
+        """Whether the token at `index` is escaped, which an odd number of escapes before it means."""
+        run = index
+        while run > 0 and tokens[run - 1] == self.escape:
+            run -= 1
+        return bool((index - run) % 2) ^ (run == 0 and escaped_before)
+
+    def _passages(self) -> tuple[Passages, np.ndarray]:
+        """Opening and middle of every validation document that is long enough; (P/2,) distance between the two."""
+        flat = np.concatenate([np.asarray(values) for values in self.values["val"]])
+        starts = np.flatnonzero(flat == BOS)
+        ends = np.append(starts[1:], len(flat))
+        long = ends - starts - 1 >= OPENING_TOKENS
+        begins, middles = starts[long] + 1, (starts[long] + 1 + ends[long] - OPENING_TOKENS) // 2
+        windows = np.lib.stride_tricks.sliding_window_view(flat, OPENING_TOKENS)
+        self.passage_documents = np.flatnonzero(long)
+        return Passages.of(np.concatenate([windows[begins], windows[middles]])), middles - begins
+
+    def _scan_training(self) -> None:
+        if not self.files["train"]:
+            self.not_proved("anything about training data: there are no training shards")
+            return
+        passages, distances = self._passages()
+        documents, equal, same_opening, example = 0, 0, 0, ""
+        openings, middles = {}, {}
+        for found, first in self._joined("train", ScanJob(self.processor.vocab_size(), passages)):
+            for number, (whole, opening) in enumerate(zip(found.hashes, found.openings, strict=True)):
+                if whole in self.val_hashes or opening in self.val_openings:
+                    equal += whole in self.val_hashes
+                    same_opening += whole not in self.val_hashes
+                    how = "is" if whole in self.val_hashes else "starts like"
+                    example = example or (f"training document near number {documents + number} {how} "
+                                          "a validation document")
+            documents += found.documents
+            for passage, position in found.matches:
+                store = openings if passage < len(distances) else middles
+                store.setdefault(passage % len(distances), []).append(first + position)
+        self._count_documents("train", documents)
+        inside = [number for number in openings if number in middles and self._contained(
+            openings[number], middles[number], int(distances[number]))]
+        shared = len(set(openings) | set(middles)) - len(inside)
+        overlap = {"equal": equal, "same_opening": same_opening, "found_inside": len(inside), "share_a_passage": shared}
+        self.report["overlap"] = overlap
+        if inside and not example:
+            place = openings[inside[0]][0]
+            example = (f"validation document {int(self.passage_documents[inside[0]])} stands inside the training "
+                       f"shards, at token {place}")
+        hits = max(equal + same_opening, len(inside))
+        if hits > self.options.max_overlap:
+            raise Refuted(f"{example}; in all {equal} training documents equal a validation document, {same_opening} "
+                          f"start like one, and {len(inside)} validation documents stand inside the training shards")
+        if self.val_documents:
+            self.proved(f"{hits} validation documents in the training shards, within --max-overlap" if hits else
+                        f"no validation document among {documents:,} training documents ({self.counts['train']:,} "
+                        "tokens; by content of whole documents and of openings, and anywhere by two passages of "
+                        f"{OPENING_TOKENS} tokens)")
+            if shared:
+                self.report["counts"]["val_docs_sharing_a_passage"] = shared
+
+    def _contained(self, openings: list[int], middles: list[int], distance: int) -> bool:
+        return bool(set(openings) & {position - distance for position in middles})
+
+    def _canonical(self) -> None:
+        name = self.options.name or (self.manifest.get("name") if self.manifest.get("name") in CANONICAL
+                                     else FOLDERS.get(self.folder.resolve().name))
+        if name is None:
+            return
+        constants = CANONICAL[name]
+        if self.transform != constants.transform:
+            raise Refuted(f"named {name}, whose transform is {constants.transform}, not {self.transform}")
+        for what, value, (low, high) in (
+                ("validation documents", self.val_documents, (constants.documents,) * 2),
+                ("validation tokens", self.counts["val"], constants.tokens),
+                ("validation bytes", self.credited, constants.credited)):
+            if not low <= value <= high:
+                expected = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+                raise Refuted(f"named {name}, but it has {value:,} {what} instead of {expected}")
+        self.proved(f"the published constants of {name}: documents, tokens and bytes of the validation set")
+
+    # Against the raw documents.
+
+    def _decoded(self, kind: str) -> Iterator[tuple[bytes, bytes, int]]:
+        job = DecodeJob(str(self.tokenizer_path), self.transform)
+        chunks = self._chunks(kind, kind == "val" and bool(self.files["sidecar"]))
+        for _, decoded in run_in_order(job, chunks, self.options.workers):
+            yield from zip(decoded.texts, decoded.inverses, decoded.credited or [0] * len(decoded.texts), strict=True)
+
+    def _chunks(self, kind: str, sidecar: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Whole documents, about CHUNK_TOKENS at a time, with their sidecar values."""
+        names = (kind, "sidecar") if sidecar else (kind,)
+        rest = [np.zeros(0, np.uint16) for _ in names]
+        for shard in range(len(self.files[kind])):
+            columns = [self.values[name][shard] for name in names]
+            for start in range(0, len(columns[0]), CHUNK_TOKENS):
+                rest = [np.concatenate([old, column[start:start + CHUNK_TOKENS]])
+                        for old, column in zip(rest, columns, strict=True)]
+                starts = np.flatnonzero(rest[0] == BOS)
+                if len(starts) and (cut := int(starts[-1])):
+                    yield rest[0][:cut], rest[1][:cut] if sidecar else None
+                    rest = [part[cut:] for part in rest]
+        if len(rest[0]):
+            yield rest[0], rest[1] if sidecar else None
+
+    def _documents(self) -> None:
+        options = self.options
+        if not options.documents:
+            self.not_proved("that the tokens are the documents: give the raw documents with --documents")
+            return
+        if not self.val_documents:
+            self.not_proved("that the tokens are the documents: there is no BOS between them")
+            return
+        separate = bool(options.val)
+        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, bool(self.files["sidecar"]))
+        paths = options.val if separate else options.documents
+        self.raw_hashes: set[bytes] = set()
+        end = Position()
+
+        def validation() -> Iterator[Source]:
+            nonlocal end
+            records = batches(paths, options.key, 2_000_000, Position(), self.val_documents)
+            for batch, sources in run_in_order(job, records, options.workers):
+                end = batch.after
+                yield from sources
+
+        total = self._compare("val", validation())
+        if (claimed := self.manifest.get("val_bytes")) is not None and claimed != total:
+            raise Refuted(f"the raw validation documents have {total} bytes, the manifest says {claimed}")
+        self.report["counts"]["val_bytes"] = total
+        if not self.files["sidecar"] and claimed is None:
+            self._compare_tables(total)
+        if not self.files["train"]:
+            return
+        kept = self.manifest.get("recipe", {}).get("duplicates") == "kept" or not self.manifest
+        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, False)
+        if not kept:
+            job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
+        start = Position() if separate else end
+        records = batches(options.documents, options.key, 2_000_000, start)
+        training = (source for _, sources in run_in_order(job, records, options.workers) for source in sources)
+        total = self._compare("train", (source for source in training if not source.known))
+        if (claimed := self.manifest.get("train_bytes")) is not None and claimed != total:
+            raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")
+        self.report["counts"]["train_bytes"] = total
+
+    def _compare(self, kind: str, sources: Iterator[Source]) -> int:
+        """Walk through raw documents and dataset side by side; the raw bytes."""
+        decoded = self._decoded(kind)
+        tiers = {"exact": 0, "normalised": 0, "case_lost": 0, "lossy": 0}
+        lossless = TRANSFORMS[self.transform][3]
+        total, number, nothing = 0, 0, object()
+        for number, source in enumerate(sources):
+            found = next(decoded, nothing)
+            if found is nothing:
+                raise Refuted(f"{kind} document {number} ({source.excerpt!r}): missing, the shards end before it")
+            text, inverse, credited = found
+            if text != source.code:
+                raise Refuted(f"{kind} document {number}: its tokens do not decode to the raw document "
+                              f"{source.excerpt!r}")
+            tier = "exact" if inverse == source.raw else "normalised" if inverse == source.normalised else "case_lost"
+            tiers[tier if lossless else "lossy"] += 1
+            if kind == "val":
+                self.raw_hashes.add(source.raw)
+                if self.files["sidecar"] and credited != source.credited:
+                    raise Refuted(f"sidecar: gives {credited} bytes to validation document {number} "
+                                  f"({source.excerpt!r}), which has {source.length}, of which "
+                                  f"{source.length - source.credited} are dropped at its ends")
+            total += source.length
+        if next(decoded, nothing) is not nothing:
+            raise Refuted(f"{kind} shards: more documents than the {number + 1} raw ones")
+        self.report.setdefault("documents", {})[kind] = tiers
+        self.proved(f"{kind} tokens decode to the raw documents: " + "; ".join(
+            f"{count:,} {meaning}" for count, meaning in (
+                (tiers["exact"], "exactly"),
+                (tiers["normalised"], "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)"),
+                (tiers["case_lost"], "to the normalised transformed text only: the normalisation took away what the "
+                                     "inverse transform needs, so some capitals cannot be recovered"),
+                (tiers["lossy"], f"to the normalised text of the lossy transform {self.transform}, not to the original")
+            ) if count))
+        return total
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line; exits with usage on a wrong one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("dataset", type=Path, help="folder with fineweb_*.bin")
+    add("--documents", nargs="+", default=[], metavar="FILE",
+        help="the raw documents, in the order given to prepare.py")
+    add("--val", nargs="+", default=[], metavar="FILE", help="the raw validation documents, where they were separate")
+    add("--key", default="text", help="key of the text in the documents (default %(default)s)")
+    add("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in the folder)")
+    add("--transform", choices=sorted(TRANSFORMS), help="for a dataset whose manifest does not name it")
+    add("--name", choices=sorted(CANONICAL), help="demand the published constants of this dataset")
+    add("--max-overlap", type=int, default=0, metavar="N",
+        help="accept up to N validation documents among the training data (natural duplicates of a published export)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)")
+    add("--json", action="store_true", help="print the report as one JSON object")
+    options = parser.parse_args(arguments)
+    options.documents, options.val = expand(options.documents), expand(options.val)
+    if not options.dataset.is_dir():
+        raise DataError(f"{options.dataset}: no such folder; give that of a dataset")
+    if options.workers < 1:
+        raise DataError(f"--workers {options.workers}: must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    began = time.monotonic()
+    try:
+        options = parse_arguments(arguments)
+        proof = Proof(options.dataset, options)
+        try:
+            proof.run()
+        except (Refuted, ShardError) as error:
+            proof.report["first_counterexample"] = str(error)
+    except DataError as error:
+        print(f"verify_bytes: {error}", file=sys.stderr)
+        return 2
+    report = proof.report
+    report["seconds"] = round(time.monotonic() - began, 2)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        for text in report["proved"]:
+            print(f"proved      {text}")
+        for text in report["not_proved"]:
+            print(f"not proved  {text}")
+        if report["first_counterexample"] is not None:
+            print(f"REFUTED     {report['first_counterexample']}")
+        print(f"{options.dataset}: {report['verdict']} in {report['seconds']} s")
+    return 0 if report["verdict"] == "proved" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
