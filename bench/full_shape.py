@@ -1,0 +1,122 @@
+"""The contest's model (11 x 512, vocabulary 8,192) through every stage on a CPU: time and peak memory of each.
+
+    python bench/full_shape.py [--quick] [--tokens N]
+
+Two forms: GPT-J parallel residuals (#1738, #1755: 35,944,536 parameters) and two lanes (#1585: 35,944,602). Each does one
+training step, calibration, GPTQ of its 67 matrices, packing, reading back, and a score, on random tokens with a tokenizer
+made for the purpose: what is measured here is that the full size works and what it costs, not quality. --quick: fewer
+tokens and the fast compressor setting of the same container (LZMA instead of Brotli 11).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt as t
+from data.shards import BOS, write_shard
+
+FORMS = {
+    "gptj (#1738, #1755)": ({"PARALLEL_RESIDUAL": "gptj", "PARALLEL_START_LAYER": "7"}, 35_944_536,
+                            "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+"),
+    "two_lane (#1585)": ({"PARALLEL_FIRST_SKIP": "both"}, 35_944_602, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
+}
+
+
+class Vocabulary:
+    """Stands in for the SentencePiece model: 8,192 pieces of known length, so that bytes can be counted."""
+
+    def id_to_piece(self, index: int) -> str:
+        """Piece `index`."""
+        return f"\u2581p{index:x}"
+
+    def is_control(self, index: int) -> bool:
+        """The first four ids are control tokens."""
+        return index < 4
+
+    is_unknown = is_unused = is_byte = lambda self, index: False
+
+
+def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, float]:
+    """Seconds of each stage, bytes and peak memory of one form of the model."""
+    changes, parameters, route = FORMS[form]
+    config = t.Config.from_env({
+        "DATASETS_DIR": str(folder), "LOADER": "shuffled", "TRAIN_BATCH_TOKENS": str(8 * 2048), "ITERATIONS": "1",
+        "GPTQ_CALIBRATION_BATCHES": "1", "VAL_BATCH_TOKENS": str(8 * 2048), "OUT_DIR": str(folder / "runs"),
+        "COMPRESSOR": "lzma" if quick else "brotli", **changes})
+    run = t.Run(config)
+    run.folder = folder
+    data = object.__new__(t.Dataset)
+    data.folder, data.vocab_size, data.sidecar_files, data.manifest = folder, 8192, [], {}
+    data.val_files, data.train_files = [folder / "fineweb_val_000000.bin"], [folder / "fineweb_train_000000.bin"]
+    data.train, data.pieces = [t.read_shard(data.train_files[0])], Vocabulary()
+    marks, names = [time.monotonic()], []
+
+    def mark(name: str) -> None:
+        marks.append(time.monotonic())
+        names.append(name)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, forward, _ = t.build(run)
+        model.looped = True
+        assert sum(p.numel() for p in model.parameters()) == parameters and len(t.matrices(model.table)) == 67
+        assert t.show_route(model.routes[True]) == route
+        mark("build")
+        optimizers, average = t.Optimizers(run, model, compiled=False), t.Average(model, 0.5)
+        loader = t.ShuffledLoader(config, data)
+        t.train_step(run, forward, optimizers, [loader.get(0, stream) for stream in range(max(1, tokens // 2048))], 1.0, 0.9)
+        average.update()
+        mark("train_step")
+        model.load_state_dict(average.weights)
+        hessians = t.collect_hessians(run, model, data)
+        mark("hessians")
+        tensors = t.quantize(run, model.table, average.weights, hessians)
+        mark("gptq")
+        size, _ = t.seal_artifact(run, tensors, looped=True)
+        mark("pack_and_verify")
+        _, again, _ = t.decode_artifact(folder / "final_model.ptz")
+        model.load_state_dict(t.assemble(model.table, again))
+        mark("reload")
+        whole = t.load_validation(data)
+        result = t.score(run, forward, t.Validation(whole.tokens[:tokens + 1], whole.bytes[:tokens + 1], "lut"), 2048, "plain")
+        mark("score")
+    assert 7.0 < result.loss < 11.0, "one step on random tokens must stay near ln 8192 = 9.01"
+    seconds = {name: round(b - a, 2) for name, a, b in zip(names, marks, marks[1:], strict=False)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**seconds, "artifact_bytes": size, "val_loss": result.loss, "peak_memory_mib": round(peak)}
+
+
+def main() -> None:
+    """Print the table and the RESULT line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2,048 tokens and the faster compressor")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the training step and of the score")
+    options = parser.parse_args()
+    tokens = 2048 if options.quick else options.tokens
+    with tempfile.TemporaryDirectory() as name:
+        random = np.random.default_rng(0)
+        for part, count in (("train", 300_000), ("val", 20_000)):
+            ids = random.integers(4, 8192, count).astype("<u2")
+            ids[::700] = BOS
+            write_shard(Path(name) / f"fineweb_{part}_000000.bin", ids)
+        results = {form: measure(form, Path(name), tokens, options.quick) for form in FORMS}
+    print(f"{tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}; seconds unless named otherwise")
+    print(f"{'':<18}" + "".join(f"{form:>24}" for form in results))
+    for row in next(iter(results.values())):
+        print(f"{row:<18}" + "".join(f"{result[row]:>24,.2f}" for result in results.values()))
+    print("RESULT " + json.dumps({"tokens": tokens, "forms": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The trainer stays one readable file."""
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import train_gpt as t
+
+SOURCE = Path(t.__file__).read_text()
+SECTIONS = ["CONFIG", "RUN", "DATA", "KERNELS", "MODEL", "OPTIMIZERS", "QUANTIZE", "ARTIFACT", "EVALUATE", "TRAIN", "MAIN"]
+
+
+def test_the_file_stays_short_and_narrow():
+    lines = SOURCE.splitlines()
+    assert len(lines) < 2400 and max(map(len, lines)) <= 120 and SOURCE.isascii()
+
+
+def test_the_sections_are_those_of_the_contents_in_order():
+    assert re.findall(r"^# === (\w+) ===$", SOURCE, re.M) == SECTIONS
+    assert re.findall(r"^    ([A-Z]+)  +\w", ast.get_docstring(ast.parse(SOURCE), clean=False), re.M) == SECTIONS
+
+
+def test_public_functions_have_docstrings_and_annotations():
+    tree = ast.parse(SOURCE)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for node in [*tree.body, *(inner for outer in classes for inner in outer.body)]:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        assert ast.get_docstring(node), node.name
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.dump(d) for d in node.decorator_list):
+            assert node.returns is not None, node.name
+            assert all(a.annotation for a in node.args.args if a.arg not in ("self", "cls")), node.name
+
+
+def test_settings_are_read_from_the_environment_in_one_place():
+    config = SOURCE[SOURCE.index("# === CONFIG ==="):SOURCE.index("# === RUN ===")]
+    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET"}  # of torchrun and triton
+    rest = SOURCE.replace(config, "")
+    assert set(re.findall(r'os\.environ\.get\("(\w+)"', rest)) <= allowed and "getenv" not in SOURCE
+
+
+def test_the_forward_has_no_branch_on_a_layer_number():
+    tree = ast.parse(SOURCE)
+    model, = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GPT")
+    trunk, = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "trunk")
+    for node in ast.walk(trunk):
+        if isinstance(node, ast.If | ast.IfExp):
+            assert "layer" not in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+
+
+def test_the_trainer_imports_nothing_else_from_the_repository():
+    root, names = Path(t.__file__).parent, set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        names |= {a.name.split(".")[0] for a in node.names} if isinstance(node, ast.Import) else set()
+        names |= {node.module.split(".")[0]} if isinstance(node, ast.ImportFrom) and node.module else set()
+    assert not names & {path.stem for path in root.iterdir()}
