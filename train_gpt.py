@@ -1724,8 +1724,15 @@ def score(run: Run, forward: Callable[[Batch], Tensor], validation: Validation, 
 # === TRAIN ===
 
 
-def build(run: Run) -> tuple[GPT, Callable[[Batch], Tensor], bool]:
-    """(model on the device with initial weights of SEED, its possibly compiled forward, whether it is compiled)."""
+class Built(NamedTuple):
+    """The model on the device with the initial weights of SEED, its possibly compiled forward, whether it is compiled."""
+    model: GPT
+    forward: Callable[[Batch], Tensor]
+    compiled: bool
+
+
+def build(run: Run) -> Built:
+    """The model of this process; one for all stages, so that it is compiled once."""
     c = run.config
     torch.manual_seed(c.seed)
     compiled = c.compile == "on" or (c.compile == "auto" and run.is_cuda)
@@ -1734,7 +1741,7 @@ def build(run: Run) -> tuple[GPT, Callable[[Batch], Tensor], bool]:
     for looped in (False, True) if c.num_loops else (False,):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(matrices(model.table))}")
-    return model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled
+    return Built(model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled)
 
 
 def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimizers, batches: list[Batch], rate: float,
@@ -1837,14 +1844,14 @@ def log_step(run: Run, step: int, loss: float, seconds: float, each: float, rate
     run.metric("train", step=step, train_loss=loss, rate=rate, seconds=seconds, step_ms=1000 * each, speed=speed)
 
 
-def train(run: Run, data: Dataset) -> None:
+def train(run: Run, data: Dataset, built: Built) -> None:
     """Train from the last checkpoint, or from the start, to the end of the budget; leaves averaged weights on disk."""
     c, path = run.config, run.folder / "checkpoint.pt"
     saved = load_checkpoint(run, data)
     if saved and saved["complete"]:
         run.log(f"train: {path} holds the finished training of {saved['step']} steps; going on from there")
         return
-    model, forward, compiled = build(run)
+    model, forward, compiled = built
     optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
     warm_up(run, model, forward, optimizers, feed)
     average, agreement, step, before = Average(model, c.ema_decay), Agreement(run), 0, 0.0
@@ -1912,12 +1919,11 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(stages | {stage: facts}, indent=1).encode())
 
 
-def quantize_stage(run: Run, data: Dataset) -> None:
+def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     """Hessians, GPTQ, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
     c, saved = run.config, load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         raise Stop(f"STAGE=quantize: {run.folder / 'checkpoint.pt'} holds no finished training; run STAGE=train first")
-    model, _, _ = build(run)
     weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
@@ -1944,14 +1950,13 @@ def quantize_stage(run: Run, data: Dataset) -> None:
     record_stage(run, "quantize", run.guarded(seal))
 
 
-def evaluate_stage(run: Run, data: Dataset) -> None:
+def evaluate_stage(run: Run, data: Dataset, model: GPT, forward: Callable[[Batch], Tensor]) -> None:
     """Score the sealed artifact from its bytes on disk: plain, then sliding; writes summary.json."""
     c, path = run.config, Path(run.config.artifact or run.folder / "final_model.ptz")
     manifest, tensors, digest = decode_artifact(path)
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
     if different := differences(manifest["model"], c.section("Model")):
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
-    model, forward, _ = build(run)
     model.looped, start, scores = manifest["looped"], run.now(), {}
     validation = load_validation(data)
     run.log(f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
@@ -2042,12 +2047,13 @@ def main(config: Config) -> None:
     log_header(run, data)
     settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
     run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))
+    built = build(run)
     if config.stage in ("all", "train"):
-        train(run, data)
+        train(run, data, built)
     if config.stage in ("all", "quantize"):
-        quantize_stage(run, data)
+        quantize_stage(run, data, built.model)
     if config.stage in ("all", "evaluate"):
-        evaluate_stage(run, data)
+        evaluate_stage(run, data, built.model, built.forward)
     run.close()
 
 

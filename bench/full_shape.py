@@ -2,11 +2,11 @@
 
     python bench/full_shape.py [--quick] [--tokens N]
 
-Two forms: GPT-J parallel residuals (#1738, #1755: 35,944,536 parameters) and two lanes (#1585: 35,944,602). Each does one
-training step, calibration, GPTQ of its 67 matrices, packing, reading back, and a score, on random tokens with a tokenizer
-made for the purpose: what is measured here is that the full size works and what it costs, not quality. --quick: fewer
-tokens and the fast compressor setting of the same container (LZMA instead of Brotli 11).
+Two forms: GPT-J parallel residuals (#1738, #1755: 35,944,536 parameters) and two lanes (#1585: 35,944,602). Each does
+one training step, calibration, GPTQ of its 67 matrices, packing, reading back and a score, on random tokens: this shows
+that the full size works and what it costs, not quality. --quick: fewer tokens and LZMA instead of Brotli 11.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,8 +28,11 @@ import train_gpt as t
 from data.shards import BOS, write_shard
 
 FORMS = {
-    "gptj (#1738, #1755)": ({"PARALLEL_RESIDUAL": "gptj", "PARALLEL_START_LAYER": "7"}, 35_944_536,
-                            "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+"),
+    "gptj (#1738, #1755)": (
+        {"PARALLEL_RESIDUAL": "gptj", "PARALLEL_START_LAYER": "7"},
+        35_944_536,
+        "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+",
+    ),
     "two_lane (#1585)": ({"PARALLEL_FIRST_SKIP": "both"}, 35_944_602, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
 }
 
@@ -51,10 +54,19 @@ class Vocabulary:
 def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, float]:
     """Seconds of each stage, bytes and peak memory of one form of the model."""
     changes, parameters, route = FORMS[form]
-    config = t.Config.from_env({
-        "DATASETS_DIR": str(folder), "LOADER": "shuffled", "TRAIN_BATCH_TOKENS": str(8 * 2048), "ITERATIONS": "1",
-        "GPTQ_CALIBRATION_BATCHES": "1", "VAL_BATCH_TOKENS": str(8 * 2048), "OUT_DIR": str(folder / "runs"),
-        "COMPRESSOR": "lzma" if quick else "brotli", **changes})
+    config = t.Config.from_env(
+        {
+            "DATASETS_DIR": str(folder),
+            "LOADER": "shuffled",
+            "TRAIN_BATCH_TOKENS": str(8 * 2048),
+            "ITERATIONS": "1",
+            "GPTQ_CALIBRATION_BATCHES": "1",
+            "VAL_BATCH_TOKENS": str(8 * 2048),
+            "OUT_DIR": str(folder / "runs"),
+            "COMPRESSOR": "lzma" if quick else "brotli",
+            **changes,
+        }
+    )
     run = t.Run(config)
     run.folder = folder
     data = object.__new__(t.Dataset)
@@ -75,7 +87,9 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         mark("build")
         optimizers, average = t.Optimizers(run, model, compiled=False), t.Average(model, 0.5)
         loader = t.ShuffledLoader(config, data)
-        t.train_step(run, forward, optimizers, [loader.get(0, stream) for stream in range(max(1, tokens // 2048))], 1.0, 0.9)
+        t.train_step(
+            run, forward, optimizers, [loader.get(0, stream) for stream in range(max(1, tokens // 2048))], 1.0, 0.9
+        )
         average.update()
         mark("train_step")
         model.load_state_dict(average.weights)
@@ -89,7 +103,9 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         model.load_state_dict(t.assemble(model.table, again))
         mark("reload")
         whole = t.load_validation(data)
-        result = t.score(run, forward, t.Validation(whole.tokens[:tokens + 1], whole.bytes[:tokens + 1], "lut"), 2048, "plain")
+        result = t.score(
+            run, forward, t.Validation(whole.tokens[: tokens + 1], whole.bytes[: tokens + 1], "lut"), 2048, "plain"
+        )
         mark("score")
     assert 7.0 < result.loss < 11.0, "one step on random tokens must stay near ln 8192 = 9.01"
     seconds = {name: round(b - a, 2) for name, a, b in zip(names, marks, marks[1:], strict=False)}
@@ -111,7 +127,9 @@ def main() -> None:
             ids[::700] = BOS
             write_shard(Path(name) / f"fineweb_{part}_000000.bin", ids)
         results = {form: measure(form, Path(name), tokens, options.quick) for form in FORMS}
-    print(f"{tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}; seconds unless named otherwise")
+    print(
+        f"{tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}; seconds unless named otherwise"
+    )
     print(f"{'':<18}" + "".join(f"{form:>24}" for form in results))
     for row in next(iter(results.values())):
         print(f"{row:<18}" + "".join(f"{result[row]:>24,.2f}" for result in results.values()))

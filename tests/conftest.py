@@ -1,4 +1,5 @@
 """What the tests share: a small dataset with a tokenizer of its own, tiny settings, and ways to start the trainer."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,14 +22,35 @@ import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
 
 TINY = {
-    "LOADER": "shuffled", "TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "512", "NUM_LAYERS": "4", "MODEL_DIM": "32",
-    "NUM_HEADS": "4", "NUM_KV_HEADS": "2", "ROPE_DIMS": "4", "XSA_LAST_N": "4", "NUM_LOOPS": "1", "LOOP_START": "1",
-    "LOOP_END": "2", "PARALLEL_START_LAYER": "3", "SCHEDULE": "steps", "ITERATIONS": "8", "WARMUP_STEPS": "1",
-    "CHECKPOINT_EVERY": "3", "GPTQ_CALIBRATION_BATCHES": "4", "EVAL_SEQ_LEN": "32", "EVAL_STRIDE": "8",
-    "VAL_BATCH_TOKENS": "16384", "COMPUTE_DTYPE": "float32", "MUON_MOMENTUM_WARMUP_STEPS": "10", "EMA_DECAY": "0.5",
+    "LOADER": "shuffled",
+    "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "512",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "XSA_LAST_N": "4",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+    "SCHEDULE": "steps",
+    "ITERATIONS": "8",
+    "WARMUP_STEPS": "1",
+    "CHECKPOINT_EVERY": "3",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "EVAL_SEQ_LEN": "32",
+    "EVAL_STRIDE": "8",
+    "VAL_BATCH_TOKENS": "16384",
+    "COMPUTE_DTYPE": "float32",
+    "MUON_MOMENTUM_WARMUP_STEPS": "10",
+    "EMA_DECAY": "0.5",
 }
-WORDS = ("the a model of language that reads and writes one token after another while loss falls with every step we take "
-         "in space Time 42 kernel matrix bank shard byte café naïve").split()
+WORDS = (
+    "the a model of language that reads and writes one token after another while loss falls with every step we take "
+    "in space Time 42 kernel matrix bank shard byte café naïve"
+).split()
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -41,6 +63,7 @@ def sentences(count: int, seed: int) -> list[str]:
 def dataset(tmp_path_factory) -> Path:
     """A folder with two training shards, one validation shard and a tokenizer of 320 entries."""
     import sentencepiece
+
     folder = tmp_path_factory.mktemp("dataset")
     train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -53,7 +76,11 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture
 def settings(dataset: Path, tmp_path: Path) -> dict[str, str]:
     """Environment variables of a run that takes seconds."""
-    return TINY | {"DATASETS_DIR": str(dataset), "VOCAB_SIZE": str(vocabulary(dataset)), "OUT_DIR": str(tmp_path / "runs")}
+    return TINY | {
+        "DATASETS_DIR": str(dataset),
+        "VOCAB_SIZE": str(vocabulary(dataset)),
+        "OUT_DIR": str(tmp_path / "runs"),
+    }
 
 
 @pytest.fixture
@@ -65,6 +92,7 @@ def config(settings: dict[str, str]) -> t.Config:
 def vocabulary(folder: Path) -> int:
     """Entries of the tokenizer in a dataset folder."""
     import sentencepiece
+
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
 
 
@@ -79,10 +107,21 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in known} | settings
 
 
-def launch(settings: dict[str, str], processes: int = 1, script: Path = ROOT / "train_gpt.py",
-           cwd: Path = ROOT) -> subprocess.CompletedProcess:
+def launch(
+    settings: dict[str, str], processes: int = 1, script: Path = ROOT / "train_gpt.py", cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """Run the trainer to its end in `processes` processes."""
-    start = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, str(script)], env=environment(settings), cwd=cwd, capture_output=True, text=True,
-                          timeout=240, check=False)
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    return subprocess.run(
+        [*start, str(script)],
+        env=environment(settings),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

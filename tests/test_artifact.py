@@ -1,4 +1,5 @@
 """The container on disk and the packed script."""
+
 from __future__ import annotations
 
 import random
@@ -16,19 +17,27 @@ from conftest import ROOT, environment, launch, replace
 def tensors(seed=0):
     """Something like the contents of an artifact."""
     generator = torch.Generator().manual_seed(seed)
-    matrix = lambda r, c: t.Quantized(torch.randint(-31, 32, (r, c), generator=generator, dtype=torch.int8),
-                                      torch.rand(r, generator=generator).half())
-    return {"tok_emb.weight": matrix(40, 16), "blocks.0.attn.c_q.weight": matrix(16, 16),
-            "blocks.1.attn.c_q.weight": matrix(16, 16), "blocks.10.mlp.fc.weight": matrix(64, 16),
-            "q_gain": t.Quantized(torch.randn(2, 4, generator=generator).half()),
-            "scalar": t.Quantized(torch.tensor(1.5).half())}
+    matrix = lambda r, c: t.Quantized(
+        torch.randint(-31, 32, (r, c), generator=generator, dtype=torch.int8), torch.rand(r, generator=generator).half()
+    )
+    return {
+        "tok_emb.weight": matrix(40, 16),
+        "blocks.0.attn.c_q.weight": matrix(16, 16),
+        "blocks.1.attn.c_q.weight": matrix(16, 16),
+        "blocks.10.mlp.fc.weight": matrix(64, 16),
+        "q_gain": t.Quantized(torch.randn(2, 4, generator=generator).half()),
+        "scalar": t.Quantized(torch.tensor(1.5).half()),
+    }
 
 
 def equal(a, b):
     """Whether two sets of tensors are the same in names, order, dtypes and every value."""
     return list(a) == list(b) and all(
-        x.values.dtype == y.values.dtype and torch.equal(x.values, y.values)
-        and (x.scales is y.scales is None or torch.equal(x.scales, y.scales)) for x, y in zip(a.values(), b.values(), strict=True))
+        x.values.dtype == y.values.dtype
+        and torch.equal(x.values, y.values)
+        and (x.scales is y.scales is None or torch.equal(x.scales, y.scales))
+        for x, y in zip(a.values(), b.values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
@@ -100,12 +109,25 @@ def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "train_gpt.py").write_text(t.pack_source((ROOT / "train_gpt.py").read_text())[0])
-    short = settings | {"ITERATIONS": "2", "TRAIN_BATCH_TOKENS": "256", "WARMUP_STEPS": "0", "EVAL_PREQUANT": "0",
-                        "SLIDING_WINDOW_ENABLED": "0", "VAL_BATCH_TOKENS": "2048"}
+    short = settings | {
+        "ITERATIONS": "2",
+        "TRAIN_BATCH_TOKENS": "256",
+        "WARMUP_STEPS": "0",
+        "EVAL_PREQUANT": "0",
+        "SLIDING_WINDOW_ENABLED": "0",
+        "VAL_BATCH_TOKENS": "2048",
+    }
     variables = environment(short | {"KERNELS": "triton", "TRITON_INTERPRET": "1", "RUN_ID": "packed"})
     variables.pop("PYTHONPATH", None)
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=empty, env=variables, capture_output=True, text=True,
-                          check=False, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py"],
+        cwd=empty,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert "kernels: triton (interpreted)" in done.stdout and "code already packed" in done.stdout
     loss = float(done.stdout.split("final val_loss:")[1].split()[0])

@@ -1,4 +1,5 @@
 """Shards, loaders and byte accounting."""
+
 from __future__ import annotations
 
 import shutil
@@ -17,12 +18,13 @@ def damaged(path, **change):
     data = bytearray(path.read_bytes())
     for word, name in enumerate(("magic", "version", "count")):
         if name in change:
-            data[4 * word:4 * word + 4] = np.int32(change[name]).tobytes()
-    path.write_bytes(bytes(data[:change.get("size", len(data))]))
+            data[4 * word : 4 * word + 4] = np.int32(change[name]).tobytes()
+    path.write_bytes(bytes(data[: change.get("size", len(data))]))
 
 
-@pytest.mark.parametrize("change", [{"magic": 1}, {"version": 2}, {"count": 7}, {"count": -1}, {"size": 5000}, {"size": 100},
-                                    {"size": 0}])
+@pytest.mark.parametrize(
+    "change", [{"magic": 1}, {"version": 2}, {"count": 7}, {"count": -1}, {"size": 5000}, {"size": 100}, {"size": 0}]
+)
 def test_a_damaged_shard_is_refused_by_name(dataset, tmp_path, change):
     path = tmp_path / "fineweb_train_000000.bin"
     shutil.copy(dataset / path.name, path)
@@ -85,7 +87,9 @@ def test_case_operators_without_a_sidecar_are_refused(config, dataset, tmp_path)
     shutil.copytree(dataset, folder)
     train_tokenizer(sentences(500, 0), folder / "tokenizer", 330, ["\ue001", "\ue002"])
     changed = replace(config, datasets_dir=str(folder))
-    size = int(str(pytest.raises(t.Stop, t.Dataset, changed).value).split("set VOCAB_SIZE=")[1].split()[0])
+    with pytest.raises(t.Stop) as stop:
+        t.Dataset(changed)
+    size = int(str(stop.value).split("set VOCAB_SIZE=")[1].split()[0])
     with pytest.raises(t.Stop, match=r"case operators \(ids \[4, 5\].*sidecar"):
         t.load_validation(t.Dataset(replace(changed, vocab_size=size)))
 
@@ -169,4 +173,5 @@ def test_the_feed_gives_every_rank_its_streams_of_the_same_step(config, monkeypa
             feed = t.Feed(run, t.ShuffledLoader(config, t.Dataset(config)))
             out += [row.tolist() for step in (0, 1) for batch in feed.get(step) for row in batch.inputs]
         return sorted(out)
+
     assert steps(1) == steps(2) == steps(8)

@@ -1,4 +1,5 @@
 """Windows, scores and what they add up to."""
+
 from __future__ import annotations
 
 import math
@@ -70,7 +71,9 @@ def test_ranks_share_the_windows(config, world):
     for rank in range(world):
         run = t.Run(config)
         run.rank, run.world = rank, world
-        run.sum = lambda sums: (parts.append(sums.clone()), torch.tensor(whole))[1]  # only the last check sees the total
+        run.sum = lambda sums: (parts.append(sums.clone()), torch.tensor(whole))[
+            1
+        ]  # only the last check sees the total
         t.score(run, ids_as_losses, validation, 8, "test")
     assert sum(parts).tolist() == list(whole)
 
@@ -98,13 +101,13 @@ def test_sliding_scores_equal_those_of_single_windows(config, loader):
         if loader == "packed":
             batch = batch._replace(starts=t.segment_starts(ids[0, :-1].numpy(), 32), longest=32)
         with torch.no_grad():
-            nats += model(batch)[0, first - 1 - start:].double().sum().item()
+            nats += model(batch)[0, first - 1 - start :].double().sum().item()
     result = t.score(t.Run(changed), model, validation, 8, "test")
     assert result.nats == pytest.approx(nats, rel=1e-5)
 
 
 def test_changing_the_future_changes_no_score_before_it(config):
-    """Causality of the evaluation as a whole: bit-identical losses up to the changed token, for both kinds of attention."""
+    """Causality of the whole evaluation: bit-identical losses up to the changed token, for both kinds of attention."""
     for loader in ("shuffled", "packed"):
         changed = replace(config, loader=loader)
         torch.manual_seed(0)
@@ -127,4 +130,4 @@ def test_changing_the_future_changes_no_score_before_it(config):
             if place is None:
                 before = flat
             else:
-                assert torch.equal(before[:place - 1], flat[:place - 1]) and not torch.equal(before, flat)
+                assert torch.equal(before[: place - 1], flat[: place - 1]) and not torch.equal(before, flat)

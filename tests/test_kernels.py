@@ -1,4 +1,5 @@
 """Triton kernels: in the interpreter against their references, and compiled for the GPUs they are meant for."""
+
 from __future__ import annotations
 
 import subprocess
@@ -46,8 +47,11 @@ def test_softcapped_cross_entropy_and_its_gradient(poisoned, rows, columns, dtyp
 
 
 def test_the_kernel_can_be_traced_without_graph_breaks():
-    torch.library.opcheck(t.softcapped_ce_op, (torch.randn(4, 16, requires_grad=True), torch.tensor([0, 1, 15, 3]), 30.0),
-                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        t.softcapped_ce_op,
+        (torch.randn(4, 16, requires_grad=True), torch.tensor([0, 1, 15, 3]), 30.0),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 COMPILE = """
@@ -57,10 +61,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 for capability in (90, 100):
     for kernel in (t.softcapped_ce_forward_kernel, t.softcapped_ce_backward_kernel):
-        types = dict(logits="*bf16", targets="*i64", losses="*fp32", normalizers="*fp32", upstream="*fp32", gradient="*bf16",
+        types = dict(logits="*bf16", targets="*i64", losses="*fp32", normalizers="*fp32", upstream="*fp32",
+                     gradient="*bf16",
                      columns="i32", cap="fp32", BLOCK="constexpr")
         signature = {{name: types[name] for name in kernel.arg_names}}
-        built = triton.compile(ASTSource(kernel, signature, {{"BLOCK": 1024}}), target=GPUTarget("cuda", capability, 32))
+        source = ASTSource(kernel, signature, {{"BLOCK": 1024}})
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert built.metadata.shared <= 232_448, built.metadata.shared
         print(capability, kernel.__name__, len(built.asm["ptx"]))
 """
@@ -69,7 +75,12 @@ for capability in (90, 100):
 def test_the_kernels_compile_for_hopper_and_blackwell():
     variables = environment({})
     variables.pop("TRITON_INTERPRET")
-    result = subprocess.run([sys.executable, "-c", COMPILE.format(root=str(ROOT))], capture_output=True, text=True,
-                            env=variables, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(root=str(ROOT))],
+        capture_output=True,
+        text=True,
+        env=variables,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 4

@@ -1,4 +1,5 @@
 """The network: routes, parameter counts, the equations of its variants, causality."""
+
 from __future__ import annotations
 
 import math
@@ -13,22 +14,36 @@ from conftest import replace
 FULL = t.Config()
 
 
-@pytest.mark.parametrize("changes, plain, looped", [
-    (dict(parallel_residual="none"), "0 1 2 3 4 | 5 6 7 8 9 10", "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10"),
-    (dict(parallel_residual="gptj", parallel_start_layer=7), "0 1 2 3 4 | 5 6 7+ 8+ 9+ 10+",
-     "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+"),
-    (dict(), "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
-    (dict(num_loops=1), "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 5 3 | 4 5 6 7 8= 9= 10="),
-    (dict(num_loops=0), "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 | 5 6 7 8= 9= 10="),
-])
+@pytest.mark.parametrize(
+    "changes, plain, looped",
+    [
+        ({"parallel_residual": "none"}, "0 1 2 3 4 | 5 6 7 8 9 10", "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8 9 10"),
+        (
+            {"parallel_residual": "gptj", "parallel_start_layer": 7},
+            "0 1 2 3 4 | 5 6 7+ 8+ 9+ 10+",
+            "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+",
+        ),
+        ({}, "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
+        ({"num_loops": 1}, "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 5 3 | 4 5 6 7 8= 9= 10="),
+        ({"num_loops": 0}, "0 1 2 3 4 | 5 6 7 8= 9= 10=", "0 1 2 3 4 | 5 6 7 8= 9= 10="),
+    ],
+)
 def test_routes(changes, plain, looped):
     config = replace(FULL, **changes)
     assert t.show_route(t.make_route(config, False)) == plain
     assert t.show_route(t.make_route(config, True)) == looped
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_loops": 0}, {"num_loops": 3, "loop_start": 0, "loop_end": 10},
-                                     {"num_layers": 1, "loop_start": 0, "loop_end": 0}, {"num_layers": 6}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_loops": 0},
+        {"num_loops": 3, "loop_start": 0, "loop_end": 10},
+        {"num_layers": 1, "loop_start": 0, "loop_end": 0},
+        {"num_layers": 6},
+    ],
+)
 def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
     config = replace(FULL, **changes)
     for looped in (False, True):
@@ -41,10 +56,13 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
         assert pops == list(range(len(pops))) and len(pops) <= t.param_table(config)["skip_weights"].shape[0]
 
 
-@pytest.mark.parametrize("changes, count", [
-    (dict(parallel_residual="gptj", parallel_start_layer=7), 35_944_536),  # #1738, #1755
-    (dict(parallel_residual="two_lane"), 35_944_602),  # #1585
-])
+@pytest.mark.parametrize(
+    "changes, count",
+    [
+        ({"parallel_residual": "gptj", "parallel_start_layer": 7}, 35_944_536),  # #1738, #1755
+        ({"parallel_residual": "two_lane"}, 35_944_602),  # #1585
+    ],
+)
 def test_parameter_counts_of_the_published_systems(changes, count):
     table = t.param_table(replace(FULL, **changes))
     assert sum(math.prod(spec.shape) for spec in table.values()) == count
@@ -106,8 +124,11 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
         z = x @ w["up"][i].T
         return torch.where(z > 0, z * z, z * z / 4) @ w["down"][i].T
 
-    order = list(range(c.loop_end + 1)) + list(range(c.loop_start, c.loop_end + 1)) * c.num_loops \
+    order = (
+        list(range(c.loop_end + 1))
+        + list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
         + list(range(c.loop_end + 1, layers))
+    )
     half, skips, lanes = len(order) // 2, [], None
     x = x0 = rms(w["embed"][batch.inputs])
     for place, i in enumerate(order):
@@ -143,12 +164,18 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
     return -logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(parallel_first_skip="both"), dict(parallel_residual="gptj", parallel_start_layer=2),
-    dict(parallel_residual="none"), dict(skip_gates_enabled=False, xsa_last_n=2, ln_scale=False),
-    dict(num_layers=7, num_loops=2, loop_start=2, loop_end=3, parallel_start_layer=4, num_kv_heads=1),
-    dict(num_heads=2, num_kv_heads=2, rope_dims=16, mlp_mult=1.5),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallel_first_skip": "both"},
+        {"parallel_residual": "gptj", "parallel_start_layer": 2},
+        {"parallel_residual": "none"},
+        {"skip_gates_enabled": False, "xsa_last_n": 2, "ln_scale": False},
+        {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 3, "parallel_start_layer": 4, "num_kv_heads": 1},
+        {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 16, "mlp_mult": 1.5},
+    ],
+)
 def test_the_one_forward_equals_the_published_equations(config, changes):
     model = make(config, **changes)
     batch = tokens(config)
@@ -164,7 +191,7 @@ def test_the_loop_switch_changes_the_route_only(config):
     model.looped = False
     assert not torch.allclose(model(batch), looped)
     single = make(config, num_loops=0)
-    single.load_state_dict({n: p[:single.get_parameter(n).shape[0]] for n, p in model.state_dict().items()})
+    single.load_state_dict({n: p[: single.get_parameter(n).shape[0]] for n, p in model.state_dict().items()})
     assert torch.equal(model(batch), single(batch))
 
 

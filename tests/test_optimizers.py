@@ -1,4 +1,5 @@
 """Muon, Adam, averaging and schedules."""
+
 from __future__ import annotations
 
 import subprocess
@@ -68,16 +69,21 @@ def test_matrices_follow_muon_and_the_rest_adam(config):
     for name, spec in model.table.items():
         after = model.get_parameter(name)
         if spec.optimizer == "muon":
-            update = t.muon_update(gradients[name], torch.zeros_like(after), torch.tensor(0.9), True, torch.float32, table)
+            update = t.muon_update(
+                gradients[name], torch.zeros_like(after), torch.tensor(0.9), True, torch.float32, table
+            )
             aspect = max(1.0, after.size(1) / after.size(2)) ** 0.5
             rate = 0.5 * config.matrix_lr
             expected = before[name] * (1 - rate * config.muon_wd) - rate * aspect * update
         else:
-            rate, decay = (config.tied_embed_lr, config.embed_wd) if name == "embed" else (config.scalar_lr, config.adam_wd)
+            rate, decay = (
+                (config.tied_embed_lr, config.embed_wd) if name == "embed" else (config.scalar_lr, config.adam_wd)
+            )
             expected = torch.nn.Parameter(before[name].clone())
             expected.grad = gradients[name]
-            torch.optim.AdamW([expected], lr=0.5 * rate, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-                              weight_decay=decay).step()
+            torch.optim.AdamW(
+                [expected], lr=0.5 * rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, weight_decay=decay
+            ).step()
         assert torch.allclose(after, expected, atol=1e-6), name
         assert after.grad is None
 
@@ -130,8 +136,13 @@ def test_average_is_exponential(config):
 
 
 def test_schedules():
-    c = t.Config(warmdown_frac=0.5, min_lr=0.1, muon_momentum_warmup_start=0.9, muon_momentum=0.97,
-                 muon_momentum_warmup_steps=100)
+    c = t.Config(
+        warmdown_frac=0.5,
+        min_lr=0.1,
+        muon_momentum_warmup_start=0.9,
+        muon_momentum=0.97,
+        muon_momentum_warmup_steps=100,
+    )
     assert [t.rate_scale(c, f) for f in (0, 0.5, 0.75, 0.98, 1.0)] == pytest.approx([1, 1, 0.5, 0.1, 0.1])
     assert t.rate_scale(replace(c, warmdown_frac=0.0), 1.0) == 1.0
     assert [t.muon_momentum(c, s) for s in (0, 50, 100, 1000)] == pytest.approx([0.9, 0.935, 0.97, 0.97])
@@ -164,12 +175,20 @@ def test_two_ranks_make_the_same_steps_as_one(settings, tmp_path, scope):
     results = []
     for processes in (1, 2):
         target = tmp_path / f"{processes}.pt"
-        start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                         "--nproc_per_node=2"]
+        start = (
+            [sys.executable]
+            if processes == 1
+            else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        )
         script = tmp_path / "script.py"
         script.write_text(TWO_RANKS.format(root=str(ROOT)))
-        done = subprocess.run([*start, str(script), str(target)], env=environment(settings | {"GRAD_CLIP_SCOPE": scope}),
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*start, str(script), str(target)],
+            env=environment(settings | {"GRAD_CLIP_SCOPE": scope}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         results.append(torch.load(target, weights_only=True))
     (one, one_state), (two, two_state) = results

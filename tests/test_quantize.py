@@ -1,4 +1,5 @@
 """Hessians and GPTQ against a plain column loop."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,13 +12,13 @@ from conftest import replace
 def problem(rows, columns, seed=0):
     """A weight matrix and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns ** 0.5 + torch.eye(columns)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
     return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
 
 
 def plain_gptq(weight, hessian, sigmas, bits, dampening):
-    """SEED_SYSTEMS 4.2, one column at a time in fp64, the inverse Hessian updated by elimination instead of a factor."""
+    """One column at a time in fp64; the inverse Hessian is updated by elimination instead of taken from a factor."""
     weight, hessian, largest = weight.double(), hessian.double(), 2 ** (bits - 1) - 1
     scale = (sigmas * weight.std(dim=1) / largest).half().double()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
@@ -106,8 +107,14 @@ def test_calibration_does_not_depend_on_the_ranks(config):
 
 def test_quantised_weights_come_back_in_their_banks(config):
     torch.manual_seed(0)
-    run, model = t.Run(replace(config, matrix_bits=8, embed_bits=8, attn_clip_sigmas=5.0, mlp_clip_sigmas=5.0,
-                               embed_clip_sigmas=5.0)), t.GPT(config)
+    run, model = (
+        t.Run(
+            replace(
+                config, matrix_bits=8, embed_bits=8, attn_clip_sigmas=5.0, mlp_clip_sigmas=5.0, embed_clip_sigmas=5.0
+            )
+        ),
+        t.GPT(config),
+    )
     weights = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
     hessians = {m.key: torch.eye(model.get_parameter(m.parameter).size(-1)) for m in t.matrices(model.table)}
     tensors = t.quantize(run, model.table, weights, hessians)
@@ -120,6 +127,13 @@ def test_quantised_weights_come_back_in_their_banks(config):
 
 
 def test_each_class_has_its_own_width_and_clip():
-    c = t.Config(matrix_bits=6, attn_bits=5, mlp_bits=0, embed_bits=8, attn_clip_sigmas=1.0, mlp_clip_sigmas=2.0,
-                 embed_clip_sigmas=3.0)
+    c = t.Config(
+        matrix_bits=6,
+        attn_bits=5,
+        mlp_bits=0,
+        embed_bits=8,
+        attn_clip_sigmas=1.0,
+        mlp_clip_sigmas=2.0,
+        embed_clip_sigmas=3.0,
+    )
     assert [t.clip_and_bits(c, kind) for kind in ("attn", "mlp", "embed")] == [(1.0, 5), (2.0, 6), (3.0, 8)]

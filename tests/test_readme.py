@@ -1,4 +1,5 @@
 """README's table of settings is generated from the program: `python tests/test_readme.py` rewrites it."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Whole runs: every stage, every file, resuming, several processes, and what must stop a run."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,9 +42,14 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 def finished(dataset, tmp_path_factory):
     """(settings, folder) of one finished run, shared by the tests that only look at it."""
     from conftest import TINY, vocabulary
+
     out = tmp_path_factory.mktemp("finished")
-    settings = TINY | {"DATASETS_DIR": str(dataset), "VOCAB_SIZE": str(vocabulary(dataset)), "OUT_DIR": str(out),
-                       "RUN_ID": "a"}
+    settings = TINY | {
+        "DATASETS_DIR": str(dataset),
+        "VOCAB_SIZE": str(vocabulary(dataset)),
+        "OUT_DIR": str(out),
+        "RUN_ID": "a",
+    }
     result = launch(settings)
     assert result.returncode == 0, result.stderr
     (out / "a" / "stdout").write_text(result.stdout)
@@ -51,12 +57,31 @@ def finished(dataset, tmp_path_factory):
 
 
 def test_a_run_leaves_everything_it_promises(finished):
-    settings, folder = finished
+    _settings, folder = finished
     summary = json.loads((folder / "summary.json").read_text())
-    for name in ("val_bpb", "val_loss", "bpb", "artifact_bytes", "code_bytes", "total_bytes", "train_seconds", "eval_seconds",
-                 "steps", "step_ms", "tokens_per_second", "seed", "world_size", "overrides", "compliance", "versions", "data"):
+    for name in (
+        "val_bpb",
+        "val_loss",
+        "bpb",
+        "artifact_bytes",
+        "code_bytes",
+        "total_bytes",
+        "train_seconds",
+        "eval_seconds",
+        "steps",
+        "step_ms",
+        "tokens_per_second",
+        "seed",
+        "world_size",
+        "overrides",
+        "compliance",
+        "versions",
+        "data",
+    ):
         assert summary[name] is not None, name
-    assert set(summary["bpb"]) == {"prequant", "quantized", "sliding"} and summary["val_bpb"] == summary["bpb"]["sliding"]
+    assert (
+        set(summary["bpb"]) == {"prequant", "quantized", "sliding"} and summary["val_bpb"] == summary["bpb"]["sliding"]
+    )
     assert summary["artifact_bytes"] == (folder / "final_model.ptz").stat().st_size
     assert summary["code_bytes"] == (folder / "packed_train_gpt.py").stat().st_size
     assert summary["total_bytes"] == summary["artifact_bytes"] + summary["code_bytes"]
@@ -75,7 +100,9 @@ def test_scoring_the_artifact_again_gives_the_same_number(finished, tmp_path):
     before = json.loads((folder / "summary.json").read_text())["val_bpb"]
     copy = tmp_path / "copy.ptz"
     shutil.copy(folder / "final_model.ptz", copy)
-    again = launch(settings | {"STAGE": "evaluate", "ARTIFACT": str(copy), "RUN_ID": "", "OUT_DIR": str(tmp_path / "other")})
+    again = launch(
+        settings | {"STAGE": "evaluate", "ARTIFACT": str(copy), "RUN_ID": "", "OUT_DIR": str(tmp_path / "other")}
+    )
     assert again.returncode == 0, again.stderr
     summary = json.loads(next((tmp_path / "other").glob("*/summary.json")).read_text())
     assert summary["val_bpb"] == before and "prequant" not in summary["bpb"]
@@ -107,7 +134,7 @@ def test_two_processes_compute_the_same_run_as_one(finished, tmp_path):
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(folder), rel=1e-5)
     one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, tmp_path / "two"))
-    # Sums over ranks round differently in the last bit, which can move an integer of GPTQ: bytes may differ, scores hardly.
+    # Sums over ranks round differently in the last bit, which can move an integer of GPTQ: bytes may differ, not scores.
     assert two["world_size"] == 2 and two["bpb"] == pytest.approx(one["bpb"], rel=1e-3)
 
 
@@ -123,7 +150,7 @@ def test_a_killed_run_resumes_with_the_same_command_and_loses_at_most_one_interv
             break
     child.send_signal(signal.SIGKILL)
     child.wait()
-    folder, = Path(settings["OUT_DIR"]).iterdir()
+    (folder,) = Path(settings["OUT_DIR"]).iterdir()
     assert (folder / "checkpoint.pt").exists() and not (folder / "summary.json").exists()
     result = launch(longer)
     assert result.returncode == 0, result.stderr
@@ -137,9 +164,21 @@ def test_a_killed_run_resumes_with_the_same_command_and_loses_at_most_one_interv
 
 
 def test_a_run_killed_under_torchrun_leaves_no_orphans(settings):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
-    child = subprocess.Popen(start, env=environment(settings | {"ITERATIONS": "100000", "RUN_ID": "x"}),
-                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train_gpt.py"),
+    ]
+    child = subprocess.Popen(
+        start,
+        env=environment(settings | {"ITERATIONS": "100000", "RUN_ID": "x"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     for line in child.stdout:
         if line.startswith("step:5/"):
             break
@@ -160,15 +199,18 @@ def test_a_run_that_is_being_written_cannot_be_joined(config, settings):
     run.close()
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"VOCAB_SIZE": "999"}, ("VOCAB_SIZE=999", "set VOCAB_SIZE=")),
-    ({"DATASETS_DIR": "/nowhere"}, ("DATASETS_DIR=/nowhere", "data/demo.py")),
-    ({"ATTENTION": "fa3"}, ("ATTENTION=fa3", "needs a GPU")),
-    ({"ARTIFACT_CAP_BYTES": "1000"}, ("ARTIFACT_CAP_BYTES=1000", "packed code")),
-    ({"STAGE": "quantize"}, ("STAGE=quantize", "train one first")),
-    ({"STAGE": "evaluate"}, ("STAGE=evaluate", "RUN_ID or ARTIFACT")),
-    ({"STAGE": "evaluate", "ARTIFACT": "/nowhere.ptz"}, ("/nowhere.ptz", "cannot be read")),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"VOCAB_SIZE": "999"}, ("VOCAB_SIZE=999", "set VOCAB_SIZE=")),
+        ({"DATASETS_DIR": "/nowhere"}, ("DATASETS_DIR=/nowhere", "data/demo.py")),
+        ({"ATTENTION": "fa3"}, ("ATTENTION=fa3", "needs a GPU")),
+        ({"ARTIFACT_CAP_BYTES": "1000"}, ("ARTIFACT_CAP_BYTES=1000", "packed code")),
+        ({"STAGE": "quantize"}, ("STAGE=quantize", "train one first")),
+        ({"STAGE": "evaluate"}, ("STAGE=evaluate", "RUN_ID or ARTIFACT")),
+        ({"STAGE": "evaluate", "ARTIFACT": "/nowhere.ptz"}, ("/nowhere.ptz", "cannot be read")),
+    ],
+)
 def test_what_cannot_work_is_refused_before_training(settings, change, words):
     refused(launch(settings | change), *words)
 
@@ -186,8 +228,11 @@ def test_damaged_and_foreign_artifacts_are_not_scored(finished, tmp_path):
     (tmp_path / "short.ptz").write_bytes(damaged[:-10])
     shutil.copy(folder / "final_model.ptz", tmp_path / "whole.ptz")
     other = settings | {"STAGE": "evaluate", "RUN_ID": "", "OUT_DIR": str(tmp_path / "runs")}
-    for name, words, change in (("flipped", "a byte was changed", {}), ("short", "truncated", {}),
-                                ("whole", "NUM_LAYERS=4 there, 3 here", {"NUM_LAYERS": "3"})):
+    for name, words, change in (
+        ("flipped", "a byte was changed", {}),
+        ("short", "truncated", {}),
+        ("whole", "NUM_LAYERS=4 there, 3 here", {"NUM_LAYERS": "3"}),
+    ):
         refused(launch(other | {"ARTIFACT": str(tmp_path / f"{name}.ptz")} | change), f"{name}.ptz", words)
     assert not list((tmp_path / "runs").glob("*/summary.json"))
 
@@ -199,9 +244,11 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_refused_and_kept(finished,
     shutil.copy(folder / "checkpoint.pt", mine)
     before = (mine / "checkpoint.pt").read_bytes()
     again = settings | {"OUT_DIR": str(tmp_path)}
-    refused(launch(again | {"MATRIX_LR": "0.01"}), "checkpoint.pt", "MATRIX_LR=0.026 there, 0.01 here", "another RUN_ID")
+    refused(
+        launch(again | {"MATRIX_LR": "0.01"}), "checkpoint.pt", "MATRIX_LR=0.026 there, 0.01 here", "another RUN_ID"
+    )
     assert (mine / "checkpoint.pt").read_bytes() == before
-    for data in (before[:len(before) // 2], b"", b"nonsense" * 100):
+    for data in (before[: len(before) // 2], b"", b"nonsense" * 100):
         (mine / "checkpoint.pt").write_bytes(data)
         refused(launch(again), "checkpoint.pt", "cannot be read", "delete it")
         assert (mine / "checkpoint.pt").read_bytes() == data
@@ -222,7 +269,13 @@ def test_a_checkpoint_never_executes_code(config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(settings):
-    blown = settings | {"SCALAR_LR": "1e30", "ITERATIONS": "50", "CHECKPOINT_EVERY": "1", "RUN_ID": "nan", "WARMUP_STEPS": "0"}
+    blown = settings | {
+        "SCALAR_LR": "1e30",
+        "ITERATIONS": "50",
+        "CHECKPOINT_EVERY": "1",
+        "RUN_ID": "nan",
+        "WARMUP_STEPS": "0",
+    }
     refused(launch(blown), "train_loss is not finite at step", "SCALAR_LR")
     saved = torch.load(Path(settings["OUT_DIR"]) / "nan" / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in saved["average"].values())
@@ -230,10 +283,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
 
 
 def test_the_wall_clock_stops_a_run(settings):
-    capped = settings | {"ITERATIONS": "100000", "SCHEDULE": "time", "MAX_WALLCLOCK_SECONDS": "5", "STAGE": "train",
-                         "GPTQ_RESERVE_SECONDS": "2", "RUN_ID": "capped"}
+    capped = settings | {
+        "ITERATIONS": "100000",
+        "SCHEDULE": "time",
+        "MAX_WALLCLOCK_SECONDS": "5",
+        "STAGE": "train",
+        "GPTQ_RESERVE_SECONDS": "2",
+        "RUN_ID": "capped",
+    }
     result = launch(capped)
-    assert result.returncode == 0 and "stopped by MAX_WALLCLOCK_SECONDS" in result.stdout and "loops on" in result.stdout
+    assert (
+        result.returncode == 0 and "stopped by MAX_WALLCLOCK_SECONDS" in result.stdout and "loops on" in result.stdout
+    )
     stages = json.loads((Path(settings["OUT_DIR"]) / "capped" / "stages.json").read_text())
     assert 3.0 <= stages["train"]["train_seconds"] < 4.5
 
@@ -262,14 +323,22 @@ def test_packed_documents_train_and_score_too(settings):
 
 
 def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
-    code = f"import sys, time; start = time.time(); sys.path.insert(0, {str(ROOT)!r}); import train_gpt; " \
-           "import torch; assert not torch.distributed.is_initialized(); print(time.time() - start)"
-    result = subprocess.run([sys.executable, "-I", "-c", code], env={"MATRX_LR": "1"}, cwd=tmp_path, capture_output=True,
-                            text=True, check=True)
+    code = (
+        f"import sys, time; start = time.time(); sys.path.insert(0, {str(ROOT)!r}); import train_gpt; "
+        "import torch; assert not torch.distributed.is_initialized(); print(time.time() - start)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        env={"MATRX_LR": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(result.stdout) < 5.0 and list(tmp_path.iterdir()) == []
 
 
 def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
-    settings, folder = finished
+    _settings, folder = finished
     saved = json.loads((folder / "config.json").read_text())
     assert set(saved) == {f.name.upper() for f in dataclasses.fields(t.Config)} and saved["NUM_LAYERS"] == 4

@@ -1,4 +1,5 @@
 """The trainer stays one readable file."""
+
 from __future__ import annotations
 
 import ast
@@ -8,7 +9,19 @@ from pathlib import Path
 import train_gpt as t
 
 SOURCE = Path(t.__file__).read_text()
-SECTIONS = ["CONFIG", "RUN", "DATA", "KERNELS", "MODEL", "OPTIMIZERS", "QUANTIZE", "ARTIFACT", "EVALUATE", "TRAIN", "MAIN"]
+SECTIONS = [
+    "CONFIG",
+    "RUN",
+    "DATA",
+    "KERNELS",
+    "MODEL",
+    "OPTIMIZERS",
+    "QUANTIZE",
+    "ARTIFACT",
+    "EVALUATE",
+    "TRAIN",
+    "MAIN",
+]
 
 
 def test_the_file_stays_short_and_narrow():
@@ -34,7 +47,7 @@ def test_public_functions_have_docstrings_and_annotations():
 
 
 def test_settings_are_read_from_the_environment_in_one_place():
-    config = SOURCE[SOURCE.index("# === CONFIG ==="):SOURCE.index("# === RUN ===")]
+    config = SOURCE[SOURCE.index("# === CONFIG ===") : SOURCE.index("# === RUN ===")]
     allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET"}  # of torchrun and triton
     rest = SOURCE.replace(config, "")
     assert set(re.findall(r'os\.environ\.get\("(\w+)"', rest)) <= allowed and "getenv" not in SOURCE
@@ -42,8 +55,8 @@ def test_settings_are_read_from_the_environment_in_one_place():
 
 def test_the_forward_has_no_branch_on_a_layer_number():
     tree = ast.parse(SOURCE)
-    model, = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GPT")
-    trunk, = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "trunk")
+    (model,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GPT")
+    (trunk,) = (node for node in model.body if isinstance(node, ast.FunctionDef) and node.name == "trunk")
     for node in ast.walk(trunk):
         if isinstance(node, ast.If | ast.IfExp):
             assert "layer" not in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
