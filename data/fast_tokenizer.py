@@ -50,7 +50,7 @@ class NormalisationRules:
 
     def __init__(self, charsmap: bytes):
         size = int.from_bytes(charsmap[:4], "little")
-        units = np.frombuffer(charsmap, dtype="<u4", count=size // 4, offset=4).astype(np.int64)
+        units = np.frombuffer(charsmap[4:4 + size], dtype="<u4").astype(np.int64)
         self.results = charsmap[4 + size:]
         self._units = units
         self._labels = units & (0x80000000 | 0xFF)
