@@ -1725,7 +1725,7 @@ def score(run: Run, forward: Callable[[Batch], Tensor], validation: Validation, 
 
 
 class Built(NamedTuple):
-    """The model on the device with the initial weights of SEED, its possibly compiled forward, whether it is compiled."""
+    """The model with the initial weights of SEED, its possibly compiled forward, and whether it is compiled."""
     model: GPT
     forward: Callable[[Batch], Tensor]
     compiled: bool

@@ -134,7 +134,7 @@ def test_two_processes_compute_the_same_run_as_one(finished, tmp_path):
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(folder), rel=1e-5)
     one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, tmp_path / "two"))
-    # Sums over ranks round differently in the last bit, which can move an integer of GPTQ: bytes may differ, not scores.
+    # Sums over ranks round differently in the last bit, which can move an integer of GPTQ: bytes may differ.
     assert two["world_size"] == 2 and two["bpb"] == pytest.approx(one["bpb"], rel=1e-3)
 
 
