@@ -368,7 +368,6 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
     # SentencePiece skips longer sentences, with three lines of warning.
     sentences = (document for document in corpus.training if len(document.encode()) <= MAX_SENTENCE_BYTES)
     model = train_tokenizer(_prefix(sentences, TOKENIZER_BYTES), folder / "tokenizer", vocab_size)
-    (folder / "tokenizer.vocab").unlink()
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     stage(f"tokenizer of {tokenizer.vocab_size():,} pieces trained on the training part")
 
