@@ -3,13 +3,15 @@
 Why it is exact. A SentencePiece model normalises text by longest-match rules, escapes spaces as U+2581 and then joins
 pieces of its vocabulary. Where no rule and no piece spans a place in the text, what stands left of it cannot influence
 the ids to the right of it. That holds in front of every space when no piece has an inner U+2581, and between two ASCII
-characters that are adjacent in no piece ("d" and "," for example). So text is cut at those places and the ids of each
-segment are looked up by its exact bytes. `refusal` checks everything this argument uses on the model itself; a model
+characters that are adjacent in no piece ("d" and "," for example), and at both sides of a user-defined symbol that
+stands next to such a character. So text is cut at those places and the ids of each segment are looked up by its exact
+bytes. `refusal` checks everything this argument uses on the model itself; a model
 that fails is encoded by SentencePiece alone.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -75,21 +77,38 @@ class NormalisationRules:
 
     def spans(self, first: bytes) -> bool:
         """Whether some rule has an ASCII byte after its first byte, or any byte after a first byte out of `first`."""
-        letters = np.arange(1, 256)
+        starts = np.array([node for letter in first if (node := self._child(0, letter))], dtype=np.int64)
+        deep = self._reachable[self._reachable != 0]
+        return bool((self._labels[self._children(deep)] < 128).any() or len(self._children(starts)))
+
+    def contain(self, text: bytes) -> bool:
+        """Whether `text` (at least one byte) is part of the source of some rule."""
+        nodes = self._reachable
+        for letter in text:
+            nodes = self._children(nodes)
+            nodes = nodes[self._labels[nodes] == letter]
+        return bool(len(nodes))
+
+    def _children(self, nodes: np.ndarray) -> np.ndarray:
+        """All children of `nodes`. Seen from their end: a unit is a child of each node with base unit ^ own label."""
+        bases = np.zeros(len(self._units) + 256, dtype=bool)
+        found = self._bases[nodes]
+        bases[found[found < len(bases)]] = True
+        return self._lettered[bases[self._lettered ^ self._labels[self._lettered]]]
+
+    @cached_property
+    def _lettered(self) -> np.ndarray:
+        return np.flatnonzero((self._labels >= 1) & (self._labels <= 255))
+
+    @cached_property
+    def _reachable(self) -> np.ndarray:
         seen = np.zeros(len(self._units), dtype=bool)
-        nodes = np.array([node for letter in range(1, 256) if (node := self._child(0, letter))]
-                         if len(self._units) else [], dtype=np.int64)
-        starts = [node for letter in first if (node := self._child(0, letter))] if len(nodes) else []
+        nodes = np.arange(min(1, len(self._units)))
         while len(nodes):
             seen[nodes] = True
-            children = self._bases[nodes][:, None] ^ letters
-            inside = children < len(self._units)
-            parent, letter = np.nonzero(inside & (self._labels[np.where(inside, children, 0)] == letters))
-            if (letters[letter] < 128).any() or np.isin(nodes[parent], starts).any():
-                return True
-            nodes, starts = np.unique(children[parent, letter]), []
+            nodes = self._children(nodes)
             nodes = nodes[~seen[nodes]]
-        return False
+        return np.flatnonzero(seen)
 
 
 def space_bytes(rules: NormalisationRules) -> bytes:
@@ -138,6 +157,7 @@ class FastTokenizer:
         self.refused = refusal(self.model, rules) if fast else "not wanted"
         if self.refused:
             return
+        self._symbols = self._lone_symbols(rules)
         self._pairs = self._pair_table(space_bytes(rules))
         self._prefix = len(self.processor.encode("a"))
         # Sums of Unigram scores are exact in float32 below 2**24; an unknown character costs 10 more than any piece.
@@ -146,6 +166,14 @@ class FastTokenizer:
         self._low_mask = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._high_mask = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._clear()
+
+    def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[bytes, bytes]]:
+        """User-defined symbols of one character that nothing else contains, and the byte that stands for each here."""
+        everything = "".join(piece.piece for piece in self.model.pieces)
+        symbols = [piece.piece.encode() for piece in self.model.pieces
+                   if piece.type == USER_DEFINED and len(piece.piece) == 1 and not piece.piece.isascii()
+                   and everything.count(piece.piece) == 1 and not rules.contain(piece.piece.encode())]
+        return [(symbol, bytes((code,))) for code, symbol in enumerate(symbols[:8], 1)]
 
     def _pair_table(self, spaces: bytes) -> np.ndarray:
         """uint8 (65536,), by byte + 256 * next: 1 = a word starts at the next byte, 2 = cut, 4 = a segment ends."""
@@ -156,8 +184,9 @@ class FastTokenizer:
         is_space[list(spaces)] = True
         table[np.ix_(~is_space, is_space)] = 1
         table[np.ix_(is_space, ~is_space)] = 4
-        for left in PRINTABLE:
-            for right in PRINTABLE:
+        letters = PRINTABLE + "".join(code.decode() for _, code in self._symbols)
+        for left in letters:
+            for right in letters:
                 if (left, right) not in adjacent:
                     table[ord(right), ord(left)] = 2 | 4
         return table.ravel()
@@ -200,19 +229,22 @@ class FastTokenizer:
         if self.refused:
             plain = self._encode_plain(texts)
             return np.concatenate(plain), np.array([len(ids) for ids in plain], dtype=np.int64)
-        # NUL pads the keys and may not be in them; such texts, and extreme ones, take the plain path.
+        # NUL pads the keys, and other bytes stand for symbols; texts with them, and extreme ones, take the plain path.
+        taken = [b"\0", *(code for _, code in self._symbols)]
         slow = {index for index, data in enumerate(encoded)
-                if b"\0" in data or len(texts[index]) > self._most_characters}
+                if len(texts[index]) > self._most_characters or any(code in data for code in taken)}
         data = [b"" if index in slow else part for index, part in enumerate(encoded)] if slow else encoded
+        for symbol, code in self._symbols:
+            data = [part.replace(symbol, code) for part in data]
         buffer = np.frombuffer(b" " + b" ".join(data) + b" " * 17, dtype=np.uint8)
         text_starts = np.cumsum([1] + [len(part) + 1 for part in data])
         length = int(text_starts[-1])
         kinds = self._pairs.take(np.ndarray(length, "<u2", buffer, strides=(1,)))
-        cuts = np.flatnonzero(kinds & 2)
+        cuts = np.flatnonzero((kinds & 2) != 0)
         # A combining character may change the letter before it, and with it the pair that was looked up.
         kinds[cuts[buffer[cuts + 2] >= 128]] = 0
-        starts = np.flatnonzero(kinds & 3)
-        lengths = np.flatnonzero(kinds & 4) - starts
+        starts = np.flatnonzero((kinds & 3) != 0)
+        lengths = np.flatnonzero((kinds & 4) != 0) - starts
         lead = (kinds[starts] & 1).astype(bool)
         starts += 1
         borders = np.searchsorted(starts, text_starts)
@@ -244,7 +276,11 @@ class FastTokenizer:
 
     def _encode_segments(self, segments: list[bytes], lead: Sequence[bool]) -> list[list[int]]:
         """Ids of each segment; a leading space is restored behind the word "a", whose ids are then removed."""
-        texts = [("a " if space else "") + segment.decode() for segment, space in zip(segments, lead, strict=True)]
+        together = b"\0".join(segments)
+        for symbol, code in self._symbols:
+            together = together.replace(code, symbol)
+        texts = [f"a {segment}" if space else segment
+                 for segment, space in zip(together.decode().split("\0"), lead, strict=True)]
         return [ids[self._prefix:] if space else ids
                 for ids, space in zip(self.processor.encode(texts, num_threads=1), lead, strict=True)]
 

@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Speed of the data side against its plain versions, in MB of raw text a second on one core.
+
+    python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
+    python bench/data.py --quick    # the same figures from less text, within a minute
+    python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3, from the same text
+    python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+# As a script this file would be found under the name of the package `data`: its folder must not be searched.
+sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(path for path in sys.path if Path(path).resolve() != ROOT / "bench")]
+import caps_reference
+from data.documents import Batch, Position
+from data.fast_tokenizer import FastTokenizer
+from data.prepare import LONGEST_SENTENCE, Job, Known
+from data.shards import BOS, train_tokenizer, write_shard
+from data.sidecar import encode_with_bytes
+from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
+
+SHARED = ROOT.parent / "shared" / "data"
+# Tokens per byte of held-out text in spec/TOKENIZER.md.
+PUBLISHED = {"none": 0.26513, "caseops_v1": 0.30917, "caseops_v3": 0.27183}
+
+
+def documents(name: str, megabytes: float) -> list[str]:
+    """Texts from the start of a file of the shared data, about so many MB of UTF-8."""
+    texts, left = [], megabytes * 1e6
+    with lzma.open(SHARED / name, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            texts.append(json.loads(line)["text"])
+            left -= len(texts[-1].encode())
+            if left <= 0:
+                break
+    return texts
+
+
+def size(texts: list[str]) -> int:
+    """UTF-8 bytes of all texts."""
+    return sum(len(text.encode()) for text in texts)
+
+
+class Table:
+    """Measured speeds: prints a line for each and keeps the figures."""
+
+    def __init__(self, repeats: int):
+        self.repeats, self.figures = repeats, {}
+        print(f"{'step':<34}{'MB/s':>9}{'spread':>9}{'plain':>9}{'ratio':>8}")
+
+    def speed(self, action: Callable[[], object], amount: int, repeats: int) -> tuple[float, float]:
+        """Median MB/s of `action`, which works on `amount` bytes, and the spread (max - min) / median."""
+        speeds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            action()
+            speeds.append(amount / 1e6 / (time.perf_counter() - began))
+        median = statistics.median(speeds)
+        return median, (max(speeds) - min(speeds)) / median
+
+    def compare(self, name: str, fast: Callable[[list[str]], object], plain: Callable[[list[str]], object],
+                texts: list[str], sample: list[str], raw: tuple[int, int] | None = None) -> None:
+        """Both versions, the plain one on `sample`; `raw` are the bytes of raw text where the texts are codes."""
+        amounts = raw or (size(texts), size(sample))
+        speed, spread = self.speed(lambda: fast(texts), amounts[0], self.repeats)
+        slow, slow_spread = self.speed(lambda: plain(sample), amounts[1], self.repeats)
+        print(f"{name:<34}{speed:>9.1f}{spread:>8.0%} {slow:>9.2f}{speed / slow:>7.1f}x", flush=True)
+        self.figures |= {f"{name}_mb_per_s": round(speed, 2), f"{name}_spread": round(spread, 3),
+                         f"{name}_plain_mb_per_s": round(slow, 3), f"{name}_plain_spread": round(slow_spread, 3),
+                         f"{name}_ratio": round(speed / slow, 2)}
+
+
+def each(function: Callable) -> Callable[[list[str]], list]:
+    """`function` for every text of a list."""
+    return lambda texts: [function(text) for text in texts]
+
+
+def speeds(quick: bool) -> dict:
+    """All speeds; a fresh tokenizer for every repeat, so that filling its table is part of its time."""
+    texts = documents("web.jsonl.xz", 1000)
+    sample = documents("web.jsonl.xz", 1 if quick else 4)
+    table = Table(2 if quick else 5)
+    raw = size(texts), size(sample)
+    for version, name in ((1, "encode"), (3, "encode_v3")):
+        plain = caps_reference.encode_v1 if version == 1 else caps_reference.encode_v3
+        fast = each(lambda text, version=version: encode_caseops(text, version))
+        table.compare(name, fast, each(plain), texts, sample)
+    for version, name in ((1, "decode"), (3, "decode_v3")):
+        plain = caps_reference.decode_v1 if version == 1 else caps_reference.decode_v3
+        codes = [encode_caseops(text, version) for text in texts]
+        table.compare(name, each(lambda code, version=version: decode_caseops(code, version)), each(plain), codes,
+                      codes[:len(sample)], raw)
+    codes = [encode_caseops(text) for text in texts]
+    models = {"tokenize": (codes, "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"),
+              "tokenize_sp8192": (texts, "fineweb_8192_bpe.model")}
+    for name, (inputs, file) in models.items():
+        path = SHARED / "tokenizers" / file
+        processor = FastTokenizer(path).processor
+        few = inputs[:4 * len(sample)] if quick else inputs
+        table.compare(name, lambda part, path=path: FastTokenizer(path).encode_batch(part), each(processor.encode),
+                      inputs, few, (size(texts), size(texts[:len(few)])))
+    path = SHARED / "tokenizers" / models["tokenize"][1]
+    warm = FastTokenizer(path)
+    warm.encode_batch(codes)
+    speed, _ = table.speed(lambda: warm.encode_batch(codes), raw[0], table.repeats)
+    print(f"{'tokenize, words all known':<34}{speed:>9.1f}")
+    table.figures["tokenize_warm_mb_per_s"] = round(speed, 2)
+
+    def plain_sidecar(part: list[str]) -> None:
+        for text in part:
+            pieces = warm.processor.encode(caps_reference.encode_v1(text), return_type="proto").pieces
+            caps_reference.byte_counts([piece.surface for piece in pieces])
+
+    few = texts[:2 * len(sample)]
+    table.compare("sidecar", each(lambda text: encode_with_bytes(warm.processor, "caseops_v1", text)), plain_sidecar,
+                  few, sample)
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+
+    def pipeline(part: list[str]) -> None:
+        job = Job(str(path), str(time.perf_counter_ns()), "caseops_v1", "text", False, Known(texts={b""}, tokens={b""}))
+        for start in range(0, len(part), 500):
+            job(Batch(path, Position(record=start), lines[start:start + 500][:len(part) - start], Position(), 0))
+
+    def plain_pipeline(part: list[str]) -> None:
+        ids: list[int] = []
+        for line in lines[:len(part)]:
+            ids += [BOS, *warm.processor.encode(caps_reference.encode_v1(json.loads(line)["text"]))]
+        np.array(ids, dtype=np.uint16)
+
+    table.compare("pipeline", pipeline, plain_pipeline, texts, sample)
+    table.figures |= verification(20_000_000 if quick else 100_000_000)
+    return {**table.figures, "quick": quick, "text_mb": round(raw[0] / 1e6, 1), "repeats": table.repeats}
+
+
+def verification(tokens: int) -> dict:
+    """Seconds that verify_bytes.py takes for a training shard of so many random tokens, on 2 processes."""
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, count in (("train", tokens), ("val", tokens // 10)):
+            values = (generator.zipf(1.2, count).astype(np.uint64) % 7000 + 300).astype("<u2")
+            values[::800] = BOS
+            write_shard(folder / f"fineweb_{kind}_000000.bin", values)
+        began = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / "verify_bytes.py"), name, "--workers", "2", "--tokenizer",
+                        str(SHARED / "tokenizers" / "fineweb_8192_bpe.model")], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+    print(f"verify_bytes.py, {tokens / 1e6:.0f} M tokens in a shard: {seconds:.1f} s")
+    return {"verify_tokens": tokens, "verify_seconds": round(seconds, 2)}
+
+
+def tokens_per_byte(megabytes: float) -> dict:
+    """The table of spec/TOKENIZER.md: three tokenizers trained on the same text, counted on held-out text."""
+    web = documents("web.jsonl.xz", 1000)
+    held_out, left = documents("fineweb_val_head.jsonl.xz", 1000), 4.7e6
+    while left > 0:
+        held_out.append(web.pop())
+        left -= len(held_out[-1].encode())
+    training = web[:]
+    training += documents("prose.jsonl.xz", max(0.1, megabytes - size(web) / 1e6))
+    raw = size(held_out)
+    print(f"trained on {size(training) / 1e6:.1f} MB, counted on {raw / 1e6:.2f} MB of held-out text")
+    print(f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}")
+
+    def sentences(encode: Callable[[str], str]) -> Iterator[str]:
+        return (code for text in training if len((code := encode(text)).encode()) <= LONGEST_SENTENCE)
+
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as name:
+        for transform in ("caseops_v1", "none", "caseops_v3"):
+            encode, _, operators, _ = TRANSFORMS[transform]
+            model = train_tokenizer(sentences(encode), Path(name) / transform, 8192, operators)
+            ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
+            marks = int(np.isin(ids, np.arange(4, 4 + len(operators))).sum())
+            results[transform] = len(ids)
+            change = len(ids) / results["caseops_v1"] - 1
+            print(f"{transform:<14}{len(ids):>11,}{len(ids) / raw:>10.5f}{change:>+12.1%}{PUBLISHED[transform]:>11.5f}"
+                  f"{marks:>11,}", flush=True)
+    return {f"tokens_per_byte_{name}": round(count / raw, 5) for name, count in results.items()} | {
+        "v3_against_v1": round(results["caseops_v3"] / results["caseops_v1"] - 1, 4), "training_mb": megabytes}
+
+
+def kills(count: int) -> dict:
+    """The test that kills a run and goes on, so many times; the first failure ends it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "test_prepare.py"), "-k", "killed"]
+    began = time.perf_counter()
+    passed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PREPARE_KILLS": str(count)}).returncode == 0
+    return {"kills": count, "identical": passed, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def main() -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="less text, the same figures")
+    parser.add_argument("--table", action="store_true", help="tokens per byte instead of speeds")
+    parser.add_argument("--mb", type=float, default=53.6, help="training text for --table (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds")
+    options = parser.parse_args()
+    if not SHARED.is_dir():
+        print(f"bench/data.py: {SHARED}: no such folder; it holds the text and the tokenizers", file=sys.stderr)
+        return 2
+    if options.table:
+        result = tokens_per_byte(options.mb if not options.quick else 10)
+    elif options.kills:
+        result = kills(options.kills)
+    else:
+        result = speeds(options.quick)
+    print("RESULT " + json.dumps(result))
+    return 0 if result.get("identical", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
