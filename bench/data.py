@@ -177,7 +177,8 @@ def tokens_per_byte(megabytes: float) -> dict:
     print(f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}")
 
     def sentences(encode: Callable[[str], str]) -> Iterator[str]:
-        return (code for text in training if len((code := encode(text)).encode()) <= LONGEST_SENTENCE)
+        return (line for text in training for line in encode(text).splitlines()
+                if len(line.encode()) <= LONGEST_SENTENCE)
 
     results: dict = {}
     with tempfile.TemporaryDirectory() as name:
