@@ -12,7 +12,7 @@ if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$stamp" ]; then
   echo "setup: installing requirements.txt into .venv (once; a minute or two)"
   python3 -m venv --clear .venv ||
     { echo "python3 -m venv failed; install the venv module of your Python (Debian: apt install python3-venv)" >&2; exit 2; }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt ||
+  .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt ||
     { echo "pip could not install requirements.txt; see its message above, then run this again" >&2; exit 2; }
   echo "$stamp" > .venv/requirements.sha256
 fi

@@ -30,6 +30,7 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
+import functools
 import hashlib
 import importlib
 import itertools
@@ -380,17 +381,15 @@ class Run:
         """Whether this is the rank that logs and writes."""
         return self.rank == 0
 
-    def open(self, folder: Path) -> None:
+    def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
-        self.folder = folder
-        if not self.main:
-            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
             self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            return folder
         except BlockingIOError:
             raise Stop(f"{folder}: another process is writing this run; wait for it or choose another RUN_ID") from None
         except OSError as error:
@@ -500,11 +499,12 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def find_run_folder(config: Config) -> Path:
+def find_run_folder(config: Config, shards: str) -> Path:
     """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name.
 
-    A folder matches if its config.json holds the same settings up to what the stage still decides, and nobody holds its
-    lock. STAGE=all and train look for an unfinished run with a checkpoint: the same command again resumes.
+    A folder matches if its config.json holds the same data (`shards`: their fingerprint) and the same settings up to
+    what the stage still decides. STAGE=all and train look for an unfinished run with a checkpoint that nobody is
+    writing: the same command again resumes.
     """
     root = Path(config.out_dir)
     if config.run_id:
@@ -514,10 +514,9 @@ def find_run_folder(config: Config) -> Path:
                        "STAGE=evaluate to score it again")
         return folder
     kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
-    wanted = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt"
+    wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.shaping(*kinds)
     for folder in sorted((path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True):
-        saved = json.loads((folder / "config.json").read_text())
-        if differences(saved, config.shaping(*kinds)) or not (folder / wanted).exists():
+        if differences(read_json(folder / "config.json"), same | {"data": shards}) or not (folder / wanted).exists():
             continue
         if config.stage in ("quantize", "evaluate") or not (is_locked(folder) or (folder / "summary.json").exists()):
             return folder
@@ -532,6 +531,17 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
     found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is no such file; Stop if it holds anything else."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise Stop(f"{path}: cannot be read ({error}); delete it or make it again") from None
+    if not isinstance(content, dict):
+        raise Stop(f"{path}: not a JSON object; delete it or make it again")
+    return content
 
 
 def is_locked(folder: Path) -> bool:
@@ -611,19 +621,8 @@ class Dataset:
                 raise Stop(f"DATASETS_DIR={self.folder}: no {pattern} there; set DATASETS_DIR, or make the data with "
                            "data/demo.py, data/prepare.py or data/download.py")
         self.train = [read_shard(path) for path in self.train_files]
-        self.manifest = self.read_manifest()
+        self.manifest = read_json(self.folder / "manifest.json")
         self.pieces = self.read_tokenizer()
-
-    def read_manifest(self) -> dict:
-        """manifest.json of the folder, or an empty dictionary where there is none."""
-        path = self.folder / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise Stop(f"{path}: cannot be read ({error}); delete it or prepare the data again") from None
-        if not isinstance(manifest, dict):
-            raise Stop(f"{path}: not a JSON object; delete it or prepare the data again")
-        return manifest
 
     def read_tokenizer(self) -> Any:
         """The SentencePiece model; Stop if it is missing, broken or of another size than VOCAB_SIZE."""
@@ -1629,6 +1628,7 @@ PACKED_SCRIPT = PACKED_HEAD + (
     "n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
 
 
+@functools.lru_cache(1)
 def pack_source(source: str) -> tuple[str, str]:
     """(`source` as a self-extracting script, how it was made); a script that is packed already comes back as it is."""
     if source.startswith(PACKED_HEAD):
@@ -1861,6 +1861,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         average.weights = {name: saved["average"][name].to(run.device) for name in average.weights}
         step, before, model.looped = saved["step"], saved["train_seconds"], saved["looped"]
         run.log(f"train: resumed at step {step} after {before:.1f}s of training")
+        run.metric("resume", step=step, seconds=before)  # records of later steps before this one are void
     identity = {"settings": c.shaping("training"), "data": data.fingerprint()["shards"]}
     validation = load_validation(data) if c.val_loss_every else None
     budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
@@ -1915,8 +1916,7 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     run.metric(stage, **facts)
     if run.main:
         path = run.folder / "stages.json"
-        stages = json.loads(path.read_text()) if path.exists() else {}
-        write_atomically(path, json.dumps(stages | {stage: facts}, indent=1).encode())
+        write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
 
 def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
@@ -1982,7 +1982,7 @@ def evaluate_stage(run: Run, data: Dataset, model: GPT, forward: Callable[[Batch
 
 def summarize(run: Run, data: Dataset) -> None:
     """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
-    c, stages = run.config, json.loads((run.folder / "stages.json").read_text())
+    c, stages = run.config, read_json(run.folder / "stages.json")
     facts = stages.get("train", {}) | stages.get("quantize", {}) | stages["evaluate"]
     facts["total_bytes"] = facts["artifact_bytes"] + facts["code_bytes"] if "code_bytes" in facts else None
     limits = {"train": (facts.get("budgeted_seconds"), c.max_wallclock_seconds), "size": (facts["total_bytes"],
@@ -2042,10 +2042,11 @@ def main(config: Config) -> None:
     """Run the stages of `config.stage`."""
     run = Run(config)
     data = Dataset(config, need_training=config.stage != "evaluate")
-    run.open(run.guarded(lambda: find_run_folder(config)))
+    settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
+    settings["data"] = data.fingerprint()["shards"]
+    run.folder = run.guarded(lambda: run.open(find_run_folder(config, settings["data"])))
     run.guarded(lambda: preflight(run))
     log_header(run, data)
-    settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
     run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))
     built = build(run)
     if config.stage in ("all", "train"):
@@ -2058,4 +2059,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    try:
+        main(CONFIG)
+    except KeyboardInterrupt:
+        raise Stop("interrupted; the same command goes on from the last checkpoint") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import random
 import subprocess
@@ -108,18 +110,24 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 def launch(
-    settings: dict[str, str], processes: int = 1, script: Path = ROOT / "train_gpt.py", cwd: Path = ROOT
+    settings: dict[str, str], processes: int = 0, script: Path = ROOT / "train_gpt.py"
 ) -> subprocess.CompletedProcess:
-    """Run the trainer to its end in `processes` processes."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
+    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own."""
+    if processes == 0:
+        shown, status, error = io.StringIO(), 0, ""
+        with contextlib.redirect_stdout(shown):
+            try:
+                t.main(t.Config.from_env(settings))
+            except t.Stop as stop:
+                status, error = 1, f"{stop}\n"
+        return subprocess.CompletedProcess([], status, shown.getvalue(), error)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*start, str(script)],
         env=environment(settings),
-        cwd=cwd,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,

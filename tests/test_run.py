@@ -50,7 +50,7 @@ def finished(dataset, tmp_path_factory):
         "OUT_DIR": str(out),
         "RUN_ID": "a",
     }
-    result = launch(settings)
+    result = launch(settings, processes=1)
     assert result.returncode == 0, result.stderr
     (out / "a" / "stdout").write_text(result.stdout)
     return settings, out / "a"
@@ -112,7 +112,7 @@ def test_scoring_the_artifact_again_gives_the_same_number(finished, tmp_path):
 def test_a_finished_run_is_not_overwritten(finished):
     settings, folder = finished
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    refused(launch(settings), "RUN_ID=a", "finished run", "choose another RUN_ID")
+    refused(launch(settings, processes=1), "RUN_ID=a", "finished run", "choose another RUN_ID")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -139,23 +139,23 @@ def test_two_processes_compute_the_same_run_as_one(finished, tmp_path):
 
 
 def test_a_killed_run_resumes_with_the_same_command_and_loses_at_most_one_interval(settings, tmp_path):
-    longer = settings | {"ITERATIONS": "60", "CHECKPOINT_EVERY": "5", "TRAIN_LOG_EVERY": "1"}
+    longer = settings | {"ITERATIONS": "30", "CHECKPOINT_EVERY": "5", "TRAIN_LOG_EVERY": "1"}
     start = [sys.executable, str(ROOT / "train_gpt.py")]
     child = subprocess.Popen(start, env=environment(longer), stdout=subprocess.PIPE, text=True)
     step = 0
     for line in child.stdout:
         if line.startswith("step:"):
             step = int(line.split(":")[1].split("/")[0])
-        if step >= 23:
+        if step >= 13:
             break
     child.send_signal(signal.SIGKILL)
     child.wait()
     (folder,) = Path(settings["OUT_DIR"]).iterdir()
     assert (folder / "checkpoint.pt").exists() and not (folder / "summary.json").exists()
-    result = launch(longer)
+    result = launch(longer, processes=1)
     assert result.returncode == 0, result.stderr
     resumed = int(result.stdout.split("resumed at step ")[1].split()[0])
-    assert step - 5 <= resumed + 1 and resumed >= 15 and list(Path(settings["OUT_DIR"]).iterdir()) == [folder]
+    assert step - 5 <= resumed + 1 and resumed >= 5 and list(Path(settings["OUT_DIR"]).iterdir()) == [folder]
     # The interrupted run ends exactly where an uninterrupted one does.
     whole = launch(longer | {"RUN_ID": "whole"})
     assert whole.returncode == 0 and artifact_hash(folder.parent / "whole") == artifact_hash(folder)
@@ -194,7 +194,7 @@ def test_a_run_killed_under_torchrun_leaves_no_orphans(settings):
 
 def test_a_run_that_is_being_written_cannot_be_joined(config, settings):
     run = t.Run(config)
-    run.open(Path(settings["OUT_DIR"]) / "x")
+    run.folder = run.open(Path(settings["OUT_DIR"]) / "x")
     refused(launch(settings | {"RUN_ID": "x"}), "another process is writing this run", "RUN_ID")
     run.close()
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_refused_and_kept(finished,
     assert (mine / "checkpoint.pt").read_bytes() == before
     for data in (before[: len(before) // 2], b"", b"nonsense" * 100):
         (mine / "checkpoint.pt").write_bytes(data)
-        refused(launch(again), "checkpoint.pt", "cannot be read", "delete it")
+        refused(launch(again, processes=len(data) % 2), "checkpoint.pt", "cannot be read", "delete it")
         assert (mine / "checkpoint.pt").read_bytes() == data
 
 
@@ -341,4 +341,4 @@ def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
 def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
     _settings, folder = finished
     saved = json.loads((folder / "config.json").read_text())
-    assert set(saved) == {f.name.upper() for f in dataclasses.fields(t.Config)} and saved["NUM_LAYERS"] == 4
+    assert set(saved) == {"data", *(f.name.upper() for f in dataclasses.fields(t.Config))} and saved["NUM_LAYERS"] == 4
