@@ -1736,6 +1736,7 @@ def build(run: Run) -> Built:
     c = run.config
     torch.manual_seed(c.seed)
     compiled = c.compile == "on" or (c.compile == "auto" and run.is_cuda)
+    torch._dynamo.config.recompile_limit = 64  # one per number of 64 segment starts and loop state
     model = GPT(c, pick_attention(c, run), pick_kernels(c, run), run.dtype).to(run.device)
     run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={c.compile}, {run.device.type})")
     for looped in (False, True) if c.num_loops else (False,):
@@ -2026,6 +2027,8 @@ def log_header(run: Run, data: Dataset) -> None:
     run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world} micro_steps:{len(run.streams)}")
     run.log(f"versions: {pairs(versions(run))}")
     run.log(f"data: {pairs(data.fingerprint())}")
+    if not data.manifest.get("validation", {}).get("standard", True):
+        run.log(f"warning: these {data.manifest.get('docs_val')} validation documents are not the contest's 50,000")
     run.log("overrides: " + (" ".join(f"{name}={show(value)}" for name, value in c.overrides().items()) or "none"))
     for name, spec in param_table(c).items():
         run.log(f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}", console=False)

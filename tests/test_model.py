@@ -226,6 +226,16 @@ def test_the_tap_sees_the_input_of_every_matrix(config):
         assert seen[m.key][0].size(-1) == (weight if m.index is None else weight[m.index]).size(-1)
 
 
+def test_the_forward_is_one_graph_in_both_loop_states(config):
+    """fullgraph: a graph break would be an error. The attention of packed rows is a GPU kernel and not part of this."""
+    model, batch = t.GPT(config, fused=True), tokens(config)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    for looped in (False, True):
+        model.looped = looped
+        assert torch.allclose(compiled(batch), model(batch), atol=1e-5)
+        compiled(batch).mean().backward()
+
+
 def test_initial_values(config):
     torch.manual_seed(0)
     model = t.GPT(config)
