@@ -1001,9 +1001,10 @@ def param_table(config: Config) -> dict[str, Spec]:
         "parallel_post_lambdas": Spec((layers, 2, 2), one, "scalar", "fp16"),
         "parallel_resid_lambdas": Spec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
-    unused = {"skip_gates": not c.skip_gates_enabled, "parallel_post_lambdas": c.parallel_residual != "two_lane",
-              "parallel_resid_lambdas": c.parallel_residual != "two_lane"}
-    return {name: spec for name, spec in table.items() if not unused.get(name)}
+    lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
+    used = {"skip_weights": skips > 0, "skip_gates": skips > 0 and c.skip_gates_enabled,
+            "parallel_post_lambdas": lanes, "parallel_resid_lambdas": lanes}
+    return {name: spec for name, spec in table.items() if used.get(name, True)}
 
 
 class Matrix(NamedTuple):
@@ -1333,6 +1334,9 @@ class Optimizers:
     def step(self, rate_scale: float, momentum: float) -> None:
         """One update of all parameters from their gradients, which are freed."""
         c, world = self.run.config, self.run.world
+        for parameter in self.parameters:
+            if parameter.grad is None:  # the route of this step visits no layer that uses it
+                parameter.grad = torch.zeros_like(parameter)
         if c.grad_clip_norm and c.grad_clip_scope == "local":
             nn.utils.clip_grad_norm_(self.parameters, c.grad_clip_norm, foreach=True)
         self.muon.reduce()

@@ -53,7 +53,8 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
             assert depth >= 0
         assert depth == 0
         pops = [step.pop for step in route if step.pop is not None]
-        assert pops == list(range(len(pops))) and len(pops) <= t.param_table(config)["skip_weights"].shape[0]
+        rows = t.param_table(config)["skip_weights"].shape[0] if pops else 0
+        assert pops == list(range(len(pops))) and len(pops) <= rows
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,22 @@ def test_packed_documents_train_and_score_too(settings):
     assert summary["bpb"]["sliding"] <= summary["bpb"]["quantized"] * 1.01
 
 
+@pytest.mark.parametrize("shape", [
+    {"NUM_LAYERS": "1", "NUM_LOOPS": "0"},
+    {"NUM_LAYERS": "2", "LOOP_START": "0", "LOOP_END": "1", "PARALLEL_START_LAYER": "8"},
+    {"NUM_LAYERS": "3", "NUM_LOOPS": "0", "NUM_HEADS": "1", "NUM_KV_HEADS": "1", "ROPE_DIMS": "0", "MLP_MULT": "1.5"},
+    {"NUM_LAYERS": "4", "PARALLEL_RESIDUAL": "gptj", "PARALLEL_START_LAYER": "0", "SKIP_GATES_ENABLED": "0",
+     "XSA_LAST_N": "0", "GRAD_CLIP_SCOPE": "local", "MUON_COEFFICIENTS": "classic", "MATRIX_BITS": "5"},
+    {"NUM_LAYERS": "3", "LOOP_START": "0", "LOOP_END": "0", "NUM_LOOPS": "4", "PARALLEL_START_LAYER": "1",
+     "EVAL_SEQ_LEN": "57", "EVAL_STRIDE": "13", "COMPRESSOR": "lzma", "LOADER": "packed", "TRAIN_SEQ_LEN": "19"},
+])
+def test_odd_shapes_run_through_every_stage(settings, shape):
+    result = launch(settings | {"ITERATIONS": "3", "RUN_ID": "odd"} | shape)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((Path(settings["OUT_DIR"]) / "odd" / "summary.json").read_text())
+    assert 0 < summary["val_bpb"] < 20 and summary["total_bytes"] > summary["artifact_bytes"]
+
+
 def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
     code = (
         f"import sys, time; start = time.time(); sys.path.insert(0, {str(ROOT)!r}); import train_gpt; "
