@@ -17,6 +17,7 @@ if [ -n "$recipe" ]; then
   done < "$recipe"
 fi
 
+python train_gpt.py --print-config > /dev/null  # a wrong setting stops here, before any data is made
 if [ "${DATASETS_DIR:-}" = data/demo ]; then
   python data/demo.py --out data/demo --vocab-size "${VOCAB_SIZE:-1024}"
 fi

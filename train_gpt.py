@@ -32,7 +32,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import lzma
@@ -315,6 +315,7 @@ def command_line(arguments: list[str]) -> Config | None:
     """The settings of this process, or None after --help or --print-config was served; Stop for any other argument."""
     if not arguments:
         return Config.from_env(os.environ)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
         print((__doc__ or "").split("\n\nContents")[0] + "\n\nSettings (environment variables)\n")
         print(Config.describe())
@@ -331,6 +332,8 @@ if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     if CONFIG is None:
         raise SystemExit(0)
+    if importlib.util.find_spec("torch") is None:
+        raise Stop(f"{sys.executable}: torch is not installed there; use ./run.sh, or pip install -r requirements.txt")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while idle starve a busy machine 20-fold
 
 import numpy as np
