@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded: kernels run on the CPU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -22,6 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("suite")
 
 TINY = {
     "LOADER": "shuffled",
