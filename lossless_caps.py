@@ -9,9 +9,14 @@ CaseOps writes every ASCII letter in lower case and says in private-use operator
     LOWER    (v3) the first letter of the word is not the capital that was expected
 
 A word is a maximal run of ASCII letters; everything else is copied. v1 writes TITLE and ALLCAPS right before the word.
-v3 writes them and LOWER before the one space that leads the word, so that the word keeps its leading-space piece in the
-tokenizer. v3 also expects a capital at a sentence start (at the start of the text or after a newline, with or without
-one space; after . ! ? with an optional closing quote or bracket and one space), and leaves TITLE out there.
+v3 writes them and LOWER before the whitespace that leads the word, so that the word keeps its leading-space piece in
+the tokenizer. v3 also expects a capital at a sentence start, and leaves TITLE out there: at the start of the text, and
+after . ! ? with an optional closing quote or bracket and some whitespace.
+
+SentencePiece makes one space of every run of whitespace and none of that at the ends of a text. v3 holds through that:
+no rule depends on the length or the kind of a run, whitespace is all that the normaliser makes a space of, and at the
+start of the text the operator follows the whitespace. So the code of the normalised text is the normalised code, and
+the tokens decode to the normalised text.
 """
 from __future__ import annotations
 
@@ -43,14 +48,21 @@ class CaseOpsError(ValueError):
 # UTF-16: every character that the grammars know is one unit, and half a surrogate pair is never taken for one of them.
 UNIT, CODEC = np.dtype("<u2"), "utf-16-le"
 # Each block of text has one unit in front, which is its context, and zeros behind, so that every rule may look ahead.
-SENTENCE_START, NO_SENTENCE_START, BEHIND = "\n", "\0", "\0\0\0\0"
+CONTEXT, BEHIND = "\0", "\0\0\0\0"
 # Working memory that stays in the cache, and bounded for any document: twice the speed of one piece on 10 MB.
 BLOCK = 1 << 16
-# Where a text may be cut: no rule looks further back than to a newline, nor across a letter or digit and a space.
-CUT = re.compile("\n|[A-Za-z0-9](?= )")
+# All that nmt_nfkc makes a space, an end of a sentence, or a closing quote or bracket of (up to U+FFFF).
+WHITESPACE = "\t\n\f\r \u00a0\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd"
+WHITESPACE += "".join(map(chr, range(0x2000, 0x200B)))
+SENTENCE_ENDS = ".!?\u2024\u2025\u2026\u203c\u2047\u2048\u2049\u33c2\u33c7\u33d8"
+SENTENCE_ENDS += "\ufe15\ufe16\ufe19\ufe30\ufe52\ufe56\ufe57\uff01\uff0e\uff1f"
+SENTENCE_ENDS += "".join(map(chr, range(0x2488, 0x249C)))  # a number and a full stop
+CLOSERS = "\"')]\u2019\u201d\u207e\u208e\ufe36\ufe48\ufe5a\uff02\uff07\uff09\uff3d"
+# Where a text may be cut: before whitespace, after a character that no rule looks back at.
+CUT = re.compile(f"[^{re.escape(WHITESPACE + SENTENCE_ENDS + CLOSERS + ''.join(OPERATORS[3]))}](?=[{WHITESPACE}])")
 
 # The kinds of unit that the rules tell apart; letters are odd, and from EVENT on come the ones at which a rule starts.
-OTHER, SMALL, BLANK, CLOSER, EVENT, CAPITAL, SENTENCE_END, NEWLINE = 0, 1, 2, 4, 64, 65, 68, 72
+OTHER, SMALL, BLANK, CLOSER, EVENT, CAPITAL, SENTENCE_END = 0, 1, 2, 4, 64, 65, 68
 NEXT, ESCAPE, TITLED, SHOUTED, LOWERED = 76, 80, 84, 88, 92
 LETTER = 1
 CASE = UNIT.type(ord("a") ^ ord("A"))
@@ -65,7 +77,7 @@ def _kinds(members: dict[int, str]) -> np.ndarray:
 
 
 _LETTERS = {SMALL: "abcdefghijklmnopqrstuvwxyz", CAPITAL: "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}
-_SENTENCES = {BLANK: " ", CLOSER: "\"')]\u201d\u2019", SENTENCE_END: ".!?", NEWLINE: "\n"}
+_SENTENCES = {BLANK: WHITESPACE, CLOSER: CLOSERS, SENTENCE_END: SENTENCE_ENDS}
 _OPERATORS = {TITLED: TITLE, SHOUTED: ALLCAPS, NEXT: CAPNEXT, ESCAPE: ESC}
 ENCODE_KINDS = {1: _kinds(_LETTERS), 3: _kinds(_LETTERS | _SENTENCES)}
 DECODE_KINDS = {
@@ -80,11 +92,11 @@ ALLOWED = np.isin(np.arange(256), (TITLED, SHOUTED, SHOUTED + 1, LOWERED + 1))
 
 def _blocks(text: str) -> Iterator[tuple[int, str]]:
     """The `text` in pieces that can be transformed one by one: (index of the piece, context and piece and zeros)."""
-    start, context = 0, SENTENCE_START
+    start = 0
     while len(text) - start > BLOCK and (cut := CUT.search(text, start + BLOCK)):
-        yield start, context + text[start : cut.end()] + BEHIND
-        start, context = cut.end(), SENTENCE_START if cut[0] == "\n" else NO_SENTENCE_START
-    yield start, context + text[start:] + BEHIND
+        yield start, CONTEXT + text[start : cut.end()] + BEHIND
+        start = cut.end()
+    yield start, CONTEXT + text[start:] + BEHIND
 
 
 def _units(text: str) -> np.ndarray:
@@ -117,14 +129,40 @@ def _version(version: int) -> int:
 # === SENTENCES (v3) ===
 
 
-def _words_after(kinds: np.ndarray, marks: np.ndarray, newline: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where a word at a sentence start would begin after each of `marks` (SENTENCE_END, or NEWLINE where `newline`).
+def _sentence_starts(kinds: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is behind each of `marks` (SENTENCE_END) and its closing quote or bracket.
 
-    Gives the index after the mark and its closing quote or bracket, and whether a space is there.
+    Gives the index of what is there, whether that is whitespace, and the index after the whitespace.
     """
     begins = marks + 1
-    begins += (kinds.take(begins) == CLOSER) & ~newline
-    return begins, kinds.take(begins) == BLANK
+    begins += kinds.take(begins) == CLOSER
+    blank = kinds.take(begins) == BLANK
+    return begins, blank, _after_blanks(kinds, begins, blank)
+
+
+def _after_blanks(kinds: np.ndarray, starts: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """The index of the first unit at or after each of `starts` that is no whitespace; `blank` says which are."""
+    ends = starts + blank
+    long = _where(kinds.take(ends) == BLANK)
+    if len(long):
+        solid = _where(kinds != BLANK)
+        ends[long] = solid[solid.searchsorted(ends[long])]
+    return ends
+
+
+def _before_blanks(kinds: np.ndarray, ends: np.ndarray, blank: np.ndarray) -> np.ndarray:
+    """The index of the whitespace run that ends before each of `ends`; `blank` says where there is one."""
+    starts = ends - blank
+    long = _where(blank & (kinds.take(starts - 1) == BLANK))
+    if len(long):
+        solid = _where(kinds != BLANK)
+        starts[long] = solid[solid.searchsorted(starts[long]) - 1] + 1
+    return starts
+
+
+def _text_start(kinds: np.ndarray) -> int:
+    """The index of the first unit after the context that is no whitespace."""
+    return 1 + int((kinds[1:] != BLANK).argmax())
 
 
 # === ENCODE ===
@@ -138,10 +176,10 @@ def encode_caseops(text: str, version: int = 1) -> str:
         for operator in OPERATORS[version]:
             if operator != ESC:
                 text = text.replace(operator, ESC + operator)
-    return "".join([encode(block) for _, block in _blocks(text)])
+    return "".join([encode(block, start == 0) for start, block in _blocks(text)])
 
 
-def _encode_v1(block: str) -> str:
+def _encode_v1(block: str, first: bool) -> str:
     units = _units(block)
     kinds = ENCODE_KINDS[1].take(units)
     capitals = _where(kinds >= EVENT)
@@ -149,27 +187,27 @@ def _encode_v1(block: str) -> str:
     return _inserted(units, capitals, capitals[kept], signs[kept])
 
 
-def _encode_v3(block: str) -> str:
+def _encode_v3(block: str, first: bool) -> str:
     units = _units(block)
     kinds = ENCODE_KINDS[3].take(units)
     events = _where(kinds >= EVENT)
-    kind = kinds.take(events)
-    is_capital = kind == CAPITAL
-    is_mark = ~is_capital
-    newline = kind[is_mark] == NEWLINE
-    begins, blank = _words_after(kinds, events[is_mark], newline)
-    expects = newline | blank
+    is_capital = kinds.take(events) == CAPITAL
+    begins, blank, heads = _sentence_starts(kinds, events[~is_capital])
+    begins, heads = begins[blank], heads[blank]
+    top = _text_start(kinds) if first else 0
+    if first:
+        begins, heads = np.append(begins, top), np.append(heads, top)
     expected = np.zeros(len(units), dtype=bool)
-    expected[begins] = expects
+    expected[heads] = True
 
     capitals = events[is_capital]
     before = kinds.take(capitals - 1)
     signs, kept = _case_signs(kinds, capitals, before)
-    at = capitals - (before == BLANK)
-    kept &= ~expected.take(at) | (signs == ord(ALLCAPS))
-    at, signs = at[kept], signs[kept]
+    kept &= ~expected.take(capitals) | (signs == ord(ALLCAPS))
+    at, signs = capitals[kept], signs[kept]
+    at = _before_blanks(kinds, at, (before[kept] == BLANK) & (at != top))
 
-    lower = begins[expects & (kinds.take(begins + blank) == SMALL)]
+    lower = begins[kinds.take(heads) == SMALL]
     if len(lower):
         at = np.concatenate([at, lower])
         signs = np.concatenate([signs, np.full(len(lower), ord(LOWER), dtype=UNIT)])
@@ -220,13 +258,13 @@ def decode_caseops(code: str, version: int = 1) -> str:
     texts = []
     for start, block in _blocks(code):
         try:
-            texts.append(decode(block))
+            texts.append(decode(block, start == 0))
         except CaseOpsError as error:
             raise CaseOpsError(start + error.position, error.reason) from None
     return "".join(texts)
 
 
-def _decode_v1(block: str) -> str:
+def _decode_v1(block: str, first: bool) -> str:
     units, kinds, found, kind = _operators(block, 1)
     before, after = kinds.take(found - 1), kinds.take(found + 1)
     escape, word = kind == ESCAPE, kind > ESCAPE
@@ -251,20 +289,23 @@ def _decode_v1(block: str) -> str:
     return _without(units, found)
 
 
-def _decode_v3(block: str) -> str:
+def _decode_v3(block: str, first: bool) -> str:
     units, kinds, found, kind = _operators(block, 3)
-    mark = (kind > CAPITAL) & (kind < NEXT)
-    newline = kind[mark] == NEWLINE
-    begins, blank = _words_after(kinds, found[mark], newline)
+    begins, blank, words = _sentence_starts(kinds, found[kind == SENTENCE_END])
     expected = np.zeros(len(units), dtype=bool)
-    expected[begins] = newline | (kinds.take(begins + 1) == BLANK)  # if an operator begins there
+    expected[begins] = kinds.take(begins + 1) == BLANK  # if an operator begins there
+    top = _text_start(kinds) if first else 0
+    if first:
+        begins, blank, words = np.append(begins, top), np.append(blank, True), np.append(words, top)
+        expected[top] = True
 
     is_word = kind > ESCAPE
     at, sign = found[is_word], kind[is_word]
     spaced = kinds.take(at + 1) == BLANK
-    heads = at + 1 + spaced
+    heads = _after_blanks(kinds, at + 1, spaced)
     worded = kinds.take(heads) & LETTER != 0
-    apart = spaced | (kinds.take(at - 1) & (LETTER | BLANK) == 0)
+    behind = kinds.take(at - 1)
+    apart = np.where(at == top, ~spaced, (behind != BLANK) & (spaced | (behind & LETTER == 0)))
     allowed = ALLOWED.take(sign + expected.take(at))
     nexts = found[kind == NEXT]
     inner = (kinds.take(nexts - 1) & LETTER != 0) & (kinds.take(nexts + 1) == SMALL)
@@ -273,11 +314,10 @@ def _decode_v3(block: str) -> str:
     if len(escapes):
         useless = escapes[DECODE_KINDS[3].take(units[escapes + 1]) < NEXT]
 
-    words = begins + blank
-    plain = (newline | blank) & (kinds.take(words) & LETTER != 0)  # a capital that is not written
+    plain = blank & (kinds.take(words) & LETTER != 0)  # a capital that is not written
     titled = sign == TITLED
-    first = np.concatenate([words[plain], heads[titled]])
-    spelled = _spelled_out(kinds, nexts[inner], first)
+    initials = np.concatenate([words[plain], heads[titled]])
+    spelled = _spelled_out(kinds, nexts[inner], initials)
     if len(spelled):
         spelled = np.concatenate([begins[plain], at[titled]])[spelled]
     shouted = heads[sign == SHOUTED]
@@ -297,7 +337,7 @@ def _decode_v3(block: str) -> str:
             (found[kind == CAPITAL], "is a capital letter"),
             (useless, "is not followed by an operator"),
             (at[~worded], "is not followed by a word"),
-            (at[~apart], "stands between a word and the letter or space before it"),
+            (at[~apart], "stands between a word and the letter or whitespace before it"),
             (at[~allowed & titled], "stands where a capital is expected anyway"),
             (at[~allowed & ~titled], "stands where no capital is expected"),
             (nexts[~inner], "is not between a letter and a lower-case letter"),
@@ -305,7 +345,7 @@ def _decode_v3(block: str) -> str:
             (single, "leads a word of one letter"),
             (spelled, "begins a word of capitals that has no ALLCAPS"),
         )
-    capitals = np.concatenate([first, nexts + 1])
+    capitals = np.concatenate([initials, nexts + 1])
     if len(shouted):
         capitals = np.concatenate([capitals, _spans(shouted, ends - shouted)])
     units[capitals] &= ~CASE

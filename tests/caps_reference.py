@@ -3,7 +3,13 @@ from __future__ import annotations
 
 TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001\ue002\ue003\ue004\ue005"
 OPERATORS = {1: TITLE + ALLCAPS + CAPNEXT + ESC, 3: TITLE + ALLCAPS + CAPNEXT + ESC + LOWER}
-CLOSERS = "\"')]\u201d\u2019"
+WHITESPACE = "".join(map(chr, (9, 10, 12, 13, 32, 0xA0, 0x1680, *range(0x2000, 0x200D), 0x200E, 0x200F, 0x2028, 0x2029,
+                               0x202F, 0x205F, 0x2581, 0x3000, 0xFEFF, 0xFFFD)))
+SENTENCE_ENDS = ".!?" + "".join(map(chr, (*range(0x2024, 0x2027), 0x203C, *range(0x2047, 0x204A),
+                                          *range(0x2488, 0x249C), 0x33C2, 0x33C7, 0x33D8, 0xFE15, 0xFE16, 0xFE19,
+                                          0xFE30, 0xFE52, 0xFE56, 0xFE57, 0xFF01, 0xFF0E, 0xFF1F)))
+CLOSERS = "\"')]" + "".join(map(chr, (0x2019, 0x201D, 0x207E, 0x208E, 0xFE36, 0xFE48, 0xFE5A, 0xFF02, 0xFF07, 0xFF09,
+                                      0xFF3D)))
 
 
 class Malformed(ValueError):
@@ -98,48 +104,61 @@ def decode_v1(code: str) -> str:
     return "".join(out)
 
 
-def expects_capital(before: str, space: bool) -> bool:
-    """Whether v3 expects a capital at the head of a word after `before` and, if `space`, one space."""
-    if before == "" or before[-1] == "\n":
+def blank_end(text: str, start: int) -> int:
+    """Index after the whitespace that begins at `start`."""
+    end = start
+    while end < len(text) and text[end] in WHITESPACE:
+        end += 1
+    return end
+
+
+def expects_capital(before: str, blank: bool) -> bool:
+    """Whether v3 expects a capital at the head of a word after `before` (no whitespace at its end) and, if `blank`,
+    whitespace."""
+    if before == "":
         return True
-    if not space:
+    if not blank:
         return False
-    return before[-1] in ".!?" or (before[-1] in CLOSERS and before[-2:-1] in (".", "!", "?"))
+    if before[-1] in CLOSERS:
+        before = before[:-1]
+    return before != "" and before[-1] in SENTENCE_ENDS
 
 
 def encode_v3(text: str) -> str:
     """CaseOps v3 of `text`."""
     out = []
-    position = 0
+    position = blank_end(text, 0)
+    out.append(text[:position])
+    top = position
     while position < len(text):
-        character = text[position]
-        space = character == " " and is_letter(text[position + 1 : position + 2])
-        start = position + space
-        if not space and not is_letter(character):
-            if character in OPERATORS[3]:
+        start = blank_end(text, position)
+        character = text[start : start + 1]
+        if not is_letter(character):
+            out.append(text[position:start])
+            if character != "" and character in OPERATORS[3]:
                 out.append(ESC)
             out.append(character)
-            position += 1
+            position = start + 1
             continue
         end = word_end(text, start)
         word = text[start:end]
         if len(word) >= 2 and word.isupper():
             operator, letters = ALLCAPS, word.lower()
         else:
-            expected = expects_capital(text[max(0, position - 2) : position], space)
+            expected = expects_capital(text[max(top, position - 2) : position], start > position)
             operator, letters = "", spell(word)
             if is_capital(word[0]) != expected:
                 operator = LOWER if expected else TITLE
-        out.append(operator + " " * space + letters)
+        out.append(operator + text[position:start] + letters)
         position = end
     return "".join(out)
 
 
 def decode_v3(code: str) -> str:
     """The text whose CaseOps v3 encoding is `code`; Malformed if `code` is the encoding of no text."""
-    out = []
-    tail = ""  # the last two characters of the text so far
-    position = 0
+    position = blank_end(code, 0)
+    out = [code[:position]]
+    tail = ""  # the last two characters of the text so far, without the whitespace at its start
     while position < len(code):
         begin, operator = position, ""
         if code[position] == ESC:
@@ -153,20 +172,26 @@ def decode_v3(code: str) -> str:
         if code[position] in OPERATORS[3]:
             operator = code[position]
             position += 1
-        space = code[position : position + 1] == " " and is_letter(code[position + 1 : position + 2])
-        start = position + space
+        start = blank_end(code, position)
+        blank = code[position:start]
         if not is_letter(code[start : start + 1]):
             if operator:
                 raise Malformed(begin, "operator without a word")
-            out.append(code[position])
-            tail = (tail + code[position])[-2:]
-            position += 1
+            if not blank:
+                blank = code[position]
+            out.append(blank)
+            tail = (tail + blank)[-2:]
+            position += len(blank)
             continue
         if operator == CAPNEXT:
             raise Malformed(begin, "CAPNEXT outside a word")
-        if not space and (is_letter(tail[-1:]) or tail[-1:] == " "):
+        if tail == "" and blank:
+            raise Malformed(begin, "operator before whitespace at the start of the text")
+        if blank == "" and tail != "" and (is_letter(tail[-1]) or tail[-1] in WHITESPACE):
             raise Malformed(begin, "operator between a word and what leads it")
-        expected = expects_capital(tail, space)
+        if operator and blank and tail[-1] in WHITESPACE:
+            raise Malformed(begin, "operator inside whitespace")
+        expected = expects_capital(tail, blank != "")
         if operator == TITLE and expected:
             raise Malformed(begin, "TITLE where a capital is expected")
         if operator == LOWER and not expected:
@@ -195,8 +220,8 @@ def decode_v3(code: str) -> str:
             raise Malformed(begin, "ALLCAPS on one letter")
         if operator != ALLCAPS and len(word) >= 2 and word.isupper():
             raise Malformed(begin, "capitals without ALLCAPS")
-        out.append(" " * space + word)
-        tail = (tail + " " * space + word)[-2:]
+        out.append(blank + word)
+        tail = (tail + blank + word)[-2:]
     return "".join(out)
 
 

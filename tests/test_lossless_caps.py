@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import caps_reference as reference
-
 import lossless_caps
 from lossless_caps import (
     ALLCAPS,
