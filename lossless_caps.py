@@ -248,13 +248,15 @@ def _inserted(units: np.ndarray, capitals: np.ndarray, at: np.ndarray, signs: np
 # === DECODE ===
 
 
-def decode_caseops(code: str, version: int = 1) -> str:
+def decode_caseops(code: str, version: int = 1, normalised: bool = False) -> str:
     """The text whose CaseOps encoding is `code`; CaseOpsError, with the position, where the grammar is broken.
 
-    v3 accepts exactly what the encoder writes. v1 accepts the published grammar, which is wider: it also allows
-    capitals in `code`, ESC before any character, CAPNEXT to begin a word or under ALLCAPS, and ALLCAPS on one letter.
+    v3 accepts exactly what the encoder writes, and with `normalised` also capitals, which stay: SentencePiece makes
+    them of characters that are none (the trade mark sign becomes TM) after the encoding. v1 accepts the published
+    grammar, which is wider: it also allows capitals in `code`, ESC before any character, CAPNEXT to begin a word or
+    under ALLCAPS, and ALLCAPS on one letter.
     """
-    decode = _decode_v1 if _version(version) == 1 else _decode_v3
+    decode = _decode_v1 if _version(version) == 1 else partial(_decode_v3, normalised=normalised)
     texts = []
     for start, block in _blocks(code):
         try:
@@ -289,8 +291,11 @@ def _decode_v1(block: str, first: bool) -> str:
     return _without(units, found)
 
 
-def _decode_v3(block: str, first: bool) -> str:
+def _decode_v3(block: str, first: bool, normalised: bool) -> str:
     units, kinds, found, kind = _operators(block, 3)
+    if normalised:
+        kinds[found[kind == CAPITAL]] = SMALL
+        found, kind = found[kind != CAPITAL], kind[kind != CAPITAL]
     begins, blank, words = _sentence_starts(kinds, found[kind == SENTENCE_END])
     expected = np.zeros(len(units), dtype=bool)
     expected[begins] = kinds.take(begins + 1) == BLANK  # if an operator begins there

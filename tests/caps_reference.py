@@ -154,8 +154,11 @@ def encode_v3(text: str) -> str:
     return "".join(out)
 
 
-def decode_v3(code: str) -> str:
-    """The text whose CaseOps v3 encoding is `code`; Malformed if `code` is the encoding of no text."""
+def decode_v3(code: str, normalised: bool = False) -> str:
+    """The text whose CaseOps v3 encoding is `code`; Malformed if `code` is the encoding of no text.
+
+    With `normalised` a capital in `code` stays, and is otherwise treated as its lower-case letter.
+    """
     position = blank_end(code, 0)
     out = [code[:position]]
     tail = ""  # the last two characters of the text so far, without the whitespace at its start
@@ -197,19 +200,22 @@ def decode_v3(code: str) -> str:
         if operator == LOWER and not expected:
             raise Malformed(begin, "LOWER where no capital is expected")
         letters = []
+        initial = operator == TITLE or (operator == "" and expected)
+        spelled = initial  # every letter so far is said to be a capital
         position = start
         while position < len(code):
-            if is_capital(code[position]):
+            if is_capital(code[position]) and not normalised:
                 raise Malformed(position, "capital")
             if is_letter(code[position]):
-                first = not letters and (operator == TITLE or (operator == "" and expected))
+                first = not letters and initial
+                spelled = spelled and not letters
                 letters.append(code[position].upper() if first or operator == ALLCAPS else code[position])
                 position += 1
             elif code[position] == CAPNEXT:
                 if operator == ALLCAPS:
                     raise Malformed(position, "CAPNEXT under ALLCAPS")
                 following = code[position + 1 : position + 2]
-                if not is_letter(following) or is_capital(following):
+                if not is_letter(following) or (is_capital(following) and not normalised):
                     raise Malformed(position, "CAPNEXT without a lower-case letter")
                 letters.append(following.upper())
                 position += 2
@@ -218,7 +224,7 @@ def decode_v3(code: str) -> str:
         word = "".join(letters)
         if operator == ALLCAPS and len(word) < 2:
             raise Malformed(begin, "ALLCAPS on one letter")
-        if operator != ALLCAPS and len(word) >= 2 and word.isupper():
+        if spelled and len(word) >= 2:
             raise Malformed(begin, "capitals without ALLCAPS")
         out.append(blank + word)
         tail = (tail + blank + word)[-2:]

@@ -7,6 +7,7 @@ import json
 import lzma
 import pickle
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,7 @@ VERSIONS = pytest.mark.parametrize("version", [1, 3])
 PLAIN_ENCODE = {1: reference.encode_v1, 3: reference.encode_v3}
 PLAIN_DECODE = {1: reference.decode_v1, 3: reference.decode_v3}
 # Every character that a rule names, a few that none does, and a third of the weight on the operators.
-ADVERSARIAL = "aAbBzZ  ..!?\n\"')]\u201d\u20191-\0\u00e9\u00c9\u00df\u0130\uff21\U0001f600\ue000\ue006"
+ADVERSARIAL = "aAbBzZ   ..!?\u2026\n\t\u00a0\"')]\u201d\u20191-\0\u00e9\u00c9\u00df\u0130\uff21\U0001f600\ue000\ue006"
 ADVERSARIAL += 3 * "".join(OPERATORS[3])
 adversarial = st.text(st.sampled_from(ADVERSARIAL), max_size=30)
 property_test = settings(max_examples=250, deadline=None, database=None)
@@ -56,7 +57,7 @@ def spell(shown: str) -> str:
     return shown
 
 
-def outcome(decode, code: str, *arguments: int) -> tuple[str, str | int]:
+def outcome(decode, code: str, *arguments: int | bool) -> tuple[str, str | int]:
     """What `decode` makes of `code`: ("text", the text) or ("fault", the position)."""
     try:
         return "text", decode(code, *arguments)
@@ -116,13 +117,16 @@ V1_EXAMPLES = {
 V3_EXAMPLES = {
     "The NASA Launch": "the<A> nasa<T> launch",
     "the end. But so. it goes": "<L>the end. but so.<L> it goes",
-    "A\nB\n C\nd\n e": "a\nb\n c\n<L>d\n<L> e",
+    "A\nB\n C\nd.\n\n e": "a<T>\nb<T>\n c\nd.<L>\n\n e",
+    "The end.\n\nThe end\tNASA": "the end.\n\nthe end<A>\tnasa",
+    "\u2026 So\u00a0It?\uff02\u3000Is": "\u2026 so<T>\u00a0it?\uff02\u3000is",
+    "\n\t NASA is": "\n\t <A>nasa is",
     " Hi": " hi",
-    " hi": "<L> hi",
-    "  Hi": " <T> hi",
+    " hi": " <L>hi",
+    "  Hi": "  hi",
     "x (The) 'End'": "<L>x (<T>the) '<T>end'",
     "Ok!) Yes?\" No.\u2019 So.\u201d It.] Is": "ok!) yes?\" no.\u2019 so.\u201d it.] is",
-    "Ok.)\" Yes.  No.No ?no": "ok.)\"<T> yes. <T> no.<T>no ?no",
+    "Ok.)\" Yes.  No.No ?no": "ok.)\"<T> yes.  no.<T>no ?no",
     "iPhone OpenAI USAtoday": "<L>i<C>phone<T> open<C>a<C>i<T> u<C>s<C>atoday",
     "Mc, McD. McDonald. USAtoday. NASA. I": "mc,<T> mc<C>d. mc<C>donald. u<C>s<C>atoday.<A> nasa. i",
     "NASA I": "<A>nasa<T> i",
@@ -182,7 +186,7 @@ V1_FAULTS = [
 V3_FAULTS = [
     ("<T>", 0, "is not followed by a word"),
     ("x <T>", 2, "is not followed by a word"),
-    ("x<A>  ab", 1, "is not followed by a word"),
+    ("x<A>  1", 1, "is not followed by a word"),
     ("x<T>1", 1, "is not followed by a word"),
     ("<L>", 0, "is not followed by a word"),
     ("x<T><T> a", 1, "is not followed by a word"),
@@ -195,12 +199,17 @@ V3_FAULTS = [
     ("x<A> Ab", 3, "is a capital letter"),
     ("<T>a", 0, "TITLE stands where a capital is expected anyway"),
     ("a.<T> b", 2, "TITLE stands where a capital is expected anyway"),
-    ("a\n<T>b", 2, "TITLE stands where a capital is expected anyway"),
+    ("a.<T>\n\nb", 2, "TITLE stands where a capital is expected anyway"),
     ("a.\u201d<T> b", 3, "TITLE stands where a capital is expected anyway"),
-    ("a\n<T> b", 2, "TITLE stands where a capital is expected anyway"),
+    (" \n<T>b", 2, "TITLE stands where a capital is expected anyway"),
+    ("<L> b", 0, "stands between a word and"),
+    (" <L> b", 1, "stands between a word and"),
+    ("a <T> b", 2, "stands between a word and"),
+    ("a\n<T>b", 2, "stands between a word and"),
+    ("a<L>\nb", 1, "LOWER stands where no capital is expected"),
     ("a<L> b", 1, "LOWER stands where no capital is expected"),
     ("a.<L>b", 2, "LOWER stands where no capital is expected"),
-    ("a <L> b", 2, "LOWER stands where no capital is expected"),
+    ("a<L>  b", 1, "LOWER stands where no capital is expected"),
     ("x<A> a", 1, "ALLCAPS leads a word of one letter"),
     ("x <T>a", 2, "stands between a word and"),
     ("ab<T>c", 2, "stands between a word and"),
@@ -275,7 +284,10 @@ def check(text: str, version: int) -> None:
     assert not any("A" <= character <= "Z" for character in code)
     verdict = outcome(decode_caseops, text, version)
     assert verdict == outcome(PLAIN_DECODE[version], text)
+    normalised = outcome(decode_caseops, text, 3, True)
+    assert normalised == outcome(reference.decode_v3, text, True)
     if version == 3 and verdict[0] == "text":
+        assert normalised == verdict
         assert encode_caseops(verdict[1], version) == text
 
 
@@ -289,7 +301,7 @@ def test_any_text_survives_and_equals_the_plain_version(version, text):
 @VERSIONS
 @pytest.mark.parametrize(
     ("alphabet", "length"),
-    [("aA .\n", 4), ("aA" + CAPNEXT + ALLCAPS + " ", 4), ("a ." + TITLE + LOWER + ESC + CAPNEXT, 4)],
+    [("aA .\n", 5), ("aA" + CAPNEXT + ALLCAPS + " ", 4), ("a ." + TITLE + LOWER + ESC + CAPNEXT, 4)],
 )
 def test_every_short_string(version, alphabet, length):
     for size in range(length + 1):
@@ -333,19 +345,64 @@ def test_real_text_equals_the_plain_version(version, path):
         assert decode_caseops(code, version) == text == PLAIN_DECODE[version](code)
 
 
-def test_v3_equals_its_published_sketch():
-    folder = SHARED / "sketch"
-    if not (folder / "caseops_v3.py").exists():
-        pytest.skip(f"{folder} is not here")
-    sys.path.insert(0, str(folder))
-    try:
-        import caseops_v3
-    finally:
-        sys.path.remove(str(folder))
-    chance = random.Random(0)
-    for _ in range(2000):
-        text = "".join(chance.choices(ADVERSARIAL, k=chance.randrange(16)))
-        assert encode_caseops(text, version=3) == caseops_v3.encode(text), text
+# === NORMALISED BY SENTENCEPIECE ===
+
+
+def collapsed(text: str) -> str:
+    """`text` with one space for every run of whitespace and none at its ends."""
+    return re.sub(f"[{re.escape(lossless_caps.WHITESPACE)}]+", " ", text).strip(" ")
+
+
+@property_test
+@given(text=st.text() | adversarial)
+def test_the_code_of_normalised_text_is_the_normalised_code(text):
+    code = encode_caseops(text, version=3)
+    assert encode_caseops(collapsed(text), version=3) == collapsed(code)
+    assert decode_caseops(collapsed(code), version=3) == collapsed(text)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    if not MODEL.exists():
+        pytest.skip(f"{MODEL} is not here")
+    return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(MODEL))
+
+
+def test_characters_are_those_of_the_normaliser(processor):
+    blank, ends, closers = set(), set(), set()
+    for number in itertools.chain(range(0xD800), range(0xE000, 0x10000)):
+        form = processor.normalize(f"x{chr(number)}x").replace("\u2581", " ")[1:-1]
+        if form == " ":
+            blank.add(chr(number))
+        elif form.endswith((".", "!", "?")):
+            ends.add(chr(number))
+        elif form != "" and form in "\"')]\u2019\u201d":
+            closers.add(chr(number))
+    for module in (lossless_caps, reference):
+        assert [set(module.WHITESPACE), set(module.SENTENCE_ENDS), set(module.CLOSERS)] == [blank, ends, closers]
+
+
+@pytest.mark.parametrize(("path", "count", "lost"), [(VALIDATION, 451, 0), (WEB, 1500, 3)], ids=["validation", "web"])
+def test_tokens_of_real_documents_decode_to_the_normalised_documents(processor, path, count, lost):
+    """Lost are only documents in which NFKC makes or unmakes letters beside a word (\u00ba becomes o)."""
+    wrong = []
+    for text in documents(path, count):
+        code = processor.decode(processor.encode(encode_caseops(text, version=3)))
+        expected = processor.normalize(text).replace("\u2581", " ")
+        verdict = outcome(decode_caseops, code, 3, True)
+        if verdict != ("text", expected):
+            wrong.append((text, verdict))
+    assert len(wrong) <= lost, wrong
+    plain = re.compile("[\\s\\x20-\\x7e\u2018-\u201d\u2013\u2014\u2026]*")
+    assert not [text for text, _ in wrong if plain.fullmatch(text)]
+
+
+@pytest.mark.parametrize(("code", "text"), [("cloroxTM<T> bleach", "CloroxTM Bleach"), ("3<A>dsTM", "3DSTM"),
+                                            ("93\u00b0C. x", "93\u00b0C. X"), ("<A>it TM. tM", "IT TM. TM")])
+def test_capitals_that_the_normalisation_made_stay(code, text):
+    assert decode_caseops(spell(code), 3, normalised=True) == text
+    with pytest.raises(CaseOpsError, match="is a capital letter"):
+        decode_caseops(spell(code), 3)
 
 
 @VERSIONS
@@ -365,6 +422,8 @@ LONG_LINES = {
     "words": lambda size: "The NASA Launch, he said. " * (size // 26),
     "one word": lambda size: "A" * size,
     "mixed word": lambda size: "aB" * (size // 2),
+    "whitespace": lambda size: ". " + "\n" * size + "A",
+    "indented": lambda size: ".\n    A" * (size // 7),
     "no capitals": lambda size: "a" * size,
     "operators": lambda size: (ESC + "A" + TITLE) * (size // 3),
 }
