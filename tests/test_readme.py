@@ -40,7 +40,7 @@ def test_every_file_and_command_of_the_readme_exists():
     for path in re.findall(r"(?:python |\./)((?:data/|bench/|tests/|records/recipes/)?\w+\.(?:py|sh))", text):
         assert (README.parent / path).exists(), path
     known = {field.name.upper() for field in dataclasses.fields(t.Config)}
-    for name in re.findall(r"`([A-Z][A-Z_]+)(?:=[^`]*)?`", text):
+    for name in re.findall(r"`([A-Z]+_[A-Z_]+)(?:=[^`]*)?`", text):
         assert name in known, name
 
 
