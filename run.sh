@@ -20,6 +20,8 @@ fi
 python train_gpt.py --print-config > /dev/null  # a wrong setting stops here, before any data is made
 if [ "${DATASETS_DIR:-}" = data/demo ]; then
   python data/demo.py --out data/demo --vocab-size "${VOCAB_SIZE:-1024}"
+elif [ -z "${DATASETS_DIR:-}${DATA_DIR:-}" ] && [ ! -d data/datasets/fineweb10B_sp8192 ]; then
+  python data/download.py sp8192  # 80 training shards, 16 GB; fewer with --train-shards
 fi
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # idle threads that spin starve a machine that is shared
 if [ "$gpus" -gt 1 ]; then
