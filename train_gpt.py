@@ -455,11 +455,13 @@ class Run:
         return time.monotonic()
 
     def close(self) -> None:
-        """Release the process group, the log files and the lock of the run folder."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Release the log files and the lock of the run folder; with several ranks, end this process."""
         for file in filter(None, (self.sink, self.metrics, self.lock)):
             file.close()
+        if self.world > 1:
+            dist.barrier()
+            sys.stdout.flush()
+            os._exit(0)  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
 
 
 class Progress:
@@ -1241,6 +1243,11 @@ def muon_update(gradient: Tensor, buffer: Tensor, momentum: Tensor, rows: bool, 
     return orthogonalize(update.to(dtype), coefficients)
 
 
+# The same collectives under the names of torch from 2.13 on and before.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of every bank.
 
@@ -1271,7 +1278,7 @@ class Muon:
             padded = gradient.new_zeros((count * self.run.world, *bank.shape[1:]))
             padded[:len(bank)] = gradient / self.run.world
             self.shards[name] = torch.empty_like(self.momenta[name])
-            self.pending[name] = dist.reduce_scatter_tensor(self.shards[name], padded, async_op=True), padded
+            self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
 
     def square_norm(self) -> Tensor:
         """The sum of squares of the averaged gradients of all banks, over all ranks."""
@@ -1294,7 +1301,7 @@ class Muon:
             gathered, handle = update, None
             if self.run.world > 1:
                 gathered = update.new_empty((len(update) * self.run.world, *update.shape[1:]))
-                handle = dist.all_gather_into_tensor(gathered, update.contiguous(), async_op=True)
+                handle = all_gather(gathered, update.contiguous(), async_op=True)
             if applied:
                 self.apply(*applied, rate, decay)
             applied = bank, gathered, handle
@@ -1314,7 +1321,7 @@ class Muon:
         for name, shard in self.momenta.items():
             gathered = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
             if self.run.world > 1:
-                dist.all_gather_into_tensor(gathered, shard)
+                all_gather(gathered, shard)
             else:
                 gathered.copy_(shard)
             whole[name] = gathered[:len(self.banks[name])].clone()
