@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
 import typing
 from pathlib import Path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 sys.path.insert(0, str(README.parent))
+
+import pytest
 
 import train_gpt as t
 
@@ -42,6 +45,14 @@ def test_every_file_and_command_of_the_readme_exists():
     known = {field.name.upper() for field in dataclasses.fields(t.Config)}
     for name in re.findall(r"`([A-Z]+_[A-Z_]+)(?:=[^`]*)?`", text):
         assert name in known, name
+
+
+@pytest.mark.parametrize("script", ["bench/data.py", "bench/full_shape.py", "bench/transforms.py", "data/prepare.py",
+                                    "data/download.py", "data/demo.py", "verify_bytes.py"])
+def test_every_command_starts_from_any_folder(script, tmp_path):
+    done = subprocess.run([sys.executable, str(README.parent / script), "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
 if __name__ == "__main__":
