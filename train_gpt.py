@@ -369,7 +369,7 @@ class Run:
         self.is_cuda = self.device.type == "cuda"
         self.dtype = pick_dtype(config, self.is_cuda)
         self.streams = range(self.rank, STREAMS, self.world)
-        self.folder, self.lock, self.started = Path(), None, time.monotonic()
+        self.folder, self.lock = Path(), None
         self.sink: typing.TextIO | None = None
         self.metrics: typing.TextIO | None = None
         die_with_parent()
@@ -472,14 +472,14 @@ class Progress:
         self.start = self.last = time.monotonic()
         self.tty = run.main and sys.stdout.isatty()
 
-    def show(self, done: int, note: str = "") -> None:
-        """Report that `done` of the total are finished; `note` is appended."""
+    def show(self, done: int) -> None:
+        """Report that `done` of the total are finished."""
         now = time.monotonic()
         if not self.run.main or now - self.last < (0.2 if self.tty else 10.0):
             return
         self.last = now
         left = (now - self.start) * (self.total - done) / max(done, 1)
-        line = f"{self.what}: {100 * done / self.total:.0f}% {note} left:{left:.0f}s"
+        line = f"{self.what}: {100 * done / self.total:.0f}% left:{left:.0f}s"
         if self.tty:
             filled = 24 * done // self.total
             print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\x1b[K", end="", flush=True)
@@ -651,12 +651,15 @@ class Dataset:
                        f"VOCAB_SIZE={pieces.vocab_size()} or another TOKENIZER_PATH")
         return pieces
 
+    @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
         digest = hashlib.sha256()
         for path in [*self.train_files, *self.val_files, *self.sidecar_files]:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        for path in self.train_files:  # only these: no validation token is read before the artifact is sealed
             with open(path, "rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 16))
+                digest.update(file.read(1 << 16))
         manifest, short = self.folder / "manifest.json", lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         counts = {key: self.manifest[key] for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
                   if key in self.manifest}
@@ -690,8 +693,12 @@ def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None =
     lengths = np.diff(np.append(starts, len(tokens)))
     pieces = -(-lengths // longest)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    starts = np.repeat(starts, pieces) + within * longest
-    padded = np.full(-(-(len(starts) + 1) // 64) * 64, len(tokens), dtype=np.int32)
+    return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
+
+
+def pad_starts(starts: np.ndarray, total: int) -> Tensor:
+    """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64 entries."""
+    padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
     padded[:len(starts)] = starts
     return torch.from_numpy(padded)
 
@@ -776,11 +783,9 @@ def join(batches: list[Batch]) -> Batch:
     if batches[0].starts is None:
         return Batch(torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches]))
     size = batches[0].inputs.size(1)
-    starts = torch.cat([torch.unique(b.starts)[:-1] + i * size for i, b in enumerate(batches)])
-    padded = torch.full((-(-(len(starts) + 1) // 64) * 64,), size * len(batches), dtype=torch.int32)
-    padded[:len(starts)] = starts
-    return Batch(*(torch.cat(side, 1) for side in zip(*((b.inputs, b.targets) for b in batches), strict=True)), padded,
-                 batches[0].longest)
+    starts = np.concatenate([np.unique(b.starts.numpy())[:-1] + i * size for i, b in enumerate(batches)])
+    return Batch(torch.cat([b.inputs for b in batches], 1), torch.cat([b.targets for b in batches], 1),
+                 pad_starts(starts, size * len(batches)), batches[0].longest)
 
 
 class Feed:
@@ -1818,7 +1823,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
-    path, shards = run.folder / "checkpoint.pt", data.fingerprint()["shards"]
+    path, shards = run.folder / "checkpoint.pt", data.fingerprint["shards"]
     if not path.exists():
         return None
     try:
@@ -1886,7 +1891,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         step, before, model.looped = saved["step"], saved["train_seconds"], saved["looped"]
         run.log(f"train: resumed at step {step} after {before:.1f}s of training")
         run.metric("resume", step=step, seconds=before)  # records of later steps before this one are void
-    identity = {"settings": c.shaping("training"), "data": data.fingerprint()["shards"]}
+    identity = {"settings": c.shaping("training"), "data": data.fingerprint["shards"]}
     validation = load_validation(data) if c.val_loss_every else None
     budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
     first, elapsed, start = step, before, run.now()
@@ -2017,7 +2022,7 @@ def summarize(run: Run, data: Dataset) -> None:
         broken.append("artifact: not the one that this run sealed")
     reason = "; ".join(broken) or "training, evaluation and size are within their limits"
     facts |= {"seed": c.seed, "world_size": run.world, "overrides": c.overrides(), "versions": versions(run),
-              "data": data.fingerprint(), "compliance": {"legal": not broken, "reason": reason, "limits": limits}}
+              "data": data.fingerprint, "compliance": {"legal": not broken, "reason": reason, "limits": limits}}
     write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
         run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {100 * (facts['val_bpb'] / bpb - 1):+.1f}%")
@@ -2049,7 +2054,7 @@ def log_header(run: Run, data: Dataset) -> None:
     c, pairs = run.config, lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
     run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world} micro_steps:{len(run.streams)}")
     run.log(f"versions: {pairs(versions(run))}")
-    run.log(f"data: {pairs(data.fingerprint())}")
+    run.log(f"data: {pairs(data.fingerprint)}")
     if not data.manifest.get("validation", {}).get("standard", True):
         run.log(f"warning: these {data.manifest.get('docs_val')} validation documents are not the contest's 50,000")
     run.log("overrides: " + (" ".join(f"{name}={show(value)}" for name, value in c.overrides().items()) or "none"))
@@ -2069,7 +2074,7 @@ def main(config: Config) -> None:
     run = Run(config)
     data = Dataset(config, need_training=config.stage != "evaluate")
     settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings["data"] = data.fingerprint()["shards"]
+    settings["data"] = data.fingerprint["shards"]
     run.folder = run.guarded(lambda: run.open(find_run_folder(config, settings["data"])))
     run.guarded(lambda: preflight(run))
     log_header(run, data)

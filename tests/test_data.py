@@ -68,6 +68,18 @@ def test_lut_bytes_are_the_bytes_of_the_text(config, dataset):
     assert validation.bytes.sum() == sum(len(text.encode()) for text in sentences(30, 3))
 
 
+def test_the_fingerprint_reads_no_validation_token(config, dataset, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    changed = replace(config, datasets_dir=str(folder))
+    before = t.Dataset(changed).fingerprint["shards"]
+    for name, same in (("val", True), ("train", False)):
+        path = folder / f"fineweb_{name}_000000.bin"
+        content = path.read_bytes()
+        path.write_bytes(content[:1100] + bytes(value ^ 1 for value in content[1100:1200]) + content[1200:])
+        assert (t.Dataset(changed).fingerprint["shards"] == before) is same
+
+
 def test_a_sidecar_replaces_the_lut_and_must_cover_every_token(config, dataset, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(dataset, folder)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_model import tokens
 
 import train_gpt as t
-from conftest import ROOT, environment, replace
+from conftest import ROOT, launch, replace
 
 
 @pytest.mark.parametrize("name, low, high", [("classic", 0.6, 1.25), ("polar_express", 0.75, 1.25)])
@@ -165,7 +162,7 @@ for step in range(3):
     optimizers.step(1.0, 0.9)
 state = optimizers.state()
 if run.main:
-    torch.save((model.state_dict(), state), sys.argv[1])
+    torch.save((model.state_dict(), state), {target!r})
 run.close()
 """
 
@@ -175,20 +172,9 @@ def test_two_ranks_make_the_same_steps_as_one(settings, tmp_path, scope):
     results = []
     for processes in (1, 2):
         target = tmp_path / f"{processes}.pt"
-        start = (
-            [sys.executable]
-            if processes == 1
-            else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        )
         script = tmp_path / "script.py"
-        script.write_text(TWO_RANKS.format(root=str(ROOT)))
-        done = subprocess.run(
-            [*start, str(script), str(target)],
-            env=environment(settings | {"GRAD_CLIP_SCOPE": scope}),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        script.write_text(TWO_RANKS.format(root=str(ROOT), target=str(target)))
+        done = launch(settings | {"GRAD_CLIP_SCOPE": scope}, processes, script)
         assert done.returncode == 0, done.stderr
         results.append(torch.load(target, weights_only=True))
     (one, one_state), (two, two_state) = results
