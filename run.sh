@@ -18,11 +18,14 @@ if [ -n "$recipe" ]; then
 fi
 
 python train_gpt.py --print-config > /dev/null  # a wrong setting stops here, before any data is made
-if [ "${DATASETS_DIR:-}" = data/demo ]; then
-  python data/demo.py --out data/demo --vocab-size "${VOCAB_SIZE:-1024}"
-elif [ -z "${DATASETS_DIR:-}${DATA_DIR:-}" ] && [ ! -d data/datasets/fineweb10B_sp8192 ]; then
-  python data/download.py sp8192  # 80 training shards, 16 GB; fewer with --train-shards
-fi
+case "${DATASETS_DIR:-${DATA_DIR:-none}}" in  # a public dataset that is not there is downloaded: about 16 GB
+  data/demo) python data/demo.py --out data/demo --vocab-size "${VOCAB_SIZE:-1024}"; name= ;;
+  none) name=sp8192 folder=data/datasets/fineweb10B_sp8192 ;;
+  data/datasets/fineweb10B_sp8192_casefold_v2) name=casefold_v2 folder=$DATASETS_DIR ;;
+  data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved) name=caseops_v1 folder=$DATASETS_DIR ;;
+  *) name= ;;
+esac
+if [ -n "$name" ] && [ ! -d "$folder" ]; then python data/download.py "$name"; fi
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # idle threads that spin starve a machine that is shared
 if [ "$gpus" -gt 1 ]; then
   exec torchrun --standalone --nproc_per_node="$gpus" train_gpt.py

@@ -17,7 +17,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     OPTIMIZERS  Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE    Hessians, GPTQ with SDClip
     ARTIFACT    the container on disk, the packed script, size accounting
-    EVALUATE    windows, scores, plain and sliding evaluation
+    EVALUATE    windows, scores, plain and sliding evaluation, test-time training
     TRAIN       warm-up, the training loop, checkpoints
     MAIN        stages
 
@@ -129,9 +129,18 @@ class Config:
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", positive)
     rope_dims: int = knob(16, "leading dimensions of each head that are rotated", not_negative)
     rope_base: float = knob(10_000.0, "base of the rotation frequencies", (lambda v: v > 1, "must be greater than 1"))
+    rope_yarn: bool = knob(False, "raise the base for rows longer than TRAIN_SEQ_LEN (NTK), as #1585, #1738, #1755 do")
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries, per head", positive)
     xsa_last_n: int = knob(11, "last layers whose attention output loses its own value direction (XSA)", not_negative)
     ln_scale: bool = knob(True, "scale the input of layer i by 1/sqrt(i+1)")
+    head_gate: Literal["none", "attn_out", "sparse"] = knob(
+        "sparse", "gate per attention head: 2 sigmoid(Wx) (#1667, #1693) or sigmoid(SPARSE_ATTN_GATE_SCALE Wx) (#1787)")
+    gate_attn_src: Literal["residual", "proj", "q"] = knob(
+        "proj", "x of the head gate: block input before (#1693) or after (#1667) its norm, or the raw queries")
+    gate_width: int = knob(12, "leading channels that head and smear gates read; 0: all", not_negative)
+    sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid of HEAD_GATE=sparse", positive)
+    smear_gate: bool = knob(True, "add a gated share of the previous token's embedding (#1667)")
+    smear_gate_bos_fix: bool = knob(True, "smear nothing into the first token of a document or segment (#1851)")
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
     loop_start: int = knob(3, "first looped layer", not_negative)
@@ -163,6 +172,8 @@ class Config:
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", positive)
     muon_row_normalize: bool = knob(True, "divide each row of the update by its norm first (MuonEq-R)")
     muon_wd: float = knob(0.095, "decoupled weight decay of the matrices", not_negative)
+    wd_taper_start_frac: float = knob(1.0, "progress at which MUON_WD starts to fall linearly (#1729: 0.7)", fraction)
+    wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_wd: float = knob(0.085, "weight decay of the embedding", not_negative)
     scalar_lr: float = knob(0.02, "Adam step of gains, scales, mixes and gates", positive)
@@ -189,13 +200,66 @@ class Config:
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
 
+    _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
+    prequant_ttt_enabled: bool = knob(False, "AdamW on the validation tokens before quantising; stamps the run illegal")
+    prequant_ttt_epochs: int = knob(21, "passes over the validation tokens, weights averaged over ranks each", positive)
+    prequant_ttt_lr: float = knob(5e-4, "AdamW step of the first pass; cosine to a tenth", positive)
+    prequant_ttt_freeze_blocks: int = knob(2, "first layers kept as they are, embedding too if > 0", not_negative)
+    prequant_ttt_wd: float = knob(0.0, "AdamW weight decay", not_negative)
+    prequant_ttt_chunk_tokens: int = knob(32_768, "tokens per step and rank", positive)
+    prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm, per rank", positive)
+    ttt_ema_enabled: bool = knob(False, "keep an average over the passes instead of the last weights")
+    ttt_ema_decay: float = knob(0.7, "decay of that average per pass", below_one)
+
     _evaluation = Section("Evaluation", "score")
     eval_seq_len: int = knob(2048, "tokens of context per window", positive)
     eval_stride: int = knob(64, "new tokens per sliding window", positive)
-    sliding_window_enabled: bool = knob(True, "score with overlapping windows after the plain score")
+    sliding_window_enabled: bool = knob(False, "score with overlapping windows after the plain score")
     eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
+
+    _ttt = Section("Test-time training: score, then learn", "score")
+    ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
+    ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob(
+        "doc_lora", "adapters per document and phases of SGD on scored ones (#1693), or SGD chunk by chunk (#1585)")
+    ttt_optimizer: Literal["auto", "sgd", "adam", "adamw"] = knob("auto", "auto: sgd for chunk_sgd, adamw for doc_lora")
+    hash_embed_enabled: bool = knob(False, "its SGD also learns an embedding of hashed token pairs, from zero (#1523)")
+    hash_embed_size: int = knob(16_384, "rows of that embedding", positive)
+    ttt_lr: float = knob(0.005, "chunk_sgd: step at the first chunk; cosine to 0 at the last", not_negative)
+    ttt_epochs: int = knob(3, "chunk_sgd: passes over a chunk after it was scored", positive)
+    ttt_chunk_tokens: int = knob(32_768, "chunk_sgd: targets scored, then learnt", positive)
+    ttt_freeze_blocks: int = knob(0, "chunk_sgd: first layers kept as they are, embedding too if > 0", not_negative)
+    ttt_momentum: float = knob(0.9, "chunk_sgd: momentum", below_one)
+    ttt_batch_seqs: int = knob(32, "chunk_sgd: most rows of EVAL_SEQ_LEN tokens per step and stream", positive)
+    ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
+    ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
+    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
+    ttt_lora_alpha: float = knob(144.0, "doc_lora: adapters are scaled by this over their rank; 0: by 1", not_negative)
+    ttt_lora_lr: float = knob(1e-4, "doc_lora: AdamW step of the adapters", not_negative)
+    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
+    ttt_eval_seq_len: int = knob(2048, "doc_lora: most tokens of context", positive)
+    ttt_batch_size: int = knob(64, "doc_lora: documents adapted side by side", positive)
+    ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
+    ttt_weight_decay: float = knob(0.5, "doc_lora: weight decay of the adapters", not_negative)
+    ttt_beta1: float = knob(0.0, "doc_lora: AdamW, first moment", below_one)
+    ttt_beta2: float = knob(0.99, "doc_lora: AdamW, second moment", below_one)
+    ttt_q_lora: bool = knob(True, "doc_lora: adapt the queries")
+    ttt_k_lora: bool = knob(True, "doc_lora: adapt the keys")
+    ttt_v_lora: bool = knob(True, "doc_lora: adapt the values")
+    ttt_o_lora: bool = knob(True, "doc_lora: adapt the attention output, reading the block's normalised input")
+    ttt_mlp_lora: bool = knob(True, "doc_lora: adapt the MLP's output, reading its normalised input")
+    phased_ttt_num_phases: int = knob(1, "doc_lora: passes of SGD over documents scored so far", not_negative)
+    phased_ttt_prefix_docs: int = knob(2500, "doc_lora: documents of the last of these passes", positive)
+    global_ttt_lr: float = knob(0.001, "phases: SGD step at the first chunk; cosine to 0", not_negative)
+    global_ttt_momentum: float = knob(0.9, "phases: momentum", below_one)
+    global_ttt_epochs: int = knob(1, "phases: passes over each chunk", positive)
+    global_ttt_chunk_tokens: int = knob(32_768, "phases: tokens per chunk", positive)
+    global_ttt_batch_seqs: int = knob(32, "phases: most rows of EVAL_SEQ_LEN tokens per step and stream", positive)
+    global_ttt_warmup_chunks: int = knob(0, "phases: chunks over which the step rises linearly first", not_negative)
+    global_ttt_warmup_start_lr: float = knob(0.0, "phases: step at the first of these", not_negative)
+    global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
+    global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -230,31 +294,44 @@ class Config:
                f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped")
         yield (c.gptq_reserve_seconds < c.max_wallclock_seconds, f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: must "
                f"be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}")
+        yield (c.ttt_optimizer in ("auto", "adamw", "sgd" if c.ttt_mode == "chunk_sgd" else "adam"),
+               f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto")
+        yield (c.ttt_mode == "chunk_sgd" or c.phased_ttt_num_phases > 0 or not c.hash_embed_enabled,
+               "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0")
+        yield (c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}")
         yield (not c.artifact or c.stage == "evaluate",
                f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it, but STAGE={c.stage}")
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Config:
         """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
-        types, known = typing.get_type_hints(cls), {f.name.upper(): f.name for f in dataclasses.fields(cls)}
-        for name in set(environment) - known.keys() - NOT_OURS:
-            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
-                raise Stop(f"{name}={environment[name]}: not a setting; did you mean {near[0]}? (or unset {name})")
-        return cls(**{known[n]: parse(n, environment[n], types[known[n]]) for n in known if n in environment})
+        types, known, values = typing.get_type_hints(cls), {f.name.upper(): f.name for f in dataclasses.fields(cls)}, {}
+        for name, text in environment.items():
+            if reason := REFUSED.get(name):
+                raise Stop(f"{name}={text}: {reason}; unset {name}")
+            if name in known or name in ALIASES:
+                names, meanings = ALIASES.get(name, (name, {}))
+                for target in names.split():
+                    value = parse(target, meanings.get(text, text), types[known[target]])
+                    if values.setdefault(known[target], value) not in (value,):  # `in`: nan is itself
+                        raise Stop(f"{name}={text}: another variable sets {target} to another value; unset one")
+            elif name not in NOT_OURS | FIXED.keys() and (near := difflib.get_close_matches(name, known, 1, 0.85)):
+                raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+        config = cls(**values)
+        for name in FIXED.keys() & environment.keys():
+            only = show(getattr(config, FIXED[name].lower(), FIXED[name]))
+            if environment[name] not in (only, only + ".0"):
+                raise Stop(f"{name}={environment[name]}: every published run has {only}; nothing else is implemented")
+        return config
 
     def overrides(self) -> dict[str, Any]:
         """The settings that differ from their defaults, by variable name."""
         return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
 
-    def shaping(self, *kinds: str) -> dict[str, Any]:
-        """The settings that decide the given results ("training", "artifact", "score"), by variable name."""
+    def chosen(self, *which: str) -> dict[str, Any]:
+        """The settings of the sections with these titles, or that shape these results, by variable name."""
         return {f.name.upper(): getattr(self, f.name) for section, fields in self.sections() for f in fields
-                if section.shapes in kinds}
-
-    def section(self, title: str) -> dict[str, Any]:
-        """The settings under one heading, by variable name."""
-        return {f.name.upper(): getattr(self, f.name) for section, fields in self.sections() for f in fields
-                if section.title == title}
+                if {section.title, section.shapes} & set(which)}
 
     @classmethod
     def sections(cls) -> list[tuple[Section, list[dataclasses.Field]]]:
@@ -268,19 +345,39 @@ class Config:
         return table
 
     @classmethod
-    def describe(cls) -> str:
-        """The table of all settings for --help."""
-        types, lines = typing.get_type_hints(cls), []
+    def describe(cls) -> Iterator[str]:
+        """The lines of the table of all settings for --help."""
+        types = typing.get_type_hints(cls)
         for section, fields in cls.sections():
-            lines.append(f"\n{section.title}")
+            yield f"\n{section.title}"
             for f in fields:
                 options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
-                default = show(f.default) or "(empty)"
-                lines.append(f"  {f.name.upper():<27} {default:<14} {f.metadata['meaning']}{options}")
-        return "\n".join(lines).strip("\n")
+                yield f"  {f.name.upper():<32} {show(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
 
 
 STREAMS = 8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
+# Names of the four submissions: other names of a setting (with other names of its values), names that have one value
+# only (a setting in capitals: that of the setting), and names that nothing here reads.
+ALIASES: dict[str, tuple[str, dict[str, str]]] = {
+    "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two_lane"}),
+    "PARALLEL_RESIDUAL_START": ("PARALLEL_START_LAYER", {}),
+    "ATTN_OUT_GATE": ("HEAD_GATE", {"0": "none", "1": "attn_out"}),
+    "MATRIX_CLIP_SIGMAS": ("ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", {}),
+    "ARTIFACT_DIR": ("OUT_DIR", {"": "runs"}),
+}
+FIXED = {"TIE_EMBEDDINGS": "1", "EMBEDDING_DIM": "MODEL_DIM", "PARALLEL_FINAL_LANE": "mean", "TTT_EVAL_BATCHES": "",
+         "PARALLEL_FREEZE_LANE0": "0", "PARALLEL_IDENTITY_INIT": "1", "PARALLEL_SKIP_LANE0_ONLY": "1",
+         "PARALLEL_MLP_READ_MIX": "0", "PARALLEL_START_LAYER_IS_PHYSICAL": "1", "VAL_DOC_FRACTION": "1",
+         "PHASED_TTT_ENABLED": "1"}
+REFUSED = {name: reason for reason, names in {
+    "declared in the published scripts, read by no code": "ROPE_TRAIN_SEQ_LEN MUON_BETA2 GPTQ_ENABLED SWA_ENABLED "
+    "SWA_EVERY LAWA_ENABLED LAWA_K LAWA_FREQ QAT_ENABLED LATE_QAT_THRESHOLD MTP_NUM_HEADS MTP_LOSS_WEIGHT BIGRAM_DIM "
+    "BIGRAM_VOCAB_SIZE DTG_ENABLED VE_ENABLED VE_DIM VE_LAYERS GATED_ATTENTION VALUE_RESIDUAL ETLB_ENABLED ETLB_LR "
+    "ETLB_STEPS ETLB_CLIP",
+    "SLOT fits a correction to the tokens it scores, which is not legal": "LBFGS_SLOT_ENABLED LBFGS_SLOT_ITERS "
+    "LBFGS_SLOT_HISTORY LBFGS_SLOT_FOCAL LBFGS_SLOT_CLAMP LBFGS_SLOT_LR",
+    "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)": "EMBED_LR HEAD_LR",
+    "the parameter table decides what stays in fp16": "CONTROL_TENSOR_NAME_PATTERNS"}.items() for name in names.split()}
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
 
 
@@ -317,8 +414,7 @@ def command_line(arguments: list[str]) -> Config | None:
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
-        print((__doc__ or "").split("\n\nContents")[0] + "\n\nSettings (environment variables)\n")
-        print(Config.describe())
+        print((__doc__ or "").split("\n\nContents")[0], "\nSettings (environment)", *Config.describe(), sep="\n")
     elif arguments == ["--print-config"]:
         config = Config.from_env(os.environ)
         print("\n".join(f"{f.name.upper()}={show(getattr(config, f.name))}" for f in dataclasses.fields(config)))
@@ -341,6 +437,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 try:
     import triton
@@ -528,7 +625,7 @@ def find_run_folder(config: Config, shards: str) -> Path:
                        "STAGE=evaluate to score it again")
         return folder
     kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
-    wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.shaping(*kinds)
+    wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.chosen(*kinds)
     for folder in sorted((path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True):
         if differences(read_json(folder / "config.json"), same | {"data": shards}) or not (folder / wanted).exists():
             continue
@@ -537,7 +634,7 @@ def find_run_folder(config: Config, shards: str) -> Path:
     if config.stage in ("quantize", "evaluate") and not config.artifact:
         raise Stop(f"STAGE={config.stage}: no run under {root}/ with these settings has a {wanted}; set RUN_ID"
                    + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"))
-    digest = hashlib.sha256(json.dumps(config.shaping("training", "artifact")).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(config.chosen("training", "artifact")).encode()).hexdigest()
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
 
@@ -570,17 +667,17 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a kill at any moment leaves the old file or the new one."""
+def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]) -> None:
+    """Replace `path` by bytes, or by what `write` writes, so that a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            file.write(write) if isinstance(write, bytes) else write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise Stop(f"{path}: cannot be written ({error.strerror}); free disk space or set OUT_DIR elsewhere") from None
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise Stop(f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere") from None
 
 
 def versions(run: Run) -> dict[str, str]:
@@ -993,6 +1090,7 @@ class Spec(NamedTuple):
     optimizer: Literal["muon", "embed", "scalar"]
     quantizer: Literal["attn", "mlp", "embed", "fp16"]
     parts: tuple[tuple[str, str], ...] = ()  # (flat name with {} for the layer, calibration site) of each group
+    layered: bool = True  # dim 0 counts layers
 
 
 def param_table(config: Config) -> dict[str, Spec]:
@@ -1004,25 +1102,29 @@ def param_table(config: Config) -> dict[str, Spec]:
     orthogonal = lambda t: [nn.init.orthogonal_(matrix) for matrix in t]
     table = {
         "embed": Spec((c.vocab_size, width), lambda t: nn.init.normal_(t, std=c.tied_embed_init_std), "embed", "embed",
-                      (("tok_emb.weight", "head"),)),
+                      (("tok_emb.weight", "head"),), False),
         "qo": Spec((2 * layers, width, width), lambda t: (orthogonal(t[:layers]), zero(t[layers:])), "muon", "attn",
-                   (("blocks.{}.attn.c_q.weight", "qkv"), ("blocks.{}.attn.proj.weight", "o"))),
+                   (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o"))),
         "kv": Spec((2 * layers, kv, width), orthogonal, "muon", "attn",
-                   (("blocks.{}.attn.c_k.weight", "qkv"), ("blocks.{}.attn.c_v.weight", "qkv"))),
+                   (("blocks.{}.attn.c_k.weight", "q"), ("blocks.{}.attn.c_v.weight", "q"))),  # their input is q's
         "up": Spec((layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)),
         "down": Spec((layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)),
         "q_gain": Spec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
         "attn_scale": Spec((layers, width), one, "scalar", "fp16"),
         "mlp_scale": Spec((layers, width), one, "scalar", "fp16"),
         "resid_mix": Spec((layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"),
-        "skip_weights": Spec((skips, width), one, "scalar", "fp16"),
-        "skip_gates": Spec((skips, width), zero, "scalar", "fp16"),
+        "head_gate": Spec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
+        "skip_weights": Spec((skips, width), one, "scalar", "fp16", layered=False),
+        "skip_gates": Spec((skips, width), zero, "scalar", "fp16", layered=False),
+        "smear_w": Spec((1, c.gate_width or width), zero, "scalar", "fp16", layered=False),
+        "smear_lambda": Spec((1,), zero, "scalar", "fp16", layered=False),
         "parallel_post_lambdas": Spec((layers, 2, 2), one, "scalar", "fp16"),
         "parallel_resid_lambdas": Spec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
     lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
     used = {"skip_weights": skips > 0, "skip_gates": skips > 0 and c.skip_gates_enabled,
-            "parallel_post_lambdas": lanes, "parallel_resid_lambdas": lanes}
+            "parallel_post_lambdas": lanes, "parallel_resid_lambdas": lanes, "head_gate": c.head_gate != "none",
+            "smear_w": c.smear_gate, "smear_lambda": c.smear_gate}
     return {name: spec for name, spec in table.items() if used.get(name, True)}
 
 
@@ -1105,6 +1207,45 @@ def norm(x: Tensor) -> Tensor:
 Tap = Callable[[str, int, Tensor], None]
 
 
+class LoRA(nn.Module):
+    """Low-rank deltas x -> x A^T B^T, one per document, site and layer visit; the head has one visit (#1530)."""
+
+    def __init__(self, config: Config, documents: int, device: torch.device):
+        super().__init__()
+        c, width, visits = config, config.model_dim, len(make_route(config, config.num_loops > 0))
+        kv = c.num_kv_heads * width // c.num_heads
+        sites = {"q": (visits, width, c.ttt_q_lora), "k": (visits, kv, c.ttt_k_lora), "v": (visits, kv, c.ttt_v_lora),
+                 "o": (visits, width, c.ttt_o_lora), "down": (visits, width, c.ttt_mlp_lora),
+                 "head": (1, c.vocab_size, True)}
+        empty = lambda *shape: nn.Parameter(torch.empty(shape, device=device))
+        sizes = {site: (count, outputs) for site, (count, outputs, wanted) in sites.items() if wanted}
+        self.read = nn.ParameterDict({s: empty(n, documents, c.ttt_lora_rank, width) for s, (n, _) in sizes.items()})
+        self.write = nn.ParameterDict({s: empty(n, documents, out, c.ttt_lora_rank) for s, (n, out) in sizes.items()})
+        self.scale = c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
+        generator = torch.Generator(self.read["head"].device).manual_seed(seed)
+        for read, write in zip(self.read.values(), self.write.values(), strict=True):
+            read.uniform_(-(read.size(-1) ** -0.5), read.size(-1) ** -0.5, generator=generator)
+            write.zero_()
+
+    def visits(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """site -> (A, B) of each visit, (documents, rank, in) and (documents, out, rank), in `dtype`, A scaled."""
+        parts = lambda t: t.to(dtype).unbind(0)
+        return {s: list(zip(parts(self.read[s] * self.scale), parts(self.write[s]), strict=True)) for s in self.read}
+
+
+class Hooks(NamedTuple):
+    """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
+    tap: Tap | None = None
+    lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
+
+
+HEAD = Step(0, 0, False, None, "serial")
+
+
 class GPT(nn.Module):
     """The one network: layers as the route says, weights from the parameter table.
 
@@ -1121,64 +1262,96 @@ class GPT(nn.Module):
             weight = torch.empty(spec.shape)
             spec.init(weight)
             self.register_parameter(name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight))
-        length = max(config.train_seq_len, config.eval_seq_len)
-        if config.loader == "packed":
-            micro = max(config.micro_batch_tokens, config.train_batch_tokens // STREAMS)
-            length = max(length, micro, evaluation_rows(config) * config.eval_seq_len)
-        frequency = config.rope_base ** -(torch.arange(0, config.rope_dims, 2) / max(config.rope_dims, 1))
-        angle = torch.outer(torch.arange(length), frequency)[:, None]  # (T, 1, ROPE_DIMS/2), fp32: rounding costs phase
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_parameter("hash_embed", None)  # exists during test-time training alone
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, ROPE_DIMS/2) of every position, from fp32 angles: rounding these would cost phase."""
+        c, dims, length = self.config, self.config.rope_dims, batch.inputs.size(1)
+        stretch = max(1.0, length / c.train_seq_len) if c.rope_yarn and dims > 2 else 1.0
+        base = c.rope_base * stretch ** (dims / max(dims - 2, 1))
+        count = lambda end, step: torch.arange(0, end, step, device=batch.inputs.device, dtype=torch.float32)
+        angle = torch.outer(count(length, 1), base ** -(count(dims, 2) / max(dims, 1)))[:, None]
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
-        half = self.config.rope_dims // 2
+        half, (cos, sin) = self.config.rope_dims // 2, rotation
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-        cos, sin = self.cos[:x.size(1)].type_as(x), self.sin[:x.size(1)].type_as(x)
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
 
-    def attention(self, x: Tensor, step: Step, banks: dict[str, Any], batch: Batch, tap: Tap | None) -> Tensor:
-        """Attention on the normalised x (B, T, D): per-head QK norm, rotation and gain, XSA, output projection."""
+    @staticmethod
+    def matmul(site: str, weight: Tensor, x: Tensor, step: Step, hooks: Hooks, adapt: Tensor | None = None) -> Tensor:
+        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` where that is not x itself."""
+        if hooks.tap:
+            hooks.tap(site, step.layer, x)
+        y = F.linear(x, weight)
+        if hooks.lora is None or site not in hooks.lora:
+            return y
+        read, write = hooks.lora[site][step.slot]
+        return y + (x if adapt is None else adapt) @ read.mT @ write.mT
+
+    def attention(self, x: Tensor, residual: Tensor, step: Step, banks: dict[str, Any], batch: Batch,
+                  rotation: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
+        """Attention on x (B, T, D), `residual` normalised: QK norm, rotation and gain, XSA, head gate, projection."""
         c, layer, (B, T, _) = self.config, step.layer, x.shape
-        if tap:
-            tap("qkv", layer, x)
-        q = F.linear(x, banks["qo"][layer]).view(B, T, c.num_heads, -1)
-        k = F.linear(x, banks["kv"][layer]).view(B, T, c.num_kv_heads, -1)
-        v = F.linear(x, banks["kv"][c.num_layers + layer]).view(B, T, c.num_kv_heads, -1)
-        q, k = self.rotate(norm(q)) * banks["q_gain"][layer][:, None], self.rotate(norm(k))
+        raw = self.matmul("q", banks["qo"][layer], x, step, hooks)
+        q = raw.view(B, T, c.num_heads, -1)
+        k = self.matmul("k", banks["kv"][layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
+        v = self.matmul("v", banks["kv"][c.num_layers + layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
+        q, k = self.rotate(norm(q), rotation) * banks["q_gain"][layer][:, None], self.rotate(norm(k), rotation)
         y = self.attend(q, k, v, batch.starts, batch.longest)
         if layer >= c.num_layers - c.xsa_last_n:
             own = F.normalize(v, dim=-1)[:, :, :, None]
             y = y.view(B, T, c.num_kv_heads, -1, y.size(-1))
             y = y - (y * own).sum(-1, keepdim=True) * own
-        y = y.reshape(B, T, -1)
-        if tap:
-            tap("o", layer, y)
-        return F.linear(y, banks["qo"][c.num_layers + layer])
+        y = y.reshape(B, T, c.num_heads, -1)
+        if c.head_gate != "none":
+            source = {"residual": residual, "proj": x, "q": raw}[c.gate_attn_src][..., :c.gate_width or None]
+            opening = F.linear(source, banks["head_gate"][layer])
+            gate = 2 * torch.sigmoid(opening) if c.head_gate == "attn_out" else \
+                torch.sigmoid(c.sparse_attn_gate_scale * opening)
+            y = y * gate[..., None]
+        return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
 
-    def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], tap: Tap | None) -> Tensor:
+    def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], hooks: Hooks) -> Tensor:
         """LeakyReLU(x up, 1/2)^2 down."""
-        if tap:
-            tap("up", step.layer, x)
-        hidden = F.leaky_relu(F.linear(x, banks["up"][step.layer]), 0.5).square()
-        if tap:
-            tap("down", step.layer, hidden)
-        return F.linear(hidden, banks["down"][step.layer])
+        hidden = F.leaky_relu(self.matmul("up", banks["up"][step.layer], x, step, hooks), 0.5).square()
+        return self.matmul("down", banks["down"][step.layer], hidden, step, hooks, adapt=x)
 
-    def forward(self, batch: Batch, tap: Tap | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores and calibration."""
-        logits = F.linear(self.trunk(batch, tap), self.embed).flatten(0, 1)
+    def embedding(self, batch: Batch) -> Tensor:
+        """The normalised token embeddings (B, T, D), with what they take from the token before."""
+        c, ids = self.config, batch.inputs
+        x = norm(F.embedding(ids, self.embed))
+        opens = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)  # where a packed row starts a segment
+        if batch.starts is not None:
+            opens = opens.index_fill(0, batch.starts.long(), True)
+        if self.hash_embed is not None:  # of (previous token, token); 0 comes before the start of a segment (#1523)
+            previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens[:-1], 0)
+            x = x + F.embedding((2039 * previous + ids) % c.hash_embed_size, self.hash_embed).to(x.dtype)
+        if c.smear_gate:
+            opening = F.linear(x[:, 1:, :c.gate_width or None], self.smear_w.to(x.dtype))
+            share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
+            if c.smear_gate_bos_fix:
+                share = share.masked_fill(((ids == BOS) | opens[:-1])[:, 1:, None], 0)
+            x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
+        return x
+
+    def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
+        """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores, calibration and TTT."""
+        hooks = Hooks(tap, lora and lora.visits(self.dtype))
+        logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD, hooks).flatten(0, 1)
         targets, cap = batch.targets.flatten(), self.config.logit_softcap
         fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
         losses = (fused if self.fused else softcapped_ce_reference)(logits, targets, cap)
         return losses.view_as(batch.targets)
 
-    def trunk(self, batch: Batch, tap: Tap | None = None) -> Tensor:
+    def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
         c, dtype = self.config, self.dtype
         # One cast and one unbind per bank: looped layers reuse them, the backward has a node per bank, not per visit.
         banks = {name: getattr(self, name).to(dtype).unbind(0) for name in self.table if name != "embed"}
-        x = x0 = norm(F.embedding(batch.inputs, self.embed))
+        rotation = self.rotation(batch)
+        x = x0 = self.embedding(batch)
         lane, skips = None, []  # lane: the residual stream of the MLP once it has split off
         for step in self.routes[self.looped]:
             layer, depth = step.layer, (step.layer + 1) ** -0.5 if c.ln_scale else 1.0
@@ -1193,14 +1366,14 @@ class GPT(nn.Module):
             keep, mix = banks["resid_mix"][layer]
             read = keep * x + mix * x0
             normed = norm(read) * depth
-            attended = banks["attn_scale"][layer] * self.attention(normed, step, banks, batch, tap)
+            attended = banks["attn_scale"][layer] * self.attention(normed, read, step, banks, batch, rotation, hooks)
             # The three kinds of residual differ in what the MLP reads and where the two outputs go.
             if step.kind == "serial":
                 read = read + attended
                 normed = norm(read) * depth
             elif step.kind == "two_lane":
                 normed = norm(lane) * depth
-            transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, tap)
+            transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, hooks)
             if step.kind == "serial":
                 x = read + transformed
             elif step.kind == "gptj":
@@ -1211,10 +1384,7 @@ class GPT(nn.Module):
                            resid[1] * lane + post[0, 1] * attended + post[1, 1] * transformed)
             if step.push:
                 skips.append(x)
-        x = norm(x if lane is None else 0.5 * (x + lane))
-        if tap:
-            tap("head", 0, x)
-        return x
+        return norm(x if lane is None else 0.5 * (x + lane))
 
 
 # === OPTIMIZERS ===
@@ -1355,8 +1525,8 @@ class Optimizers:
             betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
         self.rates = [g["lr"] for g in self.adam.param_groups]
 
-    def step(self, rate_scale: float, momentum: float) -> None:
-        """One update of all parameters from their gradients, which are freed."""
+    def step(self, rate_scale: float, momentum: float, decay: float) -> None:
+        """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
         c, world = self.run.config, self.run.world
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
@@ -1374,7 +1544,7 @@ class Optimizers:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(c.matrix_lr * rate_scale, momentum, c.muon_wd, scale)
+        self.muon.step(c.matrix_lr * rate_scale, momentum, decay, scale)
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -1397,25 +1567,24 @@ class Optimizers:
         self.muon.load(state["muon"])
 
 
-class Average:
-    """Exponential moving average of all parameters in fp32, from the initial weights on."""
-
-    def __init__(self, model: GPT, decay: float):
-        self.decay, self.live = decay, dict(model.named_parameters())
-        self.weights = {name: p.detach().float().clone() for name, p in self.live.items()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the live weights by 1 - decay."""
-        average = list(self.weights.values())
-        torch._foreach_mul_(average, self.decay)
-        torch._foreach_add_(average, [p.detach().float() for p in self.live.values()], alpha=1 - self.decay)
+@torch.no_grad()
+def move_average(average: dict[str, Tensor], model: GPT, decay: float) -> None:
+    """Move the fp32 `average` of all parameters towards the live ones by 1 - decay, in two fused calls (#1585)."""
+    torch._foreach_mul_(list(average.values()), decay)
+    live = [model.get_parameter(name).detach().float() for name in average]
+    torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
 
 
 def rate_scale(config: Config, progress: float) -> float:
     """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
     warmdown = config.warmdown_frac
     return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
+
+
+def matrix_decay(config: Config, progress: float) -> float:
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
+    taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
+    return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -1444,24 +1613,20 @@ def collect_hessians(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int
     config = run.config
     windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len) * STREAMS * config.train_seq_len
     loader = ShuffledLoader(dataclasses.replace(config, loader="shuffled", train_batch_tokens=windows), data)
-    sums: dict[tuple[str, int], Tensor] = {}
+    widths = {m.key: model.get_parameter(m.parameter).size(-1) for m in matrices(model.table)}
+    sums = {key: torch.zeros(width, width, device=run.device) for key, width in sorted(widths.items())}
 
     def tap(site: str, layer: int, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        if (site, layer) not in sums:
-            sums[site, layer] = torch.zeros(x.size(-1), x.size(-1), device=x.device)
-        sums[site, layer].addmm_(x.T, x)
+        if (site, layer) in sums:
+            x = x.flatten(0, -2).float()
+            sums[site, layer].addmm_(x.T, x)
 
     progress = Progress(run, "hessians", config.gptq_calibration_batches)
     for index in range(run.rank, config.gptq_calibration_batches, run.world):
-        model.trunk(to_device(loader.get(index // STREAMS, index % STREAMS), run), tap)
+        model(to_device(loader.get(index // STREAMS, index % STREAMS), run), tap)
         progress.show(index + 1)
     progress.end()
-    if not sums:  # more ranks than batches: this rank only takes part in the sum
-        for matrix in matrices(model.table):
-            width = model.get_parameter(matrix.parameter).size(-1)
-            sums[matrix.key] = torch.zeros(width, width, device=run.device)
-    return {key: run.sum(sums[key]) / config.gptq_calibration_batches for key in sorted(sums)}
+    return {key: run.sum(total) / config.gptq_calibration_batches for key, total in sums.items()}
 
 
 def gptq(weight: Tensor, hessian: Tensor, sigmas: float, bits: int, block: int,
@@ -1542,20 +1707,12 @@ ARTIFACT_MAGIC = b"GOLFPAK1"
 ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")  # magic, compressor, manifest bytes, payload bytes, sha256 of both
 
 
-def compress(data: bytes, compressor: str) -> bytes:
-    """`data` packed as tightly as `compressor` can."""
+def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
+    """`data` packed as tightly as `compressor` can, or unpacked again."""
     if compressor == "lzma":
-        return lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
+        return lzma.decompress(data) if undo else lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)
     import brotli
-    return brotli.compress(data, quality=11, lgwin=24)
-
-
-def decompress(data: bytes, compressor: str) -> bytes:
-    """Undo `compress`."""
-    if compressor == "lzma":
-        return lzma.decompress(data)
-    import brotli
-    return brotli.decompress(data)
+    return brotli.decompress(data) if undo else brotli.compress(data, quality=11, lgwin=24)
 
 
 def split_bytes(tensor: Tensor) -> bytes:
@@ -1591,7 +1748,7 @@ def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool)
     coder = config.compressor
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
         packed = list(pool.map(lambda parts: compress(b"".join(parts), coder), streams.values()))
-    manifest = {"format": 1, "looped": looped, "model": config.section("Model"),
+    manifest = {"format": 1, "looped": looped, "model": config.chosen("Model"),
                 "tensors": [[name, list(t.values.shape), t.scales is not None] for name, t in tensors.items()],
                 "streams": [[name, len(data)] for name, data in zip(streams, packed, strict=True)]}
     head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
@@ -1615,9 +1772,9 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
         raise Stop(f"{path}: {len(data)} bytes instead of {start + head + payload}, truncated or damaged; {remedy}")
     if hashlib.sha256(coder + data[start:]).digest() != digest:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
-    manifest = json.loads(decompress(data[start:start + head], coder.decode()))
+    manifest = json.loads(compress(data[start:start + head], coder.decode(), undo=True))
     ends = np.cumsum([start + head] + [size for _, size in manifest["streams"]]).tolist()
-    streams = {name: decompress(data[a:b], coder.decode())
+    streams = {name: compress(data[a:b], coder.decode(), undo=True)
                for (name, _), (a, b) in zip(manifest["streams"], itertools.pairwise(ends), strict=True)}
     used = dict.fromkeys(streams, 0)
 
@@ -1676,16 +1833,17 @@ def pack_source(source: str) -> tuple[str, str]:
 # === EVALUATE ===
 
 
-def windows(length: int, context: int, stride: int) -> np.ndarray:
+def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
     """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1.
 
-    Every target 1..length-1 is scored exactly once, the tail included. The first window scores all it sees, each later
-    one `stride` new targets after context-stride old ones. Plain: stride = context.
+    Every target 1..length-1 is scored exactly once, the tail included. The first window scores `first` targets (0: as
+    many as it can see), each later one `stride` new targets, with at most `context` inputs. Plain: stride = context.
     """
-    ends = np.minimum(np.arange(context, max(context, length - 1) + stride, stride), length - 1)
+    first = first or context
+    ends = np.minimum(np.arange(first, max(first, length - 1) + stride, stride), length - 1)
     ends = ends[:np.searchsorted(ends, length - 1) + 1]
     scored = np.concatenate([[0], ends[:-1]])
-    starts = np.where(scored == 0, 0, scored - (context - stride))
+    starts = np.maximum(0, scored + stride - context) * (scored > 0)
     return np.stack([starts, ends + 1, scored + 1], 1).astype(np.int64)
 
 
@@ -1711,42 +1869,274 @@ def evaluation_rows(config: Config) -> int:
     return max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
 
 
-@torch.no_grad()
-def score(run: Run, forward: Callable[[Batch], Tensor], validation: Validation, stride: int, stage: str) -> Score:
-    """Score every validation token once in windows of EVAL_SEQ_LEN, `stride` new targets each, split over the ranks.
+class Tally:
+    """The loss of every validation target, written exactly once: the one place where scores are summed (fp64)."""
 
-    With LOADER=packed a window's attention is confined to documents, as in training. Sums are fp64. Logs the result.
-    """
-    c, tokens, begin = run.config, validation.tokens, run.now()
-    context, rows = c.eval_seq_len, evaluation_rows(c)
-    plan = windows(len(tokens), context, stride)
-    plan = plan[len(plan) * run.rank // run.world:len(plan) * (run.rank + 1) // run.world]
-    sums = torch.zeros(3, dtype=torch.float64, device=run.device)
-    progress = Progress(run, f"val:{stage}", len(plan))
-    for first in range(0, len(plan), rows):
-        part = plan[first:first + rows]
-        place = part[:, :1] + np.arange(context + 1)
-        inside = place < part[:, 1:2]
-        ids = np.zeros((rows, context + 1), dtype=np.int64)  # one shape for all: the rest is filled up
-        ids[:len(part)][inside] = tokens[place[inside]]
-        chosen = np.zeros((rows, context), dtype=bool)
-        chosen[:len(part)] = inside[:, 1:] & (place[:, 1:] >= part[:, 2:3])
-        batch = Batch(*(torch.from_numpy(side.copy()) for side in (ids[:, :-1], ids[:, 1:])))
-        if c.loader == "packed":
-            starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
-            batch = Batch(batch.inputs.view(1, -1), batch.targets.view(1, -1), starts, context)
-        losses = forward(to_device(batch, run)).view(rows, context)[torch.from_numpy(chosen).to(run.device)]
-        counts = [len(losses), int(validation.bytes[place[:, 1:][chosen[:len(part)]]].sum())]
-        sums += torch.cat([losses.double().sum()[None], torch.tensor(counts, device=run.device)])
-        progress.show(first + len(part))
-    progress.end()
-    result = Score(*run.sum(sums).tolist())
-    if result.tokens != len(tokens) - 1 or result.bytes != int(validation.bytes[1:].sum()):
-        raise Stop(f"val:{stage}: scored {result.tokens:.0f} of {len(tokens) - 1} tokens: a bug, no score is reported")
+    def __init__(self, run: Run, validation: Validation):
+        self.run, self.validation = run, validation
+        self.nats = torch.zeros(len(validation.tokens), device=run.device)
+        self.times = torch.zeros(len(validation.tokens), dtype=torch.int32, device=run.device)
+
+    def add(self, losses: Tensor, places: Tensor) -> None:
+        """Enter the losses (N,) of the targets at `places` (N,)."""
+        self.nats[places] = losses.float()
+        self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+
+    def total(self, stage: str) -> Score:
+        """The sums over all ranks; Stop if a target was left out or scored twice."""
+        self.run.sum(self.nats), self.run.sum(self.times)
+        if wrong := int((self.times[1:] != 1).sum()):
+            raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
+        return Score(self.nats.double().sum().item(), len(self.nats) - 1, int(self.validation.bytes[1:].sum()))
+
+
+def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
+    """The score of all validation tokens by `how`; logs it and leaves the sums of every document in documents.npz."""
+    begin, tally = run.now(), Tally(run, validation)
+    how(tally)
+    result, seconds = tally.total(stage), run.now() - begin
     facts = {"val_loss": result.loss, "val_bpb": result.bpb, "tokens": result.tokens, "bytes": result.bytes}
-    run.metric("score", stage=stage, seconds=run.now() - begin, **facts)
-    run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{run.now() - begin:.1f}s")
+    run.metric("score", stage=stage, seconds=seconds, **facts)
+    run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
+    if run.main and len(documents := find_documents(validation.tokens)):
+        sums = lambda values, kind: np.add.reduceat(values[1:].astype(kind), documents[:, 0])
+        np.savez(run.folder / "documents.npz", tokens=documents[:, 1] - documents[:, 0] - 1,
+                 bytes=sums(validation.bytes, np.int64), nats=sums(tally.nats.cpu().numpy(), np.float64))
     return result
+
+
+def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,
+                 packed: bool) -> tuple[Batch, Tensor, Tensor]:
+    """The windows `plan` as a batch of `rows` rows of `context`, the mask (rows, context) of its scored targets, and
+    their places (N,) in `tokens`. Rows are filled up to one shape. `packed`: attention stays in documents."""
+    place = plan[:, :1] + np.arange(context + 1)
+    inside = place < plan[:, 1:2]
+    ids = np.zeros((rows, context + 1), dtype=np.int64)
+    ids[:len(plan)][inside] = tokens[place[inside]]
+    chosen = np.zeros((rows, context), dtype=bool)
+    chosen[:len(plan)] = inside[:, 1:] & (place[:, 1:] >= plan[:, 2:3])
+    batch = Batch(*(torch.from_numpy(side.copy()) for side in (ids[:, :-1], ids[:, 1:])))
+    if packed:
+        starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
+        batch = Batch(batch.inputs.view(1, -1), batch.targets.view(1, -1), starts, context)
+    return batch, torch.from_numpy(chosen), torch.from_numpy(place[:, 1:][chosen[:len(plan)]])
+
+
+@torch.no_grad()
+def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
+    """Score the targets of the windows `plan`, split over the ranks."""
+    c, rows = run.config, evaluation_rows(run.config)
+    plan = plan[len(plan) * run.rank // run.world:len(plan) * (run.rank + 1) // run.world]
+    progress = Progress(run, "windows", len(plan))
+    for first in range(0, len(plan), rows):
+        batch, chosen, places = window_batch(tally.validation.tokens, plan[first:first + rows], rows, c.eval_seq_len,
+                                             c.loader == "packed")
+        losses = forward(to_device(batch, run)).view(rows, -1)
+        tally.add(losses[chosen.to(run.device)], places.to(run.device))
+        progress.show(first + rows)
+    progress.end()
+
+
+def slide(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
+    """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
+    score_windows(run, forward, tally, windows(len(tally.validation.tokens), run.config.eval_seq_len, stride))
+
+
+def cosine(place: int, count: int) -> float:
+    """1 at place 0, falling to 0 at place count - 1 along half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * place / max(count - 1, 1)))
+
+
+class Learner:
+    """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
+
+    def __init__(self, run: Run, model: GPT, optimizer: torch.optim.Optimizer, clip: float, batch_seqs: int,
+                 freeze: int = 0, shared: bool = True, packed: bool = False):
+        self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
+        self.batch_seqs, self.shared, self.packed = batch_seqs, shared, packed
+        self.parameters, layers = list(model.parameters()), model.config.num_layers
+        self.frozen = [(model.embed, slice(None))] if freeze else []
+        for name, spec in model.table.items():
+            rows = [part * layers + i for part in range(spec.shape[0] // layers) for i in range(freeze) if spec.layered]
+            self.frozen += [(model.get_parameter(name), rows)] if rows else []
+
+    def learn(self, tokens: np.ndarray, first: int, last: int, rate: float, epochs: int = 1) -> None:
+        """`epochs` passes over the whole rows of EVAL_SEQ_LEN targets among tokens[first + 1:last + 1]."""
+        run, length = self.run, self.run.config.eval_seq_len
+        starts = np.arange(first, last - length + 1, length)
+        plan = np.stack([starts, starts + length + 1, starts + 1], 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        size = self.batch_seqs * (STREAMS if self.shared else 1)
+        for rows in [plan[i:i + size] for i in range(0, len(plan), size)] * epochs:
+            mine = rows[run.rank::run.world] if self.shared else rows
+            if len(mine):  # else this rank only takes part in the sum
+                batch = to_device(window_batch(tokens, mine, len(mine), length, self.packed)[0], run)
+                (self.model(batch).sum() / (len(rows) * length)).backward()
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update: gradients summed over ranks if shared, clipped, frozen weights put back."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if self.shared:
+                self.run.sum(parameter.grad)
+        for parameter, rows in self.frozen:
+            parameter.grad[rows] = 0
+        nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
+        before = [parameter[rows].clone() for parameter, rows in self.frozen]
+        self.optimizer.step()
+        for (parameter, rows), kept in zip(self.frozen, before, strict=True):
+            parameter[rows] = kept
+        self.optimizer.zero_grad()
+
+
+def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
+    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
+
+    A window belongs to the chunk of the first target that it scores, so all targets of a chunk are scored before it is
+    learnt. The last chunk is not learnt.
+    """
+    c, tokens, size = run.config, tally.validation.tokens, run.config.ttt_chunk_tokens
+    plan = windows(len(tokens), c.eval_seq_len, c.eval_stride)
+    chunk_of = (plan[:, 2] - 1) // size
+    count = int(chunk_of[-1]) + 1
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.ttt_adamw_wd) if c.ttt_optimizer == "adamw" else \
+        torch.optim.SGD(model.parameters(), momentum=c.ttt_momentum)
+    learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks,
+                      packed=c.loader == "packed")
+    progress = Progress(run, "val:ttt chunks", count)
+    for chunk in range(count):
+        score_windows(run, forward, tally, plan[chunk_of == chunk])
+        if chunk + 1 < count:
+            learner.learn(tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs)
+        progress.show(chunk + 1)
+    progress.end()
+
+
+def find_documents(tokens: np.ndarray) -> np.ndarray:
+    """(D, 2): first token and one past the last target of each document. That target is the next one's BOS, so every
+    target is in one document. Tokens without any BOS are cut every 2,048 (#1670)."""
+    starts = np.unique(np.append(0, np.flatnonzero(tokens == BOS)))
+    if len(starts) == 1:
+        starts = np.arange(0, len(tokens), 2048)
+    ends = np.minimum(np.append(starts[1:], len(tokens)) + 1, len(tokens))
+    return np.stack([starts, ends], 1)[ends - starts > 1]
+
+
+def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
+    """Per phase, the batches of document numbers in the order of scoring, the longest documents first (#1530, #1626).
+
+    Phase p ends with the batch that reaches PHASED_TTT_PREFIX_DOCS * (p+1) / phases scored documents, rounded up to a
+    multiple of 8 batches so that the plan does not depend on the number of ranks.
+    """
+    order, size = np.argsort(lengths, kind="stable"), config.ttt_batch_size
+    batches = [order[i:i + size] for i in range(0, len(order), size)][::-1]
+    scored, phases = np.cumsum([len(batch) for batch in batches]), config.phased_ttt_num_phases
+    reached = [np.searchsorted(scored, config.phased_ttt_prefix_docs * (p + 1) // phases) for p in range(phases)]
+    cuts = [0, *(-(-(int(batch) + 1) // STREAMS) * STREAMS for batch in reached), len(batches)]
+    return [batches[a:b] for a, b in itertools.pairwise(cuts) if a < len(batches)]
+
+
+def adapt_documents(run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int) -> None:
+    """Score the `documents` (N, 2) side by side in chunks of TTT_CHUNK_SIZE targets; after each, one AdamW step of the
+    adapter of every document that has a later chunk, on the losses just recorded (#1530)."""
+    c, lora = run.config, LoRA(run.config, len(documents), run.device)
+    lora.reset(seed)
+    optimizer = torch.optim.AdamW(lora.parameters(), c.ttt_lora_lr, (c.ttt_beta1, c.ttt_beta2), 1e-10,
+                                  c.ttt_weight_decay, fused=run.is_cuda)
+    plans = [windows(b - a, c.ttt_eval_seq_len, c.ttt_chunk_size, c.ttt_chunk_size) + a for a, b in documents]
+    for chunk in range(max(map(len, plans))):
+        plan = np.stack([rows[chunk] if chunk < len(rows) else np.zeros(3, np.int64) for rows in plans])
+        context = int((plan[:, 1] - plan[:, 0]).max()) - 1
+        batch, chosen, places = window_batch(tally.validation.tokens, plan, len(plan), context, packed=False)
+        batch, chosen = to_device(batch, run), chosen.to(run.device)
+        later = torch.tensor([chunk + 1 < len(rows) for rows in plans], device=run.device)
+        weight = (chosen * later[:, None]) / chosen.sum(1, keepdim=True).clamp_min(1)
+        learning = chunk + 1 < max(map(len, plans))
+        for repeat in range(c.ttt_grad_steps if learning else 1):
+            with torch.set_grad_enabled(learning):
+                losses = forward(batch, lora=lora)
+            if repeat == 0:
+                tally.add(losses.detach()[chosen], places.to(run.device))
+            if learning:
+                (losses * weight).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
+    """One phase of SGD of all weights on the joined `documents` (N, 2), all scored; the last chunk is left (#1610)."""
+    c, text = run.config, np.concatenate([tokens[a:b] for a, b in documents])
+    optimizer = torch.optim.SGD(model.parameters(), momentum=c.global_ttt_momentum)
+    learner = Learner(run, model, optimizer, c.global_ttt_grad_clip, c.global_ttt_batch_seqs,
+                      packed=c.global_ttt_respect_doc_boundaries)
+    size, ramp = c.global_ttt_chunk_tokens, c.global_ttt_warmup_chunks
+    count = -(-(len(text) - 1) // size)
+    for chunk in range(count - 1):
+        rate = c.global_ttt_lr * cosine(chunk - ramp, count - ramp) if chunk >= ramp else \
+            c.global_ttt_warmup_start_lr + (c.global_ttt_lr - c.global_ttt_warmup_start_lr) * chunk / ramp
+        learner.learn(text, chunk * size, (chunk + 1) * size, rate, c.global_ttt_epochs)
+
+
+def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
+    """Score every document with adapters of its own; between phases train all weights on documents scored so far: of
+    these the PHASED_TTT_PREFIX_DOCS * (p+1) / phases shortest, shortest first (#1626)."""
+    c, tokens = run.config, tally.validation.tokens
+    documents = find_documents(tokens)
+    phases, done, number = plan_documents(c, documents[:, 1] - documents[:, 0]), [], 0
+    progress = Progress(run, "val:ttt documents", len(documents))
+    for phase, batches in enumerate(phases):
+        model.requires_grad_(False)
+        for place, batch in enumerate(batches):
+            turn = place % (2 * STREAMS)  # dealt back and forth, so that no stream gets the longest of every round
+            if min(turn, 2 * STREAMS - 1 - turn) in run.streams:
+                adapt_documents(run, forward, tally, documents[batch], seed=number + place)
+            done.append(batch)
+            progress.show(sum(map(len, done)))
+        number += len(batches)
+        if phase + 1 < len(phases):
+            prefix = np.concatenate(done[::-1])[:c.phased_ttt_prefix_docs * (phase + 1) // c.phased_ttt_num_phases]
+            run.log(f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{sum(map(len, done))}/{len(documents)} "
+                    f"learning {len(prefix)} of them")
+            learn_documents(run, model, tokens, documents[prefix])
+    progress.end()
+    model.requires_grad_(True)
+
+
+def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
+    """Train on the validation tokens before they are scored, each rank on its chunks alone, averaging after each pass:
+    the 21 epochs of #1735. Not legal; for reproducing #1738 and for upper bounds."""
+    c, tokens, size = run.config, validation.tokens, run.config.prequant_ttt_chunk_tokens
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.prequant_ttt_wd, fused=run.is_cuda)
+    learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), c.prequant_ttt_freeze_blocks,
+                      shared=False, packed=c.loader == "packed")
+    average = [parameter.detach().clone() for parameter in learner.parameters]
+    progress = Progress(run, "prequant_ttt", c.prequant_ttt_epochs)
+    for epoch in range(c.prequant_ttt_epochs):
+        rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine(epoch, c.prequant_ttt_epochs + 1))
+        for first in range(run.rank * size, len(tokens) - 1, run.world * size):
+            learner.learn(tokens, first, min(first + size, len(tokens) - 1), rate)
+        with torch.no_grad():
+            for parameter, mean in zip(learner.parameters, average, strict=True):
+                run.sum(parameter.data).div_(run.world)
+                mean.lerp_(parameter, 1 - c.ttt_ema_decay if c.ttt_ema_enabled else 1.0)
+        progress.show(epoch + 1)
+    progress.end()
+    with torch.no_grad():
+        torch._foreach_copy_(learner.parameters, average)
+
+
+def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
+    """Run the stages on random tokens before the evaluation clock, so that nothing is compiled while it runs; the
+    caller loads the weights again."""
+    begin, c = run.now(), run.config
+    tokens = np.random.default_rng(0).integers(2, c.vocab_size, STREAMS * c.ttt_batch_size * 3 * c.ttt_chunk_size)
+    tokens[::3 * c.ttt_chunk_size] = BOS
+    for how in stages.values():
+        how(Tally(run, Validation(tokens.astype("<u2"), np.zeros(len(tokens), np.int32), "random")))
+    run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens in {run.now() - begin:.1f}s, untimed")
 
 
 # === TRAIN ===
@@ -1773,15 +2163,16 @@ def build(run: Run) -> Built:
     return Built(model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled)
 
 
-def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimizers, batches: list[Batch], rate: float,
-               momentum: float) -> Tensor:
+def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimizers, batches: list[Batch],
+               progress: float, step: int) -> Tensor:
     """Forward, backward and update over this rank's micro-batches; returns their mean loss (0-d, on the device)."""
+    c = run.config
     total = torch.zeros((), device=run.device)
     for batch in batches:
         loss = forward(batch).mean()
         (loss / len(batches)).backward()
         total += loss.detach()
-    optimizers.step(rate, momentum)
+    optimizers.step(rate_scale(c, progress), muon_momentum(c, step), matrix_decay(c, progress))
     return total / len(batches)
 
 
@@ -1809,16 +2200,8 @@ class Agreement:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `content` (tensors, numbers, text), atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise Stop(f"{path}: cannot be written ({error}); free disk space, or CHECKPOINT_EVERY=0") from None
+    """Replace the checkpoint at `path` by `content` (tensors, numbers, text)."""
+    write_atomically(path, functools.partial(torch.save, content))
 
 
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
@@ -1832,7 +2215,7 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise Stop(f"{path}: cannot be read ({type(error).__name__}), truncated or damaged; delete it to start again, "
                    "or choose another RUN_ID") from None
-    if different := differences(settings, run.config.shaping("training")):
+    if different := differences(settings, run.config.chosen("training")):
         raise Stop(f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
     if fingerprint != shards:
         raise Stop(f"{path}: made from other data (shards {fingerprint}, here {shards}); choose another RUN_ID")
@@ -1841,11 +2224,7 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
 
 def to_cpu(state: Any) -> Any:
     """A copy of a nested state with its tensors on the CPU."""
-    if isinstance(state, dict):
-        return {key: to_cpu(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [to_cpu(value) for value in state]
-    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers, feed: Feed) -> None:
@@ -1856,7 +2235,7 @@ def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers
     for looped in (False, True) if c.num_loops else (False,):
         model.looped = looped
         for step in range(c.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 1.0, c.muon_momentum)
+            train_step(run, forward, optimizers, feed.get(step), 0.0, c.muon_momentum_warmup_steps)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
@@ -1883,15 +2262,16 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     model, forward, compiled = built
     optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
     warm_up(run, model, forward, optimizers, feed)
-    average, agreement, step, before = Average(model, c.ema_decay), Agreement(run), 0, 0.0
+    average = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    agreement, step, before = Agreement(run), 0, 0.0
     if saved:
         model.load_state_dict(saved["model"])
         optimizers.load(saved["optimizers"])
-        average.weights = {name: saved["average"][name].to(run.device) for name in average.weights}
+        average = {name: weight.to(run.device) for name, weight in saved["average"].items()}
         step, before, model.looped = saved["step"], saved["train_seconds"], saved["looped"]
         run.log(f"train: resumed at step {step} after {before:.1f}s of training")
         run.metric("resume", step=step, seconds=before)  # records of later steps before this one are void
-    identity = {"settings": c.shaping("training"), "data": data.fingerprint["shards"]}
+    identity = {"settings": c.chosen("training"), "data": data.fingerprint["shards"]}
     validation = load_validation(data) if c.val_loss_every else None
     budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
     first, elapsed, start = step, before, run.now()
@@ -1900,9 +2280,8 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         if not model.looped and c.num_loops and progress >= c.enable_looping_at:
             model.looped = True
             run.log(f"loops on at step {step} after {elapsed:.1f}s")
-        rate = rate_scale(c, progress)
-        loss = train_step(run, forward, optimizers, feed.get(step), rate, muon_momentum(c, step))
-        average.update()
+        loss = train_step(run, forward, optimizers, feed.get(step), progress, step)
+        move_average(average, model, c.ema_decay)
         step += 1
         checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
         elapsed, broken = agreement.share(before + time.monotonic() - start, loss, late=not checkpoint)
@@ -1911,15 +2290,14 @@ def train(run: Run, data: Dataset, built: Built) -> None:
                        f"(nothing of this step was saved in {run.folder})")
         if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
             mean, here = run.sum(loss.double()).item() / run.world, run.now() - start
-            log_step(run, step, mean, before + here, here / (step - first), rate)
+            log_step(run, step, mean, before + here, here / (step - first), rate_scale(c, progress))
         if validation and step % c.val_loss_every == 0:
             paused = run.now()
-            score(run, forward, validation, c.eval_seq_len, f"step{step}")
+            measure(run, validation, f"step{step}", functools.partial(slide, run, forward, c.eval_seq_len))
             start += run.now() - paused
         if checkpoint:
             content = {**identity, "complete": False, "step": step, "train_seconds": elapsed, "looped": model.looped,
-                       **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(),
-                                 "average": average.weights})}
+                       **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(), "average": average})}
             if writing:
                 writing.result()
             writing = writer.submit(save_checkpoint, path, content) if run.main else None
@@ -1932,7 +2310,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     run.log(f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {kib >> 10} MiB, "
             f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}")
     content = {**identity, "complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
-               "average": to_cpu(average.weights)}
+               "average": to_cpu(average)}
     run.guarded(lambda: save_checkpoint(path, content))
     record_stage(run, "train", facts)
 
@@ -1956,6 +2334,15 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
+    if c.prequant_ttt_enabled:
+        begin, validation = run.now(), load_validation(data)
+        plain = functools.partial(slide, run, model, c.eval_seq_len)
+        before = measure(run, validation, "before prequant_ttt", plain)
+        prequant_ttt(run, model, validation)
+        after = measure(run, validation, "prequant_ttt", plain)
+        weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+        record_stage(run, "prequant_ttt", {"before_bpb": before.bpb, "after_bpb": after.bpb,
+                                           "prequant_ttt_seconds": run.now() - begin})
     times = [run.now()]
     hessians = collect_hessians(run, model, data)
     times.append(run.now())
@@ -1979,28 +2366,39 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     record_stage(run, "quantize", run.guarded(seal))
 
 
-def evaluate_stage(run: Run, data: Dataset, model: GPT, forward: Callable[[Batch], Tensor]) -> None:
-    """Score the sealed artifact from its bytes on disk: plain, then sliding; writes summary.json."""
-    c, path = run.config, Path(run.config.artifact or run.folder / "final_model.ptz")
+def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
+    """Score the sealed artifact from its bytes on disk: plain, sliding, test-time training; writes summary.json."""
+    c, path, (model, forward, compiled) = run.config, Path(run.config.artifact or run.folder / "final_model.ptz"), built
     manifest, tensors, digest = decode_artifact(path)
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
-    if different := differences(manifest["model"], c.section("Model")):
+    if different := differences(manifest["model"], c.chosen("Model")):
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
-    model.looped, start, scores = manifest["looped"], run.now(), {}
-    validation = load_validation(data)
+    stages: dict[str, Callable[[Tally], None]] = {"quantized": functools.partial(slide, run, forward, c.eval_seq_len)}
+    if c.sliding_window_enabled:
+        stages["sliding"] = functools.partial(slide, run, forward, c.eval_stride)
+    if c.ttt_enabled and c.ttt_mode == "chunk_sgd":
+        stages["ttt"] = functools.partial(chunk_sgd, run, model, forward)
+    elif c.ttt_enabled:
+        adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
+        stages["ttt"] = functools.partial(doc_lora, run, model, adapted)
+    model.looped = manifest["looped"]
+    if compiled:
+        rehearse(run, stages)
+    start, scores, validation = run.now(), {}, load_validation(data)
     run.log(f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
             f"val_bpb:{validation.source}:enabled")
     if c.eval_prequant:
         saved = None if c.artifact else load_checkpoint(run, data)
         if saved and saved["complete"]:
             model.load_state_dict(saved["average"])
-            scores["prequant"] = score(run, forward, validation, c.eval_seq_len, "prequant")
+            scores["prequant"] = measure(run, validation, "prequant", stages["quantized"])
         else:
             run.log("val:prequant not measured: the unquantised weights are not here")
     model.load_state_dict(assemble(model.table, tensors))
-    scores["quantized"] = score(run, forward, validation, c.eval_seq_len, "quantized")
-    if c.sliding_window_enabled:
-        scores["sliding"] = score(run, forward, validation, c.eval_stride, "sliding")
+    for stage, how in stages.items():
+        if stage == "ttt" and c.hash_embed_enabled:
+            model.hash_embed = nn.Parameter(torch.zeros(c.hash_embed_size, c.model_dim, device=run.device))
+        scores[stage] = measure(run, validation, stage, how)
     final = list(scores.values())[-1]
     record_stage(run, "evaluate", {
         "val_bpb": final.bpb, "val_loss": final.loss, "bpb": {stage: result.bpb for stage, result in scores.items()},
@@ -2013,11 +2411,14 @@ def summarize(run: Run, data: Dataset) -> None:
     """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
     c, stages = run.config, read_json(run.folder / "stages.json")
     facts = stages.get("train", {}) | stages.get("quantize", {}) | stages["evaluate"]
+    facts["eval_seconds"] += (adapted := stages.get("prequant_ttt", {})).get("prequant_ttt_seconds", 0.0)
     facts["total_bytes"] = facts["artifact_bytes"] + facts["code_bytes"] if "code_bytes" in facts else None
     limits = {"train": (facts.get("budgeted_seconds"), c.max_wallclock_seconds), "size": (facts["total_bytes"],
               c.artifact_cap_bytes), "eval": (facts["eval_seconds"], c.eval_budget_seconds)}
     broken = [f"{name}: {value} of {limit} used" if value is not None else f"{name}: not measured here"
               for name, (value, limit) in limits.items() if value is None or value > limit]
+    if adapted:
+        broken.append("PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them")
     if stages.get("quantize", {}).get("artifact_sha256") != facts["artifact_sha256"]:
         broken.append("artifact: not the one that this run sealed")
     reason = "; ".join(broken) or "training, evaluation and size are within their limits"
@@ -2036,7 +2437,7 @@ def preflight(run: Run) -> None:
     """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
     c, sample = run.config, bytes(range(256)) * 4
     try:
-        if decompress(compress(sample, c.compressor), c.compressor) != sample:
+        if compress(compress(sample, c.compressor), c.compressor, undo=True) != sample:
             raise Stop(f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma")
     except ImportError:
         raise Stop(f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
@@ -2062,7 +2463,7 @@ def log_header(run: Run, data: Dataset) -> None:
         run.log(f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
     if run.is_cuda:
         run.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout, console=False)
-    known = [f.name.upper() for f in dataclasses.fields(c)]
+    known = [f.name.upper() for f in dataclasses.fields(c)] + [*ALIASES, *FIXED]
     words = [name.split("_")[0] for name in known]
     for name in sorted(set(os.environ) - set(known) - NOT_OURS):
         if "_" in name and words.count(name.split("_")[0]) > 1:
@@ -2085,7 +2486,7 @@ def main(config: Config) -> None:
     if config.stage in ("all", "quantize"):
         quantize_stage(run, data, built.model)
     if config.stage in ("all", "evaluate"):
-        evaluate_stage(run, data, built.model, built.forward)
+        evaluate_stage(run, data, built)
     run.close()
 
 

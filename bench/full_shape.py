@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import resource
@@ -85,17 +86,17 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         assert sum(p.numel() for p in model.parameters()) == parameters and len(t.matrices(model.table)) == 67
         assert t.show_route(model.routes[True]) == route
         mark("build")
-        optimizers, average = t.Optimizers(run, model, compiled=False), t.Average(model, 0.5)
+        optimizers = t.Optimizers(run, model, compiled=False)
+        average = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
         loader = t.ShuffledLoader(config, data)
-        t.train_step(
-            run, forward, optimizers, [loader.get(0, stream) for stream in range(max(1, tokens // 2048))], 1.0, 0.9
-        )
-        average.update()
+        batches = [loader.get(0, stream) for stream in range(max(1, tokens // 2048))]
+        t.train_step(run, forward, optimizers, batches, progress=0.0, step=0)
+        t.move_average(average, model, 0.5)
         mark("train_step")
-        model.load_state_dict(average.weights)
+        model.load_state_dict(average)
         hessians = t.collect_hessians(run, model, data)
         mark("hessians")
-        tensors = t.quantize(run, model.table, average.weights, hessians)
+        tensors = t.quantize(run, model.table, average, hessians)
         mark("gptq")
         size, _ = t.seal_artifact(run, tensors, looped=True)
         mark("pack_and_verify")
@@ -103,9 +104,8 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         model.load_state_dict(t.assemble(model.table, again))
         mark("reload")
         whole = t.load_validation(data)
-        result = t.score(
-            run, forward, t.Validation(whole.tokens[: tokens + 1], whole.bytes[: tokens + 1], "lut"), 2048, "plain"
-        )
+        part = t.Validation(whole.tokens[: tokens + 1], whole.bytes[: tokens + 1], "lut")
+        result = t.measure(run, part, "plain", functools.partial(t.slide, run, forward, 2048))
         mark("score")
     assert 7.0 < result.loss < 11.0, "one step on random tokens must stay near ln 8192 = 9.01"
     seconds = {name: round(b - a, 2) for name, a, b in zip(names, marks, marks[1:], strict=False)}

@@ -12,6 +12,7 @@ import train_gpt as t
 from conftest import replace
 
 FULL = t.Config()
+PLAIN = {"head_gate": "none", "smear_gate": False}
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,9 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
 @pytest.mark.parametrize(
     "changes, count",
     [
-        ({"parallel_residual": "gptj", "parallel_start_layer": 7}, 35_944_536),  # #1738, #1755
-        ({"parallel_residual": "two_lane"}, 35_944_602),  # #1585
+        (PLAIN | {"parallel_residual": "gptj", "parallel_start_layer": 7}, 35_944_536),  # #1738, #1755
+        (PLAIN | {"parallel_residual": "two_lane"}, 35_944_602),  # #1585
+        ({"head_gate": "attn_out"}, 35_945_671),  # #1693
     ],
 )
 def test_parameter_counts_of_the_published_systems(changes, count):
@@ -87,9 +89,21 @@ def tokens(config: t.Config, rows: int = 2, length: int = 32, seed: int = 0) -> 
     return t.Batch(ids[:, :-1], ids[:, 1:])
 
 
-def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
+def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
     """The network written out a second time, from the published equations, with branches on layer numbers."""
     c, w = model.config, {n: p.detach() for n, p in model.named_parameters()}
+    base = c.rope_base
+    if c.rope_yarn and batch.inputs.size(1) > c.train_seq_len:
+        base *= (batch.inputs.size(1) / c.train_seq_len) ** (c.rope_dims / (c.rope_dims - 2))
+    window = c.gate_width or c.model_dim
+
+    def delta(site, visit, x):  # of the adapters, document by document
+        if lora is None or site not in lora.read:
+            return 0
+        scale = c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1
+        pairs = zip(lora.read[site][visit].detach(), lora.write[site][visit].detach(), strict=True)
+        return torch.stack([x[d] @ (b @ a).T.double() * scale for d, (a, b) in enumerate(pairs)])
+
     layers, heads, kv_heads, width = c.num_layers, c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
     rms = lambda x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps)
 
@@ -97,17 +111,18 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
         half = c.rope_dims // 2
         out = x.clone()
         for j in range(half):
-            angle = torch.arange(x.size(1), dtype=torch.float32) * (c.rope_base ** -(2 * j / c.rope_dims))
+            angle = torch.arange(x.size(1), dtype=torch.float32) * (base ** -(2 * j / c.rope_dims))
             cos, sin = angle.cos().double()[:, None], angle.sin().double()[:, None]
             out[..., j] = x[..., j] * cos + x[..., half + j] * sin
             out[..., half + j] = -x[..., j] * sin + x[..., half + j] * cos
         return out
 
-    def attention(i, x):
+    def attention(i, x, u, visit):
         B, T, _ = x.shape
-        q = (x @ w["qo"][i].T).view(B, T, heads, width)
-        k = (x @ w["kv"][i].T).view(B, T, kv_heads, width)
-        v = (x @ w["kv"][layers + i].T).view(B, T, kv_heads, width)
+        raw = x @ w["qo"][i].T + delta("q", visit, x)
+        q = raw.view(B, T, heads, width)
+        k = (x @ w["kv"][i].T + delta("k", visit, x)).view(B, T, kv_heads, width)
+        v = (x @ w["kv"][layers + i].T + delta("v", visit, x)).view(B, T, kv_heads, width)
         q, k = rope(rms(q)) * w["q_gain"][i][:, None], rope(rms(k))
         out = torch.zeros(B, T, heads, width, dtype=x.dtype)
         future = torch.triu(torch.ones(T, T, dtype=torch.bool), 1)
@@ -118,12 +133,20 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
             if i >= layers - c.xsa_last_n:
                 unit = v[:, :, g] / v[:, :, g].norm(dim=-1, keepdim=True)
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
+            if c.head_gate != "none":
+                seen = {"residual": u, "proj": x, "q": raw}[c.gate_attn_src][..., :window] @ w["head_gate"][i, h]
+                gate = (
+                    2 / (1 + torch.exp(-seen))
+                    if c.head_gate == "attn_out"
+                    else 1 / (1 + torch.exp(-seen * c.sparse_attn_gate_scale))
+                )
+                y = y * gate[..., None]
             out[:, :, h] = y
-        return out.reshape(B, T, -1) @ w["qo"][layers + i].T
+        return out.reshape(B, T, -1) @ w["qo"][layers + i].T + delta("o", visit, x)
 
-    def mlp(i, x):
+    def mlp(i, x, visit):
         z = x @ w["up"][i].T
-        return torch.where(z > 0, z * z, z * z / 4) @ w["down"][i].T
+        return torch.where(z > 0, z * z, z * z / 4) @ w["down"][i].T + delta("down", visit, x)
 
     order = (
         list(range(c.loop_end + 1))
@@ -131,7 +154,19 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
         + list(range(c.loop_end + 1, layers))
     )
     half, skips, lanes = len(order) // 2, [], None
-    x = x0 = rms(w["embed"][batch.inputs])
+    x, ids = rms(w["embed"][batch.inputs]), batch.inputs
+    if "hash_embed" in w:
+        before = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
+        x = x + w["hash_embed"][(2039 * before + ids) % c.hash_embed_size]
+    if c.smear_gate:
+        smeared = x.clone()
+        for row in range(ids.size(0)):
+            for p in range(1, ids.size(1)):
+                if not (c.smear_gate_bos_fix and ids[row, p] == t.BOS):
+                    gate = torch.sigmoid(w["smear_w"][0] @ x[row, p, :window])
+                    smeared[row, p] = x[row, p] + w["smear_lambda"] * gate * x[row, p - 1]
+        x = smeared
+    x0 = x
     for place, i in enumerate(order):
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
         two = c.parallel_residual == "two_lane" and i >= c.parallel_start_layer and place >= half
@@ -149,19 +184,23 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
             lanes = x
         mix, sa, sm = w["resid_mix"][i], w["attn_scale"][i], w["mlp_scale"][i]
         u = mix[0] * x + mix[1] * x0
-        a = sa * attention(i, depth * rms(u))
+        a = sa * attention(i, depth * rms(u), u, place)
         if two:
-            m, rho, pi = sm * mlp(i, depth * rms(lanes)), w["parallel_resid_lambdas"][i], w["parallel_post_lambdas"][i]
+            m, rho, pi = (
+                sm * mlp(i, depth * rms(lanes), place),
+                w["parallel_resid_lambdas"][i],
+                w["parallel_post_lambdas"][i],
+            )
             x, lanes = rho[0] * x + pi[0, 0] * a + pi[1, 0] * m, rho[1] * lanes + pi[0, 1] * a + pi[1, 1] * m
         elif c.parallel_residual == "gptj" and i >= c.parallel_start_layer:
-            x = u + a + sm * mlp(i, depth * rms(u))
+            x = u + a + sm * mlp(i, depth * rms(u), place)
         else:
             h = u + a
-            x = h + sm * mlp(i, depth * rms(h))
+            x = h + sm * mlp(i, depth * rms(h), place)
         if place < half:
             skips.append(x)
     x = rms(x if lanes is None else (x + lanes) / 2)
-    logits = c.logit_softcap * torch.tanh(x @ w["embed"].T / c.logit_softcap)
+    logits = c.logit_softcap * torch.tanh((x @ w["embed"].T + delta("head", 0, x)) / c.logit_softcap)
     return -logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
 
 
@@ -175,15 +214,71 @@ def reference(model: t.GPT, batch: t.Batch) -> torch.Tensor:
         {"skip_gates_enabled": False, "xsa_last_n": 2, "ln_scale": False},
         {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 3, "parallel_start_layer": 4, "num_kv_heads": 1},
         {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 16, "mlp_mult": 1.5},
+        PLAIN,
+        {"head_gate": "attn_out", "gate_attn_src": "residual", "smear_gate_bos_fix": False},  # #1693
+        {"head_gate": "attn_out", "gate_attn_src": "proj", "gate_width": 5},  # #1667
+        {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
+        {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
+        {"rope_yarn": True, "train_seq_len": 16},
     ],
 )
 def test_the_one_forward_equals_the_published_equations(config, changes):
     model = make(config, **changes)
     batch = tokens(config)
+    batch.inputs[:, 7] = t.BOS  # where the smear gate may or may not be shut
     ours, theirs = model(batch), reference(model, batch)
     # The one difference left: losses leave in fp32.
     assert torch.allclose(ours.double(), theirs, rtol=1e-6, atol=1e-6)
     assert theirs.std() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_gate": "attn_out", "gate_attn_src": "q"}, {"ttt_lora_alpha": 0.0}])
+def test_adapters_are_low_rank_deltas_of_each_document(config, changes):
+    model = make(config, **changes)
+    lora, batch = t.LoRA(model.config, 2, torch.device("cpu")), tokens(config)
+    lora.reset(0)
+    assert torch.equal(model(batch, lora=lora), model(batch)), "B = 0: no delta"
+    for write in lora.write.values():
+        write.data.normal_(generator=torch.Generator().manual_seed(1))
+    adapted = model(batch, lora=lora)
+    assert torch.allclose(adapted.double(), reference(model, batch, lora), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, model(batch), atol=0.1)
+    for write in lora.write.values():
+        write.data[:, 1] = 0
+    half = model(batch, lora=lora)  # each document has its own adapter
+    assert torch.equal(half[0], adapted[0]) and torch.allclose(half[1], model(batch)[1], atol=1e-6)
+
+
+def test_fresh_adapters_depend_on_the_seed_alone(config):
+    lora, other = (t.LoRA(config, 3, torch.device("cpu")) for _ in range(2))
+    lora.reset(5), other.reset(5)
+    assert all(torch.equal(lora.read[site], other.read[site]) for site in lora.read)
+    bound = config.model_dim**-0.5
+    assert all(p.abs().max() <= bound and p.std().item() == pytest.approx(bound / 3**0.5, rel=0.2) for p in lora.read.values())
+    other.reset(6)
+    assert not torch.equal(lora.read["q"], other.read["q"]) and not any(p.any() for p in other.write.values())
+    assert set(t.LoRA(replace(config, ttt_k_lora=False, ttt_mlp_lora=False), 3, torch.device("cpu")).read) == {
+        "q",
+        "v",
+        "o",
+        "head",
+    }
+
+
+def test_the_hash_embedding_adds_the_row_of_each_pair(config):
+    model = make(config, hash_embed_enabled=True, ttt_mode="chunk_sgd", hash_embed_size=97, loader="packed")
+    batch = tokens(config, rows=1, length=40)
+    plain = model(batch)
+    model.hash_embed = torch.nn.Parameter(0.1 * torch.randn(97, config.model_dim, dtype=torch.float64))
+    hashed = model(batch)
+    assert torch.allclose(hashed.double(), reference(model, batch), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(hashed, plain, atol=1e-3)
+    # In a packed row each segment starts without a previous token, like a row of its own.
+    model = make(config, hash_embed_enabled=True, ttt_mode="chunk_sgd", hash_embed_size=97, smear_gate=False)
+    model.hash_embed = torch.nn.Parameter(0.1 * torch.randn(97, config.model_dim, dtype=torch.float64))
+    packed = model(t.Batch(*batch[:2], torch.tensor([0, 13, *[40] * 62], dtype=torch.int32), 40))
+    alone = model(t.Batch(batch.inputs[:, 13:], batch.targets[:, 13:]))
+    assert torch.allclose(packed[:, 13:], alone, atol=1e-5)
 
 
 def test_the_loop_switch_changes_the_route_only(config):
@@ -209,6 +304,7 @@ def test_a_loss_depends_on_the_past_only(config):
 def test_packed_documents_do_not_see_each_other(config):
     model = make(config, loader="packed")
     batch = tokens(config, rows=1, length=40)
+    batch.inputs[:, [13, 30]] = t.BOS  # shuts the smear gate
     starts = torch.tensor([0, 13, 30, *[40] * 61], dtype=torch.int32)
     packed = model(t.Batch(batch.inputs, batch.targets, starts, 40))
     for a, b in ((0, 13), (13, 30), (30, 40)):
@@ -219,8 +315,9 @@ def test_packed_documents_do_not_see_each_other(config):
 
 def test_the_tap_sees_the_input_of_every_matrix(config):
     model, batch, seen = make(config), tokens(config), {}
-    model.trunk(batch, lambda site, layer, x: seen.setdefault((site, layer), []).append(x))
-    assert set(seen) == {m.key for m in t.matrices(model.table)}
+    model(batch, lambda site, layer, x: seen.setdefault((site, layer), []).append(x))
+    keys = {m.key for m in t.matrices(model.table)}
+    assert set(seen) == keys | {(site, layer) for site in "kv" for layer in range(4)}  # whose input is that of q
     assert [len(seen["up", i]) for i in range(4)] == [1, 2, 2, 1]  # looped layers once per visit
     for m in t.matrices(model.table):
         weight = model.get_parameter(m.parameter)
@@ -249,7 +346,7 @@ def test_initial_values(config):
     # With zero output projections every block is the identity, so the head sees skip mixes of x0 alone.
     batch = tokens(config)
     x0 = t.norm(F.embedding(batch.inputs, model.embed))
-    assert torch.allclose(model.trunk(batch), t.norm(x0), atol=1e-5)
+    assert torch.allclose(model.trunk(batch, t.Hooks()), t.norm(x0), atol=1e-5)
 
 
 def test_gradients_match_finite_differences(config):

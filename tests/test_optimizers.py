@@ -55,7 +55,7 @@ def one_step(config, seed=0, scale=1.0):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     (scale * model(tokens(config)).mean()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    optimizers.step(0.5, 0.9)
+    optimizers.step(0.5, 0.9, config.muon_wd)
     return before, gradients, model
 
 
@@ -96,7 +96,7 @@ def test_clipping_bounds_the_norm_of_all_gradients(config, scope):
     model(tokens(config)).mean().backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     expected = {name: 0.01 / norm * p.grad for name, p in optimizers.muon.banks.items()}
-    optimizers.step(1.0, 0.9)
+    optimizers.step(1.0, 0.9, 0.095)
     for name, buffer in optimizers.muon.momenta.items():
         assert torch.allclose(buffer, expected[name], rtol=1e-4, atol=1e-9)
 
@@ -110,7 +110,7 @@ def test_state_can_be_saved_and_loaded(config):
     def advance(steps):
         for i in range(steps):
             model(tokens(config, seed=i)).mean().backward()
-            optimizers.step(1.0, 0.9)
+            optimizers.step(1.0, 0.9, 0.1)
 
     advance(2)
     weights, state = t.to_cpu(model.state_dict()), t.to_cpu(optimizers.state())
@@ -124,12 +124,12 @@ def test_state_can_be_saved_and_loaded(config):
 
 def test_average_is_exponential(config):
     model = t.GPT(config)
-    average = t.Average(model, 0.9)
+    average = {"q_gain": model.q_gain.detach().clone()}
     start = model.q_gain.detach().clone()
     model.q_gain.data += 1.0
-    average.update()
-    average.update()
-    assert torch.allclose(average.weights["q_gain"], start + (1 - 0.81))
+    for _ in range(2):
+        t.move_average(average, model, 0.9)
+    assert torch.allclose(average["q_gain"], start + (1 - 0.81))
 
 
 def test_schedules():
@@ -144,6 +144,9 @@ def test_schedules():
     assert t.rate_scale(replace(c, warmdown_frac=0.0), 1.0) == 1.0
     assert [t.muon_momentum(c, s) for s in (0, 50, 100, 1000)] == pytest.approx([0.9, 0.935, 0.97, 0.97])
     assert t.muon_momentum(replace(c, muon_momentum_warmup_steps=0), 0) == 0.97
+    taper = replace(c, muon_wd=0.1, wd_taper_start_frac=0.7, wd_taper_final_mult=0.5)  # #1729
+    assert [t.matrix_decay(taper, f) for f in (0, 0.7, 0.85, 1.0)] == pytest.approx([0.1, 0.1, 0.075, 0.05])
+    assert t.matrix_decay(replace(c, muon_wd=0.1), 1.0) == 0.1
 
 
 TWO_RANKS = """
@@ -159,7 +162,7 @@ optimizers = t.Optimizers(run, model, compiled=False)
 for step in range(3):
     for stream in run.streams:
         (model(tokens(config, seed=8 * step + stream)).mean() / len(run.streams)).backward()
-    optimizers.step(1.0, 0.9)
+    optimizers.step(1.0, 0.9, 0.095)
 state = optimizers.state()
 if run.main:
     torch.save((model.state_dict(), state), {target!r})

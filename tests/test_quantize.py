@@ -85,8 +85,9 @@ def test_hessians_are_the_second_moments_of_the_inputs(config):
     seen = {}
     loader = t.ShuffledLoader(config, data)
     for i in range(config.gptq_calibration_batches):
-        model.trunk(loader.get(0, i), lambda site, layer, x: seen.setdefault((site, layer), []).append(x.detach()))
-    for key, parts in seen.items():
+        model(loader.get(0, i), lambda site, layer, x: seen.setdefault((site, layer), []).append(x.detach()))
+    for key in hessians:
+        parts = seen[key]
         x = torch.cat([part.flatten(0, -2) for part in parts])
         assert torch.allclose(hessians[key], x.T @ x / config.gptq_calibration_batches, rtol=1e-4, atol=1e-3), key
 

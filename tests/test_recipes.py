@@ -1,0 +1,105 @@
+"""The recipes of the four published systems: settings, sizes, routes, and what their scripts' variables mean here."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+import train_gpt as t
+from conftest import ROOT, environment
+
+SYSTEMS = ["pr1585", "pr1738", "pr1755", "pr1693"]
+# The environment of the published commands, without paths.
+COMMANDS = {
+    "pr1585": "SEED=42 TTT_ENABLED=1 HASH_EMBED_ENABLED=1 TTT_LR=0.005 MUON_MOMENTUM=0.97 PARALLEL_RESIDUAL_START=8 "
+    "GPTQ_RESERVE_SECONDS=13 EMA_DECAY=0.997 WARMDOWN_FRAC=0.72",
+    "pr1738": "SEED=1337 PREQUANT_TTT_ENABLED=1 PREQUANT_TTT_EPOCHS=21 TTT_EMA_ENABLED=0",
+    "pr1755": "SEED=314 TTT_ENABLED=1",
+    "pr1693": "SEED=0 ATTN_OUT_GATE=1 SMEAR_GATE=1 PHASED_TTT_ENABLED=1 PHASED_TTT_NUM_PHASES=3 "
+    "PHASED_TTT_PREFIX_DOCS=2000",
+}
+
+
+def recipe(name: str) -> dict[str, str]:
+    """The variables of a recipe file, as run.sh reads them."""
+    lines = (ROOT / f"records/recipes/{name}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def published(name: str) -> dict[str, str]:
+    """The effective settings of the logged run of a system, by the names its script declares."""
+    head, *rows = (line.split("\t") for line in (ROOT / "tests/published_settings.tsv").read_text().splitlines()[1:])
+    column = head.index(name)
+    return {row[0]: row[column].strip("'") for row in rows if row[column] != "-"}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_recipe_has_the_settings_of_the_logged_run(name):
+    """Setting every variable of the published script to its logged value on top of the recipe changes nothing."""
+    settings, config = published(name), t.Config.from_env(recipe(name))
+    live = {n: v for n, v in settings.items() if n not in t.REFUSED}
+    assert len(live) > 60 and {"MATRIX_LR", "EMA_DECAY", "TTT_ENABLED", "GPTQ_RESERVE_SECONDS"} <= live.keys()
+    assert t.Config.from_env(recipe(name) | live) == config
+    for n in settings.keys() & t.REFUSED.keys():
+        with pytest.raises(t.Stop, match=rf"{n}=.*unset {n}$"):
+            t.Config.from_env({n: settings[n]})
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_print_config_shows_the_settings_of_the_logged_run(name):
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--print-config"], env=environment(recipe(name)),
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    for n, value in published(name).items():
+        target, meanings = t.ALIASES.get(n, (n, {}))
+        for canonical in target.split():
+            if canonical in shown:
+                value = meanings.get(value, value)
+                same = shown[canonical] == value or float(shown[canonical]) == float(value)
+                assert same, f"{n}: {shown[canonical]} here, {value} published"
+    assert t.Config.from_env(shown) == t.Config.from_env(recipe(name)), "what it prints can be set again"
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_the_published_command_is_accepted_and_means_the_recipe(name):
+    command = dict(pair.split("=") for pair in COMMANDS[name].split())
+    ours = t.Config.from_env(recipe(name) | command)
+    assert ours == t.Config.from_env(recipe(name) | {"SEED": command["SEED"]})
+    assert t.Config.from_env(command).seed == ours.seed
+
+
+@pytest.mark.parametrize(
+    "name, parameters, looped",
+    [
+        ("pr1585", 35_944_602, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
+        ("pr1738", 35_944_536, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+"),
+        ("pr1755", 35_944_536, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+"),
+        ("pr1693", 35_945_671, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
+    ],
+)
+def test_sizes_and_routes(name, parameters, looped):
+    config = t.Config.from_env(recipe(name))
+    table = t.param_table(config)
+    assert sum(math.prod(spec.shape) for spec in table.values()) == parameters
+    assert t.show_route(t.make_route(config, True)) == looped and len(t.matrices(table)) == 67
+    hashed = sum(math.prod(s.shape) for s in table.values()) + config.hash_embed_size * config.model_dim
+    assert name != "pr1585" or hashed == 44_333_210  # trained by its test-time training
+
+
+def test_variables_with_one_value_and_aliases():
+    with pytest.raises(t.Stop, match="PHASED_TTT_ENABLED=0: every published run has 1"):
+        t.Config.from_env({"PHASED_TTT_ENABLED": "0"})
+    with pytest.raises(t.Stop, match="EMBEDDING_DIM=256: every published run has 512"):
+        t.Config.from_env({"EMBEDDING_DIM": "256"})
+    assert t.Config.from_env({"EMBEDDING_DIM": "256", "MODEL_DIM": "256", "VAL_DOC_FRACTION": "1.0"}).model_dim == 256
+    clips = t.Config.from_env({"MATRIX_CLIP_SIGMAS": "12"})
+    assert (clips.attn_clip_sigmas, clips.mlp_clip_sigmas) == (12.0, 12.0)
+    with pytest.raises(t.Stop, match="sets PARALLEL_START_LAYER to another value"):
+        t.Config.from_env({"PARALLEL_START_LAYER": "7", "PARALLEL_RESIDUAL_START": "8"})
+    assert t.Config.from_env({"PARALLEL_RESIDUAL": "0"}).parallel_residual == "none"
+    for name in [*t.ALIASES, *t.FIXED]:
+        if name != "PARALLEL_RESIDUAL":
+            assert name.lower() not in {f.name for f in t.dataclasses.fields(t.Config)}
