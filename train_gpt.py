@@ -59,10 +59,8 @@ from typing import Any, Literal, NamedTuple
 # === CONFIG ===
 # Only the standard library up to here: a wrong setting stops the run before the seconds that loading torch takes.
 
-
 class Stop(SystemExit):
     """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
-
 
 Check = tuple[Callable[[Any], bool], str]
 positive: Check = (lambda v: v > 0, "must be greater than 0")
@@ -71,20 +69,16 @@ fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
 below_one: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
 bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
-file_name: Check = (lambda v: re.fullmatch(r"[A-Za-z0-9._-]*", v) is not None and v not in (".", ".."),
-                    "may hold letters, digits, '.', '_' and '-' only")
-
+file_name: Check = (lambda v: re.fullmatch(r"(?!\.*$)[\w.-]+|", v, re.ASCII), "may hold letters, digits and ._- only")
 
 def knob(default: Any, meaning: str, check: Check | None = None) -> Any:
     """One setting: default, meaning in one line, and what its value must satisfy."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
 
-
 class Section(NamedTuple):
     """A heading of the settings table; `shapes` says which stage's result the settings below it decide."""
     title: str
     shapes: Literal["nothing", "training", "artifact", "score"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -103,19 +97,16 @@ class Config:
     attention: Literal["auto", "fa3", "fa2", "varlen", "sdpa"] = knob("auto", "attention; auto: the first usable")
     kernels: Literal["auto", "triton", "reference"] = knob("auto", "fused kernels; auto: triton if there is a GPU")
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
-        "auto", "activations and matrix products; auto: bfloat16 where the hardware multiplies it")
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = knob("auto", "of products; auto: bfloat16 if it is native")
 
     _data = Section("Data", "nothing")
     data_dir: str = knob("./data", "parent of datasets/ and tokenizers/")
     datasets_dir: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
-    tokenizer_path: str = knob("", "SentencePiece model; empty: tokenizer.model beside the shards, else "
-                               "DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: beside the shards or fineweb_{VOCAB_SIZE}_bpe.model")
 
     _batch = Section("Batches", "training")
     seed: int = knob(1337, "initial weights", not_negative)
-    loader: Literal["packed", "shuffled"] = knob(
-        "packed", "packed: whole documents, attention confined to each; shuffled: windows that ignore documents")
+    loader: Literal["packed", "shuffled"] = knob("packed", "documents with attention inside each, or plain windows")
     train_batch_tokens: int = knob(786_432, "tokens per optimiser step over all ranks, in 8 micro-batches", positive)
     micro_batch_tokens: int = knob(98_304, "most tokens per forward; smaller micro-batches are joined", positive)
     train_seq_len: int = knob(2048, "tokens per window, and the longest document segment when packed", positive)
@@ -133,10 +124,8 @@ class Config:
     qk_gain_init: float = knob(5.25, "initial gain of the normalised queries, per head", positive)
     xsa_last_n: int = knob(11, "last layers whose attention output loses its own value direction (XSA)", not_negative)
     ln_scale: bool = knob(True, "scale the input of layer i by 1/sqrt(i+1)")
-    head_gate: Literal["none", "attn_out", "sparse"] = knob(
-        "sparse", "gate per attention head: 2 sigmoid(Wx) (#1667, #1693) or sigmoid(SPARSE_ATTN_GATE_SCALE Wx) (#1787)")
-    gate_attn_src: Literal["residual", "proj", "q"] = knob(
-        "proj", "x of the head gate: block input before (#1693) or after (#1667) its norm, or the raw queries")
+    head_gate: Literal["none", "attn_out", "sparse"] = knob("sparse", "2 sigmoid(Wx) (#1667) or sigmoid(Wx) (#1787)")
+    gate_attn_src: Literal["residual", "proj", "q"] = knob("proj", "x: block input, the same normalised, or queries")
     gate_width: int = knob(12, "leading channels that head and smear gates read; 0: all", not_negative)
     sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid of HEAD_GATE=sparse", positive)
     smear_gate: bool = knob(True, "add a gated share of the previous token's embedding (#1667)")
@@ -145,11 +134,9 @@ class Config:
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
     loop_start: int = knob(3, "first looped layer", not_negative)
     loop_end: int = knob(5, "last looped layer", not_negative)
-    parallel_residual: Literal["none", "gptj", "two_lane"] = knob(
-        "two_lane", "late layers: in sequence, attention beside MLP, or two residual lanes with learned routing")
+    parallel_residual: Literal["none", "gptj", "two_lane"] = knob("two_lane", "late layers: how attention and MLP meet")
     parallel_start_layer: int = knob(8, "first layer of PARALLEL_RESIDUAL", not_negative)
-    parallel_first_skip: Literal["lane0", "both"] = knob(
-        "lane0", "the skip at the first two-lane layer goes to lane 0 (#1693) or in before the split (#1585)")
+    parallel_first_skip: Literal["lane0", "both"] = knob("lane0", "first two-lane skip: after or before the split")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding (also the head)", positive)
     logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
 
@@ -182,8 +169,7 @@ class Config:
     beta2: float = knob(0.99, "Adam, second moment", below_one)
     adam_eps: float = knob(1e-8, "Adam epsilon", positive)
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", not_negative)
-    grad_clip_scope: Literal["global", "local"] = knob(
-        "global", "clip the averaged gradient (#1738, #1755) or each rank's own before averaging (#1585, #1693)")
+    grad_clip_scope: Literal["global", "local"] = knob("global", "clip after or before averaging over ranks (#1585)")
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
 
     _quantizer = Section("Quantizer", "artifact")
@@ -221,8 +207,7 @@ class Config:
 
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
-    ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob(
-        "doc_lora", "adapters per document and phases of SGD on scored ones (#1693), or SGD chunk by chunk (#1585)")
+    ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob("doc_lora", "adapters per document with phases of SGD, or SGD")
     ttt_optimizer: Literal["auto", "sgd", "adam", "adamw"] = knob("auto", "auto: sgd for chunk_sgd, adamw for doc_lora")
     hash_embed_enabled: bool = knob(False, "its SGD also learns an embedding of hashed token pairs, from zero (#1523)")
     hash_embed_size: int = knob(16_384, "rows of that embedding", positive)
@@ -275,9 +260,8 @@ class Config:
     def combinations(self) -> Iterator[tuple[bool, str]]:
         """What settings must satisfy together: pairs of (holds, the error if it does not)."""
         c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
-        yield (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}")
-        yield (c.num_heads % c.num_kv_heads == 0,
-               f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}")
+        yield c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}"
+        yield c.num_heads % c.num_kv_heads == 0, f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
         yield (c.rope_dims % 2 == 0 and c.rope_dims <= head_dim,
                f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}")
         yield ((c.mlp_mult * c.model_dim).is_integer(),
@@ -298,7 +282,7 @@ class Config:
                f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto")
         yield (c.ttt_mode == "chunk_sgd" or c.phased_ttt_num_phases > 0 or not c.hash_embed_enabled,
                "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0")
-        yield (c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}")
+        yield c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
         yield (not c.artifact or c.stage == "evaluate",
                f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it, but STAGE={c.stage}")
 
@@ -354,7 +338,6 @@ class Config:
                 options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
                 yield f"  {f.name.upper():<32} {show(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
 
-
 STREAMS = 8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
 # Names of the four submissions: other names of a setting (with other names of its values), names that have one value
 # only (a setting in capitals: that of the setting), and names that nothing here reads.
@@ -380,33 +363,29 @@ REFUSED = {name: reason for reason, names in {
     "the parameter table decides what stays in fp16": "CONTROL_TENSOR_NAME_PATTERNS"}.items() for name in names.split()}
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
 
-
 def show(value: Any) -> str:
     """A setting's value in the form `parse` reads back."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
-
 def parse(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
+    truth = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
     options = typing.get_args(kind)
-    if options:
-        if text not in options:
-            raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
-        return text
+    if options and text not in options:
+        raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
     if kind is bool:
-        if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        if text.lower() not in truth:
             raise Stop(f"{name}={text}: must be 0 or 1")
-        return text.lower() in ("1", "true", "yes", "on")
-    if kind is str:
+        return truth[text.lower()]
+    if options or kind is str:
         return text
     try:
         number = float(text)
     except ValueError:
-        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
-    if kind is int and not number.is_integer():
-        raise Stop(f"{name}={text}: must be a whole number")
+        number = None
+    if number is None or (kind is int and not number.is_integer()):
+        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}")
     return kind(number)
-
 
 def command_line(arguments: list[str]) -> Config | None:
     """The settings of this process, or None after --help or --print-config was served; Stop for any other argument."""
@@ -422,7 +401,6 @@ def command_line(arguments: list[str]) -> Config | None:
         raise Stop(f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
                    "the only arguments are --help and --print-config")
     return None
-
 
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
@@ -448,7 +426,6 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     jit = lambda function: function
 
 # === RUN ===
-
 
 class Run:
     """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks).
@@ -560,7 +537,6 @@ class Run:
             sys.stdout.flush()
             os._exit(0)  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
 
-
 class Progress:
     """Time left of a long stage: a bar on a terminal, otherwise one line at most every 10 s. Rank 0 only."""
 
@@ -572,22 +548,18 @@ class Progress:
     def show(self, done: int) -> None:
         """Report that `done` of the total are finished."""
         now = time.monotonic()
-        if not self.run.main or now - self.last < (0.2 if self.tty else 10.0):
-            return
-        self.last = now
-        left = (now - self.start) * (self.total - done) / max(done, 1)
-        line = f"{self.what}: {100 * done / self.total:.0f}% left:{left:.0f}s"
-        if self.tty:
-            filled = 24 * done // self.total
-            print(f"\r[{'#' * filled}{'.' * (24 - filled)}] {line}\x1b[K", end="", flush=True)
-        else:
-            self.run.log(line)
+        if self.run.main and now - self.last >= (0.2 if self.tty else 10.0):
+            left, share = (now - self.start) * (self.total - done) / max(done, 1), done / self.total
+            line, self.last = f"{self.what}: {100 * share:.0f}% left:{left:.0f}s", now
+            if self.tty:
+                print(f"\r[{'#' * int(24 * share):.<24}] {line}\x1b[K", end="", flush=True)
+            else:
+                self.run.log(line)
 
     def end(self) -> None:
         """Clear the bar."""
         if self.tty:
             print("\r\x1b[K", end="", flush=True)
-
 
 def pick_dtype(config: Config, is_cuda: bool) -> torch.dtype:
     """The dtype of activations and matrix products: COMPUTE_DTYPE, or bfloat16 where the hardware multiplies it."""
@@ -596,19 +568,16 @@ def pick_dtype(config: Config, is_cuda: bool) -> torch.dtype:
     native = is_cuda or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
-
 def die_with_parent() -> None:
     """End this process when torchrun is killed, so that an orphan never goes on writing to the run folder (Linux)."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
 
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks instead of giving them back: faulting the pages in again is half of a CPU step."""
     if platform.libc_ver()[0] == "glibc":
         for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_..., M_TOP_PAD
             ctypes.CDLL(None).mallopt(parameter, value)
-
 
 def find_run_folder(config: Config, shards: str) -> Path:
     """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name.
@@ -637,12 +606,10 @@ def find_run_folder(config: Config, shards: str) -> Path:
     digest = hashlib.sha256(json.dumps(config.chosen("training", "artifact")).encode()).hexdigest()
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
-
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
     found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
-
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if there is no such file; Stop if it holds anything else."""
@@ -654,7 +621,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise Stop(f"{path}: not a JSON object; delete it or make it again")
     return content
 
-
 def is_locked(folder: Path) -> bool:
     """Whether a living process writes to the run `folder`."""
     try:
@@ -665,7 +631,6 @@ def is_locked(folder: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
 
 def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]) -> None:
     """Replace `path` by bytes, or by what `write` writes, so that a kill leaves the old file or the new one."""
@@ -679,7 +644,6 @@ def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise Stop(f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere") from None
 
-
 def versions(run: Run) -> dict[str, str]:
     """Versions, hardware and source of this run, for the log and summary.json."""
     source, here = Path(__file__).read_bytes(), Path(__file__).resolve().parent
@@ -691,12 +655,10 @@ def versions(run: Run) -> dict[str, str]:
             "dtype": str(run.dtype).removeprefix("torch."), "threads": str(torch.get_num_threads()),
             "commit": (git and git.stdout.strip()) or "none", "source_sha256": hashlib.sha256(source).hexdigest()}
 
-
 # === DATA ===
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1
-
 
 def read_shard(path: Path) -> np.ndarray:
     """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
@@ -713,7 +675,6 @@ def read_shard(path: Path) -> np.ndarray:
         raise Stop(f"{path}: {size} bytes, but a shard of {count} values has {SHARD_HEADER_BYTES + 2 * count}: "
                    f"truncated or empty; {remedy}")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
-
 
 class Dataset:
     """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
@@ -771,14 +732,12 @@ class Dataset:
                        "to another tokenizer; set DATASETS_DIR or VOCAB_SIZE")
         return tokens
 
-
 class Batch(NamedTuple):
     """Token ids (B, T) int64 and, for packed documents (B = 1), the int32 segment starts with the total as padding."""
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None = None
     longest: int = 0
-
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
     """Starts of the attention segments in one packed row (T,): at every BOS and break, cut every `longest` tokens.
@@ -792,13 +751,11 @@ def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None =
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
-
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
     """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64 entries."""
     padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
     padded[:len(starts)] = starts
     return torch.from_numpy(padded)
-
 
 class ShuffledLoader:
     """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants).
@@ -842,7 +799,6 @@ class ShuffledLoader:
         tokens = torch.from_numpy(self.data.check_ids(out, self.data.folder))
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
-
 class PackedLoader:
     """Consecutive tokens of the shards in file order; attention stays in documents, at most TRAIN_SEQ_LEN long (#1530).
 
@@ -869,9 +825,7 @@ class PackedLoader:
         row = torch.from_numpy(tokens.astype(np.int64))
         return Batch(row[None, :-1], row[None, 1:], segment_starts(tokens[:-1], self.longest), self.longest)
 
-
 LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
-
 
 def join(batches: list[Batch]) -> Batch:
     """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
@@ -883,7 +837,6 @@ def join(batches: list[Batch]) -> Batch:
     starts = np.concatenate([np.unique(b.starts.numpy())[:-1] + i * size for i, b in enumerate(batches)])
     return Batch(torch.cat([b.inputs for b in batches], 1), torch.cat([b.targets for b in batches], 1),
                  pad_starts(starts, size * len(batches)), batches[0].longest)
-
 
 class Feed:
     """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
@@ -907,19 +860,16 @@ class Feed:
         pin = lambda t: t.pin_memory() if isinstance(t, Tensor) and self.run.is_cuda else t
         return [Batch(*map(pin, join(batches[i:i + group]))) for i in range(0, len(batches), group)]
 
-
 def to_device(batch: Batch, run: Run) -> Batch:
     """`batch` on the device of `run`, without waiting for the copy."""
     move = lambda t: t.to(run.device, non_blocking=True) if isinstance(t, Tensor) else t
     return Batch(*map(move, batch))
-
 
 class Validation(NamedTuple):
     """All validation tokens (N,) uint16, the original bytes each accounts for (N,), and where those come from."""
     tokens: np.ndarray
     bytes: np.ndarray
     source: str
-
 
 def load_validation(data: Dataset) -> Validation:
     """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text.
@@ -952,11 +902,9 @@ def load_validation(data: Dataset) -> Validation:
 # Per kernel: the plain reference, the Triton code, the launcher. Kernels take their dtype from the data and compute in
 # fp32. The CPU tests run them in Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
 
-
 def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Cross-entropy in nats (N,) fp32 of raw `logits` (N, V) under cap*tanh(logits/cap), for `targets` (N,)."""
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
 
 @jit
 def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
@@ -977,7 +925,6 @@ def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, 
     tl.store(losses + row, normalizer - cap * (2.0 * tl.sigmoid(2.0 * chosen / cap) - 1.0))
     tl.store(normalizers + row, normalizer)
 
-
 @jit
 def softcapped_ce_backward_kernel(logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr):
     """One (row, block of columns) per program: upstream * (softmax - one-hot) * (1 - tanh^2)."""
@@ -991,7 +938,6 @@ def softcapped_ce_backward_kernel(logits, targets, normalizers, upstream, gradie
     slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)  # 1 - tanh^2, exact when saturated
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
-
 @torch.library.custom_op("golf::softcapped_ce", mutates_args=())
 def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference."""
@@ -1000,7 +946,6 @@ def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     block = min(triton.next_power_of_2(columns), 8192)
     softcapped_ce_forward_kernel[(rows,)](logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8)
     return losses, normalizers
-
 
 @torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
 def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tensor, upstream: Tensor,
@@ -1012,29 +957,23 @@ def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tens
         logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK=block, num_warps=4)
     return gradient
 
-
 @softcapped_ce_op.register_fake
 def _(logits, targets, cap):
     return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
 
 @softcapped_ce_backward_op.register_fake
 def _(logits, targets, normalizers, upstream, cap):
     return torch.empty_like(logits)
 
-
 def _softcapped_ce_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.cap = inputs[2]
-
 
 def _softcapped_ce_gradient(ctx, upstream, _):
     logits, targets, normalizers = ctx.saved_tensors
     return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
 
-
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
-
 
 def pick_kernels(config: Config, run: Run) -> bool:
     """Whether the Triton kernels are used; logs the choice and its reason, Stop if KERNELS=triton cannot be had."""
@@ -1047,9 +986,7 @@ def pick_kernels(config: Config, run: Run) -> bool:
     run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
     return chosen
 
-
 # === MODEL ===
-
 
 class Step(NamedTuple):
     """One visit of a layer."""
@@ -1058,7 +995,6 @@ class Step(NamedTuple):
     push: bool  # U-Net encoder half: remember the output
     pop: int | None  # U-Net decoder half: row of the skip parameters that merges a remembered output first
     kind: Literal["serial", "gptj", "two_lane"]
-
 
 def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
     """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
@@ -1074,14 +1010,12 @@ def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
     return tuple(Step(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
                  for i, layer in enumerate(order))
 
-
 def show_route(route: tuple[Step, ...]) -> str:
     """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
     mark = {"serial": "", "gptj": "+", "two_lane": "="}
     words = [f"{s.layer}{mark[s.kind]}" for s in route]
     half = sum(s.push for s in route)
     return " ".join([*words[:half], "|", *words[half:]])
-
 
 class Spec(NamedTuple):
     """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
@@ -1091,7 +1025,6 @@ class Spec(NamedTuple):
     quantizer: Literal["attn", "mlp", "embed", "fp16"]
     parts: tuple[tuple[str, str], ...] = ()  # (flat name with {} for the layer, calibration site) of each group
     layered: bool = True  # dim 0 counts layers
-
 
 def param_table(config: Config) -> dict[str, Spec]:
     """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
@@ -1127,7 +1060,6 @@ def param_table(config: Config) -> dict[str, Spec]:
             "smear_w": c.smear_gate, "smear_lambda": c.smear_gate}
     return {name: spec for name, spec in table.items() if used.get(name, True)}
 
-
 class Matrix(NamedTuple):
     """One matrix that is quantised with calibration."""
     name: str  # in the artifact
@@ -1135,7 +1067,6 @@ class Matrix(NamedTuple):
     index: int | None  # in its bank; None: the parameter is the matrix
     key: tuple[str, int]  # (site, layer) of its input
     quantizer: str
-
 
 def matrices(table: dict[str, Spec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
@@ -1148,9 +1079,7 @@ def matrices(table: dict[str, Spec]) -> list[Matrix]:
                              spec.quantizer) for layer in range(layers)]
     return found
 
-
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int], Tensor]
-
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
     """Causal attention by PyTorch alone: q (B, T, H, D), k and v (B, T, KV, D); a packed row document by document."""
@@ -1160,7 +1089,6 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest:
         return dense(q, k, v)
     edges = torch.unique(starts).tolist()
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
-
 
 def attend_flash(backend: str) -> Attend:
     """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, with attend_sdpa's contract."""
@@ -1180,7 +1108,6 @@ def attend_flash(backend: str) -> Attend:
     return lambda q, k, v, starts, longest: dense(q, k, v, None, longest) if starts is None else \
         packed(q[0], k[0], v[0], starts, longest)[None]
 
-
 def pick_attention(config: Config, run: Run) -> Attend:
     """The attention backend: ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
     refused, flash = [], run.is_cuda and run.dtype == torch.bfloat16
@@ -1198,14 +1125,11 @@ def pick_attention(config: Config, run: Run) -> Attend:
         refused.append(f"{backend}: {reason}")
     raise Stop(f"ATTENTION={config.attention}: {reason}; install it (requirements-gpu.txt) or set ATTENTION=auto")
 
-
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without gain."""
     return F.rms_norm(x, (x.size(-1),))
 
-
 Tap = Callable[[str, int, Tensor], None]
-
 
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and layer visit; the head has one visit (#1530)."""
@@ -1236,15 +1160,12 @@ class LoRA(nn.Module):
         parts = lambda t: t.to(dtype).unbind(0)
         return {s: list(zip(parts(self.read[s] * self.scale), parts(self.write[s]), strict=True)) for s in self.read}
 
-
 class Hooks(NamedTuple):
     """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-
 HEAD = Step(0, 0, False, None, "serial")
-
 
 class GPT(nn.Module):
     """The one network: layers as the route says, weights from the parameter table.
@@ -1386,7 +1307,6 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x if lane is None else 0.5 * (x + lane))
 
-
 # === OPTIMIZERS ===
 
 # Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
@@ -1395,7 +1315,6 @@ NEWTON_SCHULZ = {
     "polar_express": ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
                       (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)),
 }
-
 
 def orthogonalize(update: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
     """The matrices (N, R, C) of `update` with all singular values moved close to 1, in their dtype (Newton-Schulz)."""
@@ -1407,7 +1326,6 @@ def orthogonalize(update: Tensor, coefficients: tuple[tuple[float, float, float]
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
 
-
 def muon_update(gradient: Tensor, buffer: Tensor, momentum: Tensor, rows: bool, dtype: torch.dtype,
                 coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`, compiled as one."""
@@ -1417,11 +1335,9 @@ def muon_update(gradient: Tensor, buffer: Tensor, momentum: Tensor, rows: bool, 
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return orthogonalize(update.to(dtype), coefficients)
 
-
 # The same collectives under the names of torch from 2.13 on and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of every bank.
@@ -1509,7 +1425,6 @@ class Muon:
             shard.zero_()
             shard[:len(part)] = part.to(shard)
 
-
 class Optimizers:
     """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
 
@@ -1566,7 +1481,6 @@ class Optimizers:
         self.adam.load_state_dict(state["adam"])
         self.muon.load(state["muon"])
 
-
 @torch.no_grad()
 def move_average(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     """Move the fp32 `average` of all parameters towards the live ones by 1 - decay, in two fused calls (#1585)."""
@@ -1574,34 +1488,28 @@ def move_average(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     live = [model.get_parameter(name).detach().float() for name in average]
     torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
 
-
 def rate_scale(config: Config, progress: float) -> float:
     """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
     warmdown = config.warmdown_frac
     return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
-
 
 def matrix_decay(config: Config, progress: float) -> float:
     """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
     taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
     return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
 
-
 def muon_momentum(config: Config, step: int) -> float:
     """Muon momentum at `step`: a linear ramp, then constant."""
     ramp = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
     return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
 
-
 # === QUANTIZE ===
-
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
     """(standard deviations covered by the integer range, integer width) of a quantiser class."""
     return {"attn": (config.attn_clip_sigmas, config.attn_bits or config.matrix_bits),
             "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
             "embed": (config.embed_clip_sigmas, config.embed_bits)}[quantizer]
-
 
 @torch.no_grad()
 def collect_hessians(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], Tensor]:
@@ -1627,7 +1535,6 @@ def collect_hessians(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int
         progress.show(index + 1)
     progress.end()
     return {key: run.sum(total) / config.gptq_calibration_batches for key, total in sums.items()}
-
 
 def gptq(weight: Tensor, hessian: Tensor, sigmas: float, bits: int, block: int,
          dampening: float) -> tuple[Tensor, Tensor]:
@@ -1660,7 +1567,6 @@ def gptq(weight: Tensor, hessian: Tensor, sigmas: float, bits: int, block: int,
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return integers[:, torch.argsort(order)].to(torch.int8), step[:, 0].half()
 
-
 class Quantized(NamedTuple):
     """What the artifact holds of one tensor: integers and row scales of a matrix, or fp16 values."""
     values: Tensor  # int8 (R, C), or fp16 of any shape
@@ -1669,7 +1575,6 @@ class Quantized(NamedTuple):
     def restore(self) -> Tensor:
         """The fp32 tensor this stands for."""
         return self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
-
 
 def quantize(run: Run, table: dict[str, Spec], weights: dict[str, Tensor],
              hessians: dict[tuple[str, int], Tensor]) -> dict[str, Quantized]:
@@ -1691,7 +1596,6 @@ def quantize(run: Run, table: dict[str, Spec], weights: dict[str, Tensor],
     small = {name: Quantized(weights[name].half().cpu()) for name, spec in table.items() if spec.quantizer == "fp16"}
     return {m.name: everyone[m.name] for m in todo} | small
 
-
 def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
     """The fp32 parameters, banks put together again, from the tensors of an artifact."""
     weights = {name: tensors[name].restore() for name, spec in table.items() if spec.quantizer == "fp16"}
@@ -1700,12 +1604,10 @@ def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str,
         parts.setdefault(m.parameter, []).append(tensors[m.name].restore())
     return weights | {name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()}
 
-
 # === ARTIFACT ===
 
 ARTIFACT_MAGIC = b"GOLFPAK1"
 ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")  # magic, compressor, manifest bytes, payload bytes, sha256 of both
-
 
 def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     """`data` packed as tightly as `compressor` can, or unpacked again."""
@@ -1714,25 +1616,21 @@ def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     import brotli
     return brotli.decompress(data) if undo else brotli.compress(data, quality=11, lgwin=24)
 
-
 def split_bytes(tensor: Tensor) -> bytes:
     """The bytes of `tensor` with, for fp16, all low bytes before all high bytes: these repeat, those do not."""
     raw = tensor.contiguous().numpy().reshape(-1)
     return raw.view(np.uint8).reshape(-1, raw.itemsize).T.tobytes()
-
 
 def join_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Undo `split_bytes` for a tensor of numpy type `dtype` and the given shape."""
     raw = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1).T
     return torch.from_numpy(np.array(raw, order="C").view(dtype).reshape(shape))
 
-
 def streams_of(name: str, tensor: Quantized) -> list[tuple[str, Tensor]]:
     """Which stream each part of a tensor goes to: one per role, so that the coder sees like beside like."""
     if tensor.scales is None:
         return [("fp16", tensor.values)]
     return [(re.sub(r"\d+", "*", name), tensor.values), ("scales", tensor.scales)]
-
 
 def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool) -> bytes:
     """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role.
@@ -1754,7 +1652,6 @@ def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool)
     head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
     digest = hashlib.sha256(coder.encode() + head + payload).digest()
     return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder.encode(), len(head), len(payload), digest) + head + payload
-
 
 def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
     """(manifest, tensors by flat name, sha256 of the file) of the artifact at `path`; Stop if a byte of it is wrong."""
@@ -1791,7 +1688,6 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
                                     zip(streams_of(name, empty), shapes, strict=False)))
     return manifest, tensors, hashlib.sha256(data).hexdigest()
 
-
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
     """Write the artifact, read the file again, compare every integer; returns (bytes, sha256). Rank 0 only."""
     path = run.folder / "final_model.ptz"
@@ -1804,14 +1700,12 @@ def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tupl
                    f"{run.config.compressor} package, nothing was scored")
     return path.stat().st_size, digest
 
-
 # The packed script: a decoder line around the compressed source. It registers the source with linecache because Triton
 # reads the text of its kernels through inspect, which a bare exec would leave without any.
 PACKED_HEAD = "import base64 as b,linecache as l,lzma as z\n"
 PACKED_SCRIPT = PACKED_HEAD + (
     "s=z.decompress(b.b85decode(\"{}\"),3,None,[{{'id':33,'dict_size':1<<20}}]).decode()\n"
     "n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
-
 
 @functools.lru_cache(1)
 def pack_source(source: str) -> tuple[str, str]:
@@ -1829,9 +1723,7 @@ def pack_source(source: str) -> tuple[str, str]:
     packed = lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=filters)
     return PACKED_SCRIPT.format(base64.b85encode(packed).decode()), how
 
-
 # === EVALUATE ===
-
 
 def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
     """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1.
@@ -1845,7 +1737,6 @@ def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarra
     scored = np.concatenate([[0], ends[:-1]])
     starts = np.maximum(0, scored + stride - context) * (scored > 0)
     return np.stack([starts, ends + 1, scored + 1], 1).astype(np.int64)
-
 
 class Score(NamedTuple):
     """Sums over scored targets, and the one place where they become bits per byte."""
@@ -1863,11 +1754,9 @@ class Score(NamedTuple):
         """Bits per byte of the original text."""
         return self.nats / math.log(2) / max(self.bytes, 1)
 
-
 def evaluation_rows(config: Config) -> int:
     """Windows per evaluation batch."""
     return max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
-
 
 class Tally:
     """The loss of every validation target, written exactly once: the one place where scores are summed (fp64)."""
@@ -1889,7 +1778,6 @@ class Tally:
             raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
         return Score(self.nats.double().sum().item(), len(self.nats) - 1, int(self.validation.bytes[1:].sum()))
 
-
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
     """The score of all validation tokens by `how`; logs it and leaves the sums of every document in documents.npz."""
     begin, tally = run.now(), Tally(run, validation)
@@ -1903,7 +1791,6 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
         np.savez(run.folder / "documents.npz", tokens=documents[:, 1] - documents[:, 0] - 1,
                  bytes=sums(validation.bytes, np.int64), nats=sums(tally.nats.cpu().numpy(), np.float64))
     return result
-
 
 def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,
                  packed: bool) -> tuple[Batch, Tensor, Tensor]:
@@ -1921,7 +1808,6 @@ def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,
         batch = Batch(batch.inputs.view(1, -1), batch.targets.view(1, -1), starts, context)
     return batch, torch.from_numpy(chosen), torch.from_numpy(place[:, 1:][chosen[:len(plan)]])
 
-
 @torch.no_grad()
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
     """Score the targets of the windows `plan`, split over the ranks."""
@@ -1936,16 +1822,13 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         progress.show(first + rows)
     progress.end()
 
-
 def slide(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
     """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
     score_windows(run, forward, tally, windows(len(tally.validation.tokens), run.config.eval_seq_len, stride))
 
-
 def cosine(place: int, count: int) -> float:
     """1 at place 0, falling to 0 at place count - 1 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * place / max(count - 1, 1)))
-
 
 class Learner:
     """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
@@ -1991,7 +1874,6 @@ class Learner:
             parameter[rows] = kept
         self.optimizer.zero_grad()
 
-
 def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
     """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
 
@@ -2014,7 +1896,6 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
         progress.show(chunk + 1)
     progress.end()
 
-
 def find_documents(tokens: np.ndarray) -> np.ndarray:
     """(D, 2): first token and one past the last target of each document. That target is the next one's BOS, so every
     target is in one document. Tokens without any BOS are cut every 2,048 (#1670)."""
@@ -2023,7 +1904,6 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
         starts = np.arange(0, len(tokens), 2048)
     ends = np.minimum(np.append(starts[1:], len(tokens)) + 1, len(tokens))
     return np.stack([starts, ends], 1)[ends - starts > 1]
-
 
 def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
     """Per phase, the batches of document numbers in the order of scoring, the longest documents first (#1530, #1626).
@@ -2037,7 +1917,6 @@ def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]
     reached = [np.searchsorted(scored, config.phased_ttt_prefix_docs * (p + 1) // phases) for p in range(phases)]
     cuts = [0, *(-(-(int(batch) + 1) // STREAMS) * STREAMS for batch in reached), len(batches)]
     return [batches[a:b] for a, b in itertools.pairwise(cuts) if a < len(batches)]
-
 
 def adapt_documents(run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int) -> None:
     """Score the `documents` (N, 2) side by side in chunks of TTT_CHUNK_SIZE targets; after each, one AdamW step of the
@@ -2065,7 +1944,6 @@ def adapt_documents(run: Run, forward: Callable[..., Tensor], tally: Tally, docu
                 optimizer.step()
                 optimizer.zero_grad()
 
-
 def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
     """One phase of SGD of all weights on the joined `documents` (N, 2), all scored; the last chunk is left (#1610)."""
     c, text = run.config, np.concatenate([tokens[a:b] for a, b in documents])
@@ -2078,7 +1956,6 @@ def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndar
         rate = c.global_ttt_lr * cosine(chunk - ramp, count - ramp) if chunk >= ramp else \
             c.global_ttt_warmup_start_lr + (c.global_ttt_lr - c.global_ttt_warmup_start_lr) * chunk / ramp
         learner.learn(text, chunk * size, (chunk + 1) * size, rate, c.global_ttt_epochs)
-
 
 def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
     """Score every document with adapters of its own; between phases train all weights on documents scored so far: of
@@ -2104,7 +1981,6 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     progress.end()
     model.requires_grad_(True)
 
-
 def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
     """Train on the validation tokens before they are scored, each rank on its chunks alone, averaging after each pass:
     the 21 epochs of #1735. Not legal; for reproducing #1738 and for upper bounds."""
@@ -2127,7 +2003,6 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
 
-
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     """Run the stages on random tokens before the evaluation clock, so that nothing is compiled while it runs; the
     caller loads the weights again."""
@@ -2138,16 +2013,13 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
         how(Tally(run, Validation(tokens.astype("<u2"), np.zeros(len(tokens), np.int32), "random")))
     run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens in {run.now() - begin:.1f}s, untimed")
 
-
 # === TRAIN ===
-
 
 class Built(NamedTuple):
     """The model with the initial weights of SEED, its possibly compiled forward, and whether it is compiled."""
     model: GPT
     forward: Callable[[Batch], Tensor]
     compiled: bool
-
 
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
@@ -2162,7 +2034,6 @@ def build(run: Run) -> Built:
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(matrices(model.table))}")
     return Built(model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled)
 
-
 def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimizers, batches: list[Batch],
                progress: float, step: int) -> Tensor:
     """Forward, backward and update over this rank's micro-batches; returns their mean loss (0-d, on the device)."""
@@ -2174,7 +2045,6 @@ def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimiz
         total += loss.detach()
     optimizers.step(rate_scale(c, progress), muon_momentum(c, step), matrix_decay(c, progress))
     return total / len(batches)
-
 
 class Agreement:
     """Per-step facts that all ranks must share; on a GPU read one step late, so the host never waits for the device."""
@@ -2198,12 +2068,6 @@ class Agreement:
         seconds, bad = facts.tolist()
         return seconds, bool(bad)
 
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Replace the checkpoint at `path` by `content` (tensors, numbers, text)."""
-    write_atomically(path, functools.partial(torch.save, content))
-
-
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
     path, shards = run.folder / "checkpoint.pt", data.fingerprint["shards"]
@@ -2221,11 +2085,9 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
         raise Stop(f"{path}: made from other data (shards {fingerprint}, here {shards}); choose another RUN_ID")
     return saved
 
-
 def to_cpu(state: Any) -> Any:
     """A copy of a nested state with its tensors on the CPU."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
-
 
 def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers, feed: Feed) -> None:
     """Run WARMUP_STEPS full steps in each loop state, so that compilation and allocation lie before the clock, then put
@@ -2240,17 +2102,6 @@ def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers
     model.load_state_dict(weights)
     optimizers.load(fresh)
     run.log(f"warm-up: {c.warmup_steps} steps per loop state in {run.now() - start:.1f}s, untimed; all state restored")
-
-
-def log_step(run: Run, step: int, loss: float, seconds: float, each: float, rate: float) -> None:
-    """One training line and record; `each`: average seconds per step of this process."""
-    c = run.config
-    speed = c.train_batch_tokens / each
-    left = min(each * (c.iterations - step), max(c.max_wallclock_seconds - c.gptq_reserve_seconds - seconds, 0.0))
-    run.log(f"step:{step}/{c.iterations} train_loss:{loss:.4f} lr:{rate:.3f} train_time:{1000 * seconds:.0f}ms "
-            f"step_avg:{1000 * each:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s")
-    run.metric("train", step=step, train_loss=loss, rate=rate, seconds=seconds, step_ms=1000 * each, speed=speed)
-
 
 def train(run: Run, data: Dataset, built: Built) -> None:
     """Train from the last checkpoint, or from the start, to the end of the budget; leaves averaged weights on disk."""
@@ -2289,8 +2140,13 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             raise Stop(f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
                        f"(nothing of this step was saved in {run.folder})")
         if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
-            mean, here = run.sum(loss.double()).item() / run.world, run.now() - start
-            log_step(run, step, mean, before + here, here / (step - first), rate_scale(c, progress))
+            mean, here, rate = run.sum(loss.double()).item() / run.world, run.now() - start, rate_scale(c, progress)
+            seconds, each = before + here, here / (step - first)  # the average is of this process
+            left, speed = min(each * (c.iterations - step), max(budget - seconds, 0.0)), c.train_batch_tokens / each
+            run.log(f"step:{step}/{c.iterations} train_loss:{mean:.4f} lr:{rate:.3f} train_time:{1000 * seconds:.0f}ms "
+                    f"step_avg:{1000 * each:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s")
+            run.metric("train", step=step, train_loss=mean, rate=rate, seconds=seconds, step_ms=1000 * each,
+                       speed=speed)
         if validation and step % c.val_loss_every == 0:
             paused = run.now()
             measure(run, validation, f"step{step}", functools.partial(slide, run, forward, c.eval_seq_len))
@@ -2300,7 +2156,8 @@ def train(run: Run, data: Dataset, built: Built) -> None:
                        **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(), "average": average})}
             if writing:
                 writing.result()
-            writing = writer.submit(save_checkpoint, path, content) if run.main else None
+            save = functools.partial(torch.save, content)
+            writing = writer.submit(write_atomically, path, save) if run.main else None
     seconds = before + run.now() - start
     if writing:
         writing.result()
@@ -2311,12 +2168,10 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}")
     content = {**identity, "complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
                "average": to_cpu(average)}
-    run.guarded(lambda: save_checkpoint(path, content))
+    run.guarded(lambda: write_atomically(path, functools.partial(torch.save, content)))
     record_stage(run, "train", facts)
 
-
 # === MAIN ===
-
 
 def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     """Keep the facts of a finished stage in stages.json, from which summary.json is made. Rank 0 only."""
@@ -2324,7 +2179,6 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     if run.main:
         path = run.folder / "stages.json"
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
-
 
 def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     """Hessians, GPTQ, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
@@ -2364,7 +2218,6 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
                 "gptq_seconds": rounding, "pack_seconds": packing, "budgeted_seconds": saved["train_seconds"] + hessian}
 
     record_stage(run, "quantize", run.guarded(seal))
-
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     """Score the sealed artifact from its bytes on disk: plain, sliding, test-time training; writes summary.json."""
@@ -2406,7 +2259,6 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         "artifact_bytes": path.stat().st_size, "artifact_sha256": digest})
     run.guarded(lambda: summarize(run, data))
 
-
 def summarize(run: Run, data: Dataset) -> None:
     """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
     c, stages = run.config, read_json(run.folder / "stages.json")
@@ -2432,7 +2284,6 @@ def summarize(run: Run, data: Dataset) -> None:
     run.log(f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} total_bytes:{facts['total_bytes']} "
             f"train_time:{facts.get('train_seconds', math.nan):.1f}s eval_time:{facts['eval_seconds']:.1f}s")
 
-
 def preflight(run: Run) -> None:
     """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
     c, sample = run.config, bytes(range(256)) * 4
@@ -2448,7 +2299,6 @@ def preflight(run: Run) -> None:
                    "disk space or set OUT_DIR elsewhere")
     if (code := len(pack_source(Path(__file__).read_text())[0])) >= c.artifact_cap_bytes:
         raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: the packed code alone has {code} bytes; raise the cap")
-
 
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""
@@ -2469,7 +2319,6 @@ def log_header(run: Run, data: Dataset) -> None:
         if "_" in name and words.count(name.split("_")[0]) > 1:
             run.log(f"warning: {name} is set, but no setting of this program has that name; it changes nothing")
 
-
 def main(config: Config) -> None:
     """Run the stages of `config.stage`."""
     run = Run(config)
@@ -2488,7 +2337,6 @@ def main(config: Config) -> None:
     if config.stage in ("all", "evaluate"):
         evaluate_stage(run, data, built)
     run.close()
-
 
 if __name__ == "__main__":
     try:

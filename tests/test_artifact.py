@@ -115,6 +115,7 @@ def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
         "WARMUP_STEPS": "0",
         "EVAL_PREQUANT": "0",
         "SLIDING_WINDOW_ENABLED": "0",
+        "TTT_ENABLED": "0",  # the interpreter takes a millisecond per row
         "VAL_BATCH_TOKENS": "2048",
     }
     variables = environment(short | {"KERNELS": "triton", "TRITON_INTERPRET": "1", "RUN_ID": "packed"})
