@@ -51,7 +51,7 @@ REDUCED = SHORT | {
     "LOOP_END": "3",
     "NUM_LOOPS": "1",
     "PARALLEL_START_LAYER": "4",
-    "TRAIN_BATCH_TOKENS": "8192",
+    "TRAIN_BATCH_TOKENS": "4096",
     "MUON_MOMENTUM_WARMUP_STEPS": "100",
     "EMA_DECAY": "0.97",
     "GPTQ_CALIBRATION_BATCHES": "64",
@@ -115,7 +115,7 @@ def reduced(options: argparse.Namespace, folder: Path) -> dict:
     """The table of all stages of all systems at the reduced shape."""
     data = cut(options.dataset, folder / "data", 1 << 60, options.val_tokens)
     changes = REDUCED | data | {"ITERATIONS": str(options.steps)}
-    print(f"{options.steps} steps of 8,192 tokens, {options.val_tokens} validation tokens; changed in every recipe:")
+    print(f"{options.steps} steps of 4,096 tokens, {options.val_tokens} validation tokens; changed in every recipe:")
     print("  " + " ".join(f"{key}={value}" for key, value in (REDUCED | {"ITERATIONS": options.steps}).items()))
     results = {}
     print(

@@ -79,9 +79,8 @@ def test_a_run_leaves_everything_it_promises(finished):
         "data",
     ):
         assert summary[name] is not None, name
-    assert (
-        set(summary["bpb"]) == {"prequant", "quantized", "sliding"} and summary["val_bpb"] == summary["bpb"]["sliding"]
-    )
+    assert set(summary["bpb"]) == {"prequant", "quantized", "sliding", "ttt"}
+    assert summary["val_bpb"] == summary["bpb"]["ttt"]
     assert summary["artifact_bytes"] == (folder / "final_model.ptz").stat().st_size
     assert summary["code_bytes"] == (folder / "packed_train_gpt.py").stat().st_size
     assert summary["total_bytes"] == summary["artifact_bytes"] + summary["code_bytes"]

@@ -17,7 +17,8 @@ DOCUMENTS = [40, 9, 75, 2, 33, 60, 17, 90, 25, 51]  # targets; one shorter than 
 
 @pytest.fixture
 def tiny(config):
-    return replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=3, vocab_size=64, eval_stride=8)
+    changes = {"num_layers": 3, "loop_end": 1, "parallel_start_layer": 2, "xsa_last_n": 3, "vocab_size": 64}
+    return replace(config, **changes, ttt_chunk_size=8, ttt_batch_size=2)
 
 
 def stream(config, seed=0):
@@ -363,8 +364,8 @@ def test_the_rehearsal_sees_random_tokens_and_leaves_no_trace(tiny):
 
 @pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora"])
 def test_two_processes_adapt_like_one(settings, mode, tmp_path):
-    changes = {"TTT_MODE": mode, "PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "16", "TTT_LR": "0.05",
-               "GLOBAL_TTT_LR": "0.05", "ITERATIONS": "2", "SLIDING_WINDOW_ENABLED": "0"}  # fmt: skip
+    changes = {"TTT_MODE": mode, "TTT_BATCH_SIZE": "2", "PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "16",
+               "TTT_LR": "0.05", "GLOBAL_TTT_LR": "0.05", "ITERATIONS": "2", "SLIDING_WINDOW_ENABLED": "0"}  # fmt: skip
     scores = []
     assert launch(settings | changes | {"RUN_ID": "one"}).returncode == 0
     artifact = f"{settings['OUT_DIR']}/one/final_model.ptz"
