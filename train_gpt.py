@@ -1771,6 +1771,11 @@ class Tally:
         self.nats[places] = losses.float()
         self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
+    def require(self, first: int, last: int) -> None:
+        """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
+        if (self.run.sum(self.times[first:last + 1].clone()) != 1).any():
+            raise Stop(f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug")
+
     def total(self, stage: str) -> Score:
         """The sums over all ranks; Stop if a target was left out or scored twice."""
         self.run.sum(self.nats), self.run.sum(self.times)
@@ -1892,6 +1897,7 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
     for chunk in range(count):
         score_windows(run, forward, tally, plan[chunk_of == chunk])
         if chunk + 1 < count:
+            tally.require(chunk * size + 1, (chunk + 1) * size)
             learner.learn(tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs)
         progress.show(chunk + 1)
     progress.end()
@@ -1977,6 +1983,8 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
             prefix = np.concatenate(done[::-1])[:c.phased_ttt_prefix_docs * (phase + 1) // c.phased_ttt_num_phases]
             run.log(f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{sum(map(len, done))}/{len(documents)} "
                     f"learning {len(prefix)} of them")
+            for first, end in documents[prefix]:
+                tally.require(first + 1, end - 1)
             learn_documents(run, model, tokens, documents[prefix])
     progress.end()
     model.requires_grad_(True)

@@ -378,3 +378,13 @@ def test_two_processes_adapt_like_one(settings, mode, tmp_path):
         assert summary["bpb"]["ttt"] != summary["bpb"]["quantized"]
     # Sums over ranks round differently, and the first AdamW step of an adapter is the sign of its gradient.
     assert scores[0] == pytest.approx(scores[1], rel=2e-5)
+
+
+def test_learning_before_scoring_stops_the_run(tiny, monkeypatch):
+    """Both kinds of SGD check that what they learn is scored: here no score is written."""
+    for mode, name in (("chunk_sgd", "score_windows"), ("doc_lora phased", "adapt_documents")):
+        with monkeypatch.context() as patch:
+            patch.setattr(t, "STREAMS", 2)
+            patch.setattr(t, name, lambda *arguments, **named: None)
+            with pytest.raises(t.Stop, match="before they are learnt"):
+                tally_of(replace(tiny, **MODES[mode]), stream(tiny))
