@@ -1,0 +1,72 @@
+"""Run folders for the tests of what reads them: one tiny real run, and copies of it with another seed and score."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conftest import TINY, launch, vocabulary
+
+
+@functools.cache
+def original(dataset: Path) -> Path:
+    """The folder of one finished run with plain and sliding scores; made once for all tests, not to be changed."""
+    out = Path(tempfile.mkdtemp(dir=dataset.parent))
+    settings = TINY | {
+        "DATASETS_DIR": str(dataset),
+        "VOCAB_SIZE": str(vocabulary(dataset)),
+        "OUT_DIR": str(out),
+        "RUN_ID": "original",
+        "SEED": "1",
+        "VAL_LOSS_EVERY": "4",
+        "TTT_ENABLED": "0",
+    }
+    result = launch(settings)
+    assert result.returncode == 0, result.stderr
+    return out / "original"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Apply `change` to the JSON object in a file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=1))
+
+
+def copy_run(source: Path, folder: Path, seed: int, factor: float = 1.0) -> Path:
+    """A copy of a run with another seed and `factor` times its score, consistent in every file that records it."""
+    shutil.copytree(source, folder)
+    before = json.loads((folder / "summary.json").read_text())
+    score = {name: before[name] * factor for name in ("val_bpb", "val_loss")}
+
+    def scaled(facts: dict[str, Any]) -> None:
+        facts.update(score, bpb={stage: bpb * factor for stage, bpb in facts["bpb"].items()})
+
+    def summarised(facts: dict[str, Any]) -> None:
+        scaled(facts)
+        facts["seed"] = facts["overrides"]["SEED"] = seed
+        facts["overrides"]["RUN_ID"] = folder.name
+
+    edit(folder / "config.json", lambda c: c.update(SEED=seed, RUN_ID=folder.name))
+    edit(folder / "stages.json", lambda s: scaled(s["evaluate"]))
+    edit(folder / "summary.json", summarised)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [r for r in records if r["kind"] == "score"][-1]
+    last.update(score)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if (folder / "documents.npz").exists():
+        with np.load(folder / "documents.npz") as arrays:
+            content = {name: arrays[name] * (factor if name == "nats" else 1) for name in arrays.files}
+        np.savez(folder / "documents.npz", **content)
+    log = (folder / "train.log").read_text()
+    final = f"final val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f}"
+    (folder / "train.log").write_text(re.sub(r"^final val_loss:\S+ val_bpb:\S+", final, log, flags=re.M))
+    return folder
