@@ -27,7 +27,12 @@ case "${DATASETS_DIR:-${DATA_DIR:-none}}" in  # a public dataset that is not the
 esac
 if [ -n "$name" ] && [ ! -d "$folder" ]; then python data/download.py "$name"; fi
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # idle threads that spin starve a machine that is shared
-if [ "$gpus" -gt 1 ]; then
-  exec torchrun --standalone --nproc_per_node="$gpus" train_gpt.py
-fi
-exec python train_gpt.py  # one process needs no launcher: a plain error message and a plain kill
+[ "${TRACKER:-none}" = none ] || python track.py &  # follows the run through their common parent, and ends with it
+launch="python train_gpt.py"  # one process needs no launcher: a plain error message and a plain kill
+[ "$gpus" -le 1 ] || launch="torchrun --standalone --nproc_per_node=$gpus train_gpt.py"
+command -v setpriv >/dev/null && launch="setpriv --pdeathsig KILL $launch"  # it must not outlive this script
+started=$(mktemp) && trap 'rm -f "$started"; kill $(jobs -p) 2>/dev/null || true' EXIT
+$launch &
+wait $! || exit $?
+finished=$(find "${OUT_DIR:-runs}" -mindepth 2 -maxdepth 2 -name summary.json -newer "$started" | head -n 1)
+[ -z "$finished" ] || python report.py "$(dirname "$finished")"

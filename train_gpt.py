@@ -721,7 +721,9 @@ class Dataset:
         manifest, short = self.folder / "manifest.json", lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         counts = {key: self.manifest[key] for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
                   if key in self.manifest}
+        standard = self.manifest.get("validation", {}).get("standard", counts.get("docs_val") == 50_000)
         return {"shards": digest.hexdigest()[:16], "manifest": short(manifest) if manifest.exists() else None,
+                "standard": standard,  # validation is the contest's: the first 50,000 documents
                 "tokenizer": short(self.tokenizer), "train_shards": len(self.train_files),
                 "train_tokens": sum(map(len, self.train)), **counts}
 
@@ -2305,7 +2307,7 @@ def preflight(run: Run) -> None:
     if free < needed:
         raise Stop(f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; free "
                    "disk space or set OUT_DIR elsewhere")
-    if (code := len(pack_source(Path(__file__).read_text())[0])) >= c.artifact_cap_bytes:
+    if not c.artifact and (code := len(pack_source(Path(__file__).read_text())[0])) >= c.artifact_cap_bytes:
         raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: the packed code alone has {code} bytes; raise the cap")
 
 def log_header(run: Run, data: Dataset) -> None:
@@ -2314,8 +2316,8 @@ def log_header(run: Run, data: Dataset) -> None:
     run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world} micro_steps:{len(run.streams)}")
     run.log(f"versions: {pairs(versions(run))}")
     run.log(f"data: {pairs(data.fingerprint)}")
-    if not data.manifest.get("validation", {}).get("standard", True):
-        run.log(f"warning: these {data.manifest.get('docs_val')} validation documents are not the contest's 50,000")
+    if not data.fingerprint["standard"]:
+        run.log(f"warning: these {data.manifest.get('docs_val', '')} validation documents are not the contest's 50,000")
     run.log("overrides: " + (" ".join(f"{name}={show(value)}" for name, value in c.overrides().items()) or "none"))
     for name, spec in param_table(c).items():
         run.log(f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
