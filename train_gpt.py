@@ -1786,7 +1786,7 @@ class Tally:
         return Score(self.nats.double().sum().item(), len(self.nats) - 1, int(self.validation.bytes[1:].sum()))
 
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
-    """The score of all validation tokens by `how`; logs it and leaves the sums of every document in documents.npz."""
+    """The score of all validation tokens by `how`; logs it, leaves sums by document and position in documents.npz."""
     begin, tally = run.now(), Tally(run, validation)
     how(tally)
     result, seconds = tally.total(stage), run.now() - begin
@@ -1794,9 +1794,12 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
     run.metric("score", stage=stage, seconds=seconds, **facts)
     run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
     if run.main and len(documents := find_documents(validation.tokens)):
-        sums = lambda values, kind: np.add.reduceat(values[1:].astype(kind), documents[:, 0])
-        np.savez(run.folder / "documents.npz", tokens=documents[:, 1] - documents[:, 0] - 1,
-                 bytes=sums(validation.bytes, np.int64), nats=sums(tally.nats.cpu().numpy(), np.float64))
+        sizes, nats = documents[:, 1] - documents[:, 0] - 1, tally.nats[1:].double().cpu().numpy()
+        octave = np.log2(np.arange(1, len(nats) + 1) - np.repeat(documents[:, 0], sizes)).astype(int)  # of the position
+        sums = {"tokens": sizes, "position_start": 2 ** np.arange(octave.max() + 1)}
+        for kind, values in (("nats", nats), ("bytes", validation.bytes[1:].astype(np.int64))):
+            sums |= {kind: np.add.reduceat(values, documents[:, 0]), f"position_{kind}": np.bincount(octave, values)}
+        np.savez(run.folder / "documents.npz", **sums)
     return result
 
 def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,

@@ -105,6 +105,9 @@ def test_documents_sum_to_the_score(config, tmp_path):
     assert len(found["nats"]) == (validation.tokens == t.BOS).sum() == 30
     assert found["tokens"].sum() == result.tokens and found["bytes"].sum() == result.bytes
     assert found["nats"].sum() == pytest.approx(result.nats) and found["nats"].dtype == np.float64
+    assert found["position_nats"].sum() == pytest.approx(result.nats) and found["position_bytes"].sum() == result.bytes
+    assert found["position_start"].tolist() == [2**k for k in range(len(found["position_nats"]))]
+    assert found["position_nats"][0] == pytest.approx(30 * math.log(config.vocab_size)), "one second token per document"
 
 
 def test_a_score_that_misses_a_token_is_not_reported(config, monkeypatch):
