@@ -53,9 +53,11 @@ WARMUP_RUN = 8  # tokens in a row that random text does not share with the valid
 TOKENIZERS = {"5697ec9cf5a1f193": "sp8192", "97754754561f20de": "caseops_v1"}  # of the published datasets
 KNOWN_WRONG = {9_662_464: "10,000 documents or a corrupt shard", 36_562_944: "a validation set built in parallel",
                164_594_398: "case operators charged as bytes"}
+USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions")  # of summary.json
 NEEDED = ("Config", "Run", "Dataset", "Validation", "Tally", "Score", "Stop", "build", "evaluate_stage", "measure",
           "window_batch", "learn_documents", "find_documents", "rehearse", "softcapped_ce_reference",
-          "softcapped_ce_op", "show", "pack_source", "STREAMS", "ALIASES", "FIXED", "REFUSED")
+          "softcapped_ce_op", "decode_artifact", "assemble", "param_table", "show", "pack_source", "STREAMS", "ALIASES",
+          "FIXED", "REFUSED")
 
 
 # === REPORT ===
@@ -123,8 +125,6 @@ class Report:
 def load_trainer(folder: Path) -> ModuleType:
     """The script that the run ships, as a module; Stop if it is none or lacks a function that is watched."""
     path = folder / "packed_train_gpt.py"
-    if not path.is_file():
-        raise Stop(f"{path}: no such file; finish the run, or give another folder")
     spec = importlib.util.spec_from_file_location("shipped_train_gpt", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its type hints are looked up there
@@ -224,15 +224,17 @@ def softmax_of(logits: Tensor, cap: float) -> Tensor:
     return (cap * torch.tanh(logits.float() / cap)).log_softmax(-1)
 
 
+@dataclass
 class Forward:
     """What is known of the latest forward of the model."""
-    args: tuple
-    named: dict[str, Any]
-    learning: bool  # whether gradients were on
+    args: tuple = ()
+    named: dict[str, Any] = field(default_factory=dict)
+    learning: bool = False  # whether gradients were on
+    updates: int = 0  # how many had been made
     logits: Tensor | None = None  # (N, V)
     function: Any = None  # the trainer's loss function
-    cap = 0.0
-    updates = 0  # how many had been made
+    cap: float = 0.0
+    known: bool = False  # whether its targets are those of the latest window_batch
 
 
 class Watch:
@@ -255,7 +257,7 @@ class Watch:
         self.events = self.updates = self.repeated = 0
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.ledger: list[tuple[str, str, str]] = []  # (what, hash of the weights, hash of the adapters)
-        self.stopped, self.tally = "", None
+        self.stopped, self.tally, self.final = "", None, torch.zeros(0)
         self.latest, self.batch, self.text, self.aside = Forward(), None, None, None
 
     def fault(self, group: str, probe: str, text: str) -> None:
@@ -288,7 +290,7 @@ class Watch:
         def loss_function(function: Any) -> Any:
             def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:
                 out = function(logits, targets, cap)
-                self.saw(function, logits, cap, out[0] if isinstance(out, tuple) else out)
+                self.saw(function, logits, targets, cap, out[0] if isinstance(out, tuple) else out)
                 return out
             return losses_of
 
@@ -312,20 +314,23 @@ class Watch:
 
     def starts(self, model: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         """A forward of the model begins."""
-        self.latest = Forward()
-        self.latest.args, self.latest.named = args, named
-        self.latest.learning, self.latest.updates = torch.is_grad_enabled(), self.updates
+        self.latest = Forward(args, named, torch.is_grad_enabled(), self.updates)
 
-    def saw(self, function: Any, logits: Tensor, cap: float, losses: Tensor) -> None:
+    def saw(self, function: Any, logits: Tensor, targets: Tensor, cap: float, losses: Tensor) -> None:
         """The losses of a forward: keep its logits, and hear of the targets whose loss is differentiated."""
         if self.aside is not None:
             self.aside.append(logits.detach())
             return
         latest = self.latest
         latest.logits, latest.function, latest.cap = logits.detach(), function, cap
-        if losses.requires_grad and self.batch is not None and self.batch[0].size == len(losses):
-            places = self.batch[0].ravel()
+        places = np.zeros(0, int) if self.batch is None else self.batch[0].ravel()
+        named = places > 0
+        latest.known = len(places) == len(losses) and np.array_equal(targets.cpu().numpy()[named],
+                                                                     self.tokens[places[named]])
+        if losses.requires_grad and latest.known:
             losses.register_hook(lambda gradient: self.differentiated(places, gradient))
+        elif losses.requires_grad:
+            self.fault("score before update", "known text", "a loss is learnt whose targets cannot be told")
 
     def differentiated(self, places: np.ndarray, gradient: Tensor) -> None:
         """The loss of some targets enters a gradient: all of them must be recorded by now."""
@@ -338,7 +343,7 @@ class Watch:
 
     def hashes(self) -> tuple[str, str]:
         """Of the weights, and of the adapters in use."""
-        lora = self.latest.named.get("lora") if hasattr(self.latest, "named") else None
+        lora = self.latest.named.get("lora")
         return fingerprint(self.model.parameters()), fingerprint(lora.parameters()) if lora is not None else ""
 
     def before_update(self) -> None:
@@ -366,8 +371,7 @@ class Watch:
         if len(late := where[self.learnt[where]]):
             self.fault("score before update", "learnt after it was scored",
                        f"{len(late)} targets, first {late[0]}, were scored after they were learnt")
-        if latest.logits is None or self.batch is None or self.batch[1].numel() != len(latest.logits) or \
-                not np.array_equal(self.batch[0][self.batch[1].numpy()], where):
+        if not latest.known or not np.array_equal(self.batch[0][self.batch[1].numpy()], where):
             self.fault("normalised", "known distribution", f"{len(where)} scores were recorded, first {where[0]}, that "
                        "no forward has given a distribution for")
             return
@@ -773,15 +777,15 @@ def probe_ledger(report: Report, run: Run) -> None:
         for probe in probes:
             report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
         return
-    phase, early, begun, last, seconds, clock, sealed = "nothing", [], None, None, None, None, ""
+    phase, early, begun, last, seconds, begins, clock, sealed = "nothing", [], None, None, None, None, None, ""
     for record in events:
-        event, moment = record["event"], record["time"]
+        event, moment = record.get("event"), record["time"]
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
             phase = event
         if event == "start":
             begun = None  # another process: the wall clock says nothing about the training clock
         elif event == "train_clock_start":
-            begun, last = moment, None
+            begun, last = moment - record.get("seconds", 0.0), None  # a resumed run has used some already
         elif event == "train_read_last":
             last, seconds = moment, moment - begun if begun else None
         elif event == "artifact_sealed":
@@ -789,9 +793,9 @@ def probe_ledger(report: Report, run: Run) -> None:
         elif event == "validation_read" and phase != "eval_clock_start":
             early.append(phase)
         elif event == "eval_clock_start":
-            begins = moment
+            begins, clock = moment, None
         elif event == "eval_clock_end":
-            clock = moment - begins
+            clock = moment - begins if begins else None
     when = {"nothing": "before anything", "train_clock_start": "while it trained or calibrated, before the seal",
             "artifact_sealed": "before the evaluation clock started (warm-up on validation tokens)"}
     report.add("budgets", probes[0], not early, f"validation tokens were read {when[early[0]]}" if early else
@@ -888,6 +892,11 @@ def check(folder: Path, tokens: int = 0, positions: int = POSITIONS, trainer: Mo
           alone: bool = True) -> Report:
     """Every probe of the run in `folder`, on about `tokens` validation tokens (0: what the hardware can do)."""
     run, report = Run.read(folder), Report(folder)
+    for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise Stop(f"{folder / name}: no such file; finish the run, or copy the whole folder")
+    if missing := [name for name in USED if name not in run.summary]:
+        raise Stop(f"{folder / 'summary.json'}: has no {', '.join(missing)}; score the run again with STAGE=evaluate")
     trainer = trainer or load_trainer(folder)
     try:
         config = config_of(trainer, run)

@@ -187,6 +187,21 @@ def test_learning_a_chunk_before_scoring_it_is_caught(folder, monkeypatch):
     assert any("were learnt before their score was recorded" in line for line in report.violations)
 
 
+def test_learning_what_cannot_be_named_is_caught(folder, monkeypatch):
+    def by_hand(run, model, forward, tally):
+        ids = torch.from_numpy(tally.validation.tokens[:65].astype(np.int64))[None]
+        model(t.Batch(ids[:, :-1], ids[:, 1:])).mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        t.slide(run, forward, run.config.eval_stride, tally)
+
+    monkeypatch.setattr(t, "chunk_sgd", by_hand)
+    report = probed(folder, **CHUNKS)
+    assert "score before update: ttt: records and updates" in broken(report)
+    assert any("whose targets cannot be told" in line for line in report.violations)
+
+
 def test_recording_the_loss_after_the_step_is_caught(folder, monkeypatch):
     source = inspect.getsource(t.adapt_documents)
     late = source.replace("if repeat == 0:", "if repeat == (1 if learning else 0):")
@@ -318,6 +333,13 @@ def test_validation_text_among_the_training_data_is_caught(folder, caseops, tmp_
     assert "validation document" in report.violations[1]
 
 
+def test_a_dataset_that_claims_to_be_the_published_one_must_be_it(folder, caseops, monkeypatch):
+    key = compliance.sha256_file(caseops / "tokenizer.model")[:16]
+    monkeypatch.setitem(compliance.TOKENIZERS, key, "caseops_v1")
+    report = probed(folder, **PLAIN)
+    assert broken(report) == {"data: verify_bytes"} and "instead of 50,000" in report.violations[0]
+
+
 def test_figures_that_do_not_follow_are_caught(folder):
     edit(folder / "summary.json", lambda summary: summary.update(val_bpb=summary["val_bpb"] - 0.01))
     found = broken(probed(folder, **PLAIN))
@@ -338,6 +360,23 @@ def test_calibration_after_the_bell_is_caught(folder):
     report = probed(folder, **PLAIN)
     assert broken(report) == {"budgets: calibration before the bell", "budgets: training and calibration"}
     assert "610.00 s after the clock started" in report.violations[1]
+
+
+def test_the_training_clock_counts_what_a_killed_process_used(folder):
+    """Seconds before a resumption count; between two processes the wall clock does not."""
+    row = lambda: {r.probe: r for r in report.rows}["calibration before the bell"]
+    for events, holds in ((CLOCK[:3], True), ([*CLOCK[:2], ("start", 40.0), *CLOCK[2:3]], None), (CLOCK[:2], None)):
+        record(folder, events)
+        report = compliance.Report(folder)
+        compliance.probe_ledger(report, Run.read(folder))
+        assert row().holds is holds
+    with open(folder / "metrics.jsonl", "a") as file:
+        for event in ({"event": "start", "time": 1e9}, {"event": "train_clock_start", "time": 1e9, "seconds": 500.0},
+                      {"event": "train_read_last", "time": 1e9 + 101}):
+            file.write(json.dumps({"kind": "ledger"} | event) + "\n")
+    report = compliance.Report(folder)
+    compliance.probe_ledger(report, Run.read(folder))
+    assert row().holds is False and "601.00 s" in row().evidence
 
 
 def test_validation_read_before_the_seal_is_caught(folder):
@@ -403,4 +442,10 @@ def test_what_is_probed_is_what_is_shipped(tmp_path, folder):
         compliance.main([str(folder)])
     (folder / "packed_train_gpt.py").write_text("pass")
     with pytest.raises(SystemExit, match="has no Config"):
+        compliance.main([str(folder)])
+    edit(folder / "summary.json", lambda summary: summary.pop("val_bytes"))
+    with pytest.raises(SystemExit, match="has no val_bytes"):
+        compliance.main([str(folder)])
+    (folder / "final_model.ptz").unlink()
+    with pytest.raises(SystemExit, match="no such file"):
         compliance.main([str(folder)])
