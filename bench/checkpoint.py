@@ -1,0 +1,74 @@
+"""Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048, 8.9 M parameters.
+
+    python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 20] [--quick]
+
+DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with STAGE=train
+and the settings below: the contest's model with fewer layers, no loops and short contexts, in fp32. Few layers that are
+wide, and a small vocabulary, see the most tokens per second on a CPU.
+--quick: half a minute. A second call with the same arguments does nothing: the finished training is on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+
+SETTINGS = {
+    "STAGE": "train",
+    "VOCAB_SIZE": "2048",
+    "NUM_LAYERS": "5",
+    "MODEL_DIM": "384",
+    "NUM_HEADS": "6",
+    "NUM_KV_HEADS": "3",
+    "NUM_LOOPS": "0",
+    "PARALLEL_START_LAYER": "4",
+    "LOADER": "shuffled",
+    "TRAIN_SEQ_LEN": "256",
+    "EVAL_SEQ_LEN": "256",
+    "TRAIN_BATCH_TOKENS": "4096",
+    "MICRO_BATCH_TOKENS": "4096",
+    "VAL_BATCH_TOKENS": "65536",
+    "COMPUTE_DTYPE": "float32",
+    "MUON_MOMENTUM": "0.95",
+    "MUON_MOMENTUM_WARMUP_STEPS": "100",
+    "MIN_LR": "0",
+    "EMA_DECAY": "0.98",
+    "WARMUP_STEPS": "1",
+    "GPTQ_RESERVE_SECONDS": "0",
+    "CHECKPOINT_EVERY": "0",
+    "TRAIN_LOG_EVERY": "20",
+}
+
+
+def settings(dataset: Path, out: Path, minutes: float) -> dict[str, str]:
+    """The environment variables of the training."""
+    changes = {"MAX_WALLCLOCK_SECONDS": str(60 * minutes), "DATASETS_DIR": str(dataset)}
+    return SETTINGS | changes | {"OUT_DIR": str(out.resolve().parent), "RUN_ID": out.name}
+
+
+def main() -> None:
+    """Train, or find the finished training, and print what it was."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path, help="folder of shards made by data/prepare.py")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "packing", help="run folder of the checkpoint")
+    parser.add_argument("--minutes", type=float, default=20.0, help="training budget")
+    parser.add_argument("--quick", action="store_true", help="half a minute of training")
+    options = parser.parse_args()
+    changes = settings(options.dataset.resolve(), options.out, 0.5 if options.quick else options.minutes)
+    began = time.monotonic()
+    subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | changes, check=True)
+    facts = json.loads((options.out / "stages.json").read_text())["train"]
+    print(f"{options.out}: {facts['steps']} steps, {facts['tokens_per_second']:,.0f} tokens/s")
+    print("RESULT " + json.dumps({"folder": str(options.out), "seconds": round(time.monotonic() - began, 1), **facts}))
+
+
+if __name__ == "__main__":
+    main()
