@@ -35,4 +35,7 @@ started=$(mktemp) && trap 'rm -f "$started"; kill $(jobs -p) 2>/dev/null || true
 $launch &
 wait $! || exit $?
 finished=$(find "${OUT_DIR:-runs}" -mindepth 2 -maxdepth 2 -name summary.json -newer "$started" | head -n 1)
-[ -z "$finished" ] || python report.py "$(dirname "$finished")"
+[ -n "$finished" ] || exit 0
+if [ "${COMPLIANCE:-0}" = 1 ]; then python compliance.py "$(dirname "$finished")" || status=1; fi
+python report.py "$(dirname "$finished")"
+exit "${status:-0}"

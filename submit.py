@@ -292,10 +292,6 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
         settings |= {"STAGE": "evaluate", "ARTIFACT": "model.ptz", "RUN_ID": "again", "OUT_DIR": "runs",
                      "DATASETS_DIR": "data", "TOKENIZER_PATH": "data/tokenizer.model", "HF_HUB_OFFLINE": "1"}
         command, environment = [sys.executable, "train_gpt.py"], clean_environment(run) | settings
-        shown = subprocess.run([*command, "--print-config"], cwd=place, env=environment, capture_output=True, text=True,
-                               check=False)
-        if "COMPLIANCE=" in shown.stdout:
-            environment["COMPLIANCE"] = "1"
         if summary["world_size"] > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        f"--nproc_per_node={summary['world_size']}", "train_gpt.py"]
@@ -322,6 +318,18 @@ def score_again(run: Run) -> str:
     return (f"{run.folder.name}: the packed script alone gives val_bpb {again['val_bpb']:.8f} again, "
             f"{'without network' if offline else 'network not cut off (unshare is not permitted here)'}, without "
             "training shards")
+
+
+def probe(run: Run, track: str) -> str:
+    """What compliance.py finds on a sample of the run's validation documents, in words; Stop at the first violation."""
+    import compliance
+    report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
+    write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1).encode())
+    for row in report.rows:  # another track may have budgets of its own
+        if row.holds is False and (track == RECORD_TRACK or row.group != "budgets"):
+            raise Stop(f"{run.folder}: {row.group}: {row.probe}: {row.evidence}")
+    measured = [row for row in report.rows if row.holds is not None]
+    return f"{run.folder.name}: {sum(row.holds for row in measured)} of {len(measured)} compliance probes hold"
 
 
 def clean_environment(run: Run) -> dict[str, str]:
@@ -570,7 +578,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "hardware and number of seeds, as in demo or non-record")
     add("--baseline", metavar="MEAN,STD,N", help="the score to beat, for the Welch test")
     add("--baseline-record", type=Path, metavar="FOLDER", help="the same, from a record folder's submission.json")
-    add("--check", action="store_true", help="score every artifact again with its packed script in an empty folder")
+    add("--check", action="store_true", help="score every artifact again with its packed script in an empty folder, "
+        "and run the compliance probes")
     add("--leave-out", action="append", default=[], metavar="FOLDER=REASON",
         help="a run of the same settings that is not submitted, and why; printed in the README")
     add("--author", default=None, help="default: git's user.name")
@@ -613,8 +622,9 @@ def main(arguments: list[str]) -> None:
     notes = verdict_of(comparison) if comparison else []
     if options.check:
         for run in runs:
-            notes.append(score_again(run))
-            print(notes[-1], flush=True)
+            for examine in (score_again, lambda run: probe(run, options.track)):
+                notes.append(examine(run))
+                print(notes[-1], flush=True)
     facts = submission(runs, options, comparison, left_out)
     write_folder(target, runs, facts, readme(runs, facts, notes), tokenizer)
     for run in runs:

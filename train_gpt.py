@@ -488,6 +488,10 @@ class Run:
             record = {"kind": kind, "time": time.time(), **values}
             self.metrics.write(json.dumps(record) + "\n")
 
+    def note(self, event: str, **values: Any) -> None:
+        """Write to the ledger when data were read, clocks ran and the artifact was sealed, for compliance.py."""
+        self.metric("ledger", event=event, **values)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
         if self.world > 1:
@@ -2139,6 +2143,9 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     validation = load_validation(data) if c.val_loss_every else None
     budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
     first, elapsed, start = step, before, run.now()
+    run.note("train_clock_start", seconds=before)
+    if validation:
+        run.note("validation_read")
     while step < c.iterations and elapsed < budget:
         progress = step / c.iterations if c.schedule == "steps" else elapsed / budget
         if not model.looped and c.num_loops and progress >= c.enable_looping_at:
@@ -2203,6 +2210,7 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     model.looped = saved["looped"]
     if c.prequant_ttt_enabled:
         begin, validation = run.now(), load_validation(data)
+        run.note("validation_read")
         plain = functools.partial(slide, run, model, c.eval_seq_len)
         before = measure(run, validation, "before prequant_ttt", plain)
         prequant_ttt(run, model, validation)
@@ -2213,6 +2221,7 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     times = [run.now()]
     hessians = collect_hessians(run, model, data)
     times.append(run.now())
+    run.note("train_read_last")
     tensors = quantize(run, model.table, weights, hessians)
     times.append(run.now())
 
@@ -2220,6 +2229,7 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
         packed, how = pack_source(Path(__file__).read_text())
         write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
         size, digest = seal_artifact(run, tensors, model.looped)
+        run.note("artifact_sealed", sha256=digest)
         hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
         code, count = len(packed.encode()), sum(t.scales is not None for t in tensors.values())
         run.log(f"quantised {count} matrices, {len(tensors) - count} tensors in fp16: Hessians {hessian:.1f}s, GPTQ "
@@ -2250,7 +2260,10 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     model.looped = manifest["looped"]
     if compiled:
         rehearse(run, stages)
-    start, scores, validation = run.now(), {}, load_validation(data)
+    start = run.now()
+    run.note("eval_clock_start")
+    run.note("validation_read")
+    scores, validation = {}, load_validation(data)
     run.log(f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
             f"val_bpb:{validation.source}:enabled")
     if c.eval_prequant:
@@ -2265,6 +2278,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         if stage == "ttt" and c.hash_embed_enabled:
             model.hash_embed = nn.Parameter(torch.zeros(c.hash_embed_size, c.model_dim, device=run.device))
         scores[stage] = measure(run, validation, stage, how)
+    run.note("eval_clock_end")
     final = list(scores.values())[-1]
     record_stage(run, "evaluate", {
         "val_bpb": final.bpb, "val_loss": final.loss, "bpb": {stage: result.bpb for stage, result in scores.items()},
@@ -2282,13 +2296,19 @@ def summarize(run: Run, data: Dataset) -> None:
               c.artifact_cap_bytes), "eval": (facts["eval_seconds"], c.eval_budget_seconds)}
     broken = [f"{name}: {value} of {limit} used" if value is not None else f"{name}: not measured here"
               for name, (value, limit) in limits.items() if value is None or value > limit]
+    order = "every target is counted as scored before SGD learns it; adapters learn recorded losses"
     if adapted:
-        broken.append("PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them")
+        broken.append(order := "PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them")
+    unproven = {"holds": None, "evidence": "not probed by the run itself: python compliance.py RUN_FOLDER"}
+    once = f"{facts['val_tokens']:.0f} targets counted as scored exactly once, {facts['val_bytes']:.0f} bytes"
+    conditions = {"causal": unproven, "normalised": unproven, "score before update": {
+        "holds": not adapted, "evidence": order}, "single pass": {"holds": True, "evidence": once}}
     if stages.get("quantize", {}).get("artifact_sha256") != facts["artifact_sha256"]:
         broken.append("artifact: not the one that this run sealed")
     reason = "; ".join(broken) or "training, evaluation and size are within their limits"
     facts |= {"seed": c.seed, "world_size": run.world, "overrides": c.overrides(), "versions": versions(run),
-              "data": data.fingerprint, "compliance": {"legal": not broken, "reason": reason, "limits": limits}}
+              "data": data.fingerprint, "compliance": {"legal": not broken, "reason": reason, "limits": limits,
+                                                       "conditions": conditions}}
     write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
         run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {100 * (facts['val_bpb'] / bpb - 1):+.1f}%")
@@ -2339,6 +2359,7 @@ def main(config: Config) -> None:
     settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
     settings["data"] = data.fingerprint["shards"]
     run.folder = run.guarded(lambda: run.open(find_run_folder(config, settings["data"])))
+    run.note("start")
     run.guarded(lambda: preflight(run))
     log_header(run, data)
     run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))

@@ -90,6 +90,7 @@ def test_every_training_loss_is_in_the_page(run):
 
 
 def test_records_that_a_resumption_made_void_are_not_drawn(run):
+    (run / "documents.npz").unlink()  # its positions are numbers, too
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "resume", "step": 6, "seconds": 1.0}) + "\n")
         file.write(json.dumps({"kind": "train", "step": 7, "train_loss": 9.75, "rate": 0.5}) + '\n{"kind": "tra')

@@ -293,6 +293,22 @@ def test_credits_follow_the_settings_and_name_settings_that_exist(runs):
     assert "Polar Express coefficients in Muon: #1787" not in used(MUON_COEFFICIENTS="classic")
 
 
+def test_a_broken_compliance_probe_stops_the_submission(runs, monkeypatch):
+    import compliance
+
+    run, report = results.Run.read(runs[0]), compliance.Report(runs[0])
+    report.add("causal", "future replaced", True, "")
+    report.add("budgets", "evaluation clock", False, "700 of 600 s")
+    monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
+    assert "1 of 2 compliance probes hold" in submit.probe(run, "demo"), "another track has budgets of its own"
+    with pytest.raises(results.Stop, match="budgets: evaluation clock: 700 of 600 s"):
+        submit.probe(run, submit.RECORD_TRACK)
+    report.add("single pass", "scored once", False, "target 7 twice")
+    with pytest.raises(results.Stop, match="single pass: scored once: target 7 twice"):
+        submit.probe(run, "demo")
+    assert (runs[0] / "compliance.json").exists()
+
+
 def test_the_packed_script_alone_gives_the_score_again_and_another_score_is_caught(runs, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     run = results.Run.read(runs[0])
