@@ -324,7 +324,7 @@ def probe(run: Run, track: str) -> str:
     """What compliance.py finds on a sample of the run's validation documents, in words; Stop at the first violation."""
     import compliance
     report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
-    write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1).encode())
+    write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1))
     for row in report.rows:  # another track may have budgets of its own
         if row.holds is False and (track == RECORD_TRACK or row.group != "budgets"):
             raise Stop(f"{run.folder}: {row.group}: {row.probe}: {row.evidence}")
