@@ -19,10 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
 
-from data.shards import read_shard, write_shard
+from data.shards import BOS, read_shard, write_shard
 
 SYSTEMS = {"pr1585": 35_944_602, "pr1738": 35_944_536, "pr1755": 35_944_536, "pr1693": 35_945_671}
 SHORT = {  # rows of 256 tokens instead of 2,048, and chunks, phases and batches in proportion
@@ -83,12 +85,16 @@ def recipe(name: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def cut(dataset: Path, folder: Path, train_tokens: int, val_tokens: int) -> dict[str, str]:
-    """Make `folder` the first tokens of `dataset`; returns the variables that name it."""
+def cut(dataset: Path, folder: Path, train_tokens: int, val_tokens: int, longest: int = 1 << 60) -> dict[str, str]:
+    """Make `folder` the first tokens of `dataset`, no validation document longer than `longest`; returns the variables
+    that name it."""
     folder.mkdir(parents=True)
+    val = read_shard(dataset / "fineweb_val_000000.bin")
+    starts = np.maximum.accumulate(np.where(val == BOS, np.arange(len(val)), 0))
+    kept = np.flatnonzero(np.arange(len(val)) - starts < longest)[:val_tokens]
     for path in sorted(dataset.glob("fineweb_*_000000.bin")):
         values = read_shard(path)
-        write_shard(folder / path.name, values[: train_tokens if "train" in path.name else val_tokens].copy())
+        write_shard(folder / path.name, np.array(values[:train_tokens] if "train" in path.name else values[kept]))
     tokenizer = next(iter(dataset.glob("*.model")))
     return {"DATASETS_DIR": str(folder), "TOKENIZER_PATH": str(tokenizer)}
 
@@ -137,7 +143,7 @@ def reduced(options: argparse.Namespace, folder: Path) -> dict:
 
 def full(options: argparse.Namespace, folder: Path) -> dict:
     """All stages of all systems at full size, with one and with two processes."""
-    data = cut(options.dataset, folder / "data", 200_000, 2_600)
+    data = cut(options.dataset, folder / "data", 200_000, 3_600, longest=300)
     changes = FULL | data | ({"COMPRESSOR": "lzma"} if options.quick else {})
     print("changed in every recipe: " + " ".join(f"{key}={value}" for key, value in FULL.items()))
     results = {}
