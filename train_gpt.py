@@ -1844,6 +1844,10 @@ def cosine(place: int, count: int) -> float:
     """1 at place 0, falling to 0 at place count - 1 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * place / max(count - 1, 1)))
 
+def hash_weights(model: GPT) -> str:
+    """16 hex digits that change with any bit of the weights, for the ledger."""
+    return hashlib.sha256(str([torch.hash_tensor(p).item() for p in model.parameters()]).encode()).hexdigest()[:16]
+
 class Learner:
     """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
 
@@ -1851,7 +1855,7 @@ class Learner:
                  freeze: int = 0, shared: bool = True, packed: bool = False):
         self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
         self.batch_seqs, self.shared, self.packed = batch_seqs, shared, packed
-        self.parameters, layers = list(model.parameters()), model.config.num_layers
+        self.parameters, layers, self.weights = list(model.parameters()), model.config.num_layers, hash_weights(model)
         self.frozen = [(model.embed, slice(None))] if freeze else []
         for name, spec in model.table.items():
             rows = [part * layers + i for part in range(spec.shape[0] // layers) for i in range(freeze) if spec.layered]
@@ -1871,6 +1875,8 @@ class Learner:
                 batch = to_device(window_batch(tokens, mine, len(mine), length, self.packed)[0], run)
                 (self.model(batch).sum() / (len(rows) * length)).backward()
             self.step()
+        before, self.weights = self.weights, hash_weights(self.model)
+        run.note("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -1905,6 +1911,7 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
     progress = Progress(run, "val:ttt chunks", count)
     for chunk in range(count):
         score_windows(run, forward, tally, plan[chunk_of == chunk])
+        run.note("scored", chunk=chunk, weights=learner.weights)
         if chunk + 1 < count:
             tally.require(chunk * size + 1, (chunk + 1) * size)
             learner.learn(tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs)
@@ -1988,6 +1995,7 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
             done.append(batch)
             progress.show(sum(map(len, done)))
         number += len(batches)
+        run.note("scored", phase=phase, documents=sum(map(len, done)), weights=hash_weights(model))
         if phase + 1 < len(phases):
             prefix = np.concatenate(done[::-1])[:c.phased_ttt_prefix_docs * (phase + 1) // c.phased_ttt_num_phases]
             run.log(f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{sum(map(len, done))}/{len(documents)} "

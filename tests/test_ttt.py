@@ -325,12 +325,13 @@ def test_frozen_layers_stay(tiny):
             assert moved.all()
 
 
-def test_frozen_parameters_of_the_published_run():
+def test_frozen_parameters_of_the_published_run(monkeypatch):
     """25,978,952 of 35,944,536 parameters are trained with the first two blocks and the embedding frozen (5.5)."""
     config = t.Config(parallel_residual="gptj", parallel_start_layer=7, head_gate="none", smear_gate=False)
     with torch.device("meta"):
         model = t.GPT(config)
     run = object.__new__(t.Run)
+    monkeypatch.setattr(t, "hash_weights", lambda model: "")  # the meta device has no bits
     learner = t.Learner(run, model, None, 1.0, 1, freeze=2)
     frozen = sum(parameter[rows].numel() for parameter, rows in learner.frozen)
     assert sum(p.numel() for p in model.parameters()) - frozen == 25_978_952
@@ -388,3 +389,20 @@ def test_learning_before_scoring_stops_the_run(tiny, monkeypatch):
             patch.setattr(t, name, lambda *arguments, **named: None)
             with pytest.raises(t.Stop, match="before they are learnt"):
                 tally_of(replace(tiny, **MODES[mode]), stream(tiny))
+
+
+@pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora phased"])
+def test_the_ledger_chains_scores_and_updates(tiny, mode, monkeypatch):
+    """Each update starts from the weights of the record before it, and each score has those of the last update."""
+    monkeypatch.setattr(t, "STREAMS", 2)
+    events = []
+    monkeypatch.setattr(t.Run, "note", lambda run, event, **values: events.append((event, values)))
+    tally_of(replace(tiny, **MODES[mode]), stream(tiny))
+    weights = events[0][1]["weights"]
+    assert events[0][0] == "scored" and {event for event, _ in events} == {"scored", "update"}
+    for event, values in events[1:]:
+        if event == "update":
+            assert values["before"] == weights and values["after"] != weights
+            weights = values["after"]
+        else:
+            assert values["weights"] == weights
