@@ -204,7 +204,7 @@ class Packers:
         for name, values in integers.items():
             roles.setdefault(role(name), []).append(values)
         exponents = np.concatenate([part for p in plans.values() for part in (p.rows, p.columns)])
-        jobs = [(parts, states) for parts in roles.values()] + [([np.diff(exponents, prepend=0)[None]], 0)]
+        jobs = [(parts, states) for parts in roles.values()] + [([exponents[:, None]], 0)]
         streams = rd.spread(lambda job: rd.encode(*job), jobs)
         coder, small = self.subject.config.compressor, self.subject.small()
         streams.append(t.compress(b"".join(t.split_bytes(tensor.values) for tensor in small.values()), coder))
@@ -223,11 +223,11 @@ class Packers:
         for name, shape in shapes:
             roles.setdefault(role(name), []).append((name, tuple(shape)))
         jobs = [([shape for _, shape in group], states) for group in roles.values()]
-        jobs.append(([(1, sum(sum(shape) for _, shape in shapes))], 0))
+        jobs.append(([(sum(sum(shape) for _, shape in shapes), 1)], 0))
         decoded = rd.spread(lambda i: rd.decode(data[ends[i] : ends[i + 1]], *jobs[i]), range(len(jobs)))
         names = [name for group in roles.values() for name, _ in group]
         integers = dict(zip(names, [values for group in decoded[:-1] for values in group], strict=True))
-        parts = np.split(decoded[-1][0][0].cumsum(), np.cumsum([n for _, shape in shapes for n in shape])[:-1])
+        parts = np.split(decoded[-1][0][:, 0], np.cumsum([n for _, shape in shapes for n in shape])[:-1])
         pairs = zip(parts[::2], parts[1::2], strict=True)
         return {name: torch.from_numpy(rd.restore(integers[name], *pair, delta))
                 for (name, _), pair in zip(shapes, pairs, strict=True)}
@@ -341,7 +341,8 @@ def overhead(integers: dict[str, np.ndarray], states: int) -> float:
     for parts in roles.values():
         counts = np.zeros((2 * rd.CLASSES + 4, rd.SYMBOLS + 1), np.int64)
         values, shapes = np.concatenate([m.ravel() for m in parts]), np.array([m.shape for m in parts])
-        counting(values, shapes, rd.trellis(states)[0], counts, np.zeros(64, np.uint8), False)
+        nothing = np.zeros(64, np.uint8)
+        counting(values, shapes, rd.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         bits -= float((counts * np.log2(np.where(share > 0, share, 1))).sum())
         real += len(rd.encode(parts, states))

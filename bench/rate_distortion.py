@@ -22,6 +22,7 @@ import train_gpt as t
 TRELLISES = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # parity polynomials of Ungerboeck's codes
 OCTAVE, BLOCK = 8, 64  # steps are 2^(n/OCTAVE); columns per propagation of errors
 SYMBOLS, CLASSES, GAIN, LIMIT = 256, 40, 32, 1 << 17  # of the entropy coder's counts
+MASK = (1 << 56) - 1  # of its low end
 
 
 def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,99 +169,87 @@ def code_symbol(symbol, counts, coder, buffer, decoding):
         s += 1
     coder[0] += -start * unit if decoding else start * unit
     coder[1] = unit * counts[s]
-    if coder[0] >> 56:  # a carry
+    if coder[0] > MASK:
         place = coder[2] - 1
-        while buffer[place] == 255:
+        while buffer[place] == 255:  # a carry
             buffer[place] = 0
             place -= 1
         buffer[place] += 1
-        coder[0] &= (1 << 56) - 1
-    while coder[1] < 1 << 48:
+        coder[0] &= MASK
+    while coder[1] <= MASK >> 8:
         if decoding:
             coder[0] = coder[0] << 8 | buffer[coder[2]]
         else:
             buffer[coder[2]] = coder[0] >> 48
-            coder[0] = (coder[0] & (1 << 48) - 1) << 8
+            coder[0] = coder[0] << 8 & MASK
         coder[1] <<= 8
         coder[2] += 1
     counts[s] += GAIN
     counts[SYMBOLS] += GAIN
     if counts[SYMBOLS] > LIMIT:
-        counts[SYMBOLS] = 0
-        for i in range(SYMBOLS):
-            counts[i] = (counts[i] + 1) >> 1
-            counts[SYMBOLS] += counts[i]
+        counts[:SYMBOLS] = (counts[:SYMBOLS] + 1) >> 1
+        counts[SYMBOLS] = counts[:SYMBOLS].sum()
     return s
 
 
 @numba.njit(nogil=True, cache=True)
-def code_integers(values, shapes, after, counts, buffer, decoding):
-    """Encode or decode int32 matrices (R, C), one behind the other in `values`; returns the bytes used of `buffer`.
+def code_integers(values, shapes, after, counts, coder, buffer, decoding):
+    """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column.
 
     Which of the `counts` (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size that running
     means of its row and its column let expect; the last four are for the bytes of what is no symbol.
     """
-    coder, halving, begin = np.array([0, 1 << 56, 0]), np.int64(len(after) > 1), 0
-    if decoding:
-        for i in range(7):
-            coder[0] = coder[0] << 8 | buffer[i]
-        coder[2] = 7
-    for m in range(len(shapes)):
-        rows, columns = shapes[m]
+    halving, begin = np.int64(len(after) > 1), 0
+    for rows, columns in shapes:
         row_size = np.full(rows, 4 << 10)  # of |integer|, 1 is 1024
         for j in range(columns):
             mean, state = max(1, row_size.sum() // rows), 0
             column_size = mean
             for r in range(rows):
-                place, odd, size, context = begin + r * columns + j, state & 1, row_size[r] * column_size // mean, 0
-                size >>= 6
+                place, odd, context = begin + r * columns + j, state & 1, 0
+                size = row_size[r] * column_size // mean >> 6
                 while size >= 8:  # quarters of an octave
                     size >>= 1
                     context += 4
                 context = min(context + max(size - 4, 0), CLASSES - 1) + odd * CLASSES
                 k = np.int64(values[place]) >> halving
                 rest = k << 1 if k >= 0 else ~k << 1 | 1  # 0, -1, 1, -2, 2 ...
-                code = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
-                if code == SYMBOLS - 1:
-                    code = 0
-                    for i in range(4):
-                        part = rest >> 8 * i & 255
-                        code |= code_symbol(part, counts[2 * CLASSES + i], coder, buffer, decoding) << 8 * i
-                k = code >> 1 ^ -(code & 1)
-                value = k << halving | odd
-                values[place] = value
+                index = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
+                if index == SYMBOLS - 1:
+                    index = 0
+                    for i in range(0, 32, 8):
+                        byte = code_symbol(rest >> i & 255, counts[2 * CLASSES + i // 8], coder, buffer, decoding)
+                        index |= byte << i
+                k = index >> 1 ^ -(index & 1)
+                values[place] = k << halving | odd
                 state = after[state, k & 1]
-                size = min(abs(value), 1 << 20) << 10
+                size = min(abs(k << halving | odd), 1 << 20) << 10
                 row_size[r] += (size - row_size[r]) >> 6
                 column_size += (size - column_size) >> 5
         begin += rows * columns
-    for _ in range(0 if decoding else 7):
-        buffer[coder[2]] = coder[0] >> 48
-        coder[0] = (coder[0] & (1 << 48) - 1) << 8
-        coder[2] += 1
-    return coder[2]
 
 
-def code(values: np.ndarray, shapes: list[tuple[int, int]], states: int, buffer: np.ndarray, decoding: bool) -> int:
-    """`code_integers` with nothing counted yet."""
+def code(values: np.ndarray, shapes: list[tuple[int, int]], states: int, data: bytes | None = None) -> bytes:
+    """The stream of int32 matrices (R, C) in `values` that lie on trellis paths; or fill `values` from a stream."""
     counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
     counts[:, SYMBOLS] = SYMBOLS
-    return code_integers(values, np.array(shapes), trellis(states)[0], counts, buffer, decoding)
+    buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
+    coder = np.array([0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7])
+    code_integers(values, np.array(shapes), trellis(states)[0], counts, coder, buffer, data is not None)
+    return buffer[: coder[2]].tobytes() + bytes([coder[0] >> 48])  # and 255s: within the span
 
 
 def encode(matrices: list[np.ndarray], states: int) -> bytes:
     """One stream of int32 matrices (R, C) that lie on paths of the trellis."""
-    values = np.concatenate([m.ravel() for m in matrices])
-    buffer = np.empty(values.size * 8 + 64, np.uint8)
-    return buffer[: code(values, [m.shape for m in matrices], states, buffer, False)].tobytes()
+    return code(np.concatenate([m.ravel() for m in matrices]), [m.shape for m in matrices], states)
 
 
 def decode(data: bytes, shapes: list[tuple[int, int]], states: int) -> list[np.ndarray]:
     """Undo `encode`."""
-    sizes = [rows * columns for rows, columns in shapes]
-    values = np.zeros(sum(sizes), np.int32)
-    code(values, shapes, states, np.frombuffer(bytearray(data + bytes(64)), np.uint8), True)
-    return [v.reshape(s) for v, s in zip(np.split(values, np.cumsum(sizes)[:-1]), shapes, strict=True)]
+    ends = np.cumsum([rows * columns for rows, columns in shapes])
+    values = np.zeros(ends[-1], np.int32)
+    code(values, shapes, states, data)
+    return [v.reshape(shape) for v, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
 
 
 def guess_delta(plans: dict[str, Plan], goal: float, states: int) -> float:
@@ -279,13 +268,13 @@ def fit_delta(delta: float, goal: float, slope: float, size_of: Callable[[float]
     at, tried = float(np.log2(delta)), []
     for _ in range(8):
         tried.append((size_of(2.0**at), at))
-        log(f"size: delta 2^{at:.5f} gives {tried[-1][0]} bytes, {100 * (tried[-1][0] / goal - 1):+.3f}% of the goal")
-        if 0 <= goal - tried[-1][0] <= 5e-4 * goal:
+        size, more = tried[-1][0], goal * (1 - 2.5e-4) - tried[-1][0]
+        log(f"size: delta 2^{at:.5f} gives {size} bytes, {100 * (size / goal - 1):+.3f}% of the goal")
+        if 0 <= goal - size <= 5e-4 * goal:
             break
-        if len(tried) > 1 and tried[-1][1] != tried[-2][1]:
-            secant = (tried[-2][0] - tried[-1][0]) / (tried[-1][1] - tried[-2][1])
-            slope = secant if slope / 4 < secant < slope * 4 else slope
-        at += (tried[-1][0] - goal * (1 - 2.5e-4)) / slope
+        if len(tried) > 1 and at != tried[-2][1]:
+            slope = min(max((tried[-2][0] - size) / (at - tried[-2][1]), slope / 2), slope * 2)
+        at -= more / slope
     fitting = [(size, at) for size, at in tried if size <= goal]
     return 2.0 ** (max(fitting)[1] if fitting else at)
 
