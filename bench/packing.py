@@ -194,9 +194,8 @@ class Packers:
 
     def plans(self, f: Form) -> dict[str, rd.Plan]:
         """What our packer rounds."""
-        one = lambda m: rd.plan(self.subject.weight(m), *self.moments[m.name], 0.01, (f.rows, f.columns))
-        plans = dict(zip(self.moments, rd.spread(one, self.subject.todo), strict=True))
-        return rd.balance(plans, f.between)
+        one = lambda m: rd.plan(self.subject.weight(m), *self.moments[m.name], 0.01, (f.between, f.rows, f.columns))
+        return dict(zip(self.moments, rd.spread(one, self.subject.todo), strict=True))
 
     def write(self, plans: dict[str, rd.Plan], integers: dict[str, np.ndarray], states: int, delta: float) -> bytes:
         """The file: header, manifest, streams of integers by role, of the exponents, and of the rest in fp16."""
@@ -205,7 +204,7 @@ class Packers:
             roles.setdefault(role(name), []).append(values)
         exponents = np.concatenate([part for p in plans.values() for part in (p.rows, p.columns)])
         jobs = [(parts, states) for parts in roles.values()] + [([exponents[:, None]], 0)]
-        streams = rd.spread(lambda job: rd.encode(*job), jobs)
+        streams = rd.spread(lambda job: rd.code(*job), jobs)
         coder, small = self.subject.config.compressor, self.subject.small()
         streams.append(t.compress(b"".join(t.split_bytes(tensor.values) for tensor in small.values()), coder))
         shapes = [[name, list(p.weight.shape)] for name, p in plans.items()]
@@ -222,12 +221,12 @@ class Packers:
         roles: dict[str, list[tuple[str, tuple[int, int]]]] = {}
         for name, shape in shapes:
             roles.setdefault(role(name), []).append((name, tuple(shape)))
-        jobs = [([shape for _, shape in group], states) for group in roles.values()]
-        jobs.append(([(sum(sum(shape) for _, shape in shapes), 1)], 0))
-        decoded = rd.spread(lambda i: rd.decode(data[ends[i] : ends[i + 1]], *jobs[i]), range(len(jobs)))
+        jobs = [([np.empty(shape, np.int32) for _, shape in group], states) for group in roles.values()]
+        jobs.append(([np.empty((sum(sum(shape) for _, shape in shapes), 1), np.int32)], 0))
+        rd.spread(lambda i: rd.code(*jobs[i], data[ends[i] : ends[i + 1]]), range(len(jobs)))
         names = [name for group in roles.values() for name, _ in group]
-        integers = dict(zip(names, [values for group in decoded[:-1] for values in group], strict=True))
-        parts = np.split(decoded[-1][0][:, 0], np.cumsum([n for _, shape in shapes for n in shape])[:-1])
+        integers = dict(zip(names, [values for matrices, _ in jobs[:-1] for values in matrices], strict=True))
+        parts = np.split(jobs[-1][0][0][:, 0], np.cumsum([n for _, shape in shapes for n in shape])[:-1])
         pairs = zip(parts[::2], parts[1::2], strict=True)
         return {name: torch.from_numpy(rd.restore(integers[name], *pair, delta))
                 for (name, _), pair in zip(shapes, pairs, strict=True)}
@@ -345,7 +344,7 @@ def overhead(integers: dict[str, np.ndarray], states: int) -> float:
         counting(values, shapes, rd.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         bits -= float((counts * np.log2(np.where(share > 0, share, 1))).sum())
-        real += len(rd.encode(parts, states))
+        real += len(rd.code(parts, states))
     return 8 * real / bits - 1
 
 
@@ -367,11 +366,11 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     inputs = {width: random(2 * width, width) * torch.rand(width, generator=generator) for width in (512, 2048)}
     moments = {width: x.T @ x for width, x in inputs.items()}
     outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
-    one = lambda n: rd.plan(weights[n], moments[shapes[n][1]], outputs[n], 0.01, (form.rows, form.columns))
+    one = lambda n: rd.plan(weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns))
     first = one("k.0")
-    rd.decode(rd.encode([rd.round_all({"": first}, 1.0, form.states)[""]], form.states), [(256, 512)], form.states)
+    rd.code([rd.round_all({"": first}, 1.0, form.states)[""]], form.states)  # compiles
     began = time.perf_counter()
-    plans = rd.balance(dict(zip(shapes, rd.spread(one, shapes), strict=True)), 0.0)
+    plans = dict(zip(shapes, rd.spread(one, shapes), strict=True))
     times = [time.perf_counter() - began]
     count = sum(math.prod(shape) for shape in shapes.values())
     mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / rd.OCTAVE
@@ -384,14 +383,14 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     integers = rd.round_all(plans, delta, form.states, form.rate)
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
-    streams = rd.spread(lambda names: rd.encode([integers[n] for n in names], form.states), groups)
+    streams = rd.spread(lambda names: rd.code([integers[n] for n in names], form.states), groups)
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
-    jobs = list(zip(streams, groups, strict=True))
-    again = rd.spread(lambda job: rd.decode(job[0], [shapes[n] for n in job[1]], form.states), jobs)
+    again = {name: np.empty(shape, np.int32) for name, shape in shapes.items()}
+    fill = lambda job: rd.code([again[n] for n in job[1]], form.states, job[0])
+    rd.spread(fill, list(zip(streams, groups, strict=True)))
     times.append(time.perf_counter() - began)
-    for names, decoded in zip(groups, again, strict=True):
-        assert all(np.array_equal(m, integers[name]) for name, m in zip(names, decoded, strict=True))
+    assert all(np.array_equal(again[name], integers[name]) for name in shapes)
     facts = dict(zip(("plan", "round", "encode", "decode"), (scaled * seconds for seconds in times), strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}

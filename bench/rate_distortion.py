@@ -87,8 +87,11 @@ class Plan(NamedTuple):
     columns: np.ndarray  # int32 (C,)
 
 
-def plan(weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float]) -> Plan:
-    """Steps by reverse water-filling, outputs^(-1/2) times the diagonal of the factor of inputs^-1, each to a power."""
+def plan(weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]) -> Plan:
+    """Steps by reverse water-filling: outputs^(-1/2) times the diagonal of GPTQ's factor, to powers.
+
+    The first of the `powers` is for the geometric means of whole matrices, the others for rows and columns within.
+    """
     inputs, outputs = inputs.double().cpu().clone(), outputs.double().cpu()
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
@@ -96,19 +99,11 @@ def plan(weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers
     root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
     factor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
-    column = torch.empty_like(factor[0])
-    column[order] = torch.log2(factor.diagonal())
-    middle, centred = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
-    exponents = (middle + centred(row, powers[0]), centred(column, powers[1]))
+    column = torch.log2(factor.diagonal())[torch.argsort(order)]
+    level, bend = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
+    exponents = (powers[0] * level + bend(row, powers[1]), bend(column, powers[2]))
     rows, columns = ((OCTAVE * x).round().int().numpy() for x in exponents)
     return Plan(weight.float().cpu(), order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
-
-
-def balance(plans: dict[str, Plan], power: float) -> dict[str, Plan]:
-    """The plans with their mean log steps pulled together: 1 is what sensitivities say, 0 one step for all matrices."""
-    middle = {name: float(p.rows.mean() + p.columns.mean()) for name, p in plans.items()}
-    mean = np.average(list(middle.values()), weights=[p.weight.numel() for p in plans.values()])
-    return {n: p._replace(rows=p.rows + round((power - 1) * (middle[n] - mean))) for n, p in plans.items()}
 
 
 def scale(exponents: np.ndarray) -> np.ndarray:
@@ -154,10 +149,8 @@ def spread(work: Callable, jobs: Iterable, threads: int = 0) -> list:
 def round_all(plans: dict[str, Plan], delta: float, states: int, rate: float = 0.0,
               threads: int = 0) -> dict[str, np.ndarray]:
     """The integers of every plan, the same for any number of threads."""
-    names = sorted(plans, key=lambda name: -plans[name].weight.numel())  # long ones first: threads end together
     one = lambda p: round_matrix(p, steps(p.rows, p.columns, delta), states, rate)
-    done = dict(zip(names, spread(lambda name: one(plans[name]), names, threads), strict=True))
-    return {name: done[name] for name in plans}
+    return dict(zip(plans, spread(one, plans.values(), threads), strict=True))
 
 
 @numba.njit(nogil=True, cache=True, inline="always")
@@ -229,27 +222,17 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
         begin += rows * columns
 
 
-def code(values: np.ndarray, shapes: list[tuple[int, int]], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C) in `values` that lie on trellis paths; or fill `values` from a stream."""
+def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
+    """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
+    values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
     counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
     counts[:, SYMBOLS] = SYMBOLS
     buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
     coder = np.array([0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7])
-    code_integers(values, np.array(shapes), trellis(states)[0], counts, coder, buffer, data is not None)
-    return buffer[: coder[2]].tobytes() + bytes([coder[0] >> 48])  # and 255s: within the span
-
-
-def encode(matrices: list[np.ndarray], states: int) -> bytes:
-    """One stream of int32 matrices (R, C) that lie on paths of the trellis."""
-    return code(np.concatenate([m.ravel() for m in matrices]), [m.shape for m in matrices], states)
-
-
-def decode(data: bytes, shapes: list[tuple[int, int]], states: int) -> list[np.ndarray]:
-    """Undo `encode`."""
-    ends = np.cumsum([rows * columns for rows, columns in shapes])
-    values = np.zeros(ends[-1], np.int32)
-    code(values, shapes, states, data)
-    return [v.reshape(shape) for v, shape in zip(np.split(values, ends[:-1]), shapes, strict=True)]
+    code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
+    for m, part in zip(matrices, np.split(values, np.cumsum(shapes.prod(1))[:-1]), strict=True):
+        m[:] = part.reshape(m.shape)
+    return buffer[: coder[2]].tobytes() + bytes([coder[0] >> 48])  # read with 255s behind it: within the span
 
 
 def guess_delta(plans: dict[str, Plan], goal: float, states: int) -> float:
