@@ -30,11 +30,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import numba
+except ImportError:
+    raise SystemExit("bench/packing.py needs numba: pip install numba==0.68.1") from None
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data

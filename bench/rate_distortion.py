@@ -23,6 +23,7 @@ TRELLISES = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # parity p
 OCTAVE, BLOCK = 8, 64  # steps are 2^(n/OCTAVE); columns per propagation of errors
 SYMBOLS, CLASSES, GAIN, LIMIT = 256, 40, 32, 1 << 17  # of the entropy coder's counts
 MASK = (1 << 56) - 1  # of its low end
+compiled = numba.njit(nogil=True, cache=True)
 
 
 def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +35,7 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
     return after, np.argsort(after, axis=0).T.astype(np.uint8)  # column `bit` of `after` is a permutation
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def viterbi(goal, price, before):
     """Integers (R,) on a trellis path from state 0 with the least sum of price (goal - integer)^2, all fp32 (R,)."""
     rows, states = len(goal), before.shape[1]
@@ -59,7 +60,7 @@ def viterbi(goal, price, before):
     return integers
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def round_block(w, step, factor, price, before, largest):
     """Integers (B, R) of columns w (B, R), the error of one going to the later ones; the errors are left in w."""
     integers = np.empty(w.shape, np.int32)
@@ -153,7 +154,7 @@ def round_all(plans: dict[str, Plan], delta: float, states: int, rate: float = 0
     return dict(zip(plans, spread(one, plans.values(), threads), strict=True))
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@compiled
 def code_symbol(symbol, counts, coder, buffer, decoding):
     """Code one symbol by its `counts`, the last of which is their sum, and count it; `coder` is low, span, position."""
     unit, start, s = coder[1] // counts[SYMBOLS], 0, 0
@@ -185,7 +186,7 @@ def code_symbol(symbol, counts, coder, buffer, decoding):
     return s
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
     """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column.
 
@@ -298,6 +299,7 @@ def collect_sensitivities(run: t.Run, model: Tapped, batches: Iterable[t.Batch])
         batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
 
     for batch in batches:
+        batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
         model(batch, tap).sum().backward()
         tokens += batch.targets.numel()
     model.zero_grad()

@@ -130,7 +130,7 @@ def reduced(options: argparse.Namespace, folder: Path) -> dict:
         f"{'val_bpb':<10}{'prequant':>12}{'after 1738':>12}{'quantized':>12}{'sliding':>12}{'ttt':>12}  legal",
         flush=True,
     )
-    for name in SYSTEMS:
+    for name in options.systems:
         summary = run(name, changes, folder / "runs")
         bpb = summary["bpb"] | ({"after": summary["after_bpb"]} if "after_bpb" in summary else {})
         cells = [
@@ -150,10 +150,11 @@ def full(options: argparse.Namespace, folder: Path) -> dict:
     print("changed in every recipe: " + " ".join(f"{key}={value}" for key, value in FULL.items()))
     results = {}
     print(f"{'':<10}{'processes':>10}{'parameters':>12}{'artifact':>12}{'seconds':>9}  val_bpb by stage", flush=True)
-    for name, parameters in SYSTEMS.items():
+    for name in options.systems:
         scores = {}
         for processes in (1,) if options.quick else (1, 2):
             summary = run(name, changes, folder / "runs", processes)
+            parameters = SYSTEMS[name]
             assert summary["parameters"] == parameters
             scores[processes] = summary["bpb"]
             stages = " ".join(f"{stage}:{bpb:.5f}" for stage, bpb in summary["bpb"].items())
@@ -168,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path, help="folder of shards with a vocabulary of 8,192")
     parser.add_argument("--full", action="store_true", help="the full shape, one step")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which of the four")
     parser.add_argument("--steps", type=int, default=300, help="training steps at the reduced shape")
     parser.add_argument("--val-tokens", type=int, default=100_000, help="validation tokens at the reduced shape")
     parser.add_argument("--quick", action="store_true", help="10 steps, or one process: shows that it runs")

@@ -198,6 +198,7 @@ def test_sensitivities_are_the_moments_of_inputs_and_gradients(config):
             model.get_parameter(name).add_(0.3 * torch.randn_like(model.get_parameter(name)))
     model.looped = True
     batch = t.ShuffledLoader(config, t.Dataset(config)).get(0, 0)
+    targets = batch.targets.clone()
     found = rd.collect_sensitivities(run, model, [batch])
     assert {key[0] for key in found} == {"q", "k", "v", "o", "up", "down", "head"}
     inputs, outputs, logits = {}, {}, []
@@ -208,8 +209,13 @@ def test_sensitivities_are_the_moments_of_inputs_and_gradients(config):
         y.retain_grad()
         if site == "head":
             logits.append(y)
+            chance = torch.softmax(config.logit_softcap * torch.tanh(y.detach().flatten(0, 1) / config.logit_softcap), -1)
+            drawn = torch.multinomial(chance, 1, generator=torch.Generator().manual_seed(0))
+            batch.targets.copy_(drawn.view_as(batch.targets))
 
-    model(batch, tap).sum().backward()  # of the labels that were drawn: the batch holds them now
+    assert torch.equal(batch.targets, targets)
+    batch = batch._replace(targets=targets)
+    model(batch, tap).sum().backward()
     count = batch.targets.numel()
     for key, (moments, fisher) in found.items():
         x, g = torch.cat(inputs[key]), torch.cat([y.grad.flatten(0, -2) for y in outputs[key]])
