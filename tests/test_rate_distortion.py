@@ -209,8 +209,8 @@ def test_sensitivities_are_the_moments_of_inputs_and_gradients(config):
         y.retain_grad()
         if site == "head":
             logits.append(y)
-            chance = torch.softmax(config.logit_softcap * torch.tanh(y.detach().flatten(0, 1) / config.logit_softcap), -1)
-            drawn = torch.multinomial(chance, 1, generator=torch.Generator().manual_seed(0))
+            logit = config.logit_softcap * torch.tanh(y.detach().flatten(0, 1) / config.logit_softcap)
+            drawn = torch.multinomial(torch.softmax(logit, -1), 1, generator=torch.Generator().manual_seed(0))
             batch.targets.copy_(drawn.view_as(batch.targets))
 
     assert torch.equal(batch.targets, targets)
