@@ -8,15 +8,14 @@ A run is train -> quantise -> pack -> evaluate, each also alone (STAGE=train|qua
 left in runs/$RUN_ID/. The score is computed from the bytes of the artifact on disk and nothing else.
 
 Contents, in the order of execution (every section starts with a line `# === NAME ===`):
-
     CONFIG      every setting, declared once: type, default, range, meaning
     RUN         rank, device, run folder, log, metrics, errors
     DATA        shards, the two training loaders, validation tokens and their bytes
     KERNELS     fused GPU kernels, each beside its plain reference
     MODEL       route (the order of layer visits) and parameter table, attention backends, the one forward
     OPTIMIZERS  Muon on parameter banks, Adam, EMA, schedule
-    QUANTIZE    Hessians, GPTQ with SDClip
-    ARTIFACT    the container on disk, the packed script, size accounting
+    QUANTIZE    calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    ARTIFACT    entropy coder, the container on disk, the packed script
     EVALUATE    windows, scores, plain and sliding evaluation, test-time training
     TRAIN       warm-up, the training loop, checkpoints
     MAIN        stages
@@ -25,31 +24,9 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file st
 """
 from __future__ import annotations
 
-import base64
-import ctypes
-import dataclasses
-import difflib
-import fcntl
-import functools
-import hashlib
-import importlib.util
-import itertools
-import json
-import lzma
-import math
-import os
-import pickle
-import platform
-import re
-import resource
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import time
-import typing
-from collections.abc import Callable, Iterator, Mapping
+import base64, ctypes, dataclasses, difflib, fcntl, functools, hashlib, importlib.util, itertools, json, lzma, math
+import os, pickle, platform, re, resource, shutil, signal, struct, subprocess, sys, time, typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -68,6 +45,7 @@ not_negative: Check = (lambda v: v >= 0, "must not be negative")
 fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
 below_one: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
 bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
+trellis_size: Check = (lambda v: v in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
 bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
 file_name: Check = (lambda v: re.fullmatch(r"(?!\.*$)[\w.-]+|", v, re.ASCII), "may hold letters, digits and ._- only")
 
@@ -82,10 +60,8 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting, read from the environment variable of the same name in capitals; frozen, checked as a whole.
-
-    Names and meanings are those of the public submissions #1585, #1738, #1755 and #1693 wherever these have them.
-    """
+    """Every setting, read from the environment variable of the same name in capitals; frozen, checked as a whole. Names
+    and meanings are those of the public submissions #1585, #1738, #1755 and #1693 wherever these have them."""
     _run = Section("Run", "nothing")
     stage: Literal["all", "train", "quantize", "evaluate"] = knob("all", "part of the run to do, from what is on disk")
     run_id: str = knob("", "folder under OUT_DIR; empty: the unfinished run of these settings or a new one", file_name)
@@ -98,19 +74,16 @@ class Config:
     kernels: Literal["auto", "triton", "reference"] = knob("auto", "fused kernels; auto: triton if there is a GPU")
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob("auto", "of products; auto: bfloat16 if it is native")
-
     _data = Section("Data", "nothing")
     data_dir: str = knob("./data", "parent of datasets/ and tokenizers/")
     datasets_dir: str = knob("", "folder of the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
     tokenizer_path: str = knob("", "SentencePiece model; empty: beside the shards or fineweb_{VOCAB_SIZE}_bpe.model")
-
     _batch = Section("Batches", "training")
     seed: int = knob(1337, "initial weights", not_negative)
     loader: Literal["packed", "shuffled"] = knob("packed", "documents with attention inside each, or plain windows")
     train_batch_tokens: int = knob(786_432, "tokens per optimiser step over all ranks, in 8 micro-batches", positive)
     micro_batch_tokens: int = knob(98_304, "most tokens per forward; smaller micro-batches are joined", positive)
     train_seq_len: int = knob(2048, "tokens per window, and the longest document segment when packed", positive)
-
     _model = Section("Model", "training")
     vocab_size: int = knob(8192, "entries of the tokenizer", (lambda v: 4 < v <= 65_536, "must be 5 to 65536"))
     num_layers: int = knob(11, "layers with weights of their own", positive)
@@ -139,7 +112,6 @@ class Config:
     parallel_first_skip: Literal["lane0", "both"] = knob("lane0", "first two-lane skip: after or before the split")
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding (also the head)", positive)
     logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
-
     _schedule = Section("Schedule", "training")
     schedule: Literal["time", "steps"] = knob("time", "rates and loops follow the clock or (repeatable) the steps")
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
@@ -149,7 +121,6 @@ class Config:
     warmdown_frac: float = knob(0.85, "last fraction of the run over which the learning rate falls linearly", fraction)
     min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
     enable_looping_at: float = knob(0.35, "fraction of the run at which the loops are switched on", fraction)
-
     _optimizer = Section("Optimizers", "training")
     matrix_lr: float = knob(0.026, "Muon step of the matrices", positive)
     muon_momentum: float = knob(0.97, "Muon momentum after its ramp", below_one)
@@ -171,10 +142,11 @@ class Config:
     grad_clip_norm: float = knob(0.3, "largest global gradient norm; 0: no clipping", not_negative)
     grad_clip_scope: Literal["global", "local"] = knob("global", "clip after or before averaging over ranks (#1585)")
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
-
     _quantizer = Section("Quantizer", "artifact")
+    quantizer: Literal["rate_distortion", "sdclip"] = knob("rate_distortion", "sensitivity steps, or clipped rows")
+    trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
+    artifact_target_bytes: int = knob(0, "rate_distortion: fill this; 0: the cap less the packed code", not_negative)
     gptq_calibration_batches: int = knob(32, "training micro-batches for the Hessians, over all ranks", positive)
-    gptq_blocksize: int = knob(128, "columns per block of the GPTQ error propagation", positive)
     gptq_dampening: float = knob(0.01, "added to the Hessian's diagonal, as a fraction of its mean", positive)
     matrix_bits: int = knob(6, "integer width of matrices", bit_width)
     attn_bits: int = knob(0, "integer width of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
@@ -185,7 +157,6 @@ class Config:
     embed_clip_sigmas: float = knob(14.0, "embedding: largest level in standard deviations of a row", positive)
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
-
     _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
     prequant_ttt_enabled: bool = knob(False, "AdamW on the validation tokens before quantising; stamps the run illegal")
     prequant_ttt_epochs: int = knob(21, "passes over the validation tokens, weights averaged over ranks each", positive)
@@ -196,7 +167,6 @@ class Config:
     prequant_ttt_grad_clip: float = knob(1.0, "largest gradient norm, per rank", positive)
     ttt_ema_enabled: bool = knob(False, "keep an average over the passes instead of the last weights")
     ttt_ema_decay: float = knob(0.7, "decay of that average per pass", below_one)
-
     _evaluation = Section("Evaluation", "score")
     eval_seq_len: int = knob(2048, "tokens of context per window", positive)
     eval_stride: int = knob(64, "new tokens per sliding window", positive)
@@ -204,7 +174,6 @@ class Config:
     eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
-
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
     ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob("doc_lora", "adapters per document with phases of SGD, or SGD")
@@ -245,7 +214,6 @@ class Config:
     global_ttt_warmup_start_lr: float = knob(0.0, "phases: step at the first of these", not_negative)
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             check, value = field.metadata["check"], getattr(self, field.name)
@@ -256,7 +224,6 @@ class Config:
         for holds, message in self.combinations():
             if not holds:
                 raise Stop(message)
-
     def combinations(self) -> Iterator[tuple[bool, str]]:
         """What settings must satisfy together: pairs of (holds, the error if it does not)."""
         c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
@@ -266,14 +233,12 @@ class Config:
                f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}")
         yield ((c.mlp_mult * c.model_dim).is_integer(),
                f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number")
-        yield (c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers,
-               f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS="
-               f"{c.num_layers} (or NUM_LOOPS=0)")
-        yield (c.train_batch_tokens % STREAMS == 0,
-               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, one part per micro-batch")
-        yield (c.loader == "packed" or c.train_batch_tokens % micro == 0,
-               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: LOADER=shuffled needs a multiple of {STREAMS} x "
-               f"TRAIN_SEQ_LEN = {micro}")
+        yield (c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers, f"LOOP_START={c.loop_start}, LOOP_END="
+               f"{c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers} (or NUM_LOOPS=0)")
+        yield c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
+        yield (c.train_batch_tokens % (STREAMS if c.loader == "packed" else micro) == 0,
+               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, with LOADER=shuffled of "
+               f"{STREAMS} x TRAIN_SEQ_LEN = {micro}")
         yield (c.eval_stride <= c.eval_seq_len,
                f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped")
         yield (c.gptq_reserve_seconds < c.max_wallclock_seconds, f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: must "
@@ -282,10 +247,7 @@ class Config:
                f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto")
         yield (c.ttt_mode == "chunk_sgd" or c.phased_ttt_num_phases > 0 or not c.hash_embed_enabled,
                "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0")
-        yield c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
-        yield (not c.artifact or c.stage == "evaluate",
-               f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it, but STAGE={c.stage}")
-
+        yield not c.artifact or c.stage == "evaluate", f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it"
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Config:
         """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
@@ -307,16 +269,13 @@ class Config:
             if environment[name] not in (only, only + ".0"):
                 raise Stop(f"{name}={environment[name]}: every published run has {only}; nothing else is implemented")
         return config
-
     def overrides(self) -> dict[str, Any]:
         """The settings that differ from their defaults, by variable name."""
         return {f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
-
     def chosen(self, *which: str) -> dict[str, Any]:
         """The settings of the sections with these titles, or that shape these results, by variable name."""
         return {f.name.upper(): getattr(self, f.name) for section, fields in self.sections() for f in fields
                 if {section.title, section.shapes} & set(which)}
-
     @classmethod
     def sections(cls) -> list[tuple[Section, list[dataclasses.Field]]]:
         """The settings under their headings, in order of declaration."""
@@ -327,7 +286,6 @@ class Config:
             elif name in fields:
                 table[-1][1].append(fields[name])
         return table
-
     @classmethod
     def describe(cls) -> Iterator[str]:
         """The lines of the table of all settings for --help."""
@@ -351,7 +309,7 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
 FIXED = {"TIE_EMBEDDINGS": "1", "EMBEDDING_DIM": "MODEL_DIM", "PARALLEL_FINAL_LANE": "mean", "TTT_EVAL_BATCHES": "",
          "PARALLEL_FREEZE_LANE0": "0", "PARALLEL_IDENTITY_INIT": "1", "PARALLEL_SKIP_LANE0_ONLY": "1",
          "PARALLEL_MLP_READ_MIX": "0", "PARALLEL_START_LAYER_IS_PHYSICAL": "1", "VAL_DOC_FRACTION": "1",
-         "PHASED_TTT_ENABLED": "1"}
+         "PHASED_TTT_ENABLED": "1", "GPTQ_BLOCKSIZE": "128"}
 REFUSED = {name: reason for reason, names in {
     "declared in the published scripts, read by no code": "ROPE_TRAIN_SEQ_LEN MUON_BETA2 GPTQ_ENABLED SWA_ENABLED "
     "SWA_EVERY LAWA_ENABLED LAWA_K LAWA_FREQ QAT_ENABLED LATE_QAT_THRESHOLD MTP_NUM_HEADS MTP_LOSS_WEIGHT BIGRAM_DIM "
@@ -410,12 +368,14 @@ if __name__ == "__main__":
         raise Stop(f"{sys.executable}: torch is not installed there; use ./run.sh, or pip install -r requirements.txt")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while idle starve a busy machine 20-fold
 
+import numba
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from tqdm import tqdm
 
 try:
     import triton
@@ -426,13 +386,9 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     jit = lambda function: function
 
 # === RUN ===
-
 class Run:
-    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks).
-
-    world = 1 is the same code: the collectives below are then identities.
-    """
-
+    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks). world = 1 is the
+    same code: the collectives below are then identities."""
     def __init__(self, config: Config):
         self.config = config
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -441,25 +397,22 @@ class Run:
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
-        self.dtype = pick_dtype(config, self.is_cuda)
+        native = self.is_cuda or torch.cpu._is_avx512_bf16_supported()
+        dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if native else "float32"
+        self.dtype = getattr(torch, dtype)
         self.streams = range(self.rank, STREAMS, self.world)
         self.folder, self.lock = Path(), None
-        self.sink: typing.TextIO | None = None
-        self.metrics: typing.TextIO | None = None
-        die_with_parent()
+        self.sink = self.metrics = None
+        tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        else:
-            keep_freed_memory()
         if self.world > 1:
             dist.init_process_group("nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None)
-
     @property
     def main(self) -> bool:
         """Whether this is the rank that logs and writes."""
         return self.rank == 0
-
     def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
         try:
@@ -473,7 +426,6 @@ class Run:
             raise Stop(f"{folder}: another process is writing this run; wait for it or choose another RUN_ID") from None
         except OSError as error:
             raise Stop(f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder") from None
-
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
         if self.main:
@@ -481,57 +433,45 @@ class Run:
                 print(line, flush=True)
             if self.sink:
                 self.sink.write(line + "\n")
-
     def metric(self, kind: str, **values: Any) -> None:
         """One record of full-precision values to metrics.jsonl. Rank 0 only."""
         if self.metrics:
-            record = {"kind": kind, "time": time.time(), **values}
-            self.metrics.write(json.dumps(record) + "\n")
-
+            self.metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
     def note(self, event: str, **values: Any) -> None:
         """Write to the ledger when data were read, clocks ran and the artifact was sealed, for compliance.py."""
         self.metric("ledger", event=event, **values)
-
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's picklable `value` on every rank."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
-
-    def gather(self, value: dict) -> dict:
-        """The union of every rank's dictionary, on every rank."""
-        if self.world == 1:
-            return value
-        parts: list[dict] = [{}] * self.world
-        dist.all_gather_object(parts, value)
-        return {k: v for part in parts for k, v in part.items()}
-
     def guarded(self, action: Callable[[], Any]) -> Any:
         """`action` on rank 0 alone; the others get its value or its Stop, so nobody waits in a collective for ever."""
-        outcome: tuple[str, Any] = ("", None)
+        outcome = ["", None]  # the message of a Stop, the value
         if self.main:
             try:
-                outcome = ("", action())
+                outcome[1] = action()
             except Stop as stop:
-                outcome = (str(stop), None)
-        message, value = self.share(outcome)
-        if message:
-            raise Stop(message if self.main else 1)
-        return value
-
+                outcome[0] = str(stop)
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, device=self.device)
+        if outcome[0]:
+            raise Stop(outcome[0] if self.main else 1)
+        return outcome[1]
+    def track(self, what: str, items: Sequence) -> Iterator:
+        """The items one by one, with a bar on a terminal, otherwise a line at most every 10 s. Rank 0 only."""
+        bar = tqdm(items, what, leave=False, file=sys.stdout, disable=not (self.main and sys.stdout.isatty()))
+        total, start = len(items), (last := time.monotonic())
+        for done, item in enumerate(bar):
+            if bar.disable and (now := time.monotonic()) - last >= 10:
+                left, last = (now - start) * (total - done) / max(done, 1), now
+                self.log(f"{what}: {100 * done / total:.0f}% left:{left:.0f}s")
+            yield item
     def now(self) -> float:
         """Seconds of a monotonic clock after the device has finished its work."""
         if self.is_cuda:
             torch.cuda.synchronize()
         return time.monotonic()
-
     def close(self) -> None:
         """Release the log files and the lock of the run folder; with several ranks, end this process."""
         for file in filter(None, (self.sink, self.metrics, self.lock)):
@@ -541,55 +481,20 @@ class Run:
             sys.stdout.flush()
             os._exit(0)  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
 
-class Progress:
-    """Time left of a long stage: a bar on a terminal, otherwise one line at most every 10 s. Rank 0 only."""
-
-    def __init__(self, run: Run, what: str, total: int):
-        self.run, self.what, self.total = run, what, max(total, 1)
-        self.start = self.last = time.monotonic()
-        self.tty = run.main and sys.stdout.isatty()
-
-    def show(self, done: int) -> None:
-        """Report that `done` of the total are finished."""
-        now = time.monotonic()
-        if self.run.main and now - self.last >= (0.2 if self.tty else 10.0):
-            left, share = (now - self.start) * (self.total - done) / max(done, 1), done / self.total
-            line, self.last = f"{self.what}: {100 * share:.0f}% left:{left:.0f}s", now
-            if self.tty:
-                print(f"\r[{'#' * int(24 * share):.<24}] {line}\x1b[K", end="", flush=True)
-            else:
-                self.run.log(line)
-
-    def end(self) -> None:
-        """Clear the bar."""
-        if self.tty:
-            print("\r\x1b[K", end="", flush=True)
-
-def pick_dtype(config: Config, is_cuda: bool) -> torch.dtype:
-    """The dtype of activations and matrix products: COMPUTE_DTYPE, or bfloat16 where the hardware multiplies it."""
-    if config.compute_dtype != "auto":
-        return getattr(torch, config.compute_dtype)
-    native = is_cuda or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-def die_with_parent() -> None:
-    """End this process when torchrun is killed, so that an orphan never goes on writing to the run folder (Linux)."""
+def tune_process(is_cuda: bool) -> None:
+    """Linux: die with torchrun, so that no orphan goes on writing to the run folder. glibc without a GPU: keep freed
+    blocks instead of giving them back, faulting the pages in again is half of a step."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed blocks instead of giving them back: faulting the pages in again is half of a CPU step."""
-    if platform.libc_ver()[0] == "glibc":
+    if not is_cuda and platform.libc_ver()[0] == "glibc":
         for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_..., M_TOP_PAD
             ctypes.CDLL(None).mallopt(parameter, value)
 
 def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name.
-
-    A folder matches if its config.json holds the same data (`shards`: their fingerprint) and the same settings up to
-    what the stage still decides. STAGE=all and train look for an unfinished run with a checkpoint that nobody is
-    writing: the same command again resumes.
-    """
+    """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name. A
+    folder matches if its config.json holds the same data (`shards`: their fingerprint) and the same settings up to what
+    the stage still decides. STAGE=all and train look for an unfinished run with a checkpoint that nobody is writing:
+    the same command again resumes."""
     root = Path(config.out_dir)
     if config.run_id:
         folder = root / config.run_id
@@ -660,9 +565,7 @@ def versions(run: Run) -> dict[str, str]:
             "commit": (git and git.stdout.strip()) or "none", "source_sha256": hashlib.sha256(source).hexdigest()}
 
 # === DATA ===
-
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-BOS = 1
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1
 
 def read_shard(path: Path) -> np.ndarray:
     """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
@@ -682,7 +585,6 @@ def read_shard(path: Path) -> np.ndarray:
 
 class Dataset:
     """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
-
     def __init__(self, config: Config, need_training: bool = True):
         self.folder = Path(config.datasets_dir or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
         places = [self.folder / "tokenizer.model",
@@ -699,7 +601,6 @@ class Dataset:
         self.train = [read_shard(path) for path in self.train_files]
         self.manifest = read_json(self.folder / "manifest.json")
         self.pieces = self.read_tokenizer()
-
     def read_tokenizer(self) -> Any:
         """The SentencePiece model; Stop if it is missing, broken or of another size than VOCAB_SIZE."""
         import sentencepiece
@@ -712,7 +613,6 @@ class Dataset:
             raise Stop(f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer} has {pieces.vocab_size()} entries; set "
                        f"VOCAB_SIZE={pieces.vocab_size()} or another TOKENIZER_PATH")
         return pieces
-
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
@@ -730,7 +630,6 @@ class Dataset:
                 "standard": standard,  # validation is the contest's: the first 50,000 documents
                 "tokenizer": short(self.tokenizer), "train_shards": len(self.train_files),
                 "train_tokens": sum(map(len, self.train)), **counts}
-
     def check_ids(self, tokens: np.ndarray, where: object) -> np.ndarray:
         """`tokens`, or Stop if one of them is not in the vocabulary."""
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
@@ -746,10 +645,8 @@ class Batch(NamedTuple):
     longest: int = 0
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
-    """Starts of the attention segments in one packed row (T,): at every BOS and break, cut every `longest` tokens.
-
-    The int32 vector ends with T and is padded with T to a multiple of 64 entries: few shapes, few compilations (#1530).
-    """
+    """Starts of the attention segments in one packed row (T,): at every BOS and break, cut every `longest` tokens. The
+    int32 vector ends with T and is padded with T to a multiple of 64 entries: few shapes, few compilations (#1530)."""
     starts = np.flatnonzero(tokens == BOS)
     starts = np.unique(np.concatenate([[0], starts, *([] if breaks is None else [breaks])]))
     lengths = np.diff(np.append(starts, len(tokens)))
@@ -764,13 +661,10 @@ def pad_starts(starts: np.ndarray, total: int) -> Tensor:
     return torch.from_numpy(padded)
 
 class ShuffledLoader:
-    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants).
-
-    Stream s draws from the files s, s+8, ... (fewer than 8 files: from its share of one). Each epoch has its own phase
-    per file and its own permutation of a stream's windows, seeded by their numbers alone: any batch can be had without
-    drawing the ones before it, so a resumed run goes on with the same data. Independent of SEED.
-    """
-
+    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants). Stream s draws
+    from the files s, s+8, ... (fewer than 8 files: from its share of one). Each epoch has its own phase per file and
+    its own permutation of a stream's windows, seeded by their numbers alone: any batch can be had without drawing the
+    ones before it, so a resumed run goes on with the same data. Independent of SEED."""
     def __init__(self, config: Config, data: Dataset):
         self.data, self.length = data, config.train_seq_len
         self.rows = config.train_batch_tokens // STREAMS // self.length
@@ -778,7 +672,6 @@ class ShuffledLoader:
         if min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0:
             raise Stop(f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
                        f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN")
-
     def plan(self, stream: int, epoch: int) -> np.ndarray:
         """(windows, 2): file index and first token of each window, in the order they are used."""
         if (stream, epoch) not in self.plans:
@@ -793,7 +686,6 @@ class ShuffledLoader:
             windows = np.concatenate(parts)
             self.plans[stream, epoch] = windows[generator(epoch, stream, 1).permutation(len(windows))]
         return self.plans[stream, epoch]
-
     def get(self, step: int, stream: int) -> Batch:
         """The micro-batch of `stream` at `step`: (rows, TRAIN_SEQ_LEN)."""
         out = np.empty((self.rows, self.length + 1), dtype=np.int64)
@@ -807,10 +699,8 @@ class ShuffledLoader:
 
 class PackedLoader:
     """Consecutive tokens of the shards in file order; attention stays in documents, at most TRAIN_SEQ_LEN long (#1530).
-
-    A step takes 8 adjacent slices of TRAIN_BATCH_TOKENS/8 + 1 tokens, one per stream; a shard's remainder is skipped.
-    """
-
+    A step takes 8 adjacent slices of TRAIN_BATCH_TOKENS/8 + 1 tokens, one per stream; a shard's remainder is
+    skipped."""
     def __init__(self, config: Config, data: Dataset):
         self.data, self.longest = data, config.train_seq_len
         self.slice = config.train_batch_tokens // STREAMS + 1
@@ -820,7 +710,6 @@ class PackedLoader:
         if self.ends[-1] == 0:
             raise Stop(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in {data.folder} "
                        f"has {max(sizes)} tokens; use a smaller batch or more data")
-
     def get(self, step: int, stream: int) -> Batch:
         """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS/8)."""
         step %= int(self.ends[-1])
@@ -846,18 +735,15 @@ def join(batches: list[Batch]) -> Batch:
 
 class Feed:
     """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
-
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
         self.run, self.loader = run, loader
         self.worker = ThreadPoolExecutor(1)
         self.step, self.ahead = -1, None
-
     def get(self, step: int) -> list[Batch]:
         """The micro-batches of `step` on the device."""
         ready = self.ahead if step == self.step else self.worker.submit(self.load, step)
         self.step, self.ahead = step + 1, self.worker.submit(self.load, step + 1)
         return [to_device(batch, self.run) for batch in ready.result()]
-
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory."""
         c, batches = self.run.config, [self.loader.get(step, stream) for stream in self.run.streams]
@@ -878,12 +764,10 @@ class Validation(NamedTuple):
     source: str
 
 def load_validation(data: Dataset) -> Validation:
-    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text.
-
-    With a sidecar, its values are the bytes. Without, they follow from the pieces: the UTF-8 length of the piece, and
-    one byte for the space before it unless the token before is a control token. A tokenizer with case operators
-    (private-use code points) needs the sidecar: operators are no bytes of the original text.
-    """
+    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text. With a
+    sidecar, its values are the bytes. Without, they follow from the pieces: the UTF-8 length of the piece, and one byte
+    for the space before it unless the token before is a control token. A tokenizer with case operators (private-use
+    code points) needs the sidecar: operators are no bytes of the original text."""
     tokens = data.check_ids(np.concatenate([read_shard(path) for path in data.val_files]), data.val_files[0])
     if data.sidecar_files:
         sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
@@ -963,13 +847,8 @@ def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tens
         logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK=block, num_warps=4)
     return gradient
 
-@softcapped_ce_op.register_fake
-def _(logits, targets, cap):
-    return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
-
-@softcapped_ce_backward_op.register_fake
-def _(logits, targets, normalizers, upstream, cap):
-    return torch.empty_like(logits)
+softcapped_ce_backward_op.register_fake(lambda logits, *_: torch.empty_like(logits))
+softcapped_ce_op.register_fake(lambda logits, *_: tuple(logits.new_empty((2, len(logits)), dtype=torch.float32)))
 
 def _softcapped_ce_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
@@ -993,7 +872,6 @@ def pick_kernels(config: Config, run: Run) -> bool:
     return chosen
 
 # === MODEL ===
-
 class Step(NamedTuple):
     """One visit of a layer."""
     layer: int  # whose weights
@@ -1008,11 +886,9 @@ def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
     repeats = config.num_loops if looped else 0
     order = [*once[:config.loop_end + 1], *[*again] * repeats, *once[config.loop_end + 1:]]
     half = len(order) // 2
-
     def kind(place: int, layer: int) -> str:
         late = config.parallel_residual != "none" and layer >= config.parallel_start_layer
         return config.parallel_residual if late and (config.parallel_residual == "gptj" or place >= half) else "serial"
-
     return tuple(Step(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
                  for i, layer in enumerate(order))
 
@@ -1045,7 +921,7 @@ def param_table(config: Config) -> dict[str, Spec]:
         "qo": Spec((2 * layers, width, width), lambda t: (orthogonal(t[:layers]), zero(t[layers:])), "muon", "attn",
                    (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o"))),
         "kv": Spec((2 * layers, kv, width), orthogonal, "muon", "attn",
-                   (("blocks.{}.attn.c_k.weight", "q"), ("blocks.{}.attn.c_v.weight", "q"))),  # their input is q's
+                   (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v"))),
         "up": Spec((layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)),
         "down": Spec((layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)),
         "q_gain": Spec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
@@ -1101,7 +977,6 @@ def attend_flash(backend: str) -> Attend:
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
         dense = attend_sdpa
-
         def packed(q, k, v, starts, longest):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             return varlen_attn(q, k, v, starts, starts, longest, longest, is_causal=True)
@@ -1135,11 +1010,10 @@ def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without gain."""
     return F.rms_norm(x, (x.size(-1),))
 
-Tap = Callable[[str, int, Tensor], None]
+Tap = Callable[[str, int, Tensor, Tensor], None]
 
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and layer visit; the head has one visit (#1530)."""
-
     def __init__(self, config: Config, documents: int, device: torch.device):
         super().__init__()
         c, width, visits = config, config.model_dim, len(make_route(config, config.num_loops > 0))
@@ -1152,7 +1026,6 @@ class LoRA(nn.Module):
         self.read = nn.ParameterDict({s: empty(n, documents, c.ttt_lora_rank, width) for s, (n, _) in sizes.items()})
         self.write = nn.ParameterDict({s: empty(n, documents, out, c.ttt_lora_rank) for s, (n, out) in sizes.items()})
         self.scale = c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0
-
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
@@ -1160,7 +1033,6 @@ class LoRA(nn.Module):
         for read, write in zip(self.read.values(), self.write.values(), strict=True):
             read.uniform_(-(read.size(-1) ** -0.5), read.size(-1) ** -0.5, generator=generator)
             write.zero_()
-
     def visits(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """site -> (A, B) of each visit, (documents, rank, in) and (documents, out, rank), in `dtype`, A scaled."""
         parts = lambda t: t.to(dtype).unbind(0)
@@ -1174,11 +1046,8 @@ class Hooks(NamedTuple):
 HEAD = Step(0, 0, False, None, "serial")
 
 class GPT(nn.Module):
-    """The one network: layers as the route says, weights from the parameter table.
-
-    Matrices lie in banks (#1523): few large parameters make Muon and its communication batched.
-    """
-
+    """The one network: layers as the route says, weights from the parameter table. Matrices lie in banks (#1523): few
+    large parameters make Muon and its communication batched."""
     def __init__(self, config: Config, attend: Attend = attend_sdpa, fused: bool = False,
                  dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -1190,7 +1059,6 @@ class GPT(nn.Module):
             spec.init(weight)
             self.register_parameter(name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
-
     def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, ROPE_DIMS/2) of every position, from fp32 angles: rounding these would cost phase."""
         c, dims, length = self.config, self.config.rope_dims, batch.inputs.size(1)
@@ -1199,24 +1067,21 @@ class GPT(nn.Module):
         count = lambda end, step: torch.arange(0, end, step, device=batch.inputs.device, dtype=torch.float32)
         angle = torch.outer(count(length, 1), base ** -(count(dims, 2) / max(dims, 1)))[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
         half, (cos, sin) = self.config.rope_dims // 2, rotation
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
         return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
-
     @staticmethod
     def matmul(site: str, weight: Tensor, x: Tensor, step: Step, hooks: Hooks, adapt: Tensor | None = None) -> Tensor:
         """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` where that is not x itself."""
-        if hooks.tap:
-            hooks.tap(site, step.layer, x)
         y = F.linear(x, weight)
+        if hooks.tap:
+            hooks.tap(site, step.layer, x, y)
         if hooks.lora is None or site not in hooks.lora:
             return y
         read, write = hooks.lora[site][step.slot]
         return y + (x if adapt is None else adapt) @ read.mT @ write.mT
-
     def attention(self, x: Tensor, residual: Tensor, step: Step, banks: dict[str, Any], batch: Batch,
                   rotation: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
         """Attention on x (B, T, D), `residual` normalised: QK norm, rotation and gain, XSA, head gate, projection."""
@@ -1239,12 +1104,10 @@ class GPT(nn.Module):
                 torch.sigmoid(c.sparse_attn_gate_scale * opening)
             y = y * gate[..., None]
         return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
-
     def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], hooks: Hooks) -> Tensor:
         """LeakyReLU(x up, 1/2)^2 down."""
         hidden = F.leaky_relu(self.matmul("up", banks["up"][step.layer], x, step, hooks), 0.5).square()
         return self.matmul("down", banks["down"][step.layer], hidden, step, hooks, adapt=x)
-
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         c, ids = self.config, batch.inputs
@@ -1262,7 +1125,6 @@ class GPT(nn.Module):
                 share = share.masked_fill(((ids == BOS) | opens[:-1])[:, 1:, None], 0)
             x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
         return x
-
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores, calibration and TTT."""
         hooks = Hooks(tap, lora and lora.visits(self.dtype))
@@ -1271,7 +1133,6 @@ class GPT(nn.Module):
         fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
         losses = (fused if self.fused else softcapped_ce_reference)(logits, targets, cap)
         return losses.view_as(batch.targets)
-
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
         c, dtype = self.config, self.dtype
@@ -1314,7 +1175,6 @@ class GPT(nn.Module):
         return norm(x if lane is None else 0.5 * (x + lane))
 
 # === OPTIMIZERS ===
-
 # Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),
@@ -1347,10 +1207,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of every bank.
-
-    `reduce` starts the averaging of all banks, `step` updates them one by one while the next ones communicate.
-    """
-
+    `reduce` starts the averaging of all banks, `step` updates them one by one while the next ones communicate."""
     def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool):
         self.run, c = run, run.config
         table = NEWTON_SCHULZ[c.muon_coefficients]
@@ -1358,12 +1215,10 @@ class Muon:
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
-        self.dtype = run.dtype
-        self.shards, self.momenta, self.pending = {}, {}, {}
+        self.dtype, self.shards, self.momenta, self.pending = run.dtype, {}, {}, {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world)
             self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
-
     def reduce(self) -> None:
         """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
         for name, bank in self.banks.items():
@@ -1376,14 +1231,12 @@ class Muon:
             padded[:len(bank)] = gradient / self.run.world
             self.shards[name] = torch.empty_like(self.momenta[name])
             self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
-
     def square_norm(self) -> Tensor:
         """The sum of squares of the averaged gradients of all banks, over all ranks."""
         for handle, _ in self.pending.values():
             handle.wait()
         self.pending.clear()
         return self.run.sum(sum(shard.float().square().sum() for shard in self.shards.values()))
-
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale` multiplies the gradients first."""
         mu, rows = torch.tensor(momentum, dtype=self.dtype, device=self.run.device), self.run.config.muon_row_normalize
@@ -1395,15 +1248,17 @@ class Muon:
             if scale is not None:
                 shard.mul_(scale)
             update = self.update(shard, self.momenta[name], mu, rows, self.dtype, self.coefficients)
-            gathered, handle = update, None
-            if self.run.world > 1:
-                gathered = update.new_empty((len(update) * self.run.world, *update.shape[1:]))
-                handle = all_gather(gathered, update.contiguous(), async_op=True)
+            gathered = self.gather(update)
             if applied:
                 self.apply(*applied, rate, decay)
-            applied = bank, gathered, handle
+            applied = bank, *gathered
         self.apply(*applied, rate, decay)
-
+    def gather(self, shard: Tensor) -> tuple[Tensor, Any]:
+        """The shards of all ranks as one tensor, and the handle to wait for (None with one rank)."""
+        if self.run.world == 1:
+            return shard, None
+        whole = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
+        return whole, all_gather(whole, shard.contiguous(), async_op=True)
     @staticmethod
     def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
         """Move one bank by its gathered update."""
@@ -1411,19 +1266,13 @@ class Muon:
             handle.wait()
         scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
         bank.data.mul_(1 - rate * decay).add_(gathered[:len(bank)].to(bank.dtype), alpha=-rate * scale)
-
     def state(self) -> dict[str, Tensor]:
         """The whole momentum of each bank, whatever the number of ranks."""
-        whole = {}
-        for name, shard in self.momenta.items():
-            gathered = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
-            if self.run.world > 1:
-                all_gather(gathered, shard)
-            else:
-                gathered.copy_(shard)
-            whole[name] = gathered[:len(self.banks[name])].clone()
-        return whole
-
+        pairs = {name: self.gather(shard) for name, shard in self.momenta.items()}
+        for _, handle in pairs.values():
+            if handle is not None:
+                handle.wait()
+        return {name: whole[:len(self.banks[name])].clone() for name, (whole, _) in pairs.items()}
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's part of a `state`."""
         for name, shard in self.momenta.items():
@@ -1433,7 +1282,6 @@ class Muon:
 
 class Optimizers:
     """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
-
     def __init__(self, run: Run, model: GPT, compiled: bool):
         self.run, c = run, run.config
         group = lambda kind: {n: p for n, p in model.named_parameters() if model.table[n].optimizer == kind}
@@ -1445,7 +1293,6 @@ class Optimizers:
              {"params": list(group("scalar").values()), "lr": c.scalar_lr, "weight_decay": c.adam_wd}],
             betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
         self.rates = [g["lr"] for g in self.adam.param_groups]
-
     def step(self, rate_scale: float, momentum: float, decay: float) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
         c, world = self.run.config, self.run.world
@@ -1468,7 +1315,6 @@ class Optimizers:
         self.muon.step(c.matrix_lr * rate_scale, momentum, decay, scale)
         for parameter in self.parameters:
             parameter.grad = None
-
     def average_replicated(self) -> None:
         """Average the gradients of all parameters that every rank holds, with one flat all-reduce per dtype."""
         for dtype in {p.dtype for p in self.replicated}:
@@ -1477,11 +1323,9 @@ class Optimizers:
             dist.all_reduce(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
-
     def state(self) -> dict[str, Any]:
         """Everything `load` needs, as tensors and numbers."""
         return {"adam": self.adam.state_dict(), "muon": self.muon.state()}
-
     def load(self, state: dict[str, Any]) -> None:
         """Restore a `state`."""
         self.adam.load_state_dict(state["adam"])
@@ -1510,6 +1354,20 @@ def muon_momentum(config: Config, step: int) -> float:
     return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
 
 # === QUANTIZE ===
+# A matrix (R, C) becomes integers times steps. QUANTIZER=sdclip: one step per row, integers clipped. rate_distortion:
+# delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that the file is full. Going
+# down a column, the state of a trellis gives the parity of each integer: only integer >> 1 is coded.
+
+TRELLISES = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # parity polynomials of Ungerboeck's codes
+OCTAVE = 8  # steps are 2^(n/OCTAVE)
+POWERS, RATE = (0.25, 0.5, 0.5), 0.5  # of the sensitivities between matrices, of rows, of columns; weight of the bits
+SYMBOLS, CLASSES, GAIN, LIMIT, MASK = 256, 40, 32, 1 << 17, (1 << 56) - 1  # of the entropy coder: counts, interval
+compiled = numba.njit(nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename))  # packed: it has no file
+
+def spread(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
+    """[work(job)] on as many threads as there are cores, or on `threads`."""
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return list(pool.map(work, jobs))
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
     """(standard deviations covered by the integer range, integer width) of a quantiser class."""
@@ -1517,90 +1375,209 @@ def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
             "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
             "embed": (config.embed_clip_sigmas, config.embed_bits)}[quantizer]
 
-@torch.no_grad()
-def collect_hessians(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], Tensor]:
-    """H = sum of x x^T over training tokens for the input x of every matrix, by (site, layer), averaged over batches.
+def least_bits(config: Config, quantizer: str) -> float:
+    """Bits that a weight needs at least: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
+    if quantizer == "fp16" or config.quantizer == "rate_distortion":
+        return 16 if quantizer == "fp16" else 1.5
+    sigmas, bits = clip_and_bits(config, quantizer)
+    return 0.95 * (math.log2((2 ** (bits - 1) - 1) / sigmas) + 2.05)
 
+def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks and the sums are shared,
-    so the result does not depend on the number of ranks. A looped layer counts every visit.
-    """
-    config = run.config
-    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len) * STREAMS * config.train_seq_len
-    loader = ShuffledLoader(dataclasses.replace(config, loader="shuffled", train_batch_tokens=windows), data)
-    widths = {m.key: model.get_parameter(m.parameter).size(-1) for m in matrices(model.table)}
-    sums = {key: torch.zeros(width, width, device=run.device) for key, width in sorted(widths.items())}
+    so the result does not depend on the number of ranks. A looped layer counts every visit. The labels are drawn from
+    the model, so that E[g^2] is the Fisher diagonal; SDClip needs none of it and gets zeros."""
+    c, cap, keys = run.config, run.config.logit_softcap, {m.key: m.parameter for m in matrices(model.table)}
+    windows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len) * STREAMS * c.train_seq_len
+    loader = ShuffledLoader(dataclasses.replace(c, loader="shuffled", train_batch_tokens=windows), data)
+    zeros, shape = lambda *n: torch.zeros(n, device=run.device), lambda name: model.get_parameter(name).shape
+    sums = {key: (zeros(*2 * shape(name)[-1:]), zeros(shape(name)[-2])) for key, name in sorted(keys.items())}
+    sensitive = c.quantizer == "rate_distortion"
+    def tap(site: str, layer: int, x: Tensor, y: Tensor) -> None:
+        (inputs, outputs), x = sums[site, layer], x.detach().flatten(0, -2).float()
+        inputs.addmm_(x.T, x)
+        if sensitive and site != "head":
+            y.register_hook(lambda g: [outputs.add_(g.flatten(0, -2).float().square().sum(0))][1:] or None)
+        elif sensitive:  # the head in closed form: few tokens would draw a rare label
+            bend = torch.tanh(y.detach().flatten(0, -2).float() / cap)
+            chance = torch.softmax(cap * bend, -1)
+            outputs.add_((chance * (1 - chance) * (1 - bend.square()).square()).sum(0))
+            batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
+    mine = range(run.rank, c.gptq_calibration_batches, run.world)
+    with torch.set_grad_enabled(sensitive):
+        for index in run.track("calibration", mine):
+            generator = torch.Generator(run.device).manual_seed(index)
+            batch = to_device(loader.get(index // STREAMS, index % STREAMS), run)
+            batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
+            loss = model(batch, tap).sum()
+            if sensitive:
+                loss.backward()
+    model.zero_grad()
+    tokens = windows // STREAMS * c.gptq_calibration_batches
+    return {key: tuple(run.sum(part) / tokens for part in pair) for key, pair in sums.items()}
 
-    def tap(site: str, layer: int, x: Tensor) -> None:
-        if (site, layer) in sums:
-            x = x.flatten(0, -2).float()
-            sums[site, layer].addmm_(x.T, x)
+class Plan(NamedTuple):
+    """A matrix ready to be rounded."""
+    weight: Tensor  # fp32 (R, C)
+    order: Tensor  # of the columns, by falling diagonal of the damped inputs
+    factor: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what the error of a column does to the later ones
+    rows: np.ndarray  # int32 (R,) exponents of the steps
+    columns: np.ndarray  # int32 (C,)
 
-    progress = Progress(run, "hessians", config.gptq_calibration_batches)
-    for index in range(run.rank, config.gptq_calibration_batches, run.world):
-        model(to_device(loader.get(index // STREAMS, index % STREAMS), run), tap)
-        progress.show(index + 1)
-    progress.end()
-    return {key: run.sum(total) / config.gptq_calibration_batches for key, total in sums.items()}
+def plan(weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]) -> Plan:
+    """Steps by reverse water-filling: outputs^(-1/2) times the diagonal of GPTQ's factor, to powers. The first of the
+    `powers` is for the geometric means of whole matrices, the others for rows and columns within."""
+    inputs, outputs = inputs.double().cpu().clone(), outputs.double().cpu()
+    weight = weight.float().cpu() * (inputs.diagonal() > 0)  # a column whose input is always zero costs no bits
+    inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
+    order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
+    # inputs = R R^T with R upper, a Cholesky factor from the last column on; R^-1 is the factor that GPTQ needs.
+    root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
+    factor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
+    column = torch.log2(factor.diagonal())[torch.argsort(order)]
+    level, bend = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
+    exponents = (powers[0] * level + bend(row, powers[1]), bend(column, powers[2]))
+    rows, columns = ((OCTAVE * x).round().int().numpy() for x in exponents)
+    return Plan(weight, order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
 
-def gptq(weight: Tensor, hessian: Tensor, sigmas: float, bits: int, block: int,
-         dampening: float) -> tuple[Tensor, Tensor]:
-    """Integers (R, C) int8 and row scales (R,) fp16 so that integers*scales has little error under `hessian` (C, C).
+def steps(rows: np.ndarray, columns: np.ndarray, delta: float) -> np.ndarray:
+    """The fp32 step delta 2^(row/8) 2^(column/8) of every weight (R, C), the same bits on every machine."""
+    roots = np.array([2.0 ** (n / OCTAVE) for n in range(OCTAVE)], np.float32)
+    scale = lambda n: np.ldexp(roots[n % OCTAVE], n // OCTAVE).astype(np.float32)
+    return (np.float32(delta) * scale(rows))[:, None] * scale(columns)
 
-    Column by column in order of falling diagonal, the rounding error goes to the columns not yet rounded (GPTQ). The
-    scale is `sigmas` standard deviations of the row over the largest integer: the tail is clipped (SDClip, #1394).
-    """
-    largest = 2 ** (bits - 1) - 1
-    weight, hessian = weight.float().clone(), hessian.float().clone()
-    scales = (sigmas * weight.std(dim=1) / largest).clamp_min(1e-10).half()
-    step = scales.float()[:, None].clamp_min(2.0 ** -24)  # the smallest fp16: a row of zeros must not divide by 0
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    weight[:, dead] = 0.0
-    diagonal += dampening * diagonal.mean()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    weight, hessian = weight[:, order], hessian[order][:, order]
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    integers = torch.empty_like(weight)
-    for start in range(0, weight.size(1), block):
-        end = min(start + block, weight.size(1))
-        errors = torch.empty_like(weight[:, start:end])
-        for j in range(start, end):
-            integers[:, j:j + 1] = (weight[:, j:j + 1] / step).round_().clamp_(-largest, largest)
-            error = (weight[:, j:j + 1] - integers[:, j:j + 1] * step) / factor[j, j]
-            weight[:, j:end].addmm_(error, factor[j:j + 1, j:end], alpha=-1)
-            errors[:, j - start:j - start + 1] = error
-        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return integers[:, torch.argsort(order)].to(torch.int8), step[:, 0].half()
+def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """(S, 2) state after s by the integer's second bit (its first is s & 1), (2, S) state before; of 0 states: none."""
+    if states == 0:
+        return np.zeros((1, 2), np.int64), np.zeros((2, 0), np.uint8)
+    (h0, h1), s, bit = TRELLISES[states], np.arange(states)[:, None], np.arange(2)
+    after = (s >> 1) ^ (h0 >> 1) * (s & 1) ^ (h1 >> 1) * bit
+    return after, np.argsort(after, axis=0).T.astype(np.uint8)  # column `bit` of `after` is a permutation
+
+@compiled
+def viterbi(goal, price, before):
+    """Integers (R,) on a trellis path from state 0 with the least sum of price (goal - integer)^2, all fp32 (R,)."""
+    rows, states = len(goal), before.shape[1]
+    metric, choice = np.empty(4, np.float32), np.empty((rows, states), np.uint8)
+    cost, low, high = np.full(states, 1e30, np.float32), np.empty(states, np.float32), np.empty(states, np.float32)
+    cost[0] = 0
+    for r in range(rows):
+        for c in range(4):  # to the nearest integer that is c modulo 4
+            distance = (goal[r] - np.float32(c)) * np.float32(0.25)
+            metric[c] = price[r] * np.float32(16) * (distance - np.rint(distance)) ** 2
+        for s in range(states):
+            low[s], high[s] = cost[s] + metric[s & 1], cost[s] + metric[2 + (s & 1)]
+        for s in range(states):
+            a, b = low[before[0, s]], high[before[1, s]]
+            cost[s], choice[r, s] = min(a, b), b < a
+    integers, s = np.empty(rows, np.int32), np.int64(np.argmin(cost))
+    for r in range(rows - 1, -1, -1):
+        bit = choice[r, s]
+        s = np.int64(before[bit, s])
+        c = np.float32(2 * bit + (s & 1))
+        integers[r] = np.int32(np.rint((goal[r] - c) * np.float32(0.25)) * np.float32(4) + c)
+    return integers
+
+@compiled
+def round_columns(w, step, factor, price, before, largest):
+    """Integers (C, R) of the columns w (C, R) in turn, the error of one going to the later ones; the errors stay in w.
+    No BLAS: its sums depend on the number of threads."""
+    integers = np.empty(w.shape, np.int32)
+    for j in range(len(w)):
+        for i in range(j):
+            for r in range(w.shape[1]):
+                w[j, r] -= factor[i, j] * w[i, r]
+        weight = np.float32(1) + price * step[j] * step[j]  # (x/s - m)^2 + p s^2 m^2 = g (x/sg - m)^2 + constant
+        goal = w[j] / (step[j] * weight)
+        if before.shape[1]:
+            integers[j] = viterbi(goal, weight, before)
+        else:
+            integers[j] = np.minimum(np.maximum(np.rint(goal), -largest), largest)
+        w[j] -= integers[j] * step[j]
+    return integers
+
+def round_matrix(p: Plan, step: np.ndarray, states: int, rate: float = 0.0, largest: int = 1 << 30) -> np.ndarray:
+    """Integers int32 (R, C), so that integers*step has little error under the inputs: column by column, the error of
+    one goes to those not yet rounded (GPTQ). `rate` is how much of the price of its bits an integer pays: in units of
+    the squared step a bit is worth 2 ln 2 of the distortion, 0.26 with a trellis and 1/12 without, and a Gaussian
+    integer m has log2(e) m^2 / (2 variance) bits."""
+    order, integers = p.order.numpy(), np.empty(step.T.shape, np.int32)
+    w, step = (np.ascontiguousarray(x.T[order]) for x in (p.weight.numpy(), step))
+    price = rate * np.float32(0.26 if states else 1 / 12) / np.maximum(np.square(w).mean(0), np.float32(1e-20))
+    integers[order] = round_columns(w, step, p.factor.numpy(), price, trellis(states)[1], largest)
+    return np.ascontiguousarray(integers.T)
 
 class Quantized(NamedTuple):
-    """What the artifact holds of one tensor: integers and row scales of a matrix, or fp16 values."""
-    values: Tensor  # int8 (R, C), or fp16 of any shape
-    scales: Tensor | None = None  # fp16 (R,)
-
+    """What the artifact holds of one tensor: integers and steps of a matrix, or fp16 values."""
+    values: Tensor  # int8 or int32 (R, C), or fp16 of any shape
+    scales: Tensor | None = None  # fp16 (R,) steps of the rows, or int32 (R + C,) exponents of rows and columns
+    delta: Tensor | None = None  # fp32 (1,), the factor of steps with exponents
     def restore(self) -> Tensor:
         """The fp32 tensor this stands for."""
+        if self.delta is not None:
+            rows, columns = np.split(self.scales.numpy(), [len(self.values)])
+            return self.values * torch.from_numpy(steps(rows, columns, self.delta.item()))
         return self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
 
-def quantize(run: Run, table: dict[str, Spec], weights: dict[str, Tensor],
-             hessians: dict[tuple[str, int], Tensor]) -> dict[str, Quantized]:
-    """Every tensor of `weights` as the artifact holds it, by flat name in table order; the ranks share the matrices."""
-    c, todo, mine = run.config, matrices(table), {}
-    progress = Progress(run, "gptq", len(todo))
-    for place in range(run.rank, len(todo), run.world):
-        m = todo[place]
-        weight = weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
-        try:
-            pair = gptq(weight, hessians[m.key], *clip_and_bits(c, m.quantizer), c.gptq_blocksize, c.gptq_dampening)
-        except torch.linalg.LinAlgError:
-            raise Stop(f"GPTQ_DAMPENING={c.gptq_dampening}: the Hessian of {m.name} is not positive definite; raise it "
-                       "or GPTQ_CALIBRATION_BATCHES") from None
-        mine[m.name] = Quantized(*(t.cpu() for t in pair))
-        progress.show(place + 1)
-    progress.end()
-    everyone = run.gather(mine)
+def round_clipped(p: Plan, sigmas: float, bits: int) -> Quantized:
+    """int8 integers of at most `bits` bits and fp16 row steps: `sigmas` standard deviations of the row over the largest
+    integer, what lies beyond is clipped (SDClip, #1394)."""
+    largest = 2 ** (bits - 1) - 1
+    scales = (sigmas * p.weight.std(dim=1) / largest).clamp_min(2.0 ** -24).half()  # a row of zeros: not 0 / 0
+    integers = round_matrix(p, scales.float()[:, None].expand(p.weight.shape).numpy(), 0, largest=largest)
+    return Quantized(torch.from_numpy(integers.astype(np.int8)), scales)
+
+def round_all(plans: dict[str, Plan], delta: float, states: int, rate: float, threads: int = 0) -> dict[str, Quantized]:
+    """Every matrix on its trellis with steps of `delta`, the same for any number of threads."""
+    integers = spread(lambda p: round_matrix(p, steps(p.rows, p.columns, delta), states, rate), plans.values(), threads)
+    parts = lambda p, m: (torch.from_numpy(m), torch.from_numpy(np.append(p.rows, p.columns)), torch.tensor([delta]))
+    return {name: Quantized(*parts(p, m)) for (name, p), m in zip(plans.items(), integers, strict=True)}
+
+def guess_delta(plans: dict[str, Plan], goal: float, states: int) -> float:
+    """The delta that makes about `goal` bytes: a Gaussian of deviation s costs log2(s/step) + 2.05 bits."""
+    bits = [p.weight.numel() * (2.05 - (states > 0) - (p.rows.mean() + p.columns.mean()) / OCTAVE
+                                + float(torch.log2(p.weight.std() + 1e-9))) for p in plans.values()]
+    return 2.0 ** ((sum(bits) - 8 * goal) / sum(p.weight.numel() for p in plans.values()))
+
+def fit_delta(delta: float, goal: float, slope: float, size_of: Callable[[float], int], log: Callable) -> float:
+    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8: a secant in its
+    log2 from `delta`, `slope` being about how many bytes fewer an octave makes."""
+    at, tried = math.log2(delta), {}
+    for _ in range(8):
+        tried[at] = size = size_of(2.0 ** at)
+        log(f"size: delta 2^{at:.5f} gives {size} bytes, {100 * (size / goal - 1):+.3f}% of the goal")
+        if 0 <= goal - size <= 5e-4 * goal:
+            break
+        if len(tried) > 1:
+            (a, before), (b, size) = list(tried.items())[-2:]
+            slope = min(max((before - size) / (b - a), slope / 2), slope * 2)
+        at += (size - goal * (1 - 2.5e-4)) / slope
+    return 2.0 ** min((at for at in tried if tried[at] <= goal), default=max(tried))
+
+def quantize(run: Run, table: dict[str, Spec], weights: dict[str, Tensor], goal: int, looped: bool,
+             moments: dict[tuple[str, int], tuple[Tensor, Tensor]]) -> dict[str, Quantized]:
+    """Every tensor of `weights` as the artifact holds it, by flat name in table order; rate_distortion makes a file of
+    `goal` bytes. Rank 0 only: the matrices are spread over its threads."""
+    c, todo = run.config, matrices(table)
     small = {name: Quantized(weights[name].half().cpu()) for name, spec in table.items() if spec.quantizer == "fp16"}
-    return {m.name: everyone[m.name] for m in todo} | small
+    pick = lambda m: weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
+    powers = POWERS if c.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+    try:
+        made = spread(lambda m: plan(pick(m), *moments[m.key], c.gptq_dampening, powers), todo)
+    except torch.linalg.LinAlgError:
+        raise Stop(f"GPTQ_DAMPENING={c.gptq_dampening}: the second moments of a matrix's inputs are not positive "
+                   "definite; raise it or GPTQ_CALIBRATION_BATCHES") from None
+    plans = {m.name: p for m, p in zip(todo, made, strict=True)}
+    if c.quantizer == "sdclip":
+        rounded = spread(lambda m: round_clipped(plans[m.name], *clip_and_bits(c, m.quantizer)), todo)
+        return dict(zip(plans, rounded, strict=True)) | small
+    count, found = sum(p.weight.numel() for p in plans.values()), {}
+    goal = min(goal, count)  # 8 bits a weight: finer would be waste
+    def size_of(delta: float) -> int:
+        found[delta] = round_all(plans, delta, c.trellis_states, RATE) | small
+        return len(encode_artifact(c, found[delta], looped))
+    return found[fit_delta(guess_delta(plans, goal, c.trellis_states), goal, count / 8, size_of, run.log)]
 
 def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
     """The fp32 parameters, banks put together again, from the tensors of an artifact."""
@@ -1611,9 +1588,85 @@ def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str,
     return weights | {name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()}
 
 # === ARTIFACT ===
-
-ARTIFACT_MAGIC = b"GOLFPAK1"
+ARTIFACT_MAGIC = b"GOLFPAK2"
 ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")  # magic, compressor, manifest bytes, payload bytes, sha256 of both
+
+@compiled
+def code_symbol(symbol, counts, coder, buffer, decoding):
+    """Code one symbol by its `counts`, the last of which is their sum, and count it; `coder` is low, span, position."""
+    unit, start, s = coder[1] // counts[SYMBOLS], 0, 0
+    while s < SYMBOLS - 1 and ((start + counts[s]) * unit <= coder[0] if decoding else s < symbol):
+        start += counts[s]
+        s += 1
+    coder[0] += -start * unit if decoding else start * unit
+    coder[1] = unit * counts[s]
+    if coder[0] > MASK:
+        place = coder[2] - 1
+        while buffer[place] == 255:  # a carry
+            buffer[place] = 0
+            place -= 1
+        buffer[place] += 1
+        coder[0] &= MASK
+    while coder[1] <= MASK >> 8:
+        if decoding:
+            coder[0] = coder[0] << 8 | buffer[coder[2]]
+        else:
+            buffer[coder[2]] = coder[0] >> 48
+            coder[0] = coder[0] << 8 & MASK
+        coder[1] <<= 8
+        coder[2] += 1
+    counts[s] += GAIN
+    counts[SYMBOLS] += GAIN
+    if counts[SYMBOLS] > LIMIT:
+        counts[:SYMBOLS] = (counts[:SYMBOLS] + 1) >> 1
+        counts[SYMBOLS] = counts[:SYMBOLS].sum()
+    return s
+
+@compiled
+def code_integers(values, shapes, after, counts, coder, buffer, decoding):
+    """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
+    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size that running means of its row and
+    its column let expect; the last four are for the bytes of what is no symbol."""
+    halving, begin = np.int64(len(after) > 1), 0
+    for rows, columns in shapes:
+        row_size = np.full(rows, 4 << 10)  # of |integer|, 1 is 1024
+        for j in range(columns):
+            mean, state = max(1, row_size.sum() // rows), 0
+            column_size = mean
+            for r in range(rows):
+                place, odd, context = begin + r * columns + j, state & 1, 0
+                size = row_size[r] * column_size // mean >> 6
+                while size >= 8:  # quarters of an octave
+                    size >>= 1
+                    context += 4
+                context = min(context + max(size - 4, 0), CLASSES - 1) + odd * CLASSES
+                k = np.int64(values[place]) >> halving
+                rest = k << 1 if k >= 0 else ~k << 1 | 1  # 0, -1, 1, -2, 2 ...
+                index = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
+                if index == SYMBOLS - 1:
+                    index = 0
+                    for i in range(0, 32, 8):
+                        byte = code_symbol(rest >> i & 255, counts[2 * CLASSES + i // 8], coder, buffer, decoding)
+                        index |= byte << i
+                k = index >> 1 ^ -(index & 1)
+                values[place] = k << halving | odd
+                state = after[state, k & 1]
+                size = min(abs(k << halving | odd), 1 << 20) << 10
+                row_size[r] += (size - row_size[r]) >> 6
+                column_size += (size - column_size) >> 5
+        begin += rows * columns
+
+def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
+    """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
+    values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
+    counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
+    counts[:, SYMBOLS] = SYMBOLS
+    buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
+    coder = np.array([0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7])
+    code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
+    for m, part in zip(matrices, np.split(values, np.cumsum(shapes.prod(1))[:-1]), strict=True):
+        m[:] = part.reshape(m.shape)
+    return buffer[:coder[2]].tobytes() + bytes([coder[0] >> 48])  # read with 255s behind it: within the span
 
 def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     """`data` packed as tightly as `compressor` can, or unpacked again."""
@@ -1622,38 +1675,38 @@ def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     import brotli
     return brotli.decompress(data) if undo else brotli.compress(data, quality=11, lgwin=24)
 
-def split_bytes(tensor: Tensor) -> bytes:
-    """The bytes of `tensor` with, for fp16, all low bytes before all high bytes: these repeat, those do not."""
-    raw = tensor.contiguous().numpy().reshape(-1)
-    return raw.view(np.uint8).reshape(-1, raw.itemsize).T.tobytes()
-
-def join_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Undo `split_bytes` for a tensor of numpy type `dtype` and the given shape."""
-    raw = np.frombuffer(data, np.uint8).reshape(np.dtype(dtype).itemsize, -1).T
-    return torch.from_numpy(np.array(raw, order="C").view(dtype).reshape(shape))
+def code_stream(parts: list[Tensor], compressor: str, states: int, data: bytes | None = None) -> bytes:
+    """One stream of the artifact; with `data`, its parts are filled from it. int32 goes through `code` (matrices lie on
+    trellis paths, vectors do not), the rest through `compressor`, all low bytes before all high ones: these repeat."""
+    if parts[0].dtype == torch.int32:
+        return code([part.view(len(part), -1).numpy() for part in parts], states * (parts[0].dim() > 1), data)
+    planes = lambda part: part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
+    if data is None:
+        return compress(b"".join(planes(part).tobytes() for part in parts), compressor)
+    raw = np.frombuffer(compress(data, compressor, undo=True), np.uint8)
+    for part, flat in zip(parts, np.split(raw, np.cumsum([part.nbytes for part in parts])[:-1]), strict=True):
+        planes(part)[:] = flat.reshape(part.itemsize, -1)
+    return data
 
 def streams_of(name: str, tensor: Quantized) -> list[tuple[str, Tensor]]:
     """Which stream each part of a tensor goes to: one per role, so that the coder sees like beside like."""
-    if tensor.scales is None:
-        return [("fp16", tensor.values)]
-    return [(re.sub(r"\d+", "*", name), tensor.values), ("scales", tensor.scales)]
+    role = "fp16" if tensor.scales is None else re.sub(r"\d+", "*", name)
+    return [(stream, part) for stream, part in zip((role, "scales", "delta"), tensor, strict=True) if part is not None]
 
 def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool) -> bytes:
-    """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role.
-
-    It holds no code and no pickle; the header carries the sha256 of what follows it. `looped`: the route to use.
-    """
-    streams: dict[str, list[bytes]] = {}
+    """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role. It
+    holds no code and no pickle; the header carries the sha256 of what follows it. `looped`: the route to use."""
+    streams: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.values.float()).all():
             raise Stop(f"{name}: a value does not fit in fp16, nothing was packed; lower SCALAR_LR or raise ADAM_WD")
         for stream, part in streams_of(name, tensor):
-            streams.setdefault(stream, []).append(split_bytes(part))
-    coder = config.compressor
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
-        packed = list(pool.map(lambda parts: compress(b"".join(parts), coder), streams.values()))
-    manifest = {"format": 1, "looped": looped, "model": config.chosen("Model"),
-                "tensors": [[name, list(t.values.shape), t.scales is not None] for name, t in tensors.items()],
+            streams.setdefault(stream, []).append(part)
+    coder, states = config.compressor, config.trellis_states
+    packed = spread(lambda parts: code_stream(parts, coder, states), streams.values())  # coders run without the lock
+    what = lambda part: [str(part.dtype).removeprefix("torch."), list(part.shape)]
+    manifest = {"format": 2, "looped": looped, "states": states, "model": config.chosen("Model"),
+                "tensors": [[name, [what(part) for _, part in streams_of(name, t)]] for name, t in tensors.items()],
                 "streams": [[name, len(data)] for name, data in zip(streams, packed, strict=True)]}
     head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
     digest = hashlib.sha256(coder.encode() + head + payload).digest()
@@ -1676,32 +1729,24 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
     if hashlib.sha256(coder + data[start:]).digest() != digest:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
     manifest = json.loads(compress(data[start:start + head], coder.decode(), undo=True))
-    ends = np.cumsum([start + head] + [size for _, size in manifest["streams"]]).tolist()
-    streams = {name: compress(data[a:b], coder.decode(), undo=True)
-               for (name, _), (a, b) in zip(manifest["streams"], itertools.pairwise(ends), strict=True)}
-    used = dict.fromkeys(streams, 0)
-
-    def take(stream: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        first = used[stream]
-        used[stream] += math.prod(shape) * np.dtype(dtype).itemsize
-        return join_bytes(streams[stream][first:used[stream]], dtype, shape)
-
-    tensors = {}
-    for name, shape, is_matrix in manifest["tensors"]:
-        empty = Quantized(torch.empty(0), torch.empty(0) if is_matrix else None)
-        shapes = [("int8" if is_matrix else "float16", tuple(shape)), ("float16", tuple(shape[:1]))]
-        tensors[name] = Quantized(*(take(stream, *what) for (stream, _), what in
-                                    zip(streams_of(name, empty), shapes, strict=False)))
+    tensors, streams, jobs, end = {}, {}, [], start + head
+    for name, parts in manifest["tensors"]:
+        tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
+        for stream, part in streams_of(name, tensors[name]):
+            streams.setdefault(stream, []).append(part)
+    for stream, size in manifest["streams"]:
+        jobs.append((streams[stream], coder.decode(), manifest["states"], data[end:end + size]))
+        end += size
+    spread(lambda job: code_stream(*job), jobs)
     return manifest, tensors, hashlib.sha256(data).hexdigest()
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
-    """Write the artifact, read the file again, compare every integer; returns (bytes, sha256). Rank 0 only."""
-    path = run.folder / "final_model.ptz"
+    """Write the artifact, read the file again, compare every number; returns (bytes, sha256). Rank 0 only."""
+    path, flat = run.folder / "final_model.ptz", lambda ts: [pair for name in ts for pair in streams_of(name, ts[name])]
     write_atomically(path, encode_artifact(run.config, tensors, looped))
     _, again, digest = decode_artifact(path)
-    if list(again) != list(tensors) or not all(torch.equal(a, b) for name in tensors for (_, a), (_, b) in
-                                               zip(streams_of(name, again[name]), streams_of(name, tensors[name]),
-                                                   strict=True)):
+    if list(again) != list(tensors) or not all(torch.equal(a, b) for (_, a), (_, b) in
+                                               zip(flat(again), flat(tensors), strict=True)):
         raise Stop(f"{path}: reads back differently than it was written; check the disk and the "
                    f"{run.config.compressor} package, nothing was scored")
     return path.stat().st_size, digest
@@ -1730,13 +1775,10 @@ def pack_source(source: str) -> tuple[str, str]:
     return PACKED_SCRIPT.format(base64.b85encode(packed).decode()), how
 
 # === EVALUATE ===
-
 def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
-    """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1.
-
-    Every target 1..length-1 is scored exactly once, the tail included. The first window scores `first` targets (0: as
-    many as it can see), each later one `stride` new targets, with at most `context` inputs. Plain: stride = context.
-    """
+    """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1. Every target
+    1..length-1 is scored exactly once, the tail included. The first window scores `first` targets (0: as many as it can
+    see), each later one `stride` new targets, with at most `context` inputs. Plain: stride = context."""
     first = first or context
     ends = np.minimum(np.arange(first, max(first, length - 1) + stride, stride), length - 1)
     ends = ends[:np.searchsorted(ends, length - 1) + 1]
@@ -1749,39 +1791,29 @@ class Score(NamedTuple):
     nats: float
     tokens: float
     bytes: float
-
     @property
     def loss(self) -> float:
         """Nats per token."""
         return self.nats / self.tokens
-
     @property
     def bpb(self) -> float:
         """Bits per byte of the original text."""
         return self.nats / math.log(2) / max(self.bytes, 1)
 
-def evaluation_rows(config: Config) -> int:
-    """Windows per evaluation batch."""
-    return max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
-
 class Tally:
     """The loss of every validation target, written exactly once: the one place where scores are summed (fp64)."""
-
     def __init__(self, run: Run, validation: Validation):
         self.run, self.validation = run, validation
         self.nats = torch.zeros(len(validation.tokens), device=run.device)
         self.times = torch.zeros(len(validation.tokens), dtype=torch.int32, device=run.device)
-
     def add(self, losses: Tensor, places: Tensor) -> None:
         """Enter the losses (N,) of the targets at `places` (N,)."""
         self.nats[places] = losses.float()
         self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-
     def require(self, first: int, last: int) -> None:
         """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
         if (self.run.sum(self.times[first:last + 1].clone()) != 1).any():
             raise Stop(f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug")
-
     def total(self, stage: str) -> Score:
         """The sums over all ranks; Stop if a target was left out or scored twice."""
         self.run.sum(self.nats), self.run.sum(self.times)
@@ -1825,16 +1857,13 @@ def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,
 @torch.no_grad()
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
     """Score the targets of the windows `plan`, split over the ranks."""
-    c, rows = run.config, evaluation_rows(run.config)
+    c, rows = run.config, max(1, run.config.val_batch_tokens // STREAMS // run.config.eval_seq_len)
     plan = plan[len(plan) * run.rank // run.world:len(plan) * (run.rank + 1) // run.world]
-    progress = Progress(run, "windows", len(plan))
-    for first in range(0, len(plan), rows):
+    for first in run.track("windows", range(0, len(plan), rows)):
         batch, chosen, places = window_batch(tally.validation.tokens, plan[first:first + rows], rows, c.eval_seq_len,
                                              c.loader == "packed")
         losses = forward(to_device(batch, run)).view(rows, -1)
         tally.add(losses[chosen.to(run.device)], places.to(run.device))
-        progress.show(first + rows)
-    progress.end()
 
 def slide(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
     """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
@@ -1850,7 +1879,6 @@ def hash_weights(model: GPT) -> str:
 
 class Learner:
     """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
-
     def __init__(self, run: Run, model: GPT, optimizer: torch.optim.Optimizer, clip: float, batch_seqs: int,
                  freeze: int = 0, shared: bool = True, packed: bool = False):
         self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
@@ -1860,7 +1888,6 @@ class Learner:
         for name, spec in model.table.items():
             rows = [part * layers + i for part in range(spec.shape[0] // layers) for i in range(freeze) if spec.layered]
             self.frozen += [(model.get_parameter(name), rows)] if rows else []
-
     def learn(self, tokens: np.ndarray, first: int, last: int, rate: float, epochs: int = 1) -> None:
         """`epochs` passes over the whole rows of EVAL_SEQ_LEN targets among tokens[first + 1:last + 1]."""
         run, length = self.run, self.run.config.eval_seq_len
@@ -1877,7 +1904,6 @@ class Learner:
             self.step()
         before, self.weights = self.weights, hash_weights(self.model)
         run.note("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
-
     @torch.no_grad()
     def step(self) -> None:
         """One update: gradients summed over ranks if shared, clipped, frozen weights put back."""
@@ -1895,11 +1921,9 @@ class Learner:
         self.optimizer.zero_grad()
 
 def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
-    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
-
-    A window belongs to the chunk of the first target that it scores, so all targets of a chunk are scored before it is
-    learnt. The last chunk is not learnt.
-    """
+    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493). A window
+    belongs to the chunk of the first target that it scores, so all targets of a chunk are scored before it is learnt.
+    The last chunk is not learnt."""
     c, tokens, size = run.config, tally.validation.tokens, run.config.ttt_chunk_tokens
     plan = windows(len(tokens), c.eval_seq_len, c.eval_stride)
     chunk_of = (plan[:, 2] - 1) // size
@@ -1908,15 +1932,12 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
         torch.optim.SGD(model.parameters(), momentum=c.ttt_momentum)
     learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks,
                       packed=c.loader == "packed")
-    progress = Progress(run, "val:ttt chunks", count)
-    for chunk in range(count):
+    for chunk in run.track("val:ttt chunks", range(count)):
         score_windows(run, forward, tally, plan[chunk_of == chunk])
         run.note("scored", chunk=chunk, weights=learner.weights)
         if chunk + 1 < count:
             tally.require(chunk * size + 1, (chunk + 1) * size)
             learner.learn(tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs)
-        progress.show(chunk + 1)
-    progress.end()
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
     """(D, 2): first token and one past the last target of each document. That target is the next one's BOS, so every
@@ -1929,10 +1950,8 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
 
 def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
     """Per phase, the batches of document numbers in the order of scoring, the longest documents first (#1530, #1626).
-
     Phase p ends with the batch that reaches PHASED_TTT_PREFIX_DOCS * (p+1) / phases scored documents, rounded up to a
-    multiple of 8 batches so that the plan does not depend on the number of ranks.
-    """
+    multiple of 8 batches so that the plan does not depend on the number of ranks."""
     order, size = np.argsort(lengths, kind="stable"), config.ttt_batch_size
     batches = [order[i:i + size] for i in range(0, len(order), size)][::-1]
     scored, phases = np.cumsum([len(batch) for batch in batches]), config.phased_ttt_num_phases
@@ -1985,15 +2004,13 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     c, tokens = run.config, tally.validation.tokens
     documents = find_documents(tokens)
     phases, done, number = plan_documents(c, documents[:, 1] - documents[:, 0]), [], 0
-    progress = Progress(run, "val:ttt documents", len(documents))
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        for place, batch in enumerate(batches):
+        for place, batch in enumerate(run.track(f"val:ttt phase {phase + 1}", batches)):
             turn = place % (2 * STREAMS)  # dealt back and forth, so that no stream gets the longest of every round
             if min(turn, 2 * STREAMS - 1 - turn) in run.streams:
                 adapt_documents(run, forward, tally, documents[batch], seed=number + place)
             done.append(batch)
-            progress.show(sum(map(len, done)))
         number += len(batches)
         run.note("scored", phase=phase, documents=sum(map(len, done)), weights=hash_weights(model))
         if phase + 1 < len(phases):
@@ -2003,7 +2020,6 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
             for first, end in documents[prefix]:
                 tally.require(first + 1, end - 1)
             learn_documents(run, model, tokens, documents[prefix])
-    progress.end()
     model.requires_grad_(True)
 
 def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
@@ -2014,8 +2030,7 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
     learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), c.prequant_ttt_freeze_blocks,
                       shared=False, packed=c.loader == "packed")
     average = [parameter.detach().clone() for parameter in learner.parameters]
-    progress = Progress(run, "prequant_ttt", c.prequant_ttt_epochs)
-    for epoch in range(c.prequant_ttt_epochs):
+    for epoch in run.track("prequant_ttt", range(c.prequant_ttt_epochs)):
         rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine(epoch, c.prequant_ttt_epochs + 1))
         for first in range(run.rank * size, len(tokens) - 1, run.world * size):
             learner.learn(tokens, first, min(first + size, len(tokens) - 1), rate)
@@ -2023,8 +2038,6 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
             for parameter, mean in zip(learner.parameters, average, strict=True):
                 run.sum(parameter.data).div_(run.world)
                 mean.lerp_(parameter, 1 - c.ttt_ema_decay if c.ttt_ema_enabled else 1.0)
-        progress.show(epoch + 1)
-    progress.end()
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
 
@@ -2039,7 +2052,6 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens in {run.now() - begin:.1f}s, untimed")
 
 # === TRAIN ===
-
 class Built(NamedTuple):
     """The model with the initial weights of SEED, its possibly compiled forward, and whether it is compiled."""
     model: GPT
@@ -2065,33 +2077,27 @@ def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimiz
     c = run.config
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = forward(batch).mean()
-        (loss / len(batches)).backward()
+        loss = forward(batch).mean() / len(batches)
+        loss.backward()
         total += loss.detach()
     optimizers.step(rate_scale(c, progress), muon_momentum(c, step), matrix_decay(c, progress))
-    return total / len(batches)
+    return total
 
-class Agreement:
-    """Per-step facts that all ranks must share; on a GPU read one step late, so the host never waits for the device."""
-
-    def __init__(self, run: Run):
-        self.run, self.waiting = run, None
-
-    def share(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
-        """(largest elapsed seconds, whether a loss is not finite) over ranks, of the step before if `late` on a GPU."""
-        facts = torch.tensor([elapsed, 0.0], dtype=torch.float64, device=self.run.device)
-        facts[1] = ~loss.isfinite()
-        if self.run.world > 1:
-            dist.all_reduce(facts, dist.ReduceOp.MAX)
-        if self.run.is_cuda:
-            box, event = torch.empty(2, dtype=torch.float64, pin_memory=True), torch.cuda.Event()
-            box.copy_(facts, non_blocking=True)
-            event.record()
-            previous, self.waiting = self.waiting, (box, event)
-            facts, event = previous if previous and late else self.waiting
-            event.synchronize()
-        seconds, bad = facts.tolist()
-        return seconds, bool(bad)
+def agree(run: Run, waiting: list, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
+    """(largest elapsed seconds, whether a loss is not finite) over ranks; on a GPU, if `late`, of the step before, so
+    that the host never waits for the device. `waiting`: what is on its way from one call to the next."""
+    facts = torch.stack([torch.tensor(elapsed, dtype=torch.float64, device=run.device), (~loss.isfinite()).double()])
+    if run.world > 1:
+        dist.all_reduce(facts, dist.ReduceOp.MAX)
+    if run.is_cuda:
+        waiting.append((torch.empty(2, dtype=torch.float64, pin_memory=True), torch.cuda.Event()))
+        waiting[-1][0].copy_(facts, non_blocking=True)
+        waiting[-1][1].record()
+        del waiting[:-2]
+        facts, event = waiting[0 if late else -1]
+        event.synchronize()
+    seconds, bad = facts.tolist()
+    return seconds, bool(bad)
 
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
@@ -2139,7 +2145,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
     warm_up(run, model, forward, optimizers, feed)
     average = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
-    agreement, step, before = Agreement(run), 0, 0.0
+    waiting, step, before = [], 0, 0.0
     if saved:
         model.load_state_dict(saved["model"])
         optimizers.load(saved["optimizers"])
@@ -2163,7 +2169,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         move_average(average, model, c.ema_decay)
         step += 1
         checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
-        elapsed, broken = agreement.share(before + time.monotonic() - start, loss, late=not checkpoint)
+        elapsed, broken = agree(run, waiting, before + time.monotonic() - start, loss, late=not checkpoint)
         if broken:
             raise Stop(f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
                        f"(nothing of this step was saved in {run.folder})")
@@ -2173,8 +2179,8 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             left, speed = min(each * (c.iterations - step), max(budget - seconds, 0.0)), c.train_batch_tokens / each
             run.log(f"step:{step}/{c.iterations} train_loss:{mean:.4f} lr:{rate:.3f} train_time:{1000 * seconds:.0f}ms "
                     f"step_avg:{1000 * each:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s")
-            run.metric("train", step=step, train_loss=mean, rate=rate, seconds=seconds, step_ms=1000 * each,
-                       speed=speed)
+            times = {"seconds": seconds, "step_ms": 1000 * each, "speed": speed}
+            run.metric("train", step=step, train_loss=mean, rate=rate, **times)
         if validation and step % c.val_loss_every == 0:
             paused = run.now()
             measure(run, validation, f"step{step}", functools.partial(slide, run, forward, c.eval_seq_len))
@@ -2200,7 +2206,6 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     record_stage(run, "train", facts)
 
 # === MAIN ===
-
 def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     """Keep the facts of a finished stage in stages.json, from which summary.json is made. Rank 0 only."""
     run.metric(stage, **facts)
@@ -2227,15 +2232,15 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
         record_stage(run, "prequant_ttt", {"before_bpb": before.bpb, "after_bpb": after.bpb,
                                            "prequant_ttt_seconds": run.now() - begin})
     times = [run.now()]
-    hessians = collect_hessians(run, model, data)
+    moments = collect_moments(run, model, data)
     times.append(run.now())
     run.note("train_read_last")
-    tensors = quantize(run, model.table, weights, hessians)
-    times.append(run.now())
-
     def seal() -> dict[str, Any]:
         packed, how = pack_source(Path(__file__).read_text())
         write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
+        goal = c.artifact_target_bytes or c.artifact_cap_bytes - len(packed.encode())
+        tensors = quantize(run, model.table, weights, goal, model.looped, moments)
+        times.append(run.now())
         size, digest = seal_artifact(run, tensors, model.looped)
         run.note("artifact_sealed", sha256=digest)
         hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
@@ -2247,7 +2252,6 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
                 f"left:{c.artifact_cap_bytes - size - code}")
         return {"artifact_bytes": size, "code_bytes": code, "artifact_sha256": digest, "hessian_seconds": hessian,
                 "gptq_seconds": rounding, "pack_seconds": packing, "budgeted_seconds": saved["train_seconds"] + hessian}
-
     record_stage(run, "quantize", run.guarded(seal))
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
@@ -2304,9 +2308,9 @@ def summarize(run: Run, data: Dataset) -> None:
               c.artifact_cap_bytes), "eval": (facts["eval_seconds"], c.eval_budget_seconds)}
     broken = [f"{name}: {value} of {limit} used" if value is not None else f"{name}: not measured here"
               for name, (value, limit) in limits.items() if value is None or value > limit]
-    order = "every target is counted as scored before SGD learns it; adapters learn recorded losses"
-    if adapted:
-        broken.append(order := "PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them")
+    order = "PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them" if adapted else \
+        "every target is counted as scored before SGD learns it; adapters learn recorded losses"
+    broken += [order] if adapted else []
     unproven = {"holds": None, "evidence": "not probed by the run itself: python compliance.py RUN_FOLDER"}
     once = f"{facts['val_tokens']:.0f} targets counted as scored exactly once, {facts['val_bytes']:.0f} bytes"
     conditions = {"causal": unproven, "normalised": unproven, "score before update": {
@@ -2333,13 +2337,17 @@ def preflight(run: Run) -> None:
             raise Stop(f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma")
     except ImportError:
         raise Stop(f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
-    size = sum(math.prod(spec.shape) for spec in param_table(c).values())
-    needed, free = 24 * size + 2**26, shutil.disk_usage(run.folder).free
+    counts = [(math.prod(spec.shape), spec.quantizer) for spec in param_table(c).values()]
+    needed, free = 24 * sum(count for count, _ in counts) + 2**26, shutil.disk_usage(run.folder).free
     if free < needed:
         raise Stop(f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; free "
                    "disk space or set OUT_DIR elsewhere")
-    if not c.artifact and (code := len(pack_source(Path(__file__).read_text())[0])) >= c.artifact_cap_bytes:
-        raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: the packed code alone has {code} bytes; raise the cap")
+    code = len(pack_source(Path(__file__).read_text())[0])
+    least = sum(count * least_bits(c, quantizer) / 8 for count, quantizer in counts)
+    limit = c.artifact_target_bytes or c.artifact_cap_bytes - code
+    if not c.artifact and least > limit:
+        raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: {limit} are left for the weights (packed code {code}), "
+                   f"they need about {least:.0f}; lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE, or raise *_CLIP_SIGMAS")
 
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""

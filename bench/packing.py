@@ -20,31 +20,23 @@ import os
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import numba
-except ImportError:
-    raise SystemExit("bench/packing.py needs numba: pip install numba==0.68.1") from None
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
-sys.path.append(str(ROOT / "bench"))
-
-import rate_distortion as rd
 
 import train_gpt as t
 
@@ -61,7 +53,7 @@ class Subject:
         settings = {name: t.show(value) for name, value in settings.items() if name in known}
         self.config = t.Config.from_env(settings | {"STAGE": "quantize", "COMPRESSOR": compressor})
         self.run, self.data = t.Run(self.config), t.Dataset(self.config)
-        self.model = rd.Tapped(self.config)
+        self.model = t.GPT(self.config)
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         self.weights = {name: weight.float() for name, weight in saved["average"].items()}
         self.model.load_state_dict(self.weights)
@@ -85,11 +77,11 @@ class Subject:
         """The unquantised matrix."""
         return self.weights[m.parameter] if m.index is None else self.weights[m.parameter][m.index]
 
-    def batches(self, tokens: int) -> Iterator[t.Batch]:
-        """Training windows for calibration."""
-        config = dataclasses.replace(self.config, loader="shuffled", train_batch_tokens=8 * CHUNK)
-        loader = t.ShuffledLoader(config, self.data)
-        yield from (loader.get(index // 8, index % 8) for index in range(max(1, tokens // CHUNK)))
+    def moments(self, tokens: int) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Calibration on so many training tokens."""
+        changes = {"train_batch_tokens": 8 * CHUNK, "gptq_calibration_batches": max(1, tokens // CHUNK)}
+        self.run.config = dataclasses.replace(self.config, **changes)
+        return t.collect_moments(self.run, self.model, self.data)
 
     @torch.no_grad()
     def divergence(self, weights: dict[str, Tensor], chunks: range) -> tuple[np.ndarray, float]:
@@ -103,10 +95,6 @@ class Subject:
             found.append(float(F.kl_div(q, p, reduction="sum", log_target=True)) / CHUNK)
         return np.array(found), worse / math.log(2) / self.bytes[list(chunks)].sum()
 
-    def assemble(self, matrices: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All parameters, with these matrices and the rest rounded to fp16."""
-        return t.assemble(self.model.table, {name: t.Quantized(m) for name, m in matrices.items()} | self.small())
-
     def small(self) -> dict[str, t.Quantized]:
         """The tensors that are not quantised."""
         table = self.model.table
@@ -118,17 +106,19 @@ def role(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def site(m: t.Matrix) -> tuple[str, int]:
-    """Where the product with a matrix is made: keys and values have their own, though one input with the queries."""
-    return {"c_k": "k", "c_v": "v"}.get(m.name.split(".")[-2], m.key[0]), m.key[1]
-
-
-def symbol_bits(integers: dict[str, np.ndarray]) -> float:
-    """Entropy in bits of the integers given their role."""
+def by_role(tensors: dict[str, t.Quantized]) -> dict[str, list[np.ndarray]]:
+    """The integer matrices of each stream."""
     roles: dict[str, list[np.ndarray]] = {}
-    for name, values in integers.items():
-        roles.setdefault(role(name), []).append(values.ravel())
-    counts = [np.unique(np.concatenate(parts), return_counts=True)[1] for parts in roles.values()]
+    for name, tensor in tensors.items():
+        if tensor.scales is not None:
+            roles.setdefault(role(name), []).append(tensor.values.numpy())
+    return roles
+
+
+def symbol_bits(tensors: dict[str, t.Quantized]) -> float:
+    """Entropy in bits of the integers given their role."""
+    flat = [np.concatenate([values.ravel() for values in parts]) for parts in by_role(tensors).values()]
+    counts = [np.unique(values, return_counts=True)[1] for values in flat]
     return -sum(float((n * np.log2(n / n.sum())).sum()) for n in counts)
 
 
@@ -137,8 +127,8 @@ def zpaq_bytes(tensors: dict[str, t.Quantized], lrzip: str) -> tuple[int, float,
     streams: dict[str, list[bytes]] = {}
     for name, tensor in tensors.items():
         for stream, part in t.streams_of(name, tensor):  # columns of integers one after the other: smaller
-            raw = t.split_bytes(part) if part.dtype != torch.int8 else part.numpy().T.tobytes()
-            streams.setdefault(stream, []).append(raw)
+            raw = part.numpy().reshape(-1, 1).view(np.uint8) if part.dtype != torch.int8 else part.numpy()
+            streams.setdefault(stream, []).append(raw.T.tobytes())
     total, seconds, back = 0, 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         for parts in streams.values():
@@ -179,61 +169,39 @@ class Packers:
 
     def __init__(self, subject: Subject, calibration: int):
         self.subject = subject
-        found = rd.collect_sensitivities(subject.run, subject.model, subject.batches(calibration))
-        self.moments = {m.name: found[site(m)] for m in subject.todo}
+        self.moments = subject.moments(calibration)
         self.flat = self.plans(Form(rows=0, columns=0, between=0))
 
     def sdclip(self, c: Clip, factor: float = 1.0) -> dict[str, t.Quantized]:
-        """The tensors of SDClip GPTQ with the steps of `c` times `factor`."""
+        """All tensors by SDClip GPTQ with the steps of `c` times `factor`."""
 
         def one(m: t.Matrix) -> tuple[str, t.Quantized]:
-            p, relative = self.flat[m.name], factor * getattr(c, m.quantizer)
-            largest = 2 ** ((c.embed_bits if m.quantizer == "embed" else c.bits) - 1) - 1
-            scales = (relative * p.weight.std(dim=1)).clamp_min(1e-10).half()
-            step = scales.float().clamp_min(2.0**-24)[:, None].expand(p.weight.shape).numpy()
-            integers = rd.round_matrix(p, step, 0, largest=largest)
-            return m.name, t.Quantized(torch.from_numpy(integers.astype(np.int8)), scales)
+            bits = c.embed_bits if m.quantizer == "embed" else c.bits
+            sigmas = factor * getattr(c, m.quantizer) * (2 ** (bits - 1) - 1)
+            return m.name, t.round_clipped(self.flat[m.name], sigmas, bits)
 
-        return dict(rd.spread(one, self.subject.todo))
+        return dict(t.spread(one, self.subject.todo)) | self.subject.small()
 
-    def plans(self, f: Form) -> dict[str, rd.Plan]:
+    def plans(self, f: Form) -> dict[str, t.Plan]:
         """What our packer rounds."""
-        one = lambda m: rd.plan(self.subject.weight(m), *self.moments[m.name], 0.01, (f.between, f.rows, f.columns))
-        return dict(zip(self.moments, rd.spread(one, self.subject.todo), strict=True))
+        one = lambda m: t.plan(self.subject.weight(m), *self.moments[m.key], 0.01, (f.between, f.rows, f.columns))
+        return dict(zip((m.name for m in self.subject.todo), t.spread(one, self.subject.todo), strict=True))
 
-    def write(self, plans: dict[str, rd.Plan], integers: dict[str, np.ndarray], states: int, delta: float) -> bytes:
-        """The file: header, manifest, streams of integers by role, of the exponents, and of the rest in fp16."""
-        roles: dict[str, list[np.ndarray]] = {}
-        for name, values in integers.items():
-            roles.setdefault(role(name), []).append(values)
-        exponents = np.concatenate([part for p in plans.values() for part in (p.rows, p.columns)])
-        jobs = [(parts, states) for parts in roles.values()] + [([exponents[:, None]], 0)]
-        streams = rd.spread(lambda job: rd.code(*job), jobs)
-        coder, small = self.subject.config.compressor, self.subject.small()
-        streams.append(t.compress(b"".join(t.split_bytes(tensor.values) for tensor in small.values()), coder))
-        shapes = [[name, list(p.weight.shape)] for name, p in plans.items()]
-        manifest = [shapes, [*small], [len(s) for s in streams], delta, states, self.subject.config.chosen("Model")]
-        head = t.compress(json.dumps(manifest, separators=(",", ":")).encode(), coder)
-        return struct.pack("<Q48x", len(head)) + head + b"".join(streams)
+    def trellised(self, plans: dict[str, t.Plan], f: Form, delta: float) -> tuple[dict[str, t.Quantized], bytes]:
+        """All tensors by our packer, and the file."""
+        tensors = t.round_all(plans, delta, f.states, f.rate) | self.subject.small()
+        return tensors, self.write(tensors, f.states)
+
+    def write(self, tensors: dict[str, t.Quantized], states: int = 0) -> bytes:
+        """The artifact."""
+        config = dataclasses.replace(self.subject.config, trellis_states=states)
+        return t.encode_artifact(config, tensors, self.subject.model.looped)
 
     def read(self, data: bytes) -> dict[str, Tensor]:
-        """The fp32 matrices in a file of `write`."""
-        start = 56 + struct.unpack_from("<Q", data)[0]
-        coder = self.subject.config.compressor
-        shapes, _, sizes, delta, states, _ = json.loads(t.compress(data[56:start], coder, undo=True))
-        ends = np.cumsum([start, *sizes])
-        roles: dict[str, list[tuple[str, tuple[int, int]]]] = {}
-        for name, shape in shapes:
-            roles.setdefault(role(name), []).append((name, tuple(shape)))
-        jobs = [([np.empty(shape, np.int32) for _, shape in group], states) for group in roles.values()]
-        jobs.append(([np.empty((sum(sum(shape) for _, shape in shapes), 1), np.int32)], 0))
-        rd.spread(lambda i: rd.code(*jobs[i], data[ends[i] : ends[i + 1]]), range(len(jobs)))
-        names = [name for group in roles.values() for name, _ in group]
-        integers = dict(zip(names, [values for matrices, _ in jobs[:-1] for values in matrices], strict=True))
-        parts = np.split(jobs[-1][0][0][:, 0], np.cumsum([n for _, shape in shapes for n in shape])[:-1])
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        return {name: torch.from_numpy(rd.restore(integers[name], *pair, delta))
-                for (name, _), pair in zip(shapes, pairs, strict=True)}
+        """The parameters in an artifact."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "x").write_bytes(data)
+            return t.assemble(self.subject.model.table, t.decode_artifact(Path(folder) / "x")[1])
 
 
 def tune(start: Any, choices: dict[str, list], trials: int, score: Callable[[Any], float], log: str) -> Any:
@@ -279,17 +247,15 @@ class Report:
         rows = []
         for factor in factors:
             began = time.perf_counter()
-            tensors = self.packers.sdclip(clip, factor) | self.subject.small()
+            tensors = self.packers.sdclip(clip, factor)
             rounded = time.perf_counter()
-            data = t.encode_artifact(self.subject.config, tensors, self.subject.model.looped)
+            data = self.packers.write(tensors)
             packed = time.perf_counter()
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / "x").write_bytes(data)
-                again = t.decode_artifact(Path(folder) / "x")[1]
+            weights = self.packers.read(data)
             files = {self.subject.config.compressor: (len(data), packed - rounded, time.perf_counter() - packed)}
             if self.lrzip:
                 files["zpaq"] = zpaq_bytes(tensors, self.lrzip)
-            result = self.judge(t.assemble(self.subject.model.table, again), True)
+            result = self.judge(weights, True)
             for coder, (size, seconds, back) in files.items():
                 times = {"encode": rounded - began + seconds, "decode": back}
                 row = {"scheme": f"{name}+{coder}", "setting": f"k x {factor:.2f}", "bytes": size, **times, **result}
@@ -300,55 +266,48 @@ class Report:
         """Our packer at each goal in bytes, decoded again from its file."""
         plans, rows = self.packers.plans(form), []
         for goal in goals:
-            files: dict[float, tuple[bytes, dict[str, np.ndarray], float]] = {}
+            files: dict[float, tuple[dict[str, t.Quantized], bytes, float]] = {}
 
             def size_of(delta: float, files: dict = files) -> int:
                 began = time.perf_counter()
-                integers = rd.round_all(plans, delta, form.states, form.rate)
-                data = self.packers.write(plans, integers, form.states, delta)
-                files[delta] = data, integers, time.perf_counter() - began
+                tensors, data = self.packers.trellised(plans, form, delta)
+                files[delta] = tensors, data, time.perf_counter() - began
                 return len(data)
 
-            guess = rd.guess_delta(plans, goal, form.states)
-            delta = rd.fit_delta(guess, goal, self.subject.count / 8, size_of, log=lambda line: None)
-            if delta not in files:
-                size_of(delta)
-            data, integers, seconds = files[delta]
+            guess = t.guess_delta(plans, goal, form.states)
+            tensors, data, seconds = files[t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)]
             began = time.perf_counter()
-            matrices = self.packers.read(data)
+            weights = self.packers.read(data)
             back = time.perf_counter() - began
-            for key, p in plans.items():
-                assert np.array_equal(matrices[key].numpy(), rd.restore(integers[key], p.rows, p.columns, delta)), key
-            result = self.judge(self.subject.assemble(matrices), whole)
+            exact = t.assemble(self.subject.model.table, tensors)
+            assert all(torch.equal(weights[name], exact[name]) for name in exact)
+            result = self.judge(weights, whole)
             row = {"scheme": name, "setting": f"{len(files)} tries", "bytes": len(data), "encode": seconds}
-            more = {"decode": back, "off": len(data) / goal - 1, "integers": integers}
+            more = {"decode": back, "off": len(data) / goal - 1, "tensors": tensors}
             rows.append(self.show(row | more | result))
         return rows
 
 
 @numba.njit(nogil=True)
 def count_symbol(symbol, counts, coder, buffer, decoding):
-    """Stands in for rd.code_symbol: only counts."""
+    """Stands in for code_symbol: only counts."""
     counts[symbol] += 1
     return symbol
 
 
-def overhead(integers: dict[str, np.ndarray], states: int) -> float:
+def overhead(tensors: dict[str, t.Quantized], states: int) -> float:
     """Bytes of the integer streams over the empirical entropy of their symbols in the coder's own contexts, less 1."""
-    source = rd.code_integers.py_func
+    source = t.code_integers.py_func
     counting = numba.njit(types.FunctionType(source.__code__, source.__globals__ | {"code_symbol": count_symbol}))
-    roles: dict[str, list[np.ndarray]] = {}
-    for name, values in integers.items():
-        roles.setdefault(role(name), []).append(values)
     real, bits = 0, 0.0
-    for parts in roles.values():
-        counts = np.zeros((2 * rd.CLASSES + 4, rd.SYMBOLS + 1), np.int64)
+    for parts in by_role(tensors).values():
+        counts = np.zeros((2 * t.CLASSES + 4, t.SYMBOLS + 1), np.int64)
         values, shapes = np.concatenate([m.ravel() for m in parts]), np.array([m.shape for m in parts])
         nothing = np.zeros(64, np.uint8)
-        counting(values, shapes, rd.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
+        counting(values, shapes, t.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         bits -= float((counts * np.log2(np.where(share > 0, share, 1))).sum())
-        real += len(rd.code(parts, states))
+        real += len(t.code(parts, states))
     return 8 * real / bits - 1
 
 
@@ -370,29 +329,30 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     inputs = {width: random(2 * width, width) * torch.rand(width, generator=generator) for width in (512, 2048)}
     moments = {width: x.T @ x for width, x in inputs.items()}
     outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
-    one = lambda n: rd.plan(weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns))
+    one = lambda n: t.plan(weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns))
     first = one("k.0")
-    rd.code([rd.round_all({"": first}, 1.0, form.states)[""]], form.states)  # compiles
+    t.code_stream([t.round_all({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states)  # compiles
     began = time.perf_counter()
-    plans = dict(zip(shapes, rd.spread(one, shapes), strict=True))
+    plans = dict(zip(shapes, t.spread(one, shapes), strict=True))
     times = [time.perf_counter() - began]
     count = sum(math.prod(shape) for shape in shapes.values())
-    mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / rd.OCTAVE
+    mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / t.OCTAVE
     delta = 2 ** (math.log2(0.02) - mean + 2.05 - 3.3 - (form.states > 0))
     roles: dict[str, list[str]] = {}
     for name in shapes:
         roles.setdefault(role(name), []).append(name)
     groups = sorted(roles.values(), key=lambda names: -sum(math.prod(shapes[n]) for n in names))
     began = time.perf_counter()
-    integers = rd.round_all(plans, delta, form.states, form.rate)
+    tensors = t.round_all(plans, delta, form.states, form.rate)
+    integers = {name: tensor.values.numpy() for name, tensor in tensors.items()}
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
-    streams = rd.spread(lambda names: rd.code([integers[n] for n in names], form.states), groups)
+    streams = t.spread(lambda names: t.code([integers[n] for n in names], form.states), groups)
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
     again = {name: np.empty(shape, np.int32) for name, shape in shapes.items()}
-    fill = lambda job: rd.code([again[n] for n in job[1]], form.states, job[0])
-    rd.spread(fill, list(zip(streams, groups, strict=True)))
+    fill = lambda job: t.code([again[n] for n in job[1]], form.states, job[0])
+    t.spread(fill, list(zip(streams, groups, strict=True)))
     times.append(time.perf_counter() - began)
     assert all(np.array_equal(again[name], integers[name]) for name in shapes)
     facts = dict(zip(("plan", "round", "encode", "decode"), (scaled * seconds for seconds in times), strict=True))
@@ -433,17 +393,16 @@ def main() -> None:
 
     def score_public(clip: Clip) -> float:
         tensors = packers.sdclip(clip, 2 ** shift["SDClip"])
-        bits = symbol_bits({name: q.values.numpy() for name, q in tensors.items()})
+        bits = symbol_bits(tensors)
         shift["SDClip"] += bits / subject.count - goal
-        return at_goal(t.assemble(subject.model.table, tensors | subject.small()), bits)
+        return at_goal(t.assemble(subject.model.table, tensors), bits)
 
     def score_ours(form: Form) -> float:
         plans = packers.plans(form)
-        delta = rd.guess_delta(plans, goal * subject.count / 8, form.states) * 2 ** shift["ours"]
-        integers = rd.round_all(plans, delta, form.states, form.rate)
-        data = packers.write(plans, integers, form.states, delta)
+        delta = t.guess_delta(plans, goal * subject.count / 8, form.states) * 2 ** shift["ours"]
+        data = packers.trellised(plans, form, delta)[1]
         shift["ours"] += 8 * len(data) / subject.count - goal
-        return at_goal(subject.assemble(packers.read(data)), 8 * len(data))
+        return at_goal(packers.read(data), 8 * len(data))
 
     times = lambda *factors: [lambda now, factor=factor: now * factor for factor in factors]
     wider = times(0.7, 1.4)
@@ -474,7 +433,7 @@ def main() -> None:
     ratio = [ours["kl"] / row["kl"] for ours, row in zip(final, public, strict=True)]
     middle = len(goals) // 2
     saved = 1 - interpolate(final, "kl", "bytes", public[middle]["kl"]) / goals[middle]
-    extra = [overhead(row["integers"], form.states) for row in final]
+    extra = [overhead(row["tensors"], form.states) for row in final]
     shape = full_shape(form, 1 if options.quick else 11)
     print("36 M shape: " + ", ".join(f"{name} {value:.1f}" for name, value in shape.items()))
     result = {

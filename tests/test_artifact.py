@@ -14,12 +14,23 @@ import train_gpt as t
 from conftest import ROOT, environment, launch, replace
 
 
-def tensors(seed=0):
+def legal(integers, states=64):
+    """int32 with the parities that the trellis path of each column gives."""
+    after, state, out = t.trellis(states)[0], np.zeros(integers.size(1), np.int64), integers.numpy().astype(np.int32)
+    for row in out:
+        row[:] = row & ~1 | (state & 1)
+        state = after[state, row >> 1 & 1]
+    return torch.from_numpy(out)
+
+
+def tensors(seed=0, trellised=False):
     """Something like the contents of an artifact."""
     generator = torch.Generator().manual_seed(seed)
-    matrix = lambda r, c: t.Quantized(
-        torch.randint(-31, 32, (r, c), generator=generator, dtype=torch.int8), torch.rand(r, generator=generator).half()
-    )
+    numbers = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)
+    matrix = lambda r, c: t.Quantized(numbers(-31, 32, r, c).to(torch.int8), torch.rand(r, generator=generator).half())
+    if trellised:
+        exponents = lambda r, c: numbers(-20, 20, r + c).int()
+        matrix = lambda r, c: t.Quantized(legal(numbers(-9, 9, r, c)), exponents(r, c), torch.tensor([0.1]))
     return {
         "tok_emb.weight": matrix(40, 16),
         "blocks.0.attn.c_q.weight": matrix(16, 16),
@@ -35,18 +46,19 @@ def equal(a, b):
     return list(a) == list(b) and all(
         x.values.dtype == y.values.dtype
         and torch.equal(x.values, y.values)
-        and (x.scales is y.scales is None or torch.equal(x.scales, y.scales))
+        and all(p is q is None or torch.equal(p, q) for p, q in zip(x[1:], y[1:], strict=True))
         for x, y in zip(a.values(), b.values(), strict=True)
     )
 
 
+@pytest.mark.parametrize("trellised", [False, True])
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
-def test_an_artifact_comes_back_bit_for_bit(tmp_path, compressor):
+def test_an_artifact_comes_back_bit_for_bit(tmp_path, compressor, trellised):
     path = tmp_path / "a.ptz"
     config = t.Config(compressor=compressor)
-    path.write_bytes(t.encode_artifact(config, tensors(), looped=True))
+    path.write_bytes(t.encode_artifact(config, tensors(trellised=trellised), looped=True))
     manifest, again, digest = t.decode_artifact(path)
-    assert equal(tensors(), again) and len(digest) == 64
+    assert equal(tensors(trellised=trellised), again) and len(digest) == 64
     assert manifest["looped"] is True and manifest["model"] == config.chosen("Model")
     assert t.encode_artifact(config, again, looped=True) == path.read_bytes()
     assert b"pickle" not in path.read_bytes() and b"PK\x03\x04" not in path.read_bytes()
@@ -54,9 +66,9 @@ def test_an_artifact_comes_back_bit_for_bit(tmp_path, compressor):
 
 def test_every_flipped_byte_and_every_truncation_is_noticed(tmp_path):
     path = tmp_path / "a.ptz"
-    data = t.encode_artifact(t.Config(), tensors(), looped=False)
+    data = t.encode_artifact(t.Config(), tensors(trellised=True), looped=False)
     source = random.Random(0)
-    for place in {*range(t.ARTIFACT_HEADER.size + 8), *source.sample(range(len(data)), 300)}:
+    for place in {*range(t.ARTIFACT_HEADER.size + 8), *source.choices(range(len(data)), k=1000)}:
         changed = bytearray(data)
         changed[place] ^= 1 << source.randrange(8)
         path.write_bytes(changed)
@@ -90,11 +102,14 @@ def test_what_is_written_is_read_back_and_compared(config, tmp_path, monkeypatch
         t.seal_artifact(run, tensors(), looped=False)
 
 
-def test_bytes_are_split_and_joined_for_any_shape():
-    for shape in ((), (1,), (3, 5), (0,), (2, 1, 7)):
-        for dtype in ("float16", "int8"):
-            x = torch.from_numpy(np.random.default_rng(0).integers(-99, 99, shape).astype(dtype))
-            assert torch.equal(t.join_bytes(t.split_bytes(x), dtype, shape), x)
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_streams_of_any_shape_come_back(compressor):
+    for dtype in ("float16", "int8", "float32"):
+        numbers = [np.random.default_rng(0).integers(-99, 99, shape) for shape in ((), (1,), (3, 5), (0,), (2, 1, 7))]
+        parts = [torch.from_numpy(np.asarray(n).astype(dtype)) for n in numbers]
+        again = [torch.empty_like(part) for part in parts]
+        t.code_stream(again, compressor, 64, t.code_stream(parts, compressor, 64))
+        assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
 
 
 def test_the_packed_script_is_small_and_packing_it_again_changes_nothing():

@@ -35,11 +35,17 @@ def plain_gptq(weight, hessian, sigmas, bits, dampening):
     return back, scale
 
 
-@pytest.mark.parametrize("rows, columns, block", [(8, 20, 128), (16, 40, 7), (3, 64, 16)])
+def clipped(weight, hessian, sigmas, bits):
+    """Integers and row steps of SDClip."""
+    quantized = t.round_clipped(t.plan(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits)
+    return quantized.values, quantized.scales
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 20), (16, 40), (3, 64), (5, 130)])
 @pytest.mark.parametrize("sigmas, bits", [(12.85, 6), (3.0, 5), (20.0, 8)])
-def test_gptq_equals_the_plain_column_loop(rows, columns, block, sigmas, bits):
+def test_gptq_equals_the_plain_column_loop(rows, columns, sigmas, bits):
     weight, hessian = problem(rows, columns)
-    integers, scales = t.gptq(weight, hessian, sigmas, bits, block, 0.01)
+    integers, scales = clipped(weight, hessian, sigmas, bits)
     expected, scale = plain_gptq(weight, hessian, sigmas, bits, 0.01)
     assert torch.equal(scales.double(), scale) and integers.dtype == torch.int8
     # fp32 and fp64 may round a value that lies on an edge differently; what follows then differs too.
@@ -55,7 +61,7 @@ def test_gptq_equals_the_plain_column_loop(rows, columns, block, sigmas, bits):
 @pytest.mark.parametrize("seed", range(5))
 def test_gptq_is_better_than_rounding_under_its_hessian(seed):
     weight, hessian = problem(32, 96, seed)
-    integers, scales = t.gptq(weight, hessian, 12.85, 6, 32, 0.01)
+    integers, scales = clipped(weight, hessian, 12.85, 6)
     rounded = (weight / scales.float()[:, None]).round().clamp(-31, 31)
 
     def loss(q):
@@ -70,61 +76,75 @@ def test_gptq_survives_dead_columns_and_rows_of_zeros():
     weight, hessian = problem(6, 12)
     hessian[3, :] = hessian[:, 3] = 0
     weight[2] = 0
-    integers, scales = t.gptq(weight, hessian, 12.85, 6, 4, 0.01)
+    integers, scales = clipped(weight, hessian, 12.85, 6)
     assert (integers[:, 3] == 0).all() and (integers[2] == 0).all() and (scales > 0).all()
-
-
-def test_hessians_are_the_second_moments_of_the_inputs(config):
-    run, data = t.Run(config), t.Dataset(config)
-    torch.manual_seed(0)
-    model = t.GPT(config)
-    model.qo.data += 0.1 * torch.randn_like(model.qo)
-    model.looped = True
-    hessians = t.collect_hessians(run, model, data)
-    assert set(hessians) == {m.key for m in t.matrices(model.table)}
-    seen = {}
-    loader = t.ShuffledLoader(config, data)
-    for i in range(config.gptq_calibration_batches):
-        model(loader.get(0, i), lambda site, layer, x: seen.setdefault((site, layer), []).append(x.detach()))
-    for key in hessians:
-        parts = seen[key]
-        x = torch.cat([part.flatten(0, -2) for part in parts])
-        assert torch.allclose(hessians[key], x.T @ x / config.gptq_calibration_batches, rtol=1e-4, atol=1e-3), key
 
 
 def test_calibration_does_not_depend_on_the_ranks(config):
     torch.manual_seed(0)
     model, data = t.GPT(config), t.Dataset(config)
-    whole = t.collect_hessians(t.Run(config), model, data)
+    with torch.no_grad():
+        for bank in (model.qo, model.down):
+            bank += 0.1 * torch.randn_like(bank)
+    whole = t.collect_moments(t.Run(config), model, data)
     for world in (2, 8):
         parts = []
         for rank in range(world):
             run = t.Run(config)
             run.rank, run.world, run.sum = rank, world, lambda x: x
-            parts.append(t.collect_hessians(run, model, data))
+            parts.append(t.collect_moments(run, model, data))
         for key in whole:
-            assert torch.allclose(sum(part[key] for part in parts), whole[key], rtol=1e-4, atol=1e-4)
+            for kind in (0, 1):
+                assert torch.allclose(sum(part[key][kind] for part in parts), whole[key][kind], rtol=1e-4, atol=1e-6)
+                assert whole[key][kind].abs().sum() > 0
 
 
-def test_quantised_weights_come_back_in_their_banks(config):
+def perturbed(config):
+    """A model's table, weights that are nowhere zero, and moments for every matrix."""
     torch.manual_seed(0)
-    run, model = (
-        t.Run(
-            replace(
-                config, matrix_bits=8, embed_bits=8, attn_clip_sigmas=5.0, mlp_clip_sigmas=5.0, embed_clip_sigmas=5.0
-            )
-        ),
-        t.GPT(config),
-    )
+    model = t.GPT(config)
     weights = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
-    hessians = {m.key: torch.eye(model.get_parameter(m.parameter).size(-1)) for m in t.matrices(model.table)}
-    tensors = t.quantize(run, model.table, weights, hessians)
-    back = t.assemble(model.table, tensors)
+    moments = {}
+    for m in t.matrices(model.table):
+        rows, columns = model.get_parameter(m.parameter).shape[-2:]
+        moments[m.key] = torch.eye(columns), torch.rand(rows) + 0.5
+    return model.table, weights, moments
+
+
+@pytest.mark.parametrize("quantizer", ["sdclip", "rate_distortion"])
+def test_quantised_weights_come_back_in_their_banks(config, quantizer):
+    wide = {f"{kind}_clip_sigmas": 5.0 for kind in ("attn", "mlp", "embed")} | {"matrix_bits": 8, "embed_bits": 8}
+    run = t.Run(replace(config, quantizer=quantizer, **wide))
+    table, weights, moments = perturbed(config)
+    tensors = t.quantize(run, table, weights, 1 << 30, False, moments)
+    back = t.assemble(table, tensors)
     assert set(back) == set(weights)
     for name, weight in weights.items():
         assert back[name].shape == weight.shape
         assert (back[name] - weight).abs().max() < 0.02 * weight.abs().max() + 1e-3, name
     assert sum(q.scales is not None for q in tensors.values()) == 6 * config.num_layers + 1
+
+
+@pytest.mark.parametrize("bits, states", [(2.5, 8), (4.0, 64), (3.3, 0)])
+def test_the_file_has_the_size_asked_for(config, bits, states):
+    run = t.Run(replace(config, trellis_states=states, model_dim=128))
+    table, weights, moments = perturbed(run.config)
+    goal = int(sum(w.numel() for w in weights.values()) * bits / 8)
+    tensors = t.quantize(run, table, weights, goal, False, moments)
+    assert 0 <= goal - len(t.encode_artifact(run.config, tensors, False)) <= 5e-4 * goal
+
+
+def test_a_model_that_cannot_fit_is_refused_before_training(config, tmp_path):
+    count = sum(p.numel() for p in t.GPT(config).parameters())
+    for change, fits in [({"artifact_target_bytes": count // 8}, False), ({"artifact_target_bytes": count}, True),
+                         ({"quantizer": "sdclip", "matrix_bits": 8, "artifact_target_bytes": count // 2}, False)]:
+        run = t.Run(replace(config, **change))
+        run.folder = tmp_path
+        if fits:
+            t.preflight(run)
+        else:
+            with pytest.raises(t.Stop, match="left for the weights .*lower NUM_LAYERS"):
+                t.preflight(run)
 
 
 def test_each_class_has_its_own_width_and_clip():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 
 import numpy as np
 import pytest
@@ -14,12 +13,7 @@ from hypothesis import strategies as st
 from test_quantize import problem
 
 import train_gpt as t
-from conftest import ROOT
-
-pytest.importorskip("numba", reason="numba is not installed: the packer is compiled by it")
-sys.path.append(str(ROOT / "bench"))
-
-import rate_distortion as rd
+from conftest import replace
 
 STATES = [8, 64, 256]
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -29,19 +23,19 @@ def make_plan(rows, columns, seed=0):
     """A plan of a random matrix with correlated inputs and uneven outputs."""
     weight, inputs = problem(rows, columns, seed)
     outputs = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.1
-    return rd.plan(weight, inputs, outputs, 0.01, (0.5, 0.5, 1.0))
+    return t.plan(weight, inputs, outputs, 0.01, (0.5, 0.5, 1.0))
 
 
 def decode(data, shapes, states):
     """The matrices in a stream."""
     matrices = [np.zeros(shape, np.int32) for shape in shapes]
-    rd.code(matrices, states, data)
+    t.code(matrices, states, data)
     return matrices
 
 
 def is_legal(integers, states):
     """Whether each column's parities are those that its trellis path from state 0 gives."""
-    after, state = rd.trellis(states)[0], np.zeros(integers.shape[1], np.int64)
+    after, state = t.trellis(states)[0], np.zeros(integers.shape[1], np.int64)
     for row in integers:
         if ((row & 1) != (state & 1)).any():
             return False
@@ -51,7 +45,7 @@ def is_legal(integers, states):
 
 def make_legal(integers, states):
     """The integers with their parities set to those of their trellis paths."""
-    after, state, out = rd.trellis(states)[0], np.zeros(integers.shape[1], np.int64), integers.copy()
+    after, state, out = t.trellis(states)[0], np.zeros(integers.shape[1], np.int64), integers.copy()
     for row in out:
         row[:] = row & ~1 | (state & 1)
         state = after[state, row >> 1 & 1]
@@ -60,14 +54,14 @@ def make_legal(integers, states):
 
 @pytest.mark.parametrize("states", STATES)
 def test_two_ways_lead_into_and_out_of_every_state(states):
-    after, before = rd.trellis(states)
+    after, before = t.trellis(states)
     assert (np.bincount(after.ravel(), minlength=states) == 2).all()
     assert all(after[before[bit, s], bit] == s for s in range(states) for bit in (0, 1))
 
 
 @pytest.mark.parametrize("states, seed", [(s, seed) for s in STATES for seed in range(4)])
 def test_viterbi_finds_what_trying_all_paths_finds(states, seed):
-    generator, after = np.random.default_rng(seed), rd.trellis(states)[0]
+    generator, after = np.random.default_rng(seed), t.trellis(states)[0]
     goal = (3 * generator.standard_normal(9)).astype(np.float32)
     price = generator.uniform(0.5, 2, 9).astype(np.float32)
     least = np.inf
@@ -78,7 +72,7 @@ def test_viterbi_finds_what_trying_all_paths_finds(states, seed):
             cost += price[r] * (goal[r] - (4 * np.rint((goal[r] - residue) / 4) + residue)) ** 2
             state = after[state, bit]
         least = min(least, cost)
-    found = rd.viterbi(goal, price, rd.trellis(states)[1])
+    found = t.viterbi(goal, price, t.trellis(states)[1])
     assert is_legal(found[:, None], states)
     assert (price * (goal - found) ** 2).sum() == pytest.approx(least, rel=1e-5)
 
@@ -86,30 +80,20 @@ def test_viterbi_finds_what_trying_all_paths_finds(states, seed):
 @pytest.mark.parametrize("states, least_gain", [(8, 0.8), (64, 1.0), (256, 1.1)])
 def test_the_trellis_gains_decibels_on_a_gaussian(states, least_gain):
     goal = (np.random.default_rng(0).standard_normal(20_000) / 0.2).astype(np.float32)
-    found = rd.viterbi(goal, np.ones_like(goal), rd.trellis(states)[1])
+    found = t.viterbi(goal, np.ones_like(goal), t.trellis(states)[1])
     counts = np.unique(found >> 1, return_counts=True)[1] / len(found)
     bits, error = -(counts * np.log2(counts)).sum(), ((goal - found) ** 2).mean() * 0.04
     assert 10 * np.log10(2 * np.pi * np.e / 12 * 2 ** (-2 * bits) / error) > least_gain
 
 
-@pytest.mark.parametrize("rows, columns, sigmas, bits", [(8, 20, 12.85, 6), (5, 130, 3.0, 5), (32, 96, 20.0, 8)])
-def test_without_trellis_it_is_gptq_with_clipping(rows, columns, sigmas, bits):
-    weight, hessian = problem(rows, columns)
-    expected, scales = t.gptq(weight, hessian, sigmas, bits, 128, 0.01)
-    p = rd.plan(weight, hessian, torch.ones(rows), 0.01, (0, 0, 0))
-    step = scales.float()[:, None].expand(rows, columns).numpy()
-    integers = rd.round_matrix(p, step, 0, largest=2 ** (bits - 1) - 1)
-    # A weight that lies on an edge may be rounded either way; what follows then differs too.
-    assert (integers != expected.numpy()).mean() < 0.02
-
-
 @pytest.mark.parametrize("states", [0, *STATES])
 def test_two_threads_round_as_one_does(states):
     plans = {f"{rows}x{columns}": make_plan(rows, columns) for rows, columns in [(40, 33), (7, 130), (64, 64), (1, 5)]}
-    one = rd.round_all(plans, 0.02, states, 0.5, threads=1)
-    two = rd.round_all(plans, 0.02, states, 0.5, threads=2)
-    assert list(one) == list(plans) and all(np.array_equal(one[name], two[name]) for name in plans)
-    assert states == 0 or all(is_legal(integers, states) for integers in one.values())
+    one = t.round_all(plans, 0.02, states, 0.5, threads=1)
+    two = t.round_all(plans, 0.02, states, 0.5, threads=2)
+    assert list(one) == list(plans)
+    assert all(torch.equal(a, b) for name in plans for a, b in zip(one[name], two[name], strict=True))
+    assert states == 0 or all(is_legal(quantized.values.numpy(), states) for quantized in one.values())
 
 
 def test_error_under_the_inputs_falls_with_each_part():
@@ -117,33 +101,34 @@ def test_error_under_the_inputs_falls_with_each_part():
     inputs = problem(256, 96)[1]
 
     def cost(integers, rows, columns, delta):
-        error = p.weight - torch.from_numpy(rd.restore(integers, rows, columns, delta))
+        error = p.weight - torch.from_numpy(integers * t.steps(rows, columns, delta)).float()
         return float(torch.einsum("ri,ij,rj->", error, inputs, error))
 
     zeros = p.rows * 0 + int(p.rows.mean()), p.columns * 0
     flat = p._replace(rows=zeros[0], columns=zeros[1])
-    step = rd.steps(*zeros, 0.25)
+    step = t.steps(*zeros, 0.25)
     nearest = np.rint(p.weight.numpy() / step).astype(np.int32)
-    scalar = rd.round_matrix(flat, step, 0)
-    trellised = rd.round_matrix(flat, step, 64)  # twice the distance between the integers of a coset: a finer grid
+    scalar = t.round_matrix(flat, step, 0)
+    trellised = t.round_matrix(flat, step, 64)  # twice the distance between the integers of a coset: a finer grid
     assert cost(trellised, *zeros, 0.25) > cost(scalar, *zeros, 0.25) < 0.9 * cost(nearest, *zeros, 0.25)
-    half = rd.steps(*zeros, 0.125)  # now as many bits as the scalar one
-    assert cost(rd.round_matrix(flat, half, 64), *zeros, 0.125) < 0.9 * cost(scalar, *zeros, 0.25)
+    half = t.steps(*zeros, 0.125)  # now as many bits as the scalar one
+    assert cost(t.round_matrix(flat, half, 64), *zeros, 0.125) < 0.9 * cost(scalar, *zeros, 0.25)
 
 
 def test_scales_are_powers_of_two_and_eight_constants():
     exponents = np.arange(-400, 400, dtype=np.int32)
-    assert np.allclose(rd.scale(exponents), 2.0 ** (exponents / 8), rtol=1e-7, atol=0)
-    assert np.array_equal(rd.scale(exponents[8:]), 2 * rd.scale(exponents[:-8]))
+    scale = t.steps(np.zeros(1, np.int32), exponents, 1.0)[0]
+    assert np.allclose(scale, 2.0 ** (exponents / 8), rtol=1e-7, atol=0)
+    assert np.array_equal(scale[8:], 2 * scale[:-8])
 
 
 def test_the_steps_of_a_matrix_are_its_sensitivities_to_the_powers():
     weight, inputs = problem(12, 7)
     outputs = torch.arange(1.0, 13)
-    means = [rd.plan(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1)).rows.mean() for scale in (1, 16)]
-    assert means[0] - means[1] == rd.OCTAVE  # half of the four halvings that a 16-fold sensitivity means
-    p = rd.plan(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
-    assert np.allclose(rd.steps(p.rows, p.columns, 1.0), 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
+    means = [t.plan(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1)).rows.mean() for scale in (1, 16)]
+    assert means[0] - means[1] == t.OCTAVE  # half of the four halvings that a 16-fold sensitivity means
+    p = t.plan(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
+    assert np.allclose(t.steps(p.rows, p.columns, 1.0), 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
 
 
 @settings(max_examples=40)
@@ -153,7 +138,7 @@ def test_streams_come_back(shapes, states, data):
     values = lambda n: data.draw(st.lists(INT32 | st.integers(-3, 3), min_size=n, max_size=n))
     matrices = [np.array(values(a * b), np.int64).astype(np.int32).reshape(a, b) for a, b in shapes]
     matrices = [make_legal(m, states) if states else m for m in matrices]
-    again = decode(rd.code(matrices, states), shapes, states)
+    again = decode(t.code(matrices, states), shapes, states)
     assert all(np.array_equal(a, b) for a, b in zip(matrices, again, strict=True))
 
 
@@ -166,7 +151,7 @@ def test_streams_are_little_longer_than_their_entropy(states):
     for part in [integers[(integers & 1) == parity] for parity in (0, 1)] if states else [integers.ravel()]:
         counts = np.unique(part, return_counts=True)[1]
         bits -= (counts * np.log2(counts / counts.sum())).sum()
-    assert len(rd.code([integers], states)) < 1.01 * bits / 8
+    assert len(t.code([integers], states)) < 1.01 * bits / 8
 
 
 def test_carries_run_through_the_stream():
@@ -175,7 +160,7 @@ def test_carries_run_through_the_stream():
     for _ in range(20):
         integers = np.where(generator.random((64, 64)) < 0.02, -99, 0).astype(np.int32)
         integers[:, ::7] = 3
-        assert np.array_equal(decode(rd.code([integers], 0), [(64, 64)], 0)[0], integers)
+        assert np.array_equal(decode(t.code([integers], 0), [(64, 64)], 0)[0], integers)
 
 
 @pytest.mark.parametrize("curve", [lambda x: 1e6 * 2**-x, lambda x: 4e5 - 1.1e5 * x, lambda x: 1e6 / (1 + 2.0**x)])
@@ -186,46 +171,55 @@ def test_the_goal_is_met_from_below(curve):
         tried.append(delta)
         return int(curve(np.log2(delta)))
 
-    delta = rd.fit_delta(1.0, 3.3e5, 2e5, size_of, log=lambda line: None)
+    delta = t.fit_delta(1.0, 3.3e5, 2e5, size_of, log=lambda line: None)
     assert 0 <= 3.3e5 - size_of(delta) <= 5e-4 * 3.3e5 and len(tried) <= 9
 
 
-def test_sensitivities_are_the_moments_of_inputs_and_gradients(config):
+def test_moments_are_those_of_inputs_and_of_gradients_of_drawn_labels(config, monkeypatch):
     torch.manual_seed(0)
-    run, model = t.Run(config), rd.Tapped(config)
+    config = replace(config, gptq_calibration_batches=1)
+    run, model, data = t.Run(config), t.GPT(config), t.Dataset(config)
     with torch.no_grad():
         for name in ("qo", "down", "embed"):
             model.get_parameter(name).add_(0.3 * torch.randn_like(model.get_parameter(name)))
     model.looped = True
-    batch = t.ShuffledLoader(config, t.Dataset(config)).get(0, 0)
-    targets = batch.targets.clone()
-    found = rd.collect_sensitivities(run, model, [batch])
-    assert {key[0] for key in found} == {"q", "k", "v", "o", "up", "down", "head"}
-    inputs, outputs, logits = {}, {}, []
+    found = t.collect_moments(run, model, data)
+    assert set(found) == {m.key for m in t.matrices(model.table)} and model.qo.grad is None
+    batch = t.ShuffledLoader(config, data).get(0, 0)
+    batch = batch._replace(targets=batch.targets.clone())
+    given, inputs, outputs = batch.inputs.clone(), {}, {}
 
     def tap(site, layer, x, y):
         inputs.setdefault((site, layer), []).append(x.detach().flatten(0, -2))
         outputs.setdefault((site, layer), []).append(y)
         y.retain_grad()
         if site == "head":
-            logits.append(y)
             logit = config.logit_softcap * torch.tanh(y.detach().flatten(0, 1) / config.logit_softcap)
             drawn = torch.multinomial(torch.softmax(logit, -1), 1, generator=torch.Generator().manual_seed(0))
             batch.targets.copy_(drawn.view_as(batch.targets))
 
-    assert torch.equal(batch.targets, targets)
-    batch = batch._replace(targets=targets)
     model(batch, tap).sum().backward()
+    assert torch.equal(batch.inputs, given)
     count = batch.targets.numel()
     for key, (moments, fisher) in found.items():
         x, g = torch.cat(inputs[key]), torch.cat([y.grad.flatten(0, -2) for y in outputs[key]])
         assert torch.allclose(moments, x.T @ x / count, rtol=1e-4, atol=1e-5), key
         if key[0] != "head":
             assert torch.allclose(fisher, g.square().sum(0) / count, rtol=1e-3, atol=1e-12), key
-    cap, y = config.logit_softcap, logits[0].flatten(0, 1)
+    cap, y = config.logit_softcap, outputs["head", 0][0].flatten(0, 1)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda y: F.log_softmax(cap * torch.tanh(y / cap), 0)))(y[:4])
     chance = torch.softmax(cap * torch.tanh(y / cap), -1)
     exact = torch.einsum("nv,nvw->w", chance[:4].detach(), jacobian.square())
     slope = 1 - torch.tanh(y[:4] / cap).square()
     assert torch.allclose(exact, (chance[:4] * (1 - chance[:4]) * slope.square()).sum(0), rtol=1e-3)
     assert torch.allclose(found["head", 0][1], (chance * (1 - chance) * (1 - torch.tanh(y / cap) ** 2) ** 2).mean(0))
+
+
+def test_sdclip_needs_no_gradients(config):
+    config = replace(config, quantizer="sdclip")
+    torch.manual_seed(0)
+    model = t.GPT(config)
+    plain = t.collect_moments(t.Run(config), model, t.Dataset(config))
+    other = t.collect_moments(t.Run(replace(config, quantizer="rate_distortion")), model, t.Dataset(config))
+    assert all(torch.allclose(plain[key][0], other[key][0], rtol=1e-5, atol=1e-6) for key in plain)
+    assert all((plain[key][1] == 0).all() for key in plain)
