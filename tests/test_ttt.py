@@ -127,7 +127,7 @@ def test_no_score_depends_on_what_comes_later(tiny, mode, monkeypatch):
     assert torch.allclose(first.distributions[1:].exp().sum(-1), torch.ones(len(tokens) - 1), atol=1e-5)
     targets = torch.from_numpy(tokens.astype(np.int64))
     assert torch.allclose(first.nats[1:], -first.distributions.gather(1, targets[:, None])[1:, 0], atol=1e-5)
-    for place in random.choice(np.flatnonzero(tokens != t.BOS), 4, replace=False).tolist():
+    for place in random.choice(np.flatnonzero(tokens != t.BOS), 2, replace=False).tolist():
         before = earlier(config, tokens, place)
         inputs = before | (np.arange(len(tokens)) == 0) | (tokens == t.BOS)
         changed = np.where(inputs, tokens, random.integers(4, config.vocab_size, len(tokens))).astype("<u2")

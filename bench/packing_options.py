@@ -1,0 +1,216 @@
+"""What options on top of both packers give at equal bytes, and what better estimates of the sensitivities give.
+
+    python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--quick]
+
+On the checkpoint of bench/checkpoint.py, at about 3.3 bit per weight. Each row is one change: its divergence from the
+unquantised model over that without the change, moved to equal bytes (an octave of divergence is worth half a bit per
+weight, as measured in the first rows), on the same validation tokens. Below 1 the change pays for its bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+sys.path.append(str(ROOT / "bench"))
+
+from packing import CHUNK, Clip, Form, Packers, Subject
+
+import train_gpt as t
+
+Weights = dict[str, Tensor]
+
+
+def low_rank(packers: Packers, tensors: dict[str, t.Quantized], rank: int, count: int) -> tuple[Weights, int]:
+    """The parameters with int8 low-rank corrections of the `count` matrices that gain most, and their bytes (LQER)."""
+    found = []
+    for m in packers.subject.todo:
+        inputs, outputs = (part.double() for part in packers.moments[m.key])
+        inputs = inputs + 0.01 * inputs.diagonal().mean() * torch.eye(len(inputs), dtype=torch.float64)
+        root = torch.linalg.cholesky(inputs)
+        error = packers.subject.weight(m).double() - tensors[m.name].restore().double()
+        u, s, v = torch.linalg.svd(error @ root, full_matrices=False)
+        right = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
+        gain = float(s[:rank].square().sum() * outputs.mean())
+        found.append((gain, m, u[:, :rank] * s[:rank], right))
+    weights, spent = t.assemble(packers.subject.model.table, tensors), 0
+    for _, m, left, right in sorted(found, key=lambda item: -item[0])[:count]:
+        factors = []
+        for factor in (left.T, right):
+            step = factor.abs().amax(1, keepdim=True) / 127
+            factors.append((factor / step).round() * step)
+            spent += factor.numel() + 2 * len(factor)
+        place = weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
+        place += (factors[0].T @ factors[1]).float()
+    return weights, spent
+
+
+def scaled_columns(packers: Packers, clip: Clip, power: float) -> dict[str, tuple[Tensor, np.ndarray]]:
+    """(matrices, integers) of SDClip on columns multiplied by the RMS of their inputs to a power and divided after."""
+    tensors = {}
+    for m in packers.subject.todo:
+        p, inputs = packers.flat[m.name], packers.moments[m.key][0].diagonal()
+        scale = inputs.clamp_min(1e-8).sqrt().float() ** power
+        scale = scale / scale.log().mean().exp()
+        bits = clip.embed_bits if m.quantizer == "embed" else clip.bits
+        largest = 2 ** (bits - 1) - 1
+        rows = (getattr(clip, m.quantizer) * (p.weight * scale).std(dim=1)).clamp_min(2.0**-24)
+        step = (rows[:, None] / scale).numpy()
+        integers = t.round_matrix(p, np.ascontiguousarray(step), 0, largest=largest)
+        tensors[m.name] = torch.from_numpy(integers * step), integers
+    return tensors
+
+
+def head_and_input_rows(subject: Subject, tokens: int) -> Tensor:
+    """Fisher diagonal of the embedding rows where they are looked up, summed over channels, per token."""
+    model, sums, seen = subject.model, torch.zeros(subject.config.vocab_size), 0
+    changes = {"train_batch_tokens": 8 * CHUNK, "loader": "shuffled"}
+    loader = t.ShuffledLoader(t.dataclasses.replace(subject.config, **changes), subject.data)
+    generator = torch.Generator().manual_seed(1)
+    model.load_state_dict(subject.weights)
+    for index in range(tokens // CHUNK):
+        batch = loader.get(index // 8, index % 8)
+        with torch.no_grad():
+            hidden = model.trunk(batch, t.Hooks())
+            cap = subject.config.logit_softcap
+            chance = torch.softmax(cap * torch.tanh(hidden @ model.embed.T / cap), -1).flatten(0, 1)
+            drawn = torch.multinomial(chance, 1, generator=generator).view_as(batch.targets)
+        looked_up = F.embedding(batch.inputs, model.embed).detach().requires_grad_()
+        lookup, t.F.embedding = t.F.embedding, lambda *_, rows=looked_up: rows
+        try:
+            model(batch._replace(targets=drawn)).sum().backward()
+        finally:
+            t.F.embedding = lookup
+        sums.index_add_(0, batch.inputs.flatten(), looked_up.grad.square().sum(-1).flatten())
+        seen += batch.inputs.numel()
+    model.zero_grad()
+    return sums / seen
+
+
+class Table:
+    """Rows of changes against their baselines."""
+
+    def __init__(self, packers: Packers, chunks: range):
+        self.packers, self.subject, self.chunks, self.rows = packers, packers.subject, chunks, {}
+        print(f"{'change':<52}{'bytes':>10}{'KL':>10}{'KL at equal bytes':>20}{'+-':>8}")
+
+    def kl(self, weights: Weights) -> np.ndarray:
+        """Divergence by chunk of validation text."""
+        return self.subject.divergence(weights, self.chunks)[0]
+
+    def add(self, name: str, size: float, weights: Weights, base: tuple | None = None) -> tuple[float, np.ndarray]:
+        """Print one row; returns what later rows are compared with."""
+        found = self.kl(weights)
+        ratio, spread = 1.0, 0.0
+        if base is not None:
+            move = 2 ** (2 * 8 * (size - base[0]) / self.subject.count)
+            ratio = found.mean() / base[1].mean() * move
+            spread = float(np.std(found / found.mean() - base[1] / base[1].mean()) / np.sqrt(len(found)))
+            self.rows[name] = round(ratio, 4)
+        print(f"{name:<52}{size:>10.0f}{found.mean():>10.5f}{ratio:>20.4f}{spread:>8.4f}", flush=True)
+        return size, found
+
+
+def ours(packers: Packers, form: Form, goal: int) -> tuple[dict[str, t.Quantized], int]:
+    """Our tensors at the goal in bytes, and the bytes they take."""
+    plans, files = packers.plans(form), {}
+
+    def size_of(delta: float) -> int:
+        files[delta] = packers.trellised(plans, form, delta)
+        return len(files[delta][1])
+
+    guess = t.guess_delta(plans, goal, form.states)
+    tensors, data = files[t.fit_delta(guess, goal, packers.subject.count / 8, size_of, lambda line: None)]
+    return tensors, len(data)
+
+
+def estimates(packers: Packers, options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Other moments by name."""
+    subject, base = packers.subject, packers.moments
+    yield "calibration / 4", subject.moments(options.calibration // 4)
+    more = subject.moments(options.calibration * 4)
+    yield "calibration x 4", more
+    yield "calibration x 4 for the inputs only", {key: (more[key][0], base[key][1]) for key in base}
+    rows, level = head_and_input_rows(subject, options.calibration), base["head", 0][0].trace()
+    for weight in (0.25, 1.0):
+        both = base["head", 0][0], base["head", 0][1] + weight * rows / level
+        yield f"embedding rows also where they are looked up, x {weight:g}", base | {("head", 0): both}
+
+
+def main() -> None:
+    """Print the table and the RESULT line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
+    parser.add_argument("--tokens", type=int, default=81_920, help="validation tokens")
+    parser.add_argument("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
+    parser.add_argument("--quick", action="store_true", help="few tokens")
+    options = parser.parse_args()
+    if not (options.run / "checkpoint.pt").exists():
+        parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
+    if options.quick:
+        options.tokens, options.calibration = 8192, 16_384
+    subject = Subject(options.run, 4 * CHUNK, options.tokens, "lzma" if options.quick else "brotli")
+    packers = Packers(subject, options.calibration)
+    table = Table(packers, range(subject.tuning, len(subject.hidden)))
+    clip, form, goal = Clip(), Form(), int(3.3 / 8 * subject.count)
+    model = subject.model.table
+    tensors = packers.sdclip(clip)
+    size = len(packers.write(tensors))
+    public = table.add("SDClip", size, t.assemble(model, tensors))
+    wide = packers.sdclip(clip, 2**0.25)
+    table.add("SDClip, steps x 2^(1/4)", len(packers.write(wide)), t.assemble(model, wide), public)
+    flat = np.concatenate([tensors[m.name].values.numpy().ravel() for m in subject.todo])
+    entropy = lambda values: -sum(c * np.log2(c / len(values)) for c in np.unique(values, return_counts=True)[1]) / 8
+    for power in (0.25, 0.5):
+        scaled = scaled_columns(packers, clip, power)
+        weights = {m.name: t.Quantized(scaled[m.name][0].float()) for m in subject.todo} | subject.small()
+        moved = entropy(np.concatenate([pair[1].ravel() for pair in scaled.values()])) - entropy(flat)
+        columns = sum(scaled[m.name][1].shape[1] for m in subject.todo)
+        table.add(f"SDClip + AWQ-lite, power {power:g}", size + moved + columns, t.assemble(model, weights), public)
+    for rank, count in ((4, 3), (4, len(subject.todo))):
+        weights, spent = low_rank(packers, tensors, rank, count)
+        table.add(f"SDClip + LQER, rank {rank}, {count} matrices", size + spent, weights, public)
+    tensors, size = ours(packers, form, goal)
+    mine = table.add("ours", size, t.assemble(model, tensors))
+    for bits in (3.2, 3.4):
+        other, other_size = ours(packers, form, int(bits / 8 * subject.count))
+        table.add(f"ours at {bits:g} bit", other_size, t.assemble(model, other), mine)
+    for rank, count in ((4, 3), (4, len(subject.todo))):
+        weights, spent = low_rank(packers, tensors, rank, count)
+        table.add(f"ours + LQER, rank {rank}, {count} matrices", size + spent, weights, mine)
+    weights, saved = t.assemble(model, tensors), 0
+    for name, tensor in subject.small().items():
+        if tensor.values.dim() > 1:
+            rows = tensor.values.float().flatten(0, -2)
+            step = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            weights[name] = ((rows / step).round() * step).view_as(tensor.values)
+            saved += rows.numel() - 2 * len(rows)
+    table.add("ours + small tensors in int8 by row", size - saved, weights, mine)
+    first = packers.moments
+    subject.model.load_state_dict(t.assemble(model, tensors))
+    later = subject.moments(options.calibration)
+    subject.model.load_state_dict(subject.weights)
+    packers.moments = {key: (later[key][0], first[key][1]) for key in first}
+    other, other_size = ours(packers, form, goal)
+    table.add("ours, inputs of the quantised model", other_size, t.assemble(model, other), mine)
+    packers.moments = first
+    for name, moments in estimates(packers, options):
+        packers.moments = moments
+        other, other_size = ours(packers, form, goal)
+        table.add(f"ours, {name}", other_size, t.assemble(model, other), mine)
+        packers.moments = first
+    print("RESULT " + json.dumps({"tokens": options.tokens, "quick": options.quick, "ratios": table.rows}))
+
+
+if __name__ == "__main__":
+    main()
