@@ -1,4 +1,8 @@
-"""What run folders hold and what several of them say together; submit.py, sweep.py, report.py and track.py share it."""
+"""What run folders hold and what several of them say together; submit.py, sweep.py, report.py and track.py share it.
+
+`is_locked` and `show` are twins of the trainer's: the trainer imports nothing of the repository, and importing the
+trainer here would load torch for seconds.
+"""
 from __future__ import annotations
 
 import fcntl

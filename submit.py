@@ -446,10 +446,12 @@ def description(run: Run) -> str:
     parameters = re.search(r"model_params:(\d+)", run.log)
     size = f" ({int(parameters[1]):,} parameters)" if parameters else ""
     stage = list(run.summary["bpb"])[-1]
+    rounding = f"to {c['MATRIX_BITS']} bits, the embedding to {c['EMBED_BITS']}, packed with {c['COMPRESSOR']}"
+    if c.get("QUANTIZER") == "rate_distortion":
+        rounding = f"on a trellis of {c['TRELLIS_STATES']} states with rate-distortion steps, filled to a set size"
     return (f"A transformer of {c['NUM_LAYERS']} layers and width {c['MODEL_DIM']}{loops}{size}, vocabulary "
-            f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ to {c['MATRIX_BITS']} bits, "
-            f"the embedding to {c['EMBED_BITS']}, packed with {c['COMPRESSOR']}. Scored from the bytes of the artifact "
-            f"(stage `{stage}`).")
+            f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored from the "
+            f"bytes of the artifact (stage `{stage}`).")
 
 
 def credits_of(run: Run) -> list[str]:

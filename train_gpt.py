@@ -115,8 +115,8 @@ class Config:
     _schedule = Section("Schedule", "training")
     schedule: Literal["time", "steps"] = knob("time", "rates and loops follow the clock or (repeatable) the steps")
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
-    max_wallclock_seconds: float = knob(600.0, "training budget, Hessians included", positive)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for the Hessians", not_negative)
+    max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
+    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration", not_negative)
     warmup_steps: int = knob(20, "untimed steps per loop state before the clock; all is restored after", not_negative)
     warmdown_frac: float = knob(0.85, "last fraction of the run over which the learning rate falls linearly", fraction)
     min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
@@ -146,8 +146,8 @@ class Config:
     quantizer: Literal["rate_distortion", "sdclip"] = knob("rate_distortion", "sensitivity steps, or clipped rows")
     trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
     artifact_target_bytes: int = knob(0, "rate_distortion: fill this; 0: the cap less the packed code", not_negative)
-    gptq_calibration_batches: int = knob(32, "training micro-batches for the Hessians, over all ranks", positive)
-    gptq_dampening: float = knob(0.01, "added to the Hessian's diagonal, as a fraction of its mean", positive)
+    gptq_calibration_batches: int = knob(32, "training micro-batches for calibration, over all ranks", positive)
+    gptq_dampening: float = knob(0.01, "added to the inputs' second moments, as a fraction of their mean", positive)
     matrix_bits: int = knob(6, "integer width of matrices", bit_width)
     attn_bits: int = knob(0, "integer width of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
     mlp_bits: int = knob(0, "integer width of MLP matrices; 0: MATRIX_BITS", bit_width_or_default)
@@ -1360,7 +1360,7 @@ def muon_momentum(config: Config, step: int) -> float:
 
 TRELLISES = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # parity polynomials of Ungerboeck's codes
 OCTAVE = 8  # steps are 2^(n/OCTAVE)
-POWERS, RATE = (0.25, 0.5, 0.5), 0.5  # of the sensitivities between matrices, of rows, of columns; weight of the bits
+POWERS, RATE = (1.0, 1.0, 1.0), 0.5  # of the sensitivities between matrices, of rows, of columns; weight of the bits
 SYMBOLS, CLASSES, GAIN, LIMIT, MASK = 256, 40, 32, 1 << 17, (1 << 56) - 1  # of the entropy coder: counts, interval
 compiled = numba.njit(nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename))  # packed: it has no file
 
@@ -2214,7 +2214,7 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
 def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
-    """Hessians, GPTQ, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
+    """Calibration, rounding, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
     c, saved = run.config, load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         raise Stop(f"STAGE=quantize: {run.folder / 'checkpoint.pt'} holds no finished training; run STAGE=train first")
@@ -2245,9 +2245,9 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
         run.note("artifact_sealed", sha256=digest)
         hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
         code, count = len(packed.encode()), sum(t.scales is not None for t in tensors.values())
-        run.log(f"quantised {count} matrices, {len(tensors) - count} tensors in fp16: Hessians {hessian:.1f}s, GPTQ "
-                f"{rounding:.1f}s, {c.compressor} {packing:.1f}s; read back from disk, every integer equal; code {how}")
-        run.log(f"training and Hessians: {saved['train_seconds'] + hessian:.1f}s of {c.max_wallclock_seconds:g}s")
+        run.log(f"quantised {count} matrices ({c.quantizer}), {len(tensors) - count} tensors in fp16: calibration "
+                f"{hessian:.1f}s, rounding {rounding:.1f}s, sealing {packing:.1f}s; read back, all equal; code {how}")
+        run.log(f"training and calibration: {saved['train_seconds'] + hessian:.1f}s of {c.max_wallclock_seconds:g}s")
         run.log(f"artifact bytes:{size} code:{code} total:{size + code} cap:{c.artifact_cap_bytes} "
                 f"left:{c.artifact_cap_bytes - size - code}")
         return {"artifact_bytes": size, "code_bytes": code, "artifact_sha256": digest, "hessian_seconds": hessian,

@@ -409,7 +409,7 @@ def main() -> None:
     wider = times(0.7, 1.4)
     clips = {"embed": wider, "attn": wider, "mlp": wider, "embed_bits": [6, 8], "bits": [5, 7]}
     clip = tune(Clip(), clips, options.trials, score_public, "SDClip")
-    powers = {"between": [0.0, 0.5, 1.0], "rows": [0.0, 1.0], "columns": [0.0, 1.0], "rate": [0.0, 1.0]}
+    powers = {"between": [0.5, 0.75], "rows": [0.5, 0.75, 1.25], "columns": [0.5, 0.75, 1.25], "rate": [0.0, 0.25, 1.0]}
     form = tune(Form(options.states), powers, options.trials, score_ours, "ours")
 
     report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
