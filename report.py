@@ -277,7 +277,7 @@ def times(summary: dict[str, Any], run: Run) -> str:
     scoring = {f"val:{stage}": seconds for stage, seconds in last.items()}
     rest = summary.get("eval_seconds", 0) - sum(last.values())
     groups = [("training clock", "train", {"training": summary.get("train_seconds"),
-                                           "Hessians": summary.get("hessian_seconds")}),
+                                           "calibration": summary.get("hessian_seconds")}),
               ("not timed", "", {"GPTQ": summary.get("gptq_seconds"), "packing": summary.get("pack_seconds")}),
               ("evaluation clock", "eval", scoring | {"reading, moving": rest if rest > 0 else None})]
     rows = []

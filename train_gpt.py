@@ -145,16 +145,16 @@ class Config:
     _quantizer = Section("Quantizer", "artifact")
     quantizer: Literal["rate_distortion", "sdclip"] = knob("rate_distortion", "sensitivity steps, or clipped rows")
     trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
-    artifact_target_bytes: int = knob(0, "rate_distortion: fill this; 0: the cap less the packed code", not_negative)
+    artifact_target_bytes: int = knob(0, "rate_distortion: fill this, 0: the cap less the code", not_negative)
     gptq_calibration_batches: int = knob(32, "training micro-batches for calibration, over all ranks", positive)
     gptq_dampening: float = knob(0.01, "added to the inputs' second moments, as a fraction of their mean", positive)
-    matrix_bits: int = knob(6, "integer width of matrices", bit_width)
-    attn_bits: int = knob(0, "integer width of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
-    mlp_bits: int = knob(0, "integer width of MLP matrices; 0: MATRIX_BITS", bit_width_or_default)
-    embed_bits: int = knob(7, "integer width of the embedding", bit_width)
-    attn_clip_sigmas: float = knob(13.0, "attention: largest level in standard deviations of a row (SDClip)", positive)
-    mlp_clip_sigmas: float = knob(11.5, "MLP: largest level in standard deviations of a row", positive)
-    embed_clip_sigmas: float = knob(14.0, "embedding: largest level in standard deviations of a row", positive)
+    matrix_bits: int = knob(6, "sdclip: integer width of matrices", bit_width)
+    attn_bits: int = knob(0, "sdclip: that of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
+    mlp_bits: int = knob(0, "sdclip: that of MLP matrices; 0: MATRIX_BITS", bit_width_or_default)
+    embed_bits: int = knob(7, "sdclip: integer width of the embedding", bit_width)
+    attn_clip_sigmas: float = knob(13.0, "sdclip: largest level of attention, in deviations of a row", positive)
+    mlp_clip_sigmas: float = knob(11.5, "sdclip: largest level of MLPs, in deviations of a row", positive)
+    embed_clip_sigmas: float = knob(14.0, "sdclip: largest level of the embedding, in deviations of a row", positive)
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
     _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
@@ -1388,8 +1388,10 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     so the result does not depend on the number of ranks. A looped layer counts every visit. The labels are drawn from
     the model, so that E[g^2] is the Fisher diagonal; SDClip needs none of it and gets zeros."""
     c, cap, keys = run.config, run.config.logit_softcap, {m.key: m.parameter for m in matrices(model.table)}
-    windows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len) * STREAMS * c.train_seq_len
-    loader = ShuffledLoader(dataclasses.replace(c, loader="shuffled", train_batch_tokens=windows), data)
+    rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
+    part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
+    count, tokens = c.gptq_calibration_batches * rows // part, part * c.train_seq_len
+    loader = ShuffledLoader(dataclasses.replace(c, loader="shuffled", train_batch_tokens=STREAMS * tokens), data)
     zeros, shape = lambda *n: torch.zeros(n, device=run.device), lambda name: model.get_parameter(name).shape
     sums = {key: (zeros(*2 * shape(name)[-1:]), zeros(shape(name)[-2])) for key, name in sorted(keys.items())}
     sensitive = c.quantizer == "rate_distortion"
@@ -1403,7 +1405,7 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
             chance = torch.softmax(cap * bend, -1)
             outputs.add_((chance * (1 - chance) * (1 - bend.square()).square()).sum(0))
             batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
-    mine = range(run.rank, c.gptq_calibration_batches, run.world)
+    mine = range(run.rank, count, run.world)
     with torch.set_grad_enabled(sensitive):
         for index in run.track("calibration", mine):
             generator = torch.Generator(run.device).manual_seed(index)
@@ -1413,8 +1415,7 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
             if sensitive:
                 loss.backward()
     model.zero_grad()
-    tokens = windows // STREAMS * c.gptq_calibration_batches
-    return {key: tuple(run.sum(part) / tokens for part in pair) for key, pair in sums.items()}
+    return {key: tuple(run.sum(total) / (tokens * count) for total in pair) for key, pair in sums.items()}
 
 class Plan(NamedTuple):
     """A matrix ready to be rounded."""
@@ -2238,7 +2239,7 @@ def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
     def seal() -> dict[str, Any]:
         packed, how = pack_source(Path(__file__).read_text())
         write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
-        goal = c.artifact_target_bytes or c.artifact_cap_bytes - len(packed.encode())
+        goal = min(c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - len(packed.encode()))
         tensors = quantize(run, model.table, weights, goal, model.looped, moments)
         times.append(run.now())
         size, digest = seal_artifact(run, tensors, model.looped)
@@ -2344,7 +2345,7 @@ def preflight(run: Run) -> None:
                    "disk space or set OUT_DIR elsewhere")
     code = len(pack_source(Path(__file__).read_text())[0])
     least = sum(count * least_bits(c, quantizer) / 8 for count, quantizer in counts)
-    limit = c.artifact_target_bytes or c.artifact_cap_bytes - code
+    limit = min(c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - code)
     if not c.artifact and least > limit:
         raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: {limit} are left for the weights (packed code {code}), "
                    f"they need about {least:.0f}; lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE, or raise *_CLIP_SIGMAS")
@@ -2363,10 +2364,13 @@ def log_header(run: Run, data: Dataset) -> None:
     if run.is_cuda:
         run.log(subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout, console=False)
     known = [f.name.upper() for f in dataclasses.fields(c)] + [*ALIASES, *FIXED]
-    words = [name.split("_")[0] for name in known]
     for name in sorted(set(os.environ) - set(known) - NOT_OURS):
-        if "_" in name and words.count(name.split("_")[0]) > 1:
+        if "_" in name and sum(other.startswith(name.split("_")[0] + "_") for other in known) > 1:
             run.log(f"warning: {name} is set, but no setting of this program has that name; it changes nothing")
+    reader = {f.name.upper(): f.metadata["meaning"].split(": ")[0] for f in dataclasses.fields(c)}
+    for name in c.overrides():
+        if reader[name] in {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {c.quantizer, c.ttt_mode}:
+            run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
 
 def main(config: Config) -> None:
     """Run the stages of `config.stage`."""

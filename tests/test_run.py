@@ -357,3 +357,12 @@ def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
     _settings, folder = finished
     saved = json.loads((folder / "config.json").read_text())
     assert set(saved) == {"data", *(f.name.upper() for f in dataclasses.fields(t.Config))} and saved["NUM_LAYERS"] == 4
+
+
+def test_a_setting_that_the_chosen_mode_does_not_read_is_named(settings):
+    done = launch(settings | {"STAGE": "train", "ITERATIONS": "1", "MATRIX_BITS": "5", "TTT_LORA_RANK": "8",
+                              "TTT_LR": "0.1", "RUN_ID": "warned"})  # fmt: skip
+    warned = [line for line in done.stdout.splitlines() if "it changes nothing" in line]
+    assert "only sdclip reads it" in "".join(line for line in warned if "MATRIX_BITS" in line)
+    assert "only chunk_sgd reads it" in "".join(line for line in warned if "TTT_LR " in line)
+    assert not any("TTT_LORA_RANK" in line or "GPTQ" in line for line in warned)
