@@ -25,7 +25,8 @@ from torch import Tensor
 
 import cutlass_evt_fusion as fusion
 
-TOLERANCE = 1e-2  # absolute and relative, against fp32
+TOLERANCE = 1e-2  # of one product: absolute and relative, against fp32
+CHAINED = 3e-2  # of the MLP and its gradients, in which bf16 operands are themselves rounded results
 AWKWARD = ((1, 8, 8), (128, 64, 256), (129, 72, 264), (1000, 512, 2048))  # tokens, width, hidden
 Calls = dict[str, Callable[[], Any]]
 
@@ -48,9 +49,9 @@ def operands(tokens: int, width: int, hidden: int) -> dict[str, Tensor]:
             "grad": draw(tokens, width), "slope": draw(tokens, hidden)}
 
 
-def distance(got: Tensor, wanted: Tensor) -> float:
+def distance(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> float:
     """The largest error in units of the tolerance: at most 1 passes."""
-    allowed = TOLERANCE * (1 + wanted.float().abs())
+    allowed = tolerance * (1 + wanted.float().abs())
     return float(((got.float() - wanted.float()).abs() / allowed).nan_to_num(nan=float("inf")).max())
 
 
@@ -71,7 +72,7 @@ def parity(tokens: int, width: int, hidden: int) -> dict[str, float]:
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for name, got, wanted in zip(("out", "d_x", "d_up", "d_down"), *results, strict=True):
         scale = wanted.square().mean().sqrt()  # sums over all tokens: measured in units of their own size
-        errors[name] = distance(got.float() / scale, wanted / scale)
+        errors[name] = distance(got.float() / scale, wanted / scale, CHAINED)
     return errors
 
 
@@ -143,14 +144,14 @@ def main() -> int:
     record = fusion.build.read_record()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
                               "nvcc": record["nvcc"], "cutlass": record["cutlass"], "shape": shape,
-                              "tolerance": TOLERANCE, "parity": {}, "times": {}}
+                              "tolerance": TOLERANCE, "tolerance_chained": CHAINED, "parity": {}, "times": {}}
     print(f"{result['device']}, torch {torch.__version__}, nvcc {record['nvcc']}, nvidia-cutlass {record['cutlass']}")
     for sizes in (*AWKWARD, (tokens + 1, *shape[1:]), shape):
         errors = result["parity"]["x".join(map(str, sizes))] = parity(*sizes)
         print(f"parity {sizes}: " + " ".join(f"{name}:{error:.3f}" for name, error in errors.items()))
         if (worst := max(errors.values())) > 1:
-            print(f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times the tolerance "
-                  f"of {TOLERANCE}; nothing is timed", file=sys.stderr)
+            print(f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times what is "
+                  "allowed; nothing is timed", file=sys.stderr)
             return 1
     product = 2 * tokens * options.width * options.hidden  # floating-point operations of one matrix product
     print(f"\n{'part':<20}{'method':<20}{'ms':>9}{'+-':>8}{'TFLOP/s':>10}{'of fused':>10}")
