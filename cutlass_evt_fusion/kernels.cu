@@ -38,7 +38,7 @@ using Cluster = cute::Shape<_1, _1, _1>;
 using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
 using EpilogueTile = collective::EpilogueTileAuto;
 
-constexpr int64_t kAlignment = 8;           // elements in the 16 bytes that TMA wants of row starts and row lengths
+constexpr int kAlignment = 8;  // elements in the 16 bytes that TMA wants of row starts and row lengths
 constexpr int kSharedBytesOfHopper = 232448;  // of one block
 constexpr auto kNearest = cutlass::FloatRoundStyle::round_to_nearest;
 
@@ -88,13 +88,13 @@ using BackwardTree = fusion::Sm90EVT<
     fusion::Sm90Compute<cutlass::multiplies, Element, float, kNearest>,
     fusion::Sm90AccFetch,
     fusion::Sm90AuxLoad<BackwardAux::Stages, BackwardAux::EpilogueTile, Element, BackwardAux::Stride,
-                        BackwardAux::SmemLayoutAtom, BackwardAux::CopyOpS2R, int(kAlignment), false>>;
+                        BackwardAux::SmemLayoutAtom, BackwardAux::CopyOpS2R, kAlignment, false>>;
 
 using ForwardSource = void;
 using ForwardAux = collective::detail::AuxStoreDescriptor<Descriptor<ForwardSource>, RowMajor, Element>;
 using StoredSlope = fusion::Sm90EVT<
     fusion::Sm90AuxStore<ForwardAux::Stages, ForwardAux::EpilogueTile, Element, kNearest, ForwardAux::Stride,
-                         ForwardAux::SmemLayoutAtom, ForwardAux::CopyOpR2S, int(kAlignment), false>,
+                         ForwardAux::SmemLayoutAtom, ForwardAux::CopyOpR2S, kAlignment, false>,
     fusion::Sm90EVT<fusion::Sm90Compute<Slope, float, float, kNearest>, fusion::Sm90AccFetch>>;
 using ForwardTree = fusion::Sm90EVT<fusion::Sm90Compute<HalfProduct, Element, float, kNearest>, StoredSlope,
                                     fusion::Sm90AccFetch>;
@@ -195,15 +195,15 @@ Size size(int64_t m, int64_t n, int64_t k) { return {int(m), int(n), int(k), 1};
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// out (m, n) = (a (m, k) b (k, n)) * aux (m, n). Returns 0 or a status for cutlass_evt_error_text; the work is queued on
-// `stream` of `device`, which becomes the calling thread's device.
+// out (m, n) = (a (m, k) b (k, n)) * aux (m, n). Returns 0 or a status for cutlass_evt_error_text; the work is queued
+// on `stream` of `device`, which becomes the calling thread's device.
 EXPORT int cutlass_evt_gemm_mul(int device, void const* a, void const* b, void const* aux, void* out, int64_t m,
                                 int64_t n, int64_t k, void* workspace, int64_t workspace_bytes, void* stream) {
   if (auto status = check(m, n, k, {a, b, aux, out}); status != cutlass::Status::kSuccess) return int(status);
   return run_on<Backward>(device, backward(size(m, n, k), a, b, aux, out), workspace, workspace_bytes, stream);
 }
 
-// z = a (m, k) b (n, k)^T; act (m, n) = leaky(z)^2 and slope (m, n) = its derivative. Otherwise as cutlass_evt_gemm_mul.
+// z = a (m, k) b (n, k)^T; act (m, n) = leaky(z)^2 and slope (m, n) = its derivative; else as cutlass_evt_gemm_mul.
 EXPORT int cutlass_evt_gemm_leaky_relu_squared(int device, void const* a, void const* b, void* act, void* slope,
                                                int64_t m, int64_t n, int64_t k, void* workspace,
                                                int64_t workspace_bytes, void* stream) {
