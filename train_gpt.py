@@ -848,7 +848,7 @@ def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tens
     return gradient
 
 softcapped_ce_backward_op.register_fake(lambda logits, *_: torch.empty_like(logits))
-softcapped_ce_op.register_fake(lambda logits, *_: tuple(logits.new_empty((2, len(logits)), dtype=torch.float32)))
+softcapped_ce_op.register_fake(lambda x, *_: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)))
 
 def _softcapped_ce_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output[1])

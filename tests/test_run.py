@@ -339,8 +339,9 @@ def test_odd_shapes_run_through_every_stage(settings, shape):
 
 def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
     code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train_gpt; "
-        "import torch; assert not torch.distributed.is_initialized(); print(time.process_time())"
+        "import sys, time, torch, numba, triton, triton.language; began = time.process_time(); "
+        f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; assert not torch.distributed.is_initialized(); "
+        "print(time.process_time() - began)"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-c", code],
@@ -350,7 +351,7 @@ def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
         text=True,
         check=True,
     )
-    assert float(result.stdout) < 5.0 and list(tmp_path.iterdir()) == []
+    assert float(result.stdout) < 1.0 and list(tmp_path.iterdir()) == []
 
 
 def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
