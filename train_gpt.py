@@ -1361,7 +1361,7 @@ def muon_momentum(config: Config, step: int) -> float:
 TRELLISES = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}  # parity polynomials of Ungerboeck's codes
 OCTAVE = 8  # steps are 2^(n/OCTAVE)
 POWERS, RATE = (1.0, 1.0, 1.0), 0.5  # of the sensitivities between matrices, of rows, of columns; weight of the bits
-SYMBOLS, CLASSES, GAIN, LIMIT, MASK = 256, 40, 32, 1 << 17, (1 << 56) - 1  # of the entropy coder: counts, interval
+SYMBOLS, CLASSES, GAIN, LIMIT, MASK = 256, 40, 32, 1 << 18, (1 << 56) - 1  # of the entropy coder: counts, interval
 compiled = numba.njit(nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename))  # packed: it has no file
 
 def spread(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
@@ -1660,8 +1660,13 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
 def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
     """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
     values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
+    # Counts start as 64 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
+    mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(CLASSES)]), np.arange(SYMBOLS)
+    decay = itertools.accumulate(range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40))
+    weight = np.stack([*decay])[np.stack(((s + 1) // 2 << (states > 0), s | 1))].transpose(0, 2, 1).reshape(-1, SYMBOLS)
     counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
-    counts[:, SYMBOLS] = SYMBOLS
+    counts[:2 * CLASSES, :SYMBOLS] += 64 * GAIN * weight // weight.sum(1, keepdims=True)
+    counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
     buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
     coder = np.array([0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7])
     code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
