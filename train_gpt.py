@@ -1626,17 +1626,16 @@ def code_symbol(symbol, counts, coder, buffer, decoding):
 @compiled
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
     """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
-    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size that running means of its row and
-    its column let expect; the last four are for the bytes of what is no symbol."""
+    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, the mean of its row times
+    the factor of its column, both from what came before; the last four are for the bytes of what is no symbol."""
     halving, begin = np.int64(len(after) > 1), 0
     for rows, columns in shapes:
-        row_size = np.full(rows, 4 << 10)  # of |integer|, 1 is 1024
+        row_sum, row_weight, row_size = np.full(rows, 8 << 10), np.full(rows, 2 << 10), np.full(rows, 4 << 10)  # 1024: 1
         for j in range(columns):
-            mean, state = max(1, row_size.sum() // rows), 0
-            column_size = mean
+            seen, expected, state = 8 << 10, 8 << 10, 0  # of this column
             for r in range(rows):
                 place, odd, context = begin + r * columns + j, state & 1, 0
-                size = row_size[r] * column_size // mean >> 6
+                size = row_size[r] * ((seen << 10) // expected) >> 16
                 while size >= 8:  # quarters of an octave
                     size >>= 1
                     context += 4
@@ -1652,20 +1651,26 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
                 k = index >> 1 ^ -(index & 1)
                 values[place] = k << halving | odd
                 state = after[state, k & 1]
-                size = min(abs(k << halving | odd), 1 << 20) << 10
-                row_size[r] += (size - row_size[r]) >> 6
-                column_size += (size - column_size) >> 5
+                size = min(abs(k << halving | odd), 1 << 15) << 10
+                row_sum[r] += size
+                seen += size
+                expected += row_size[r]
+            for r in range(rows):
+                row_weight[r] += (seen << 10) // expected
+                if row_weight[r] > 512 << 10:  # forget
+                    row_sum[r], row_weight[r] = row_sum[r] >> 1, row_weight[r] >> 1
+                row_size[r] = (row_sum[r] << 10) // row_weight[r]
         begin += rows * columns
 
 def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
     """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
     values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
-    # Counts start as 64 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
+    # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
     mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(CLASSES)]), np.arange(SYMBOLS)
     decay = itertools.accumulate(range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40))
     weight = np.stack([*decay])[np.stack(((s + 1) // 2 << (states > 0), s | 1))].transpose(0, 2, 1).reshape(-1, SYMBOLS)
     counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
-    counts[:2 * CLASSES, :SYMBOLS] += 64 * GAIN * weight // weight.sum(1, keepdims=True)
+    counts[:2 * CLASSES, :SYMBOLS] += 128 * GAIN * weight // weight.sum(1, keepdims=True)
     counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
     buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
     coder = np.array([0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7])
