@@ -1626,11 +1626,11 @@ def code_symbol(symbol, counts, coder, buffer, decoding):
 @compiled
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
     """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
-    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, the mean of its row times
-    the factor of its column, both from what came before; the last four are for the bytes of what is no symbol."""
+    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, its row's mean times its
+    column's factor, both of what came before; the last four are for the bytes of what is no symbol."""
     halving, begin = np.int64(len(after) > 1), 0
     for rows, columns in shapes:
-        row_sum, row_weight, row_size = np.full(rows, 8 << 10), np.full(rows, 2 << 10), np.full(rows, 4 << 10)  # 1024: 1
+        row_sum, row_size, weight = np.full(rows, 8 << 10), np.full(rows, 4 << 10), 2 << 10  # 1024 is 1
         for j in range(columns):
             seen, expected, state = 8 << 10, 8 << 10, 0  # of this column
             for r in range(rows):
@@ -1655,11 +1655,10 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
                 row_sum[r] += size
                 seen += size
                 expected += row_size[r]
-            for r in range(rows):
-                row_weight[r] += (seen << 10) // expected
-                if row_weight[r] > 512 << 10:  # forget
-                    row_sum[r], row_weight[r] = row_sum[r] >> 1, row_weight[r] >> 1
-                row_size[r] = (row_sum[r] << 10) // row_weight[r]
+            weight += (seen << 10) // expected
+            if weight > 512 << 10:  # forget
+                row_sum, weight = row_sum >> 1, weight >> 1
+            row_size = (row_sum << 10) // weight
         begin += rows * columns
 
 def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
