@@ -16,4 +16,5 @@ if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$stamp" ]; then
     { echo "pip could not install requirements.txt; see its message above, then run this again" >&2; exit 2; }
   echo "$stamp" > .venv/requirements.sha256
 fi
+unset PYTHONDONTWRITEBYTECODE  # a run starts many processes: each would compile torch and numba again
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
