@@ -20,8 +20,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     TRAIN       warm-up, the training loop, checkpoints
     MAIN        stages
 
-Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file stays under 2,400 lines.
-"""
+Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file stays under 2,400 lines."""
 from __future__ import annotations
 
 import base64, ctypes, dataclasses, difflib, fcntl, functools, hashlib, importlib.util, itertools, json, lzma, math
@@ -38,8 +37,12 @@ from typing import Any, Literal, NamedTuple
 
 class Stop(SystemExit):
     """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
-
+def stop_if(wrong: object, message: str) -> None:
+    """Raise Stop with `message` if `wrong`."""
+    if wrong:
+        raise Stop(message)
 Check = tuple[Callable[[Any], bool], str]
+finite: Check = (lambda v: not isinstance(v, float) or math.isfinite(v), "must be finite")
 positive: Check = (lambda v: v > 0, "must be greater than 0")
 not_negative: Check = (lambda v: v >= 0, "must not be negative")
 fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
@@ -48,11 +51,9 @@ bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
 trellis_size: Check = (lambda v: v in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
 bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
 file_name: Check = (lambda v: re.fullmatch(r"(?!\.*$)[\w.-]+|", v, re.ASCII), "may hold letters, digits and ._- only")
-
-def knob(default: Any, meaning: str, check: Check | None = None) -> Any:
+def knob(default: Any, meaning: str, check: Check = finite) -> Any:
     """One setting: default, meaning in one line, and what its value must satisfy."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
-
 class Section(NamedTuple):
     """A heading of the settings table; `shapes` says which stage's result the settings below it decide."""
     title: str
@@ -60,8 +61,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting, read from the environment variable of the same name in capitals; frozen, checked as a whole. Names
-    and meanings are those of the public submissions #1585, #1738, #1755 and #1693 wherever these have them."""
+    """Every setting, read from the environment variable of its name in capitals, as #1585, #1738, #1755, #1693 do."""
     _run = Section("Run", "nothing")
     stage: Literal["all", "train", "quantize", "evaluate"] = knob("all", "part of the run to do, from what is on disk")
     run_id: str = knob("", "folder under OUT_DIR; empty: the unfinished run of these settings or a new one", file_name)
@@ -72,6 +72,7 @@ class Config:
     val_loss_every: int = knob(0, "steps between diagnostic validations; 0: score only the artifact", not_negative)
     attention: Literal["auto", "fa3", "fa2", "varlen", "sdpa"] = knob("auto", "attention; auto: the first usable")
     kernels: Literal["auto", "triton", "reference"] = knob("auto", "fused kernels; auto: triton if there is a GPU")
+    mlp_kernel: Literal["auto", "cutlass", "triton", "reference"] = knob("auto", "MLP; auto: the first usable")
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob("auto", "of products; auto: bfloat16 if it is native")
     _data = Section("Data", "nothing")
@@ -216,45 +217,37 @@ class Config:
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            check, value = field.metadata["check"], getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise Stop(f"{field.name.upper()}={value}: must be finite ({field.metadata['meaning']})")
-            if check is not None and not check[0](value):
-                raise Stop(f"{field.name.upper()}={value}: {check[1]} ({field.metadata['meaning']})")
-        for holds, message in self.combinations():
-            if not holds:
-                raise Stop(message)
-    def combinations(self) -> Iterator[tuple[bool, str]]:
-        """What settings must satisfy together: pairs of (holds, the error if it does not)."""
+            value, meaning = getattr(self, field.name), field.metadata["meaning"]
+            for holds, rule in (finite, field.metadata["check"]):
+                stop_if(not holds(value), f"{field.name.upper()}={value}: {rule} ({meaning})")
         c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
-        yield c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}"
-        yield c.num_heads % c.num_kv_heads == 0, f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}"
-        yield (c.rope_dims % 2 == 0 and c.rope_dims <= head_dim,
-               f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}")
-        yield ((c.mlp_mult * c.model_dim).is_integer(),
-               f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number")
-        yield (c.num_loops == 0 or c.loop_start <= c.loop_end < c.num_layers, f"LOOP_START={c.loop_start}, LOOP_END="
-               f"{c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers} (or NUM_LOOPS=0)")
-        yield c.gate_width <= c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
-        yield (c.train_batch_tokens % (STREAMS if c.loader == "packed" else micro) == 0,
-               f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, with LOADER=shuffled of "
-               f"{STREAMS} x TRAIN_SEQ_LEN = {micro}")
-        yield (c.eval_stride <= c.eval_seq_len,
-               f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped")
-        yield (c.gptq_reserve_seconds < c.max_wallclock_seconds, f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: must "
-               f"be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}")
-        yield (c.ttt_optimizer in ("auto", "adamw", "sgd" if c.ttt_mode == "chunk_sgd" else "adam"),
-               f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto")
-        yield (c.ttt_mode == "chunk_sgd" or c.phased_ttt_num_phases > 0 or not c.hash_embed_enabled,
-               "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0")
-        yield not c.artifact or c.stage == "evaluate", f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it"
+        stop_if(c.model_dim % c.num_heads, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}")
+        stop_if(c.num_heads % c.num_kv_heads, f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}")
+        stop_if(c.rope_dims % 2 or c.rope_dims > head_dim,
+                f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}")
+        stop_if(not (c.mlp_mult * c.model_dim).is_integer(),
+                f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number")
+        stop_if(c.num_loops and not c.loop_start <= c.loop_end < c.num_layers, f"LOOP_START={c.loop_start}, LOOP_END="
+                f"{c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers} (or NUM_LOOPS=0)")
+        stop_if(c.gate_width > c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}")
+        stop_if(c.train_batch_tokens % (STREAMS if c.loader == "packed" else micro),
+                f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, with LOADER=shuffled of "
+                f"{STREAMS} x TRAIN_SEQ_LEN = {micro}")
+        stop_if(c.eval_stride > c.eval_seq_len,
+                f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped")
+        stop_if(c.gptq_reserve_seconds >= c.max_wallclock_seconds, f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: "
+                f"must be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}")
+        stop_if(c.ttt_optimizer not in ("auto", "adamw", "sgd" if c.ttt_mode == "chunk_sgd" else "adam"),
+                f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto")
+        stop_if(c.hash_embed_enabled and c.ttt_mode == "doc_lora" and c.phased_ttt_num_phases == 0,
+                "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0")
+        stop_if(c.artifact and c.stage != "evaluate", f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it")
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Config:
         """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
         types, known, values = typing.get_type_hints(cls), {f.name.upper(): f.name for f in dataclasses.fields(cls)}, {}
         for name, text in environment.items():
-            if reason := REFUSED.get(name):
-                raise Stop(f"{name}={text}: {reason}; unset {name}")
+            stop_if(name in REFUSED, f"{name}={text}: {REFUSED.get(name)}; unset {name}")
             if name in known or name in ALIASES:
                 names, meanings = ALIASES.get(name, (name, {}))
                 for target in names.split():
@@ -297,15 +290,11 @@ class Config:
                 yield f"  {f.name.upper():<32} {show(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
 
 STREAMS = 8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
-# Names of the four submissions: other names of a setting (with other names of its values), names that have one value
-# only (a setting in capitals: that of the setting), and names that nothing here reads.
+# Of the four submissions: other names of settings and values, names of one value (or that of a setting), names unread.
 ALIASES: dict[str, tuple[str, dict[str, str]]] = {
-    "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two_lane"}),
-    "PARALLEL_RESIDUAL_START": ("PARALLEL_START_LAYER", {}),
-    "ATTN_OUT_GATE": ("HEAD_GATE", {"0": "none", "1": "attn_out"}),
-    "MATRIX_CLIP_SIGMAS": ("ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", {}),
-    "ARTIFACT_DIR": ("OUT_DIR", {"": "runs"}),
-}
+    "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two_lane"}), "PARALLEL_RESIDUAL_START":
+    ("PARALLEL_START_LAYER", {}), "ATTN_OUT_GATE": ("HEAD_GATE", {"0": "none", "1": "attn_out"}), "ARTIFACT_DIR":
+    ("OUT_DIR", {"": "runs"}), "MATRIX_CLIP_SIGMAS": ("ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", {})}
 FIXED = {"TIE_EMBEDDINGS": "1", "EMBEDDING_DIM": "MODEL_DIM", "PARALLEL_FINAL_LANE": "mean", "TTT_EVAL_BATCHES": "",
          "PARALLEL_FREEZE_LANE0": "0", "PARALLEL_IDENTITY_INIT": "1", "PARALLEL_SKIP_LANE0_ONLY": "1",
          "PARALLEL_MLP_READ_MIX": "0", "PARALLEL_START_LAYER_IS_PHYSICAL": "1", "VAL_DOC_FRACTION": "1",
@@ -314,13 +303,11 @@ REFUSED = {name: reason for reason, names in {
     "declared in the published scripts, read by no code": "ROPE_TRAIN_SEQ_LEN MUON_BETA2 GPTQ_ENABLED SWA_ENABLED "
     "SWA_EVERY LAWA_ENABLED LAWA_K LAWA_FREQ QAT_ENABLED LATE_QAT_THRESHOLD MTP_NUM_HEADS MTP_LOSS_WEIGHT BIGRAM_DIM "
     "BIGRAM_VOCAB_SIZE DTG_ENABLED VE_ENABLED VE_DIM VE_LAYERS GATED_ATTENTION VALUE_RESIDUAL ETLB_ENABLED ETLB_LR "
-    "ETLB_STEPS ETLB_CLIP",
-    "SLOT fits a correction to the tokens it scores, which is not legal": "LBFGS_SLOT_ENABLED LBFGS_SLOT_ITERS "
-    "LBFGS_SLOT_HISTORY LBFGS_SLOT_FOCAL LBFGS_SLOT_CLAMP LBFGS_SLOT_LR",
+    "ETLB_STEPS ETLB_CLIP", "SLOT fits a correction to the tokens it scores, which is not legal": "LBFGS_SLOT_ENABLED "
+    "LBFGS_SLOT_ITERS LBFGS_SLOT_HISTORY LBFGS_SLOT_FOCAL LBFGS_SLOT_CLAMP LBFGS_SLOT_LR",
     "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)": "EMBED_LR HEAD_LR",
     "the parameter table decides what stays in fp16": "CONTROL_TENSOR_NAME_PATTERNS"}.items() for name in names.split()}
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
-
 def show(value: Any) -> str:
     """A setting's value in the form `parse` reads back."""
     return str(int(value)) if isinstance(value, bool) else str(value)
@@ -329,24 +316,19 @@ def parse(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
     truth = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(("1", "true", "yes", "on"), True)
     options = typing.get_args(kind)
-    if options and text not in options:
-        raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
+    stop_if(options and text not in options, f"{name}={text}: must be one of {', '.join(options)}")
     if kind is bool:
-        if text.lower() not in truth:
-            raise Stop(f"{name}={text}: must be 0 or 1")
+        stop_if(text.lower() not in truth, f"{name}={text}: must be 0 or 1")
         return truth[text.lower()]
     if options or kind is str:
         return text
     try:
-        number = float(text)
+        return kind(number if (number := float(text)).is_integer() else text)
     except ValueError:
-        number = None
-    if number is None or (kind is int and not number.is_integer()):
-        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}")
-    return kind(number)
+        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
 
-def command_line(arguments: list[str]) -> Config | None:
-    """The settings of this process, or None after --help or --print-config was served; Stop for any other argument."""
+def command_line(arguments: list[str]) -> Config:
+    """The settings of this process; ends it after serving --help or --print-config, Stop for any other argument."""
     if not arguments:
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
@@ -358,28 +340,22 @@ def command_line(arguments: list[str]) -> Config | None:
     else:
         raise Stop(f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
                    "the only arguments are --help and --print-config")
-    return None
+    raise SystemExit(0)
 
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
-    if CONFIG is None:
-        raise SystemExit(0)
     if importlib.util.find_spec("torch") is None:
         raise Stop(f"{sys.executable}: torch is not installed there; use ./run.sh, or pip install -r requirements.txt")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while idle starve a busy machine 20-fold
 
-import numba
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+import numba, numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 try:
-    import triton
-    import triton.language as tl
+    import triton, triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
     jit = triton.jit
 except ImportError:  # there is no triton for macOS and Windows; pick_kernels says so where it is asked for
     triton = tl = None
@@ -387,13 +363,12 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
 
 # === RUN ===
 class Run:
-    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks). world = 1 is the
-    same code: the collectives below are then identities."""
+    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks: if any)."""
     def __init__(self, config: Config):
         self.config = config
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if STREAMS % self.world:
-            raise Stop(f"WORLD_SIZE={self.world}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
+        stop_if(STREAMS % self.world, f"WORLD_SIZE={self.world}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
+        self.main = self.rank == 0  # the rank that logs and writes
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
@@ -401,26 +376,21 @@ class Run:
         dtype = config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if native else "float32"
         self.dtype = getattr(torch, dtype)
         self.streams = range(self.rank, STREAMS, self.world)
-        self.folder, self.lock = Path(), None
-        self.sink = self.metrics = None
+        self.folder, self.lock, self.sink, self.metrics = Path(), None, None, None
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1:
             dist.init_process_group("nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None)
-    @property
-    def main(self) -> bool:
-        """Whether this is the rank that logs and writes."""
-        return self.rank == 0
     def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
-            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            append = lambda name: open(folder / name, "a", buffering=1)  # noqa: SIM115
+            self.sink, self.metrics = append("train.log"), append("metrics.jsonl")
             return folder
         except BlockingIOError:
             raise Stop(f"{folder}: another process is writing this run; wait for it or choose another RUN_ID") from None
@@ -428,11 +398,10 @@ class Run:
             raise Stop(f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder") from None
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
-        if self.main:
-            if console:
-                print(line, flush=True)
-            if self.sink:
-                self.sink.write(line + "\n")
+        if self.main and console:
+            print(line, flush=True)
+        if self.sink:
+            self.sink.write(line + "\n")
     def metric(self, kind: str, **values: Any) -> None:
         """One record of full-precision values to metrics.jsonl. Rank 0 only."""
         if self.metrics:
@@ -482,8 +451,7 @@ class Run:
             os._exit(0)  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
 
 def tune_process(is_cuda: bool) -> None:
-    """Linux: die with torchrun, so that no orphan goes on writing to the run folder. glibc without a GPU: keep freed
-    blocks instead of giving them back, faulting the pages in again is half of a step."""
+    """Linux: die with torchrun, leaving no orphan. glibc without a GPU: keep freed blocks, which saves half a step."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if not is_cuda and platform.libc_ver()[0] == "glibc":
@@ -491,16 +459,13 @@ def tune_process(is_cuda: bool) -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID, else the newest matching one that this stage can go on from, else a new name. A
-    folder matches if its config.json holds the same data (`shards`: their fingerprint) and the same settings up to what
-    the stage still decides. STAGE=all and train look for an unfinished run with a checkpoint that nobody is writing:
-    the same command again resumes."""
+    """The folder of this run: RUN_ID, else the newest that this stage can go on from (same data, `shards`, and settings
+    up to what it still decides; with all and train neither finished nor being written), else a new name."""
     root = Path(config.out_dir)
     if config.run_id:
         folder = root / config.run_id
-        if config.stage in ("all", "train") and (folder / "summary.json").exists():
-            raise Stop(f"RUN_ID={config.run_id}: {folder} holds a finished run; choose another RUN_ID, or "
-                       "STAGE=evaluate to score it again")
+        stop_if(config.stage in ("all", "train") and (folder / "summary.json").exists(), f"RUN_ID={config.run_id}: "
+                f"{folder} holds a finished run; choose another RUN_ID, or STAGE=evaluate to score it again")
         return folder
     kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
     wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.chosen(*kinds)
@@ -509,9 +474,9 @@ def find_run_folder(config: Config, shards: str) -> Path:
             continue
         if config.stage in ("quantize", "evaluate") or not (is_locked(folder) or (folder / "summary.json").exists()):
             return folder
-    if config.stage in ("quantize", "evaluate") and not config.artifact:
-        raise Stop(f"STAGE={config.stage}: no run under {root}/ with these settings has a {wanted}; set RUN_ID"
-                   + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"))
+    stop_if(config.stage in ("quantize", "evaluate") and not config.artifact, f"STAGE={config.stage}: no run under "
+            f"{root}/ with these settings has a {wanted}; set RUN_ID"
+            + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"))
     digest = hashlib.sha256(json.dumps(config.chosen("training", "artifact")).encode()).hexdigest()
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
@@ -519,27 +484,21 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
     found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
-
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if there is no such file; Stop if it holds anything else."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise Stop(f"{path}: cannot be read ({error}); delete it or make it again") from None
-    if not isinstance(content, dict):
-        raise Stop(f"{path}: not a JSON object; delete it or make it again")
+    stop_if(not isinstance(content, dict), f"{path}: not a JSON object; delete it or make it again")
     return content
-
 def is_locked(folder: Path) -> bool:
     """Whether a living process writes to the run `folder`."""
     try:
         with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not None
+    except (FileNotFoundError, BlockingIOError) as error:
+        return isinstance(error, BlockingIOError)
 
 def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]) -> None:
     """Replace `path` by bytes, or by what `write` writes, so that a kill leaves the old file or the new one."""
@@ -566,7 +525,6 @@ def versions(run: Run) -> dict[str, str]:
 
 # === DATA ===
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1
-
 def read_shard(path: Path) -> np.ndarray:
     """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
     remedy = "delete it and prepare or download the data again"
@@ -575,44 +533,35 @@ def read_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     magic, version, count = map(int, words) if size >= SHARD_HEADER_BYTES else (SHARD_MAGIC, SHARD_VERSION, 0)
-    if magic != SHARD_MAGIC or version != SHARD_VERSION:
-        raise Stop(f"{path}: starts with {magic}, {version} instead of magic {SHARD_MAGIC}, version {SHARD_VERSION}: "
-                   f"not a token shard; {remedy}")
-    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise Stop(f"{path}: {size} bytes, but a shard of {count} values has {SHARD_HEADER_BYTES + 2 * count}: "
-                   f"truncated or empty; {remedy}")
+    stop_if((magic, version) != (SHARD_MAGIC, SHARD_VERSION), f"{path}: starts with {magic}, {version} instead of "
+            f"magic {SHARD_MAGIC}, version {SHARD_VERSION}: not a token shard; {remedy}")
+    stop_if(count < 1 or size != SHARD_HEADER_BYTES + 2 * count, f"{path}: {size} bytes, but a shard "
+            f"of {count} values has {SHARD_HEADER_BYTES + 2 * count}: truncated or empty; {remedy}")
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 class Dataset:
     """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
     def __init__(self, config: Config, need_training: bool = True):
         self.folder = Path(config.datasets_dir or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
-        places = [self.folder / "tokenizer.model",
-                  Path(config.data_dir) / "tokenizers" / f"fineweb_{config.vocab_size}_bpe.model"]
-        self.tokenizer = Path(config.tokenizer_path or next(filter(Path.exists, places), places[1]))
+        shared = Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
+        beside = self.folder / "tokenizer.model"
+        self.tokenizer = Path(config.tokenizer_path or (beside if beside.exists() else shared))
         self.vocab_size = config.vocab_size
-        files = lambda pattern: sorted(self.folder.glob(pattern))
-        self.train_files, self.val_files = files("fineweb_train_[0-9]*.bin"), files("fineweb_val_[0-9]*.bin")
-        self.sidecar_files = files("fineweb_val_bytes_[0-9]*.bin")
+        self.train_files, self.val_files, self.sidecar_files = (
+            sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val", "val_bytes"))
         for pattern, found in (("fineweb_val_*.bin", self.val_files), ("fineweb_train_*.bin", self.train_files)):
-            if not found and (need_training or found is self.val_files):
-                raise Stop(f"DATASETS_DIR={self.folder}: no {pattern} there; set DATASETS_DIR, or make the data with "
-                           "data/demo.py, data/prepare.py or data/download.py")
+            stop_if(not found and (need_training or found is self.val_files), f"DATASETS_DIR={self.folder}: no "
+                    f"{pattern} there; set it, or make data with data/demo.py, data/prepare.py or data/download.py")
         self.train = [read_shard(path) for path in self.train_files]
         self.manifest = read_json(self.folder / "manifest.json")
-        self.pieces = self.read_tokenizer()
-    def read_tokenizer(self) -> Any:
-        """The SentencePiece model; Stop if it is missing, broken or of another size than VOCAB_SIZE."""
         import sentencepiece
         try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
         except (RuntimeError, OSError):
             reason = "not a SentencePiece model" if self.tokenizer.exists() else "no such file"
             raise Stop(f"TOKENIZER_PATH={self.tokenizer}: {reason}; set it to that of the dataset") from None
-        if pieces.vocab_size() != self.vocab_size:
-            raise Stop(f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer} has {pieces.vocab_size()} entries; set "
-                       f"VOCAB_SIZE={pieces.vocab_size()} or another TOKENIZER_PATH")
-        return pieces
+        stop_if((size := self.pieces.vocab_size()) != self.vocab_size, f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer}"
+                f" has {size} entries; set VOCAB_SIZE={size} or another TOKENIZER_PATH")
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
@@ -625,16 +574,15 @@ class Dataset:
         manifest, short = self.folder / "manifest.json", lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         counts = {key: self.manifest[key] for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
                   if key in self.manifest}
+        # Whether validation is the contest's: the first 50,000 documents.
         standard = self.manifest.get("validation", {}).get("standard", counts.get("docs_val") == 50_000)
         return {"shards": digest.hexdigest()[:16], "manifest": short(manifest) if manifest.exists() else None,
-                "standard": standard,  # validation is the contest's: the first 50,000 documents
-                "tokenizer": short(self.tokenizer), "train_shards": len(self.train_files),
+                "standard": standard, "tokenizer": short(self.tokenizer), "train_shards": len(self.train_files),
                 "train_tokens": sum(map(len, self.train)), **counts}
     def check_ids(self, tokens: np.ndarray, where: object) -> np.ndarray:
         """`tokens`, or Stop if one of them is not in the vocabulary."""
-        if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
-            raise Stop(f"{where}: holds token {largest}, but VOCAB_SIZE={self.vocab_size}: the shards belong "
-                       "to another tokenizer; set DATASETS_DIR or VOCAB_SIZE")
+        stop_if((largest := tokens.max(initial=0)) >= self.vocab_size, f"{where}: holds token {largest}, but VOCAB_SIZE"
+                f"={self.vocab_size}: the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE")
         return tokens
 
 class Batch(NamedTuple):
@@ -643,35 +591,29 @@ class Batch(NamedTuple):
     targets: Tensor
     starts: Tensor | None = None
     longest: int = 0
-
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
-    """Starts of the attention segments in one packed row (T,): at every BOS and break, cut every `longest` tokens. The
-    int32 vector ends with T and is padded with T to a multiple of 64 entries: few shapes, few compilations (#1530)."""
+    """pad_starts of the attention segments in a packed row (T,): at every BOS and break, at most `longest` long."""
     starts = np.flatnonzero(tokens == BOS)
     starts = np.unique(np.concatenate([[0], starts, *([] if breaks is None else [breaks])]))
     lengths = np.diff(np.append(starts, len(tokens)))
     pieces = -(-lengths // longest)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
-
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64 entries."""
+    """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64: few shapes (#1530)."""
     padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
     padded[:len(starts)] = starts
     return torch.from_numpy(padded)
 
 class ShuffledLoader:
-    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394 and its descendants). Stream s draws
-    from the files s, s+8, ... (fewer than 8 files: from its share of one). Each epoch has its own phase per file and
-    its own permutation of a stream's windows, seeded by their numbers alone: any batch can be had without drawing the
-    ones before it, so a resumed run goes on with the same data. Independent of SEED."""
+    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394). Stream s draws from files s, s+8,
+    ... (fewer than 8: its share of one). The order follows from the epoch alone: a resumed run has the same data."""
     def __init__(self, config: Config, data: Dataset):
-        self.data, self.length = data, config.train_seq_len
+        self.data, self.length, self.plans = data, config.train_seq_len, {}
         self.rows = config.train_batch_tokens // STREAMS // self.length
-        self.plans: dict[tuple[int, int], np.ndarray] = {}
-        if min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0:
-            raise Stop(f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
-                       f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN")
+        stop_if(min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0,
+                f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
+                f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN")
     def plan(self, stream: int, epoch: int) -> np.ndarray:
         """(windows, 2): file index and first token of each window, in the order they are used."""
         if (stream, epoch) not in self.plans:
@@ -698,18 +640,15 @@ class ShuffledLoader:
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 class PackedLoader:
-    """Consecutive tokens of the shards in file order; attention stays in documents, at most TRAIN_SEQ_LEN long (#1530).
-    A step takes 8 adjacent slices of TRAIN_BATCH_TOKENS/8 + 1 tokens, one per stream; a shard's remainder is
-    skipped."""
+    """Consecutive tokens of the shards, 8 adjacent slices a step, without remainders; attention by document (#1530)."""
     def __init__(self, config: Config, data: Dataset):
         self.data, self.longest = data, config.train_seq_len
         self.slice = config.train_batch_tokens // STREAMS + 1
         first_bos = [int(np.argmax(shard[:1 << 20] == BOS)) for shard in data.train]
         sizes = [len(shard) - first for shard, first in zip(data.train, first_bos, strict=True)]
         self.first, self.ends = first_bos, np.cumsum([size // (STREAMS * self.slice) for size in sizes])
-        if self.ends[-1] == 0:
-            raise Stop(f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in {data.folder} "
-                       f"has {max(sizes)} tokens; use a smaller batch or more data")
+        stop_if(self.ends[-1] == 0, f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in "
+                f"{data.folder} has {max(sizes)} tokens; use a smaller batch or more data")
     def get(self, step: int, stream: int) -> Batch:
         """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS/8)."""
         step %= int(self.ends[-1])
@@ -721,24 +660,21 @@ class PackedLoader:
         return Batch(row[None, :-1], row[None, 1:], segment_starts(tokens[:-1], self.longest), self.longest)
 
 LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
-
 def join(batches: list[Batch]) -> Batch:
     """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
     if len(batches) == 1:
         return batches[0]
-    if batches[0].starts is None:
-        return Batch(torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches]))
-    size = batches[0].inputs.size(1)
+    packed, size = batches[0].starts is not None, batches[0].inputs.size(1)
+    inputs, targets = (torch.cat([batch[side] for batch in batches], int(packed)) for side in range(2))
+    if not packed:
+        return Batch(inputs, targets)
     starts = np.concatenate([np.unique(b.starts.numpy())[:-1] + i * size for i, b in enumerate(batches)])
-    return Batch(torch.cat([b.inputs for b in batches], 1), torch.cat([b.targets for b in batches], 1),
-                 pad_starts(starts, size * len(batches)), batches[0].longest)
+    return Batch(inputs, targets, pad_starts(starts, inputs.numel()), batches[0].longest)
 
 class Feed:
     """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
-        self.run, self.loader = run, loader
-        self.worker = ThreadPoolExecutor(1)
-        self.step, self.ahead = -1, None
+        self.run, self.loader, self.worker, self.step, self.ahead = run, loader, ThreadPoolExecutor(1), -1, None
     def get(self, step: int) -> list[Batch]:
         """The micro-batches of `step` on the device."""
         ready = self.ahead if step == self.step else self.worker.submit(self.load, step)
@@ -749,14 +685,12 @@ class Feed:
         c, batches = self.run.config, [self.loader.get(step, stream) for stream in self.run.streams]
         group = max(1, c.micro_batch_tokens * STREAMS // c.train_batch_tokens)
         group = max(n for n in range(1, len(batches) + 1) if len(batches) % n == 0 and n <= group)  # equal parts
-        pin = lambda t: t.pin_memory() if isinstance(t, Tensor) and self.run.is_cuda else t
-        return [Batch(*map(pin, join(batches[i:i + group]))) for i in range(0, len(batches), group)]
+        joined = [join(batches[i:i + group]) for i in range(0, len(batches), group)]
+        return tree_map_only(Tensor, Tensor.pin_memory, joined) if self.run.is_cuda else joined
 
 def to_device(batch: Batch, run: Run) -> Batch:
     """`batch` on the device of `run`, without waiting for the copy."""
-    move = lambda t: t.to(run.device, non_blocking=True) if isinstance(t, Tensor) else t
-    return Batch(*map(move, batch))
-
+    return tree_map_only(Tensor, lambda t: t.to(run.device, non_blocking=True), batch)
 class Validation(NamedTuple):
     """All validation tokens (N,) uint16, the original bytes each accounts for (N,), and where those come from."""
     tokens: np.ndarray
@@ -764,22 +698,20 @@ class Validation(NamedTuple):
     source: str
 
 def load_validation(data: Dataset) -> Validation:
-    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text. With a
-    sidecar, its values are the bytes. Without, they follow from the pieces: the UTF-8 length of the piece, and one byte
-    for the space before it unless the token before is a control token. A tokenizer with case operators (private-use
-    code points) needs the sidecar: operators are no bytes of the original text."""
+    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text. If no
+    sidecar holds them, the bytes are the UTF-8 length of the piece, and one for the space before it unless
+    the token before is a control token. Case operators (private-use code points) are no bytes and need the sidecar."""
     tokens = data.check_ids(np.concatenate([read_shard(path) for path in data.val_files]), data.val_files[0])
     if data.sidecar_files:
         sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
-        if len(sizes) < len(tokens):
-            raise Stop(f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for {len(tokens)} "
-                       "validation tokens; prepare or download it again")
+        stop_if(len(sizes) < len(tokens), f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for "
+                f"{len(tokens)} validation tokens; prepare or download it again")
         return Validation(tokens, sizes[:len(tokens)].astype(np.int32), "byte_sidecar")
     sp, size = data.pieces, data.vocab_size
     pieces = [sp.id_to_piece(i) for i in range(size)]
-    if operators := [i for i, piece in enumerate(pieces) if re.search("[\ue000-\uf8ff]", piece)]:
-        raise Stop(f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), which are "
-                   "no bytes of the text, and there is no fineweb_val_bytes_*.bin; prepare or download this sidecar")
+    operators = [i for i, piece in enumerate(pieces) if re.search("[\ue000-\uf8ff]", piece)]
+    stop_if(operators, f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), which "
+            "are no bytes of the text, and there is no fineweb_val_bytes_*.bin; prepare or download this sidecar")
     special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
     lead = np.array([piece.startswith("\u2581") for piece in pieces]) & ~special
     length = np.array([1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)])
@@ -838,38 +770,152 @@ def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     return losses, normalizers
 
 @torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
-def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tensor, upstream: Tensor,
-                              cap: float) -> Tensor:
+def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float) -> Tensor:
     """The gradient of the losses with respect to `logits`, in their dtype."""
     rows, columns = logits.shape
     gradient, block = torch.empty_like(logits), 1024
     softcapped_ce_backward_kernel[(rows, -(-columns // block))](
-        logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK=block, num_warps=4)
+        logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4)
     return gradient
-
 softcapped_ce_backward_op.register_fake(lambda logits, *_: torch.empty_like(logits))
 softcapped_ce_op.register_fake(lambda x, *_: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2)))
-
 def _softcapped_ce_save(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.cap = inputs[2]
-
 def _softcapped_ce_gradient(ctx, upstream, _):
     logits, targets, normalizers = ctx.saved_tensors
     return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
-
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+@jit
+def gemm_kernel(a, b, aux, out, rows, columns, depth, linear, square, MODE: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of a (N, M, K) times b (N, C, K) transposed, or b (N, K, C) in backward, and what follows elementwise."""
+    BACKWARD: tl.constexpr = MODE == "times_slope" or MODE == "times_input"
+    SYMMETRIC: tl.constexpr = MODE == "gram" or MODE == "polynomial"
+    # Programs near in time share rows of a and of b, so that L2 serves them.
+    tile, n, across = tl.program_id(0), tl.program_id(1), tl.cdiv(columns, BLOCK_N)
+    first, within = tile // (GROUP * across) * GROUP, tile % (GROUP * across)
+    height = min(tl.cdiv(rows, BLOCK_M) - first, GROUP)
+    i, j = (first + within % height) * BLOCK_M, within // height * BLOCK_N
+    if not SYMMETRIC or i <= j:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            left = a.load([n, i, k]).reshape(BLOCK_M, BLOCK_K)
+            if BACKWARD:
+                right = b.load([n, k, j]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                right = b.load([n, j, k]).reshape(BLOCK_N, BLOCK_K).T
+            total = tl.dot(left, right, total)
+        if BACKWARD or MODE == "polynomial":
+            other = aux.load([n, i, j]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+            if MODE == "polynomial":
+                total = linear * other + square * total
+            elif MODE == "times_slope":
+                total *= other
+            else:
+                total *= tl.where(other > 0, 2.0, 0.5) * other
+        elif not SYMMETRIC:  # two expressions without a common part: more than one tile alive would spill registers
+            kept = tl.where(total > 0, 2.0, 0.5) * total if MODE == "act_and_slope" else total
+            aux.store([n, i, j], kept.to(aux.dtype).reshape(1, BLOCK_M, BLOCK_N))
+            total = tl.where(total > 0, 1.0, 0.25) * total * total
+        out.store([n, i, j], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        if SYMMETRIC and i < j:
+            out.store([n, j, i], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
+
+def gemm(mode: str, a: Tensor, b: Tensor, aux: Tensor | None = None, linear: float = 0.0,
+         square: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(out, aux) of gemm_kernel for whole matrices, (N, M, C) each; an aux that is not given is what the mode keeps."""
+    if a.dtype == torch.bfloat16 and not a.is_cuda:  # Triton's interpreter would multiply the bits
+        found = gemm(mode, a.float(), b.float(), aux if aux is None else aux.float(), linear, square)
+        return found[0].bfloat16(), found[1].bfloat16()
+    wide, align, backward = a.dtype == torch.float32, 16 // a.element_size(), mode.startswith("times")
+    m, n, k = 128, 128 if wide or mode in ("gram", "polynomial") else 256, 32 if wide else 64
+    rows, depth, columns = *a.shape[1:], b.size(2 if backward else 1)
+    out = torch.empty((len(a), rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
+    kept = torch.empty_like(out) if aux is None else aux
+    crop = lambda t: t[..., :columns].contiguous()
+    fill = lambda t: F.pad(t, (0, -t.size(2) % align)) if t.size(2) % align else t.contiguous()  # TMA: whole 16 bytes
+    describe = lambda t, *block: TensorDescriptor.from_tensor(fill(t), [1, *block])
+    # The MLP's tiles fill the shared memory of an H100; in a smaller one half the stages have to do.
+    large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
+    gemm_kernel[-(-rows // m) * -(-columns // n), len(a)](
+        describe(a, m, k), describe(b, *((k, n) if backward else (n, k))), describe(kept, m, n), describe(out, m, n),
+        rows, columns, depth, linear, square, mode, m, n, k, GROUP=8, num_warps=8, num_stages=4 if large else 2)
+    return crop(out), crop(kept) if aux is None else aux
+
+@torch.library.custom_op("golf::symmetric_product", mutates_args=())
+def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
+    """linear x + square x x^T of the matrices of x (N, R, C), symmetric if linear is not 0, from half of the tiles."""
+    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+
+@torch.library.custom_op("golf::mlp", mutates_args=())
+def mlp_op(x: Tensor, up: Tensor, down: Tensor, keep: str) -> tuple[Tensor, Tensor, Tensor]:
+    """mlp_reference of x (M, D); to keep, (M, H): the activation, and its derivative (#1523) or its input (#1530)."""
+    act, aux = gemm("act_and_" + keep, x[None], up[None])
+    return act[0] @ down.T, act[0], aux[0]
+@torch.library.custom_op("golf::mlp_backward", mutates_args=())
+def mlp_backward_op(upstream: Tensor, down: Tensor, aux: Tensor, keep: str) -> Tensor:
+    """The gradient (M, H) at the activation's input: upstream (M, D) @ down (D, H), times the derivative."""
+    return gemm("times_" + keep, upstream[None], down[None], aux[None])[0][0]
+symmetric_product_op.register_fake(lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
+mlp_op.register_fake(lambda x, up, down, _: tuple(x.new_empty(len(x), len(w)) for w in (down, up, up)))
+mlp_backward_op.register_fake(lambda upstream, down, *_: upstream.new_empty(len(upstream), down.size(1)))
+def _mlp_save(ctx, inputs, output):
+    ctx.keep = inputs[3]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else the backward would fill two (M, H) blocks with zeros
+    ctx.save_for_backward(*inputs[:3], *output[1:])
+def _mlp_gradients(ctx, upstream, *_):
+    x, up, down, act, aux = ctx.saved_tensors
+    hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep)
+    return hidden @ up, hidden.T @ x, upstream.T @ act, None
+mlp_op.register_autograd(_mlp_gradients, setup_context=_mlp_save)
+MLP = Callable[[Tensor, Tensor, Tensor], Tensor]
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """LeakyReLU(x up^T, 1/2)^2 down^T."""
+    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep: str = "slope") -> Tensor:
+    """mlp_reference with all that is elementwise in the epilogues of two products, x (..., D)."""
+    return mlp_op(x.flatten(0, -2).contiguous(), up, down, keep)[0].view(*x.shape[:-1], -1)
+def missing_triton(run: Run) -> str:
+    """Why no Triton kernel can run here; empty if one can."""
+    interpreted = run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return "triton is not installed" if triton is None else "" if interpreted else "there is no GPU"
 
 def pick_kernels(config: Config, run: Run) -> bool:
     """Whether the Triton kernels are used; logs the choice and its reason, Stop if KERNELS=triton cannot be had."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    missing = "triton is not installed" if triton is None else "" if run.is_cuda or interpreted else "there is no GPU"
-    if config.kernels == "triton" and missing:
-        raise Stop(f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)")
-    chosen = config.kernels == "triton" or (config.kernels == "auto" and run.is_cuda and not missing)
-    reason = missing or ("interpreted" if interpreted and chosen else f"KERNELS={config.kernels}, {run.device.type}")
+    missing, kind, wanted = missing_triton(run), run.device.type, config.kernels
+    stop_if(wanted == "triton" and missing, f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 "
+            "to run them on the CPU)")
+    chosen = wanted == "triton" or (wanted == "auto" and run.is_cuda and not missing)
+    reason = missing or ("interpreted" if chosen and not run.is_cuda else f"KERNELS={wanted}, {kind}")
     run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
     return chosen
+
+def pick(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
+    """What the function of the wanted backend gives, with auto the first to give no string: the reason against it."""
+    refused = []
+    for name in order if wanted == "auto" else (wanted,):
+        if not isinstance(found := order[name](), str):
+            run.log(f"{what}: {name}" + (f" (not {'; not '.join(refused)})" if refused else ""))
+            return found
+        refused.append(f"{name}: {found}")
+    raise Stop(f"{variable}={wanted}: {found}; install it (requirements-gpu.txt) or set {variable}=auto")
+
+def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
+    """The MLP of all layers: MLP_KERNEL, or the first usable one; `fused`: whether KERNELS are the Triton ones."""
+    def cutlass() -> MLP | str:
+        if not (Path(__file__).resolve().parent / "cutlass_evt_fusion").is_dir():
+            return "there is no folder cutlass_evt_fusion beside the script"
+        if config.model_dim % 8 or config.mlp_mult * config.model_dim % 8:
+            return "MODEL_DIM and MLP_MULT*MODEL_DIM must be multiples of 8"
+        library = importlib.import_module("cutlass_evt_fusion")
+        return library.available(run.dtype, run.device) or library.leaky_relu_squared_mlp
+    kept = "" if fused or config.mlp_kernel == "triton" else f"KERNELS={config.kernels} chose the reference"
+    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %, others: not).
+    return pick(run, "mlp", "MLP_KERNEL", config.mlp_kernel, {"cutlass": cutlass, "triton": lambda: missing_triton(run)
+                or kept or mlp_triton, "reference": lambda: mlp_reference})
 
 # === MODEL ===
 class Step(NamedTuple):
@@ -879,7 +925,6 @@ class Step(NamedTuple):
     push: bool  # U-Net encoder half: remember the output
     pop: int | None  # U-Net decoder half: row of the skip parameters that merges a remembered output first
     kind: Literal["serial", "gptj", "two_lane"]
-
 def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
     """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
     once, again = range(config.num_layers), range(config.loop_start, config.loop_end + 1)
@@ -891,14 +936,11 @@ def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
         return config.parallel_residual if late and (config.parallel_residual == "gptj" or place >= half) else "serial"
     return tuple(Step(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
                  for i, layer in enumerate(order))
-
 def show_route(route: tuple[Step, ...]) -> str:
     """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
-    mark = {"serial": "", "gptj": "+", "two_lane": "="}
-    words = [f"{s.layer}{mark[s.kind]}" for s in route]
+    words = [str(s.layer) + {"serial": "", "gptj": "+", "two_lane": "="}[s.kind] for s in route]
     half = sum(s.push for s in route)
     return " ".join([*words[:half], "|", *words[half:]])
-
 class Spec(NamedTuple):
     """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
     shape: tuple[int, ...]
@@ -907,7 +949,6 @@ class Spec(NamedTuple):
     quantizer: Literal["attn", "mlp", "embed", "fp16"]
     parts: tuple[tuple[str, str], ...] = ()  # (flat name with {} for the layer, calibration site) of each group
     layered: bool = True  # dim 0 counts layers
-
 def param_table(config: Config) -> dict[str, Spec]:
     """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
     c, layers, width = config, config.num_layers, config.model_dim
@@ -925,8 +966,7 @@ def param_table(config: Config) -> dict[str, Spec]:
         "up": Spec((layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)),
         "down": Spec((layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)),
         "q_gain": Spec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
-        "attn_scale": Spec((layers, width), one, "scalar", "fp16"),
-        "mlp_scale": Spec((layers, width), one, "scalar", "fp16"),
+        **dict.fromkeys(("attn_scale", "mlp_scale"), Spec((layers, width), one, "scalar", "fp16")),
         "resid_mix": Spec((layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"),
         "head_gate": Spec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
         "skip_weights": Spec((skips, width), one, "scalar", "fp16", layered=False),
@@ -937,9 +977,9 @@ def param_table(config: Config) -> dict[str, Spec]:
         "parallel_resid_lambdas": Spec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
     lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
-    used = {"skip_weights": skips > 0, "skip_gates": skips > 0 and c.skip_gates_enabled,
-            "parallel_post_lambdas": lanes, "parallel_resid_lambdas": lanes, "head_gate": c.head_gate != "none",
-            "smear_w": c.smear_gate, "smear_lambda": c.smear_gate}
+    used = {"skip_weights": skips, "skip_gates": skips and c.skip_gates_enabled, "head_gate": c.head_gate != "none",
+            **dict.fromkeys(("smear_w", "smear_lambda"), c.smear_gate),
+            **dict.fromkeys(("parallel_post_lambdas", "parallel_resid_lambdas"), lanes)}
     return {name: spec for name, spec in table.items() if used.get(name, True)}
 
 class Matrix(NamedTuple):
@@ -949,7 +989,6 @@ class Matrix(NamedTuple):
     index: int | None  # in its bank; None: the parameter is the matrix
     key: tuple[str, int]  # (site, layer) of its input
     quantizer: str
-
 def matrices(table: dict[str, Spec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
@@ -960,9 +999,7 @@ def matrices(table: dict[str, Spec]) -> list[Matrix]:
             found += [Matrix(name.format(layer), parameter, part * layers + layer if banked else None, (site, layer),
                              spec.quantizer) for layer in range(layers)]
     return found
-
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int], Tensor]
-
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
     """Causal attention by PyTorch alone: q (B, T, H, D), k and v (B, T, KV, D); a packed row document by document."""
     dense = lambda *qkv: F.scaled_dot_product_attention(
@@ -991,25 +1028,21 @@ def attend_flash(backend: str) -> Attend:
 
 def pick_attention(config: Config, run: Run) -> Attend:
     """The attention backend: ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
-    refused, flash = [], run.is_cuda and run.dtype == torch.bfloat16
-    for backend in ("fa3", "fa2", "varlen", "sdpa") if config.attention == "auto" else (config.attention,):
-        reason = "" if flash or backend == "sdpa" else "needs a GPU and bfloat16"
-        if flash and backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
-            reason = "needs a Hopper GPU"
+    def usable(backend: str) -> Attend | str:
+        if not run.is_cuda or run.dtype != torch.bfloat16:
+            return "needs a GPU and bfloat16"
+        if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+            return "needs a Hopper GPU"
         try:
-            attend = attend_sdpa if reason or backend == "sdpa" else attend_flash(backend)
+            return attend_flash(backend)
         except ImportError as error:
-            reason = f"cannot be imported: {error}"
-        if not reason:
-            run.log(f"attention: {backend}" + (f" (not {'; not '.join(refused)})" if refused else ""))
-            return attend
-        refused.append(f"{backend}: {reason}")
-    raise Stop(f"ATTENTION={config.attention}: {reason}; install it (requirements-gpu.txt) or set ATTENTION=auto")
+            return f"cannot be imported: {error}"
+    order = {name: functools.partial(usable, name) for name in ("fa3", "fa2", "varlen")} | {"sdpa": lambda: attend_sdpa}
+    return pick(run, "attention", "ATTENTION", config.attention, order)
 
 def norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without gain."""
     return F.rms_norm(x, (x.size(-1),))
-
 Tap = Callable[[str, int, Tensor, Tensor], None]
 
 class LoRA(nn.Module):
@@ -1017,15 +1050,14 @@ class LoRA(nn.Module):
     def __init__(self, config: Config, documents: int, device: torch.device):
         super().__init__()
         c, width, visits = config, config.model_dim, len(make_route(config, config.num_loops > 0))
-        kv = c.num_kv_heads * width // c.num_heads
+        kv, rank = c.num_kv_heads * width // c.num_heads, c.ttt_lora_rank
         sites = {"q": (visits, width, c.ttt_q_lora), "k": (visits, kv, c.ttt_k_lora), "v": (visits, kv, c.ttt_v_lora),
                  "o": (visits, width, c.ttt_o_lora), "down": (visits, width, c.ttt_mlp_lora),
                  "head": (1, c.vocab_size, True)}
         empty = lambda *shape: nn.Parameter(torch.empty(shape, device=device))
-        sizes = {site: (count, outputs) for site, (count, outputs, wanted) in sites.items() if wanted}
-        self.read = nn.ParameterDict({s: empty(n, documents, c.ttt_lora_rank, width) for s, (n, _) in sizes.items()})
-        self.write = nn.ParameterDict({s: empty(n, documents, out, c.ttt_lora_rank) for s, (n, out) in sizes.items()})
-        self.scale = c.ttt_lora_alpha / c.ttt_lora_rank if c.ttt_lora_alpha else 1.0
+        self.read = nn.ParameterDict({s: empty(n, documents, rank, width) for s, (n, _, on) in sites.items() if on})
+        self.write = nn.ParameterDict({s: empty(n, documents, out, rank) for s, (n, out, on) in sites.items() if on})
+        self.scale = c.ttt_lora_alpha / rank if c.ttt_lora_alpha else 1.0
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
@@ -1042,16 +1074,13 @@ class Hooks(NamedTuple):
     """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
-
 HEAD = Step(0, 0, False, None, "serial")
-
 class GPT(nn.Module):
-    """The one network: layers as the route says, weights from the parameter table. Matrices lie in banks (#1523): few
-    large parameters make Muon and its communication batched."""
+    """The one network: layers as the route says, weights from the parameter table, matrices in banks (#1523)."""
     def __init__(self, config: Config, attend: Attend = attend_sdpa, fused: bool = False,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, feed_forward: MLP = mlp_reference):
         super().__init__()
-        self.config, self.attend, self.fused, self.dtype = config, attend, fused, dtype
+        self.config, self.attend, self.fused, self.dtype, self.feed_forward = config, attend, fused, dtype, feed_forward
         self.table, self.looped = param_table(config), False
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
         for name, spec in self.table.items():
@@ -1100,14 +1129,16 @@ class GPT(nn.Module):
         if c.head_gate != "none":
             source = {"residual": residual, "proj": x, "q": raw}[c.gate_attn_src][..., :c.gate_width or None]
             opening = F.linear(source, banks["head_gate"][layer])
-            gate = 2 * torch.sigmoid(opening) if c.head_gate == "attn_out" else \
-                torch.sigmoid(c.sparse_attn_gate_scale * opening)
-            y = y * gate[..., None]
+            inside, outside = (1, 2) if c.head_gate == "attn_out" else (c.sparse_attn_gate_scale, 1)
+            y = y * (outside * torch.sigmoid(inside * opening))[..., None]
         return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
     def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], hooks: Hooks) -> Tensor:
-        """LeakyReLU(x up, 1/2)^2 down."""
-        hidden = F.leaky_relu(self.matmul("up", banks["up"][step.layer], x, step, hooks), 0.5).square()
-        return self.matmul("down", banks["down"][step.layer], hidden, step, hooks, adapt=x)
+        """LeakyReLU(x up^T, 1/2)^2 down^T, in one where nothing hangs on its matrices."""
+        up, down = banks["up"][step.layer], banks["down"][step.layer]
+        if not hooks.tap and "down" not in (hooks.lora or ()):
+            return self.feed_forward(x, up, down)
+        hidden = F.leaky_relu(self.matmul("up", up, x, step, hooks), 0.5).square()
+        return self.matmul("down", down, hidden, step, hooks, adapt=x)
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         c, ids = self.config, batch.inputs
@@ -1131,8 +1162,7 @@ class GPT(nn.Module):
         logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD, hooks).flatten(0, 1)
         targets, cap = batch.targets.flatten(), self.config.logit_softcap
         fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
-        losses = (fused if self.fused else softcapped_ce_reference)(logits, targets, cap)
-        return losses.view_as(batch.targets)
+        return (fused if self.fused else softcapped_ce_reference)(logits, targets, cap).view_as(batch.targets)
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
         c, dtype = self.config, self.dtype
@@ -1143,14 +1173,13 @@ class GPT(nn.Module):
         lane, skips = None, []  # lane: the residual stream of the MLP once it has split off
         for step in self.routes[self.looped]:
             layer, depth = step.layer, (step.layer + 1) ** -0.5 if c.ln_scale else 1.0
-            if step.kind == "two_lane" and lane is None and c.parallel_first_skip == "lane0":
-                lane = x
+            splits, before = step.kind == "two_lane" and lane is None, x
             if step.pop is not None:
                 skip = banks["skip_weights"][step.pop] * skips.pop()
                 gate = torch.sigmoid(banks["skip_gates"][step.pop]) if c.skip_gates_enabled else None
                 x = x + skip if gate is None else torch.lerp(skip, x, gate)
-            if step.kind == "two_lane" and lane is None:
-                lane = x
+            if splits:
+                lane = before if c.parallel_first_skip == "lane0" else x
             keep, mix = banks["resid_mix"][layer]
             read = keep * x + mix * x0
             normed = norm(read) * depth
@@ -1176,40 +1205,36 @@ class GPT(nn.Module):
 
 # === OPTIMIZERS ===
 # Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
-NEWTON_SCHULZ = {
-    "classic": ((3.4445, -4.7750, 2.0315),),
-    "polar_express": ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
-                      (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)),
-}
+NEWTON_SCHULZ = {"classic": ((3.4445, -4.7750, 2.0315),), "polar_express": (
+    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232))}
 
-def orthogonalize(update: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+def orthogonalize(update: Tensor, coefficients: tuple[tuple[float, float, float], ...], fused: bool = False) -> Tensor:
     """The matrices (N, R, C) of `update` with all singular values moved close to 1, in their dtype (Newton-Schulz)."""
     wide = update.size(-2) <= update.size(-1)
     x = update if wide else update.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = symmetric_product_op(x, 0.0, 1.0) if fused else x @ x.mT
+        x = a * x + (symmetric_product_op(gram, b, c) if fused else b * gram + c * gram @ gram) @ x
     return x if wide else x.mT
 
 def muon_update(gradient: Tensor, buffer: Tensor, momentum: Tensor, rows: bool, dtype: torch.dtype,
-                coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+                coefficients: tuple[tuple[float, float, float], ...], fused: bool = False) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`, compiled as one."""
     buffer.mul_(momentum).add_(gradient)
     update = (gradient + momentum * buffer).float()
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalize(update.to(dtype), coefficients)
+    return orthogonalize(update.to(dtype), coefficients, fused)
 
 # The same collectives under the names of torch from 2.13 on and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 class Muon:
-    """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of every bank.
-    `reduce` starts the averaging of all banks, `step` updates them one by one while the next ones communicate."""
-    def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool):
-        self.run, c = run, run.config
+    """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of each."""
+    def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool, fused: bool = False):
+        self.run, self.fused, c = run, fused, run.config
         table = NEWTON_SCHULZ[c.muon_coefficients]
         self.coefficients = tuple(table[min(i, len(table) - 1)] for i in range(c.muon_backend_steps))
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
@@ -1222,21 +1247,12 @@ class Muon:
     def reduce(self) -> None:
         """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
         for name, bank in self.banks.items():
-            gradient = bank.grad.to(self.dtype)
-            if self.run.world == 1:
-                self.shards[name] = gradient
-                continue
-            count = len(self.momenta[name])
-            padded = gradient.new_zeros((count * self.run.world, *bank.shape[1:]))
-            padded[:len(bank)] = gradient / self.run.world
-            self.shards[name] = torch.empty_like(self.momenta[name])
-            self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
-    def square_norm(self) -> Tensor:
-        """The sum of squares of the averaged gradients of all banks, over all ranks."""
-        for handle, _ in self.pending.values():
-            handle.wait()
-        self.pending.clear()
-        return self.run.sum(sum(shard.float().square().sum() for shard in self.shards.values()))
+            self.shards[name] = gradient = bank.grad.to(self.dtype)
+            if self.run.world > 1:
+                padded = gradient.new_zeros((len(self.momenta[name]) * self.run.world, *bank.shape[1:]))
+                padded[:len(bank)] = gradient / self.run.world
+                self.shards[name] = torch.empty_like(self.momenta[name])
+                self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale` multiplies the gradients first."""
         mu, rows = torch.tensor(momentum, dtype=self.dtype, device=self.run.device), self.run.config.muon_row_normalize
@@ -1247,51 +1263,47 @@ class Muon:
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
-            update = self.update(shard, self.momenta[name], mu, rows, self.dtype, self.coefficients)
+            update = self.update(shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused)
             gathered = self.gather(update)
             if applied:
                 self.apply(*applied, rate, decay)
             applied = bank, *gathered
         self.apply(*applied, rate, decay)
-    def gather(self, shard: Tensor) -> tuple[Tensor, Any]:
-        """The shards of all ranks as one tensor, and the handle to wait for (None with one rank)."""
+    def gather(self, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
+        """The shards of all ranks as one tensor, and how to wait for it."""
         if self.run.world == 1:
-            return shard, None
+            return shard, lambda: None
         whole = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
-        return whole, all_gather(whole, shard.contiguous(), async_op=True)
+        return whole, all_gather(whole, shard.contiguous(), async_op=True).wait
     @staticmethod
-    def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
+    def apply(bank: nn.Parameter, gathered: Tensor, wait: Callable[[], Any], rate: float, decay: float) -> None:
         """Move one bank by its gathered update."""
-        if handle is not None:
-            handle.wait()
+        wait()
         scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
         bank.data.mul_(1 - rate * decay).add_(gathered[:len(bank)].to(bank.dtype), alpha=-rate * scale)
     def state(self) -> dict[str, Tensor]:
         """The whole momentum of each bank, whatever the number of ranks."""
         pairs = {name: self.gather(shard) for name, shard in self.momenta.items()}
-        for _, handle in pairs.values():
-            if handle is not None:
-                handle.wait()
+        for _, wait in pairs.values():
+            wait()
         return {name: whole[:len(self.banks[name])].clone() for name, (whole, _) in pairs.items()}
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's part of a `state`."""
         for name, shard in self.momenta.items():
             part = state[name][self.run.rank * len(shard):(self.run.rank + 1) * len(shard)]
-            shard.zero_()
-            shard[:len(part)] = part.to(shard)
+            shard.zero_()[:len(part)] = part.to(shard)
 
 class Optimizers:
     """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
     def __init__(self, run: Run, model: GPT, compiled: bool):
         self.run, c = run, run.config
         group = lambda kind: {n: p for n, p in model.named_parameters() if model.table[n].optimizer == kind}
-        self.muon = Muon(run, group("muon"), compiled)
+        self.muon = Muon(run, group("muon"), compiled, model.fused)
         self.replicated = [*group("embed").values(), *group("scalar").values()]
         self.parameters = [*self.muon.banks.values(), *self.replicated]
-        self.adam = torch.optim.AdamW(
-            [{"params": list(group("embed").values()), "lr": c.tied_embed_lr, "weight_decay": c.embed_wd},
-             {"params": list(group("scalar").values()), "lr": c.scalar_lr, "weight_decay": c.adam_wd}],
-            betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
+        groups = [{"params": list(group(kind).values()), "lr": rate, "weight_decay": decay} for kind, rate, decay in
+                  (("embed", c.tied_embed_lr, c.embed_wd), ("scalar", c.scalar_lr, c.adam_wd))]
+        self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
         self.rates = [g["lr"] for g in self.adam.param_groups]
     def step(self, rate_scale: float, momentum: float, decay: float) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
@@ -1302,11 +1314,18 @@ class Optimizers:
         if c.grad_clip_norm and c.grad_clip_scope == "local":
             nn.utils.clip_grad_norm_(self.parameters, c.grad_clip_norm, foreach=True)
         self.muon.reduce()
-        if world > 1:
-            self.average_replicated()
+        for dtype in {p.dtype for p in self.replicated} if world > 1 else ():  # one flat all-reduce each
+            gradients = [p.grad for p in self.replicated if p.dtype == dtype]
+            flat = self.run.sum(torch.cat([g.flatten() for g in gradients]) / world)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
         scale = None
         if c.grad_clip_norm and c.grad_clip_scope == "global":
-            square = self.muon.square_norm() + sum(p.grad.float().square().sum() for p in self.replicated)
+            for handle, _ in self.muon.pending.values():
+                handle.wait()
+            self.muon.pending.clear()
+            norms = lambda tensors: sum(tensor.float().square().sum() for tensor in tensors)
+            square = self.run.sum(norms(self.muon.shards.values())) + norms(p.grad for p in self.replicated)
             scale = (c.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([p.grad for p in self.replicated], scale)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
@@ -1315,14 +1334,6 @@ class Optimizers:
         self.muon.step(c.matrix_lr * rate_scale, momentum, decay, scale)
         for parameter in self.parameters:
             parameter.grad = None
-    def average_replicated(self) -> None:
-        """Average the gradients of all parameters that every rank holds, with one flat all-reduce per dtype."""
-        for dtype in {p.dtype for p in self.replicated}:
-            gradients = [p.grad for p in self.replicated if p.dtype == dtype]
-            flat = torch.cat([g.flatten() for g in gradients]) / self.run.world
-            dist.all_reduce(flat)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
     def state(self) -> dict[str, Any]:
         """Everything `load` needs, as tensors and numbers."""
         return {"adam": self.adam.state_dict(), "muon": self.muon.state()}
@@ -1337,17 +1348,14 @@ def move_average(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     torch._foreach_mul_(list(average.values()), decay)
     live = [model.get_parameter(name).detach().float() for name in average]
     torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
-
 def rate_scale(config: Config, progress: float) -> float:
     """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
     warmdown = config.warmdown_frac
     return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
-
 def matrix_decay(config: Config, progress: float) -> float:
     """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
     taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
     return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
-
 def muon_momentum(config: Config, step: int) -> float:
     """Muon momentum at `step`: a linear ramp, then constant."""
     ramp = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
@@ -1786,9 +1794,8 @@ def pack_source(source: str) -> tuple[str, str]:
 
 # === EVALUATE ===
 def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
-    """(W, 3) int64 rows (first input, end of the targets, first target to score) over tokens 0..length-1. Every target
-    1..length-1 is scored exactly once, the tail included. The first window scores `first` targets (0: as many as it can
-    see), each later one `stride` new targets, with at most `context` inputs. Plain: stride = context."""
+    """(W, 3) int64 rows (first input, end of the targets, first target to score): every target 1..length-1 is scored
+    once, `first` by the first window (0: as many as it sees), `stride` by each later one, with <= `context` inputs."""
     first = first or context
     ends = np.minimum(np.arange(first, max(first, length - 1) + stride, stride), length - 1)
     ends = ends[:np.searchsorted(ends, length - 1) + 1]
@@ -1822,13 +1829,13 @@ class Tally:
         self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
     def require(self, first: int, last: int) -> None:
         """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
-        if (self.run.sum(self.times[first:last + 1].clone()) != 1).any():
-            raise Stop(f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug")
+        stop_if((self.run.sum(self.times[first:last + 1].clone()) != 1).any(),
+                f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug")
     def total(self, stage: str) -> Score:
         """The sums over all ranks; Stop if a target was left out or scored twice."""
         self.run.sum(self.nats), self.run.sum(self.times)
-        if wrong := int((self.times[1:] != 1).sum()):
-            raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
+        wrong = int((self.times[1:] != 1).sum())
+        stop_if(wrong, f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
         return Score(self.nats.double().sum().item(), len(self.nats) - 1, int(self.validation.bytes[1:].sum()))
 
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
@@ -1850,8 +1857,8 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
 
 def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int,
                  packed: bool) -> tuple[Batch, Tensor, Tensor]:
-    """The windows `plan` as a batch of `rows` rows of `context`, the mask (rows, context) of its scored targets, and
-    their places (N,) in `tokens`. Rows are filled up to one shape. `packed`: attention stays in documents."""
+    """The windows `plan` as a batch of `rows` rows of `context` (packed: attention stays in documents), the mask of its
+    scored targets (rows, context), and their places (N,) in `tokens`."""
     place = plan[:, :1] + np.arange(context + 1)
     inside = place < plan[:, 1:2]
     ids = np.zeros((rows, context + 1), dtype=np.int64)
@@ -1874,15 +1881,12 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
                                              c.loader == "packed")
         losses = forward(to_device(batch, run)).view(rows, -1)
         tally.add(losses[chosen.to(run.device)], places.to(run.device))
-
 def slide(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
     """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
     score_windows(run, forward, tally, windows(len(tally.validation.tokens), run.config.eval_seq_len, stride))
-
 def cosine(place: int, count: int) -> float:
     """1 at place 0, falling to 0 at place count - 1 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * place / max(count - 1, 1)))
-
 def hash_weights(model: GPT) -> str:
     """16 hex digits that change with any bit of the weights, for the ledger."""
     return hashlib.sha256(str([torch.hash_tensor(p).item() for p in model.parameters()]).encode()).hexdigest()[:16]
@@ -1890,9 +1894,10 @@ def hash_weights(model: GPT) -> str:
 class Learner:
     """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
     def __init__(self, run: Run, model: GPT, optimizer: torch.optim.Optimizer, clip: float, batch_seqs: int,
-                 freeze: int = 0, shared: bool = True, packed: bool = False):
+                 freeze: int = 0, shared: bool = True, packed: bool | None = None):
         self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
-        self.batch_seqs, self.shared, self.packed = batch_seqs, shared, packed
+        self.batch_seqs, self.shared = batch_seqs, shared
+        self.packed = run.config.loader == "packed" if packed is None else packed
         self.parameters, layers, self.weights = list(model.parameters()), model.config.num_layers, hash_weights(model)
         self.frozen = [(model.embed, slice(None))] if freeze else []
         for name, spec in model.table.items():
@@ -1931,17 +1936,15 @@ class Learner:
         self.optimizer.zero_grad()
 
 def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
-    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493). A window
-    belongs to the chunk of the first target that it scores, so all targets of a chunk are scored before it is learnt.
-    The last chunk is not learnt."""
+    """Chunk by chunk but the last: score its targets in sliding windows, then train all weights on it (#1413, #1493). A
+    window belongs to the chunk of the first target that it scores, so all of a chunk are scored before it is learnt."""
     c, tokens, size = run.config, tally.validation.tokens, run.config.ttt_chunk_tokens
     plan = windows(len(tokens), c.eval_seq_len, c.eval_stride)
     chunk_of = (plan[:, 2] - 1) // size
     count = int(chunk_of[-1]) + 1
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.ttt_adamw_wd) if c.ttt_optimizer == "adamw" else \
         torch.optim.SGD(model.parameters(), momentum=c.ttt_momentum)
-    learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks,
-                      packed=c.loader == "packed")
+    learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks)
     for chunk in run.track("val:ttt chunks", range(count)):
         score_windows(run, forward, tally, plan[chunk_of == chunk])
         run.note("scored", chunk=chunk, weights=learner.weights)
@@ -1950,8 +1953,7 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
             learner.learn(tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs)
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
-    """(D, 2): first token and one past the last target of each document. That target is the next one's BOS, so every
-    target is in one document. Tokens without any BOS are cut every 2,048 (#1670)."""
+    """(D, 2): first token and one past the last target (the next BOS) of each document; no BOS: every 2,048 (#1670)."""
     starts = np.unique(np.append(0, np.flatnonzero(tokens == BOS)))
     if len(starts) == 1:
         starts = np.arange(0, len(tokens), 2048)
@@ -1959,9 +1961,8 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
     return np.stack([starts, ends], 1)[ends - starts > 1]
 
 def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """Per phase, the batches of document numbers in the order of scoring, the longest documents first (#1530, #1626).
-    Phase p ends with the batch that reaches PHASED_TTT_PREFIX_DOCS * (p+1) / phases scored documents, rounded up to a
-    multiple of 8 batches so that the plan does not depend on the number of ranks."""
+    """Per phase, the batches of document numbers in the order of scoring, longest first (#1530, #1626). Phase p ends at
+    PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for any number of ranks."""
     order, size = np.argsort(lengths, kind="stable"), config.ttt_batch_size
     batches = [order[i:i + size] for i in range(0, len(order), size)][::-1]
     scored, phases = np.cumsum([len(batch) for batch in batches]), config.phased_ttt_num_phases
@@ -1970,8 +1971,7 @@ def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]
     return [batches[a:b] for a, b in itertools.pairwise(cuts) if a < len(batches)]
 
 def adapt_documents(run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int) -> None:
-    """Score the `documents` (N, 2) side by side in chunks of TTT_CHUNK_SIZE targets; after each, one AdamW step of the
-    adapter of every document that has a later chunk, on the losses just recorded (#1530)."""
+    """Score the `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each chunk (#1530)."""
     c, lora = run.config, LoRA(run.config, len(documents), run.device)
     lora.reset(seed)
     optimizer = torch.optim.AdamW(lora.parameters(), c.ttt_lora_lr, (c.ttt_beta1, c.ttt_beta2), 1e-10,
@@ -2009,8 +2009,7 @@ def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndar
         learner.learn(text, chunk * size, (chunk + 1) * size, rate, c.global_ttt_epochs)
 
 def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
-    """Score every document with adapters of its own; between phases train all weights on documents scored so far: of
-    these the PHASED_TTT_PREFIX_DOCS * (p+1) / phases shortest, shortest first (#1626)."""
+    """Score documents with adapters of their own; between phases all weights learn the shortest scored (#1626)."""
     c, tokens = run.config, tally.validation.tokens
     documents = find_documents(tokens)
     phases, done, number = plan_documents(c, documents[:, 1] - documents[:, 0]), [], 0
@@ -2033,12 +2032,11 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     model.requires_grad_(True)
 
 def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
-    """Train on the validation tokens before they are scored, each rank on its chunks alone, averaging after each pass:
-    the 21 epochs of #1735. Not legal; for reproducing #1738 and for upper bounds."""
+    """Train on the validation tokens before they are scored (#1735), averaging ranks after each pass. Not legal."""
     c, tokens, size = run.config, validation.tokens, run.config.prequant_ttt_chunk_tokens
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.prequant_ttt_wd, fused=run.is_cuda)
-    learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), c.prequant_ttt_freeze_blocks,
-                      shared=False, packed=c.loader == "packed")
+    freeze = c.prequant_ttt_freeze_blocks
+    learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), freeze, shared=False)
     average = [parameter.detach().clone() for parameter in learner.parameters]
     for epoch in run.track("prequant_ttt", range(c.prequant_ttt_epochs)):
         rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine(epoch, c.prequant_ttt_epochs + 1))
@@ -2052,8 +2050,7 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
         torch._foreach_copy_(learner.parameters, average)
 
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
-    """Run the stages on random tokens before the evaluation clock, so that nothing is compiled while it runs; the
-    caller loads the weights again."""
+    """Run the stages on random tokens, so that nothing is compiled on the clock; the caller loads the weights again."""
     begin, c = run.now(), run.config
     tokens = np.random.default_rng(0).integers(2, c.vocab_size, STREAMS * c.ttt_batch_size * 3 * c.ttt_chunk_size)
     tokens[::3 * c.ttt_chunk_size] = BOS
@@ -2074,7 +2071,8 @@ def build(run: Run) -> Built:
     torch.manual_seed(c.seed)
     compiled = c.compile == "on" or (c.compile == "auto" and run.is_cuda)
     torch._dynamo.config.recompile_limit = 64  # one per number of 64 segment starts and loop state
-    model = GPT(c, pick_attention(c, run), pick_kernels(c, run), run.dtype).to(run.device)
+    attend, fused = pick_attention(c, run), pick_kernels(c, run)
+    model = GPT(c, attend, fused, run.dtype, pick_mlp(c, run, fused)).to(run.device)
     run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={c.compile}, {run.device.type})")
     for looped in (False, True) if c.num_loops else (False,):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
@@ -2094,8 +2092,7 @@ def train_step(run: Run, forward: Callable[[Batch], Tensor], optimizers: Optimiz
     return total
 
 def agree(run: Run, waiting: list, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
-    """(largest elapsed seconds, whether a loss is not finite) over ranks; on a GPU, if `late`, of the step before, so
-    that the host never waits for the device. `waiting`: what is on its way from one call to the next."""
+    """(most elapsed seconds, is a loss not finite) over ranks; if `late`, a GPU's of a step before, from `waiting`."""
     facts = torch.stack([torch.tensor(elapsed, dtype=torch.float64, device=run.device), (~loss.isfinite()).double()])
     if run.world > 1:
         dist.all_reduce(facts, dist.ReduceOp.MAX)
@@ -2118,25 +2115,30 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         settings, fingerprint = saved["settings"], saved["data"]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise Stop(f"{path}: cannot be read ({type(error).__name__}), truncated or damaged; delete it to start again, "
-                   "or choose another RUN_ID") from None
-    if different := differences(settings, run.config.chosen("training")):
-        raise Stop(f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
-    if fingerprint != shards:
-        raise Stop(f"{path}: made from other data (shards {fingerprint}, here {shards}); choose another RUN_ID")
+        raise Stop(f"{path}: cannot be read ({type(error).__name__}); delete it or choose another RUN_ID") from None
+    different = differences(settings, run.config.chosen("training"))
+    stop_if(different, f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
+    stop_if(fingerprint != shards, f"{path}: of other data ({fingerprint}, here {shards}); choose another RUN_ID")
     return saved
 
 def to_cpu(state: Any) -> Any:
     """A copy of a nested state with its tensors on the CPU."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
-def warm_up(run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers, feed: Feed) -> None:
-    """Run WARMUP_STEPS full steps in each loop state, so that compilation and allocation lie before the clock, then put
-    weights and optimiser state back, momentum included."""
-    start, c = time.monotonic(), run.config
+def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
+    """Compile and allocate before the clock: WARMUP_STEPS full steps per loop state; then put all state back."""
+    start, c, (model, forward, compiled), padded = time.monotonic(), run.config, built, []
     weights, fresh = to_cpu(model.state_dict()), to_cpu(optimizers.state())
+    if compiled and c.loader == "packed":  # from the fewest starts to one size more than the first steps have
+        batch, seen = feed.get(0)[0], [len(b.starts) for step in range(c.warmup_steps) for b in feed.load(step)]
+        total = batch.inputs.numel()
+        fewest = pad_starts(np.arange(0, total, batch.longest), total)
+        padded = [batch._replace(starts=F.pad(fewest, (0, more), value=total).to(run.device))
+                  for more in range(0, max(seen, default=0) + 65 - len(fewest), 64)]
     for looped in (False, True) if c.num_loops else (False,):
         model.looped = looped
+        for batch in padded:
+            forward(batch).mean().backward()
         for step in range(c.warmup_steps):
             train_step(run, forward, optimizers, feed.get(step), 0.0, c.muon_momentum_warmup_steps)
     model.looped = False
@@ -2153,7 +2155,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         return
     model, forward, compiled = built
     optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
-    warm_up(run, model, forward, optimizers, feed)
+    warm_up(run, built, optimizers, feed)
     average = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
     waiting, step, before = [], 0, 0.0
     if saved:
@@ -2165,8 +2167,9 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         run.metric("resume", step=step, seconds=before)  # records of later steps before this one are void
     identity = {"settings": c.chosen("training"), "data": data.fingerprint["shards"]}
     validation = load_validation(data) if c.val_loss_every else None
-    budget, writer, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, ThreadPoolExecutor(1), None
-    first, elapsed, start = step, before, run.now()
+    budget, writing = c.max_wallclock_seconds - c.gptq_reserve_seconds, (writer := ThreadPoolExecutor(1)).submit(int)
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]  # torch.compile makes one per shape
+    first, elapsed, start, ready = step, before, run.now(), graphs()
     run.note("train_clock_start", seconds=before)
     if validation:
         run.note("validation_read")
@@ -2180,9 +2183,8 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         step += 1
         checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
         elapsed, broken = agree(run, waiting, before + time.monotonic() - start, loss, late=not checkpoint)
-        if broken:
-            raise Stop(f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
-                       f"(nothing of this step was saved in {run.folder})")
+        stop_if(broken, f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
+                f"(nothing of this step was saved in {run.folder})")
         if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
             mean, here, rate = run.sum(loss.double()).item() / run.world, run.now() - start, rate_scale(c, progress)
             seconds, each = before + here, here / (step - first)  # the average is of this process
@@ -2192,26 +2194,27 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             times = {"seconds": seconds, "step_ms": 1000 * each, "speed": speed}
             run.metric("train", step=step, train_loss=mean, rate=rate, **times)
         if validation and step % c.val_loss_every == 0:
-            paused = run.now()
+            paused, made = run.now(), graphs()
             measure(run, validation, f"step{step}", functools.partial(slide, run, forward, c.eval_seq_len))
-            start += run.now() - paused
+            start, ready = start + run.now() - paused, ready + graphs() - made
         if checkpoint:
             content = {**identity, "complete": False, "step": step, "train_seconds": elapsed, "looped": model.looped,
                        **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(), "average": average})}
-            if writing:
-                writing.result()
+            writing.result()
             save = functools.partial(torch.save, content)
-            writing = writer.submit(write_atomically, path, save) if run.main else None
+            writing = writer.submit(write_atomically, path, save) if run.main else writing
     seconds = before + run.now() - start
-    if writing:
-        writing.result()
+    writing.result()
     kib = torch.cuda.max_memory_allocated() >> 10 if run.is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    late = int(run.sum(torch.tensor(graphs() - ready, device=run.device)))
     facts = {"steps": step, "train_seconds": seconds, "step_ms": 1000 * seconds / max(step, 1),
-             "tokens_per_second": step * c.train_batch_tokens / seconds, "peak_memory_mib": kib >> 10}
+             "tokens_per_second": step * c.train_batch_tokens / seconds, "peak_memory_mib": kib >> 10,
+             "graphs_before_clock": ready, "graphs_inside_clock": late}
+    run.log(f"{'warning: ' if late else ''}compile: {ready} graphs before the clock, {late} inside it")
     run.log(f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {kib >> 10} MiB, "
             f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}")
-    content = {**identity, "complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
-               "average": to_cpu(average)}
+    content = identity | {"complete": True, "step": step, "train_seconds": seconds, "looped": model.looped,
+                          "average": to_cpu(average)}
     run.guarded(lambda: write_atomically(path, functools.partial(torch.save, content)))
     record_stage(run, "train", facts)
 
@@ -2223,9 +2226,9 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         path = run.folder / "stages.json"
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
-def quantize_stage(run: Run, data: Dataset, model: GPT) -> None:
+def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     """Calibration, rounding, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
-    c, saved = run.config, load_checkpoint(run, data)
+    c, model, saved = run.config, built.model, load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         raise Stop(f"STAGE=quantize: {run.folder / 'checkpoint.pt'} holds no finished training; run STAGE=train first")
     weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
@@ -2302,10 +2305,9 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         scores[stage] = measure(run, validation, stage, how)
     run.note("eval_clock_end")
     final = list(scores.values())[-1]
-    record_stage(run, "evaluate", {
-        "val_bpb": final.bpb, "val_loss": final.loss, "bpb": {stage: result.bpb for stage, result in scores.items()},
-        "val_tokens": final.tokens, "val_bytes": final.bytes, "eval_seconds": run.now() - start,
-        "artifact_bytes": path.stat().st_size, "artifact_sha256": digest})
+    record_stage(run, "evaluate", {"val_bpb": final.bpb, "val_loss": final.loss, "val_tokens": final.tokens,
+        "val_bytes": final.bytes, "bpb": {stage: result.bpb for stage, result in scores.items()},
+        "eval_seconds": run.now() - start, "artifact_bytes": path.stat().st_size, "artifact_sha256": digest})
     run.guarded(lambda: summarize(run, data))
 
 def summarize(run: Run, data: Dataset) -> None:
@@ -2343,21 +2345,19 @@ def preflight(run: Run) -> None:
     """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
     c, sample = run.config, bytes(range(256)) * 4
     try:
-        if compress(compress(sample, c.compressor), c.compressor, undo=True) != sample:
-            raise Stop(f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma")
+        stop_if(compress(compress(sample, c.compressor), c.compressor, undo=True) != sample,
+                f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma")
     except ImportError:
         raise Stop(f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
     counts = [(math.prod(spec.shape), spec.quantizer) for spec in param_table(c).values()]
     needed, free = 24 * sum(count for count, _ in counts) + 2**26, shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise Stop(f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; free "
-                   "disk space or set OUT_DIR elsewhere")
+    stop_if(free < needed, f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
+            "free disk space or set OUT_DIR elsewhere")
     code = len(pack_source(Path(__file__).read_text())[0])
     least = sum(count * least_bits(c, quantizer) / 8 for count, quantizer in counts)
     limit = min(c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - code)
-    if not c.artifact and least > limit:
-        raise Stop(f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: {limit} are left for the weights (packed code {code}), "
-                   f"they need about {least:.0f}; lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE, or raise *_CLIP_SIGMAS")
+    stop_if(not c.artifact and least > limit, f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: {limit} are left for the "
+            f"weights (packed code {code}), they need about {least:.0f}; lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE")
 
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""
@@ -2385,20 +2385,16 @@ def main(config: Config) -> None:
     """Run the stages of `config.stage`."""
     run = Run(config)
     data = Dataset(config, need_training=config.stage != "evaluate")
-    settings = {f.name.upper(): getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings["data"] = data.fingerprint["shards"]
+    settings = config.chosen("nothing", "training", "artifact", "score") | {"data": data.fingerprint["shards"]}
     run.folder = run.guarded(lambda: run.open(find_run_folder(config, settings["data"])))
     run.note("start")
     run.guarded(lambda: preflight(run))
     log_header(run, data)
     run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))
     built = build(run)
-    if config.stage in ("all", "train"):
-        train(run, data, built)
-    if config.stage in ("all", "quantize"):
-        quantize_stage(run, data, built.model)
-    if config.stage in ("all", "evaluate"):
-        evaluate_stage(run, data, built)
+    for stage, work in (("train", train), ("quantize", quantize_stage), ("evaluate", evaluate_stage)):
+        if config.stage in ("all", stage):
+            work(run, data, built)
     run.close()
 
 if __name__ == "__main__":
