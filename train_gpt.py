@@ -37,10 +37,12 @@ from typing import Any, Literal, NamedTuple
 
 class Stop(SystemExit):
     """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
+
 def stop_if(wrong: object, message: str) -> None:
     """Raise Stop with `message` if `wrong`."""
     if wrong:
         raise Stop(message)
+
 Check = tuple[Callable[[Any], bool], str]
 finite: Check = (lambda v: not isinstance(v, float) or math.isfinite(v), "must be finite")
 positive: Check = (lambda v: v > 0, "must be greater than 0")
@@ -1379,9 +1381,8 @@ def spread(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
     """(standard deviations covered by the integer range, integer width) of a quantiser class."""
-    return {"attn": (config.attn_clip_sigmas, config.attn_bits or config.matrix_bits),
-            "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
-            "embed": (config.embed_clip_sigmas, config.embed_bits)}[quantizer]
+    bits = getattr(config, f"{quantizer}_bits") or config.matrix_bits
+    return getattr(config, f"{quantizer}_clip_sigmas"), bits
 
 def least_bits(config: Config, quantizer: str) -> float:
     """Bits that a weight needs at least: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
@@ -1413,9 +1414,8 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
             chance = torch.softmax(cap * bend, -1)
             outputs.add_((chance * (1 - chance) * (1 - bend.square()).square()).sum(0))
             batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
-    mine = range(run.rank, count, run.world)
     with torch.set_grad_enabled(sensitive):
-        for index in run.track("calibration", mine):
+        for index in run.track("calibration", range(run.rank, count, run.world)):
             generator = torch.Generator(run.device).manual_seed(index)
             batch = to_device(loader.get(index // STREAMS, index % STREAMS), run)
             batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
@@ -1597,8 +1597,8 @@ def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str,
     return weights | {name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()}
 
 # === ARTIFACT ===
-ARTIFACT_MAGIC = b"GOLFPAK2"
-ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")  # magic, compressor, manifest bytes, payload bytes, sha256 of both
+# The header: magic, compressor, bytes of the manifest and of the payload, sha256 of both.
+ARTIFACT_MAGIC, ARTIFACT_HEADER = b"GOLFPAK2", struct.Struct("<8s8sIQ32s")
 
 @compiled
 def code_symbol(symbol, counts, coder, buffer, decoding):
@@ -1660,9 +1660,7 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
                 values[place] = k << halving | odd
                 state = after[state, k & 1]
                 size = min(abs(k << halving | odd), 1 << 15) << 10
-                row_sum[r] += size
-                seen += size
-                expected += row_size[r]
+                row_sum[r], seen, expected = row_sum[r] + size, seen + size, expected + row_size[r]
             weight += (seen << 10) // expected
             if weight > 512 << 10:  # forget
                 row_sum, weight = row_sum >> 1, weight >> 1
@@ -1738,14 +1736,13 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     start = ARTIFACT_HEADER.size
-    if len(data) < start or not data.startswith(ARTIFACT_MAGIC):
-        raise Stop(f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}")
+    stop_if(len(data) < start or not data.startswith(ARTIFACT_MAGIC),
+            f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}")
     _, coder, head, payload, digest = ARTIFACT_HEADER.unpack_from(data)
-    coder = coder.rstrip(b"\0")
-    if len(data) != start + head + payload:
-        raise Stop(f"{path}: {len(data)} bytes instead of {start + head + payload}, truncated or damaged; {remedy}")
-    if hashlib.sha256(coder + data[start:]).digest() != digest:
-        raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
+    coder, size = coder.rstrip(b"\0"), start + head + payload
+    stop_if(len(data) != size, f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
+    found = hashlib.sha256(coder + data[start:]).digest()
+    stop_if(found != digest, f"{path}: a byte was changed, the checksum does not fit; {remedy}")
     manifest = json.loads(compress(data[start:start + head], coder.decode(), undo=True))
     tensors, streams, jobs, end = {}, {}, [], start + head
     for name, parts in manifest["tensors"]:
@@ -1760,13 +1757,12 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
     """Write the artifact, read the file again, compare every number; returns (bytes, sha256). Rank 0 only."""
-    path, flat = run.folder / "final_model.ptz", lambda ts: [pair for name in ts for pair in streams_of(name, ts[name])]
+    path = run.folder / "final_model.ptz"
     write_atomically(path, encode_artifact(run.config, tensors, looped))
     _, again, digest = decode_artifact(path)
-    if list(again) != list(tensors) or not all(torch.equal(a, b) for (_, a), (_, b) in
-                                               zip(flat(again), flat(tensors), strict=True)):
-        raise Stop(f"{path}: reads back differently than it was written; check the disk and the "
-                   f"{run.config.compressor} package, nothing was scored")
+    same = list(again) == list(tensors) and all(torch.equal(again[n].restore(), tensors[n].restore()) for n in tensors)
+    stop_if(not same, f"{path}: reads back differently than it was written; check the disk and the "
+            f"{run.config.compressor} package, nothing was scored")
     return path.stat().st_size, digest
 
 # The packed script: a decoder line around the compressed source. It registers the source with linecache because Triton
