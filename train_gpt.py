@@ -42,7 +42,6 @@ def stop_if(wrong: object, message: str) -> None:
     """Raise Stop with `message` if `wrong`."""
     if wrong:
         raise Stop(message)
-
 Check = tuple[Callable[[Any], bool], str]
 finite: Check = (lambda v: not isinstance(v, float) or math.isfinite(v), "must be finite")
 positive: Check = (lambda v: v > 0, "must be greater than 0")
