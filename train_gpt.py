@@ -1380,8 +1380,9 @@ def spread(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
     """(standard deviations covered by the integer range, integer width) of a quantiser class."""
-    bits = getattr(config, f"{quantizer}_bits") or config.matrix_bits
-    return getattr(config, f"{quantizer}_clip_sigmas"), bits
+    return {"attn": (config.attn_clip_sigmas, config.attn_bits or config.matrix_bits),
+            "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
+            "embed": (config.embed_clip_sigmas, config.embed_bits)}[quantizer]
 
 def least_bits(config: Config, quantizer: str) -> float:
     """Bits that a weight needs at least: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
@@ -1392,9 +1393,8 @@ def least_bits(config: Config, quantizer: str) -> float:
 
 def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
-    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks and the sums are shared,
-    so the result does not depend on the number of ranks. A looped layer counts every visit. The labels are drawn from
-    the model, so that E[g^2] is the Fisher diagonal; SDClip needs none of it and gets zeros."""
+    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number changes
+    nothing. A looped layer counts every visit. Labels drawn from the model make E[g^2] the Fisher diagonal (SDClip: 0)."""
     c, cap, keys = run.config, run.config.logit_softcap, {m.key: m.parameter for m in matrices(model.table)}
     rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
     part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
