@@ -1394,7 +1394,7 @@ def least_bits(config: Config, quantizer: str) -> float:
 def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number changes
-    nothing. A looped layer counts every visit. Labels drawn from the model make E[g^2] the Fisher diagonal (SDClip: 0)."""
+    nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher diagonal (SDClip: 0)."""
     c, cap, keys = run.config, run.config.logit_softcap, {m.key: m.parameter for m in matrices(model.table)}
     rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
     part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
