@@ -203,8 +203,7 @@ class Bench:
                   "down": (n, hidden, d), "head": (n, d, config.vocab_size), "gradient of up": (hidden, n, d)}
         rates = {}
         for name, (a, b, c) in shapes.items():
-            left, right = (m.random_tensor(s, seed=i, device=self.device, dtype=dtype)
-                           for i, s in enumerate(((a, b), (b, c))))
+            left, right = (m.random_tensor(shape, i, self.device, dtype) for i, shape in enumerate(((a, b), (b, c))))
             taken = self.meter.time({"matmul": functools.partial(torch.mm, left, right)}, self.seconds)["matmul"]
             rates[name] = 2 * a * b * c / taken.ms * 1000
             rate = f"{show(rates[name] / 1e12, 3 if tiny else 0)} TFLOP/s"
@@ -493,10 +492,11 @@ class Bench:
             run = t.Run(config)
             model = t.GPT(config, fused=False, dtype=run.dtype).to(run.device)
         whole = t.Optimizers(run, model, self.cuda)
-        gradients = {p: m.random_tensor(p.shape, p, seed=i) for i, p in enumerate(model.parameters())}
+        draw = lambda parameters: {p: m.random_tensor(p.shape, i, p.device, p.dtype) for i, p in enumerate(parameters)}
+        gradients = draw(model.parameters())
         share = lambda bank: nn.Parameter(bank.detach()[: -(-len(bank) // RANKS)].clone())
         own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda)
-        parts = {bank: m.random_tensor(bank.shape, bank, seed=i) for i, bank in enumerate(own.banks.values())}
+        parts = draw(own.banks.values())
 
         def give(values: dict) -> None:
             for parameter, value in values.items():

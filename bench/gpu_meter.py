@@ -167,25 +167,25 @@ class Kernel:
         """A call of `function` and its backward; it returns the result and the gradients."""
         leaves = [operand.detach().requires_grad_() for operand in self.operands[: self.leaves]]
         others = self.operands[self.leaves :]
-        upstream = random_tensor(torch.no_grad()(function)(*self.operands).shape, leaves[0], seed=9)
+        out = torch.no_grad()(function)(*self.operands)
+        upstream = random_tensor(out.shape, seed=9, device=out.device, dtype=torch.bfloat16).to(out.dtype)
 
         def call() -> Sequence[Tensor]:
             out = function(*leaves, *others)
-            return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+            return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
         return call
 
 
-def random_tensor(shape: Sequence[int], like: Tensor | None = None, seed: int = 0, **kind: Any) -> Tensor:
-    """Normal random numbers of a shape, on the device and of the dtype of `like` or as `kind` says."""
-    kind = kind or {"device": like.device, "dtype": like.dtype}
-    source = torch.Generator(kind["device"]).manual_seed(seed)
-    return torch.randn(tuple(shape), generator=source, **kind)
+def random_tensor(shape: Sequence[int], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normal random numbers of a shape: up to rounding the same in every dtype."""
+    source = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=source, device=device).to(dtype)
 
 
 def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, columns: int, cap: float = 30.0) -> Kernel:
     """Softcapped cross-entropy; its gradient is as large as its operand, everything else is small."""
-    logits = 5 * random_tensor((rows, columns), device=device, dtype=dtype)
+    logits = random_tensor((rows, columns), 0, device, dtype).mul_(5)
     targets = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
     size, ours = logits.nbytes, lambda *operands: t.softcapped_ce_op(*operands)[0]
     return Kernel("softcapped cross-entropy", f"{rows:,} x {columns:,}", t.softcapped_ce_reference, {"triton": ours},
@@ -205,7 +205,7 @@ def mlp_kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Cal
 def mlp(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden: int) -> Kernel:
     """The MLP of one layer with all gradients."""
     sizes = ((rows, width), (hidden, width), (width, hidden))
-    x, up, down = (random_tensor(shape, seed=i, device=device, dtype=dtype) for i, shape in enumerate(sizes))
+    x, up, down = (random_tensor(shape, i, device, dtype) for i, shape in enumerate(sizes))
     operands, (fused, missing) = (x, up / width**0.5, down / hidden**0.5), mlp_kernels(dtype, device)
     weights, product = up.nbytes + down.nbytes, 2 * rows * width * hidden
     reference = cutlass_evt_fusion.leaky_relu_squared_mlp_reference
@@ -216,7 +216,7 @@ def mlp(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden:
 def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Newton-Schulz on all banks of matrices; the fewest operations make symmetric products by halves."""
     shapes = [spec.shape for spec in t.param_table(config).values() if spec.optimizer == "muon"]
-    banks = [random_tensor(shape, seed=i, device=device, dtype=dtype) for i, shape in enumerate(shapes)]
+    banks = [random_tensor(shape, i, device, dtype) for i, shape in enumerate(shapes)]
     table, iterations = t.NEWTON_SCHULZ[config.muon_coefficients], config.muon_backend_steps
     coefficients = tuple(table[min(i, len(table) - 1)] for i in range(iterations))
 
