@@ -148,6 +148,7 @@ class Bench:
         self.device, self.cuda = self.meter.device, self.meter.cuda
         self.began, self.budget = time.monotonic(), options.budget
         self.seconds = 0.01 if options.tiny else 0.1 if options.quick else 0.3  # per call and turn
+        self.rounds = 1 if options.tiny and options.quick else 3
         self.tables: list[Table] = []
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
@@ -180,6 +181,10 @@ class Bench:
         """The settings of a recipe at the shape of this run."""
         return recipes()[name] | (TINY if self.options.tiny else {}) | changes
 
+    def time(self, calls: dict[str, Callable[[], Any]], longer: int = 1) -> dict[str, m.Time]:
+        """Times of calls that take turns."""
+        return self.meter.time(calls, longer * self.seconds, self.rounds)
+
     def floor(self, flops: float, size: float) -> float | None:
         """The fewest milliseconds that the ceilings allow."""
         return 1000 * max(flops / self.peak, size / self.copy_rate) if self.peak else None
@@ -192,7 +197,7 @@ class Bench:
         size = 2**20 if tiny else 2**31
         source = torch.randint(256, (size,), dtype=torch.uint8, device=self.device)
         again = functools.partial(torch.empty_like(source).copy_, source)
-        copy = self.meter.time({"copy": again}, self.seconds)["copy"]
+        copy = self.time({"copy": again})["copy"]
         self.copy_rate = 2 * size / copy.ms * 1000
         rows = [("device copy, bytes read and written", f"{show(self.copy_rate / 1e9, 0)} GB/s", show(copy.ms, 3))]
         config = t.Config.from_env(self.settings("flagship"))
@@ -204,7 +209,7 @@ class Bench:
         rates = {}
         for name, (a, b, c) in shapes.items():
             left, right = (m.random_tensor(shape, i, self.device, dtype) for i, shape in enumerate(((a, b), (b, c))))
-            taken = self.meter.time({"matmul": functools.partial(torch.mm, left, right)}, self.seconds)["matmul"]
+            taken = self.time({"matmul": functools.partial(torch.mm, left, right)})["matmul"]
             rates[name] = 2 * a * b * c / taken.ms * 1000
             rate = f"{show(rates[name] / 1e12, 3 if tiny else 0)} TFLOP/s"
             rows.append((f"matmul {name}: {a:,} x {b:,} x {c:,}", rate, show(taken.ms, 3)))
@@ -246,20 +251,20 @@ class Bench:
             try:
                 return self.forms(make(rows), table)
             except torch.OutOfMemoryError:
-                rows //= 2
-                gc.collect()
-                torch.cuda.empty_cache()
-                if rows < 1024:
+                if rows < 2048:
                     raise
+            rows //= 2  # outside of the handler, which keeps the tensors of the failed call
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def forms(self, kernel: m.Kernel, table: Table) -> dict[str, Any]:
         """The same at the kernel's size."""
         functions = {**kernel.fused, "eager": kernel.reference}
         if self.cuda:  # on a CPU, compiling takes longer than all the rest
             functions["compiled"] = torch.compile(kernel.reference, dynamic=False, fullgraph=True)
-        forward = self.meter.time({name: kernel.forward(f) for name, f in functions.items()}, self.seconds)
+        forward = self.time({name: kernel.forward(f) for name, f in functions.items()})
         calls = {name: kernel.both(f) for name, f in functions.items()} if kernel.leaves else {}
-        both = self.meter.time(calls, self.seconds)
+        both = self.time(calls)
         peaks = {name: self.meter.peak(call) for name, call in calls.items()}
         floors = self.floor(kernel.flops[0], kernel.bytes[0]), self.floor(kernel.flops[1], kernel.bytes[1])
         best = next(iter(kernel.fused), "compiled" if self.cuda else "eager")
@@ -380,7 +385,7 @@ class Bench:
             warm[other] = time.monotonic() - began
         graphs = m.compiled_graphs()
         calls = {other: self.in_turn(step, batches) for other, step in steps.items()}
-        taken = self.meter.time(calls, self.seconds if self.options.tiny else 6 * self.seconds)
+        taken = self.time(calls, 1 if self.options.tiny else 6)
         peak = self.meter.peak(calls["ours"])
         parts = self.parts(ours, batches)
         by_class, muon, adam = self.kernel_classes(ours, batches[0])
@@ -490,12 +495,13 @@ class Bench:
         config = t.Config.from_env(environment)
         with contextlib.redirect_stdout(io.StringIO()):
             run = t.Run(config)
-            model = t.GPT(config, fused=False, dtype=run.dtype).to(run.device)
+            model = t.GPT(config, fused=t.pick_kernels(config, run), dtype=run.dtype).to(run.device)
         whole = t.Optimizers(run, model, self.cuda)
         draw = lambda parameters: {p: m.random_tensor(p.shape, i, p.device, p.dtype) for i, p in enumerate(parameters)}
         gradients = draw(model.parameters())
         share = lambda bank: nn.Parameter(bank.detach()[: -(-len(bank) // RANKS)].clone())
-        own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda)
+        fused = {"fused": whole.muon.fused} if hasattr(whole.muon, "fused") else {}
+        own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda, **fused)
         parts = draw(own.banks.values())
 
         def give(values: dict) -> None:
@@ -512,7 +518,7 @@ class Bench:
                  "muon": lambda: muon(whole.muon, banks), "muon_of_8": lambda: muon(own, parts)}
         for call in calls.values():
             call()
-        taken = self.meter.time(calls, self.seconds)
+        taken = self.time(calls)
         sizes = {name: RANKS * -(-len(bank) // RANKS) * bank[0].numel() * 2 for name, bank in whole.muon.banks.items()}
         replicated = sum(p.nbytes for p in whole.replicated)
         each = (RANKS - 1) / RANKS
@@ -746,6 +752,10 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n" + ("" if bench.cuda else "CPU: ") + table.text())
     print(f"\nrecompilations after warm-up: {sum(counts)} (must be 0); shapes of packed micro-batches, each compiled "
           f"once: {bench.results['recompilations'].get('start_shapes') or 'not looked at'}")
+    against = bench.flagship and bench.flagship["rivals"].get("KERNELS=reference")
+    if against:
+        print(f"flagship's step over that with KERNELS=reference, compiled, same attention: {against['ratio']:.3f} "
+              "(asked for: at most 0.75)")
     command = "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
     if options.record:
         bench.tables = bench.tables[:-2]

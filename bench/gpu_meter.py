@@ -6,6 +6,7 @@ tests/gpu checks the kernels of the same table, so that whatever is timed is als
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import re
 import statistics
@@ -194,7 +195,11 @@ def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, columns: 
 
 def mlp_kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """(the fused forms of the MLP that can run here, why the others cannot), by name; they take x, up, down."""
-    fused, missing = {}, {"triton": "this train_gpt.py has no Triton kernel for the MLP"}
+    fused, missing = {}, {}
+    if ours := getattr(t, "mlp_triton", None):
+        fused |= {f"triton, {keep} kept": functools.partial(ours, keep=keep) for keep in ("slope", "input")}
+    else:
+        missing["triton"] = "this train_gpt.py has no Triton kernel for the MLP"
     if reason := cutlass_evt_fusion.available(dtype, device):
         missing["cutlass"] = reason
     else:
@@ -220,15 +225,18 @@ def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) ->
     table, iterations = t.NEWTON_SCHULZ[config.muon_coefficients], config.muon_backend_steps
     coefficients = tuple(table[min(i, len(table) - 1)] for i in range(iterations))
 
-    def orthogonalize(*banks: Tensor) -> Tensor:
-        return torch.cat([t.orthogonalize(bank, coefficients).flatten() for bank in banks])
+    def orthogonalize(*banks: Tensor, **how: bool) -> Tensor:
+        return torch.cat([t.orthogonalize(bank, coefficients, **how).flatten() for bank in banks])
+
+    fused, missing = {}, {"symmetric": "this train_gpt.py has no kernel for symmetric products"}
+    if hasattr(t, "symmetric_product_op"):
+        fused, missing = {"symmetric": functools.partial(orthogonalize, fused=True)}, {}
 
     sides = [(count, min(shape), max(shape)) for count, *shape in shapes]
     flops = iterations * sum(count * (r * r * c + r * r * r + 2 * r * r * c) for count, r, c in sides)
     size = 2 * sum(bank.nbytes for bank in banks)
     return Kernel("Newton-Schulz, all banks", " ".join("x".join(map(str, shape)) for shape in shapes), orthogonalize,
-                  {}, {"symmetric": "this train_gpt.py has no kernel for symmetric products"}, tuple(banks), 0,
-                  (flops, 0), (size, 0))
+                  fused, missing, tuple(banks), 0, (flops, 0), (size, 0))
 
 
 def load_step(path: Path) -> types.ModuleType:
