@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import functools
 import gc
@@ -52,6 +51,7 @@ from bench.train_step import TrainStep
 PARTS = ("ceilings", "kernels", "step", "optimiser", "evaluate", "quantiser")
 RANKS, BUS = 8, 300e9  # of the estimate: ranks, and bytes per second that each sends (assumed; NVLink's limit is 450e9)
 RESERVED = {"optimiser": 20, "evaluate": 60}  # seconds that recipes other than the flagship leave
+REFERENCE = {"KERNELS": "reference", "MLP_KERNEL": "reference"}  # no fused kernel at all
 NONE_MEASURED = "No GPU has been measured so far: the table is empty."
 TINY = {  # a shape that a CPU goes through in seconds
     "VOCAB_SIZE": "320",
@@ -131,12 +131,6 @@ def recipes() -> dict[str, dict[str, str]]:
         lines = path.read_text().splitlines()
         found[path.stem] = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     return {name: found[name] for name in sorted(found, key=lambda name: name != "flagship") if name != "cpu_demo"}
-
-
-def reference_settings() -> dict[str, str]:
-    """No fused kernel at all."""
-    fields = {field.name for field in dataclasses.fields(t.Config)}
-    return {name.upper(): "reference" for name in ("kernels", "mlp_kernel") if name in fields}
 
 
 class Bench:
@@ -361,7 +355,7 @@ class Bench:
         for name in ("QK_GAIN_INIT", "TIED_EMBED_INIT_STD", "ROPE_BASE", "LOGIT_SOFTCAP", "SPARSE_ATTN_GATE_SCALE"):
             del model[name]
         names = ("loader", "train_batch_tokens", "train_seq_len", "enable_looping_at", "muon_coefficients",
-                 "muon_backend_steps", "muon_row_normalize", "grad_clip_scope", "kernels")
+                 "muon_backend_steps", "muon_row_normalize", "grad_clip_scope", "kernels", "mlp_kernel")
         return json.dumps([model, *(getattr(config, name) for name in names)])
 
     def one_step(self, name: str, environment: dict[str, str], table: Table, classes: Table,
@@ -372,8 +366,10 @@ class Bench:
         batches = self.batches(config, 2)
         steps: dict[str, Callable] = {"ours": ours}
         if rivals and self.cuda:  # on a CPU, `ours` has no fused kernels either
-            same = environment | reference_settings() | {"ATTENTION": self.attention_of(ours)}
+            same = environment | REFERENCE | {"ATTENTION": self.attention_of(ours)}
             steps["KERNELS=reference"] = TrainStep(same, self.device)
+            if any(line.startswith("mlp: cutlass") for line in ours.said):  # which the trainer prefers, unmeasured
+                steps["MLP_KERNEL=triton"] = TrainStep(environment | {"MLP_KERNEL": "triton"}, self.device)
         if rivals and self.against:
             steps[self.options.against.name] = self.against(dict(environment), self.device)
         warm: dict[str, float] = {}
@@ -500,8 +496,7 @@ class Bench:
         draw = lambda parameters: {p: m.random_tensor(p.shape, i, p.device, p.dtype) for i, p in enumerate(parameters)}
         gradients = draw(model.parameters())
         share = lambda bank: nn.Parameter(bank.detach()[: -(-len(bank) // RANKS)].clone())
-        fused = {"fused": whole.muon.fused} if hasattr(whole.muon, "fused") else {}
-        own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda, **fused)
+        own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda, model.fused)
         parts = draw(own.banks.values())
 
         def give(values: dict) -> None:

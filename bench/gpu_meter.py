@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch._dynamo.utils
 import torch.utils.benchmark
 from torch import Tensor
 
@@ -195,11 +194,8 @@ def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, columns: 
 
 def mlp_kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """(the fused forms of the MLP that can run here, why the others cannot), by name; they take x, up, down."""
-    fused, missing = {}, {}
-    if ours := getattr(t, "mlp_triton", None):
-        fused |= {f"triton, {keep} kept": functools.partial(ours, keep=keep) for keep in ("slope", "input")}
-    else:
-        missing["triton"] = "this train_gpt.py has no Triton kernel for the MLP"
+    fused = {f"triton, {keep} kept": functools.partial(t.mlp_triton, keep=keep) for keep in ("slope", "input")}
+    missing = {}
     if reason := cutlass_evt_fusion.available(dtype, device):
         missing["cutlass"] = reason
     else:
@@ -213,9 +209,8 @@ def mlp(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden:
     x, up, down = (random_tensor(shape, i, device, dtype) for i, shape in enumerate(sizes))
     operands, (fused, missing) = (x, up / width**0.5, down / hidden**0.5), mlp_kernels(dtype, device)
     weights, product = up.nbytes + down.nbytes, 2 * rows * width * hidden
-    reference = cutlass_evt_fusion.leaky_relu_squared_mlp_reference
-    return Kernel("MLP, leaky ReLU squared", f"{rows:,} x {width} x {hidden:,}", reference, fused, missing, operands, 3,
-                  (2 * product, 6 * product), (2 * x.nbytes + weights, 5 * x.nbytes + 3 * weights))
+    return Kernel("MLP, leaky ReLU squared", f"{rows:,} x {width} x {hidden:,}", t.mlp_reference, fused, missing,
+                  operands, 3, (2 * product, 6 * product), (2 * x.nbytes + weights, 5 * x.nbytes + 3 * weights))
 
 
 def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -228,15 +223,13 @@ def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) ->
     def orthogonalize(*banks: Tensor, **how: bool) -> Tensor:
         return torch.cat([t.orthogonalize(bank, coefficients, **how).flatten() for bank in banks])
 
-    fused, missing = {}, {"symmetric": "this train_gpt.py has no kernel for symmetric products"}
-    if hasattr(t, "symmetric_product_op"):
-        fused, missing = {"symmetric": functools.partial(orthogonalize, fused=True)}, {}
 
     sides = [(count, min(shape), max(shape)) for count, *shape in shapes]
     flops = iterations * sum(count * (r * r * c + r * r * r + 2 * r * r * c) for count, r, c in sides)
     size = 2 * sum(bank.nbytes for bank in banks)
+    fused = {"triton, symmetric": functools.partial(orthogonalize, fused=True)}
     return Kernel("Newton-Schulz, all banks", " ".join("x".join(map(str, shape)) for shape in shapes), orthogonalize,
-                  fused, missing, tuple(banks), 0, (flops, 0), (size, 0))
+                  fused, {}, tuple(banks), 0, (flops, 0), (size, 0))
 
 
 def load_step(path: Path) -> types.ModuleType:

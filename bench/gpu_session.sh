@@ -39,7 +39,7 @@ status=0 built= runs=()
   fi
 
   say "tests/gpu"
-  part 180 "$python" -m pytest tests/gpu ${DRY:+--dry} -k 'not cutlass' -rs || status=1
+  part 200 "$python" -m pytest tests/gpu ${DRY:+--dry} -k 'not cutlass' -rs || status=1
   [ -z "$built" ] || { wait "$built" || status=1; tail -n 4 "$results/cutlass_build.log"; }
   part 60 "$python" -m pytest tests/gpu ${DRY:+--dry} -k cutlass -rs || status=1
   [ -z "${demo:-}" ] || wait "$demo" || { tail -n 2 "$results/demo.log"; status=1; }

@@ -20,13 +20,13 @@ from bench.train_step import TrainStep
 
 MEDIUM = {  # small enough to compile quickly, with the head size and the micro-batch of the contest's model
     "VOCAB_SIZE": "1024",
-    "NUM_LAYERS": "4",
+    "NUM_LAYERS": "3",
     "MODEL_DIM": "256",
     "NUM_HEADS": "4",
     "NUM_KV_HEADS": "2",
-    "XSA_LAST_N": "4",
+    "XSA_LAST_N": "3",
     "NUM_LOOPS": "0",
-    "PARALLEL_START_LAYER": "3",
+    "PARALLEL_START_LAYER": "2",
     "SCHEDULE": "steps",
     "ITERATIONS": "40",
     "MUON_MOMENTUM_WARMUP_STEPS": "10",
@@ -91,5 +91,5 @@ def trainer(environment: dict[str, str], meter: Meter) -> tuple[TrainStep, t.Fee
     data = Synthetic(step.config, 45 * step.config.train_batch_tokens)
     feed = t.Feed(step.run, t.PackedLoader(step.config, data))
     with contextlib.redirect_stdout(io.StringIO()):
-        t.warm_up(step.run, step.model, step.forward, step.optimizers, feed)
+        t.warm_up(step.run, step.built, step.optimizers, feed)
     return step, feed

@@ -13,7 +13,7 @@ import train_gpt as t
 from bench import gpu_meter as m
 from cutlass_evt_fusion import bench as cutlass
 
-FORMS = [("cross-entropy", "triton"), ("mlp", "triton"), ("mlp", "cutlass"), ("newton-schulz", "symmetric")]
+FORMS = [("cross-entropy", "triton"), ("mlp", "triton"), ("mlp", "cutlass"), ("newton-schulz", "triton")]
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -37,8 +37,8 @@ def test_results_and_gradients_are_as_exact_as_the_plain_form(name, form, rows, 
         pytest.skip("its size is that of the model")
     config = t.Config.from_env(environment if dry else {})
     kernel = make(name, config, meter, dtype, min(rows, 7) if dry else rows)
-    functions = {label: f for label, f in kernel.fused.items() if label.startswith(form)}
-    if not functions:
+    functions = {label: function for label, function in kernel.fused.items() if label.startswith(form)}
+    if not functions:  # CUTLASS is optional
         pytest.skip(kernel.missing[form])
     wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
     exact = dataclasses.replace(kernel, operands=tuple(map(wide, kernel.operands)))
