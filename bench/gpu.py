@@ -67,6 +67,7 @@ TINY = {  # a shape that a CPU goes through in seconds
     "LOOP_START": "1",
     "LOOP_END": "2",
     "PARALLEL_START_LAYER": "3",
+    "MUON_BACKEND_STEPS": "1",
     "COMPUTE_DTYPE": "float32",
     "EVAL_SEQ_LEN": "64",
     "EVAL_STRIDE": "16",
@@ -166,7 +167,8 @@ class Bench:
             print(f"      failed: {self.failed[name]}", flush=True)
             return None
         finally:
-            torch._dynamo.reset()  # or compiled code of all models so far is searched in every call
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()  # or the compiled code of all models so far is searched in every call
             gc.collect()
             if self.cuda:
                 torch.cuda.empty_cache()
