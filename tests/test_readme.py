@@ -47,8 +47,8 @@ def test_every_file_and_command_of_the_readme_exists():
         assert name in known, name
 
 
-@pytest.mark.parametrize("script", ["bench/data.py", "bench/full_shape.py", "bench/transforms.py", "data/prepare.py",
-                                    "data/download.py", "data/demo.py", "verify_bytes.py"])
+@pytest.mark.parametrize("script", ["bench/data.py", "bench/full_shape.py", "bench/gpu.py", "bench/transforms.py",
+                                    "data/prepare.py", "data/download.py", "data/demo.py", "verify_bytes.py"])
 def test_every_command_starts_from_any_folder(script, tmp_path):
     done = subprocess.run([sys.executable, str(README.parent / script), "--help"], cwd=tmp_path, capture_output=True,
                           text=True, check=False)

@@ -1,0 +1,77 @@
+"""Training and packing on the GPU: against the CPU, compiled against eager, no recompilation, artifacts for the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+import train_gpt as t
+from bench import gpu_meter as m
+from bench.train_step import TrainStep
+from conftest import TINY
+
+
+def test_a_training_run_has_the_losses_of_the_cpu(monkeypatch, meter):
+    settings = TINY | {"VOCAB_SIZE": "320", "COMPILE": "off", "ATTENTION": "sdpa", "MATRIX_LR": "0.01"}
+    ours = TrainStep(settings, meter.device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        theirs = TrainStep(settings, torch.device("cpu"))
+    theirs.model.load_state_dict(ours.model.state_dict())  # the CPU draws other initial weights
+    theirs.average = {name: weight.detach().float().clone() for name, weight in theirs.model.named_parameters()}
+    loader = t.LOADERS["shuffled"](ours.config, m.Synthetic(ours.config, 20_000))
+    losses = []
+    for step in range(8):
+        batch = loader.get(0, step % 2)
+        here = [x.to(meter.device) for x in (batch.inputs, batch.targets)]
+        losses.append((ours(*here).item(), theirs(batch.inputs, batch.targets).item()))
+    assert losses[-1][0] < losses[0][0]
+    assert all(abs(one - other) < 2e-2 for one, other in losses), losses  # the GPU's fp32 products are TF32
+
+
+def test_compiled_and_eager_agree(trainer):
+    step, feed = trainer
+    found = []
+    for forward in (step.forward, step.model):
+        for batch in feed.get(0)[:1]:
+            loss = forward(batch)
+            loss.mean().backward()
+        gradients = torch.cat([p.grad.float().flatten() for p in step.model.parameters() if p.grad is not None])
+        step.model.zero_grad()
+        found.append((loss.detach(), gradients))
+    (loss, gradient), (plain, other) = found
+    assert (loss - plain).norm() < 1e-2 * plain.norm()
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.995
+
+
+def test_nothing_is_compiled_again_in_20_steps_of_packed_documents(trainer):
+    step, feed = trainer
+    graphs, losses = m.compiled_graphs(), []
+    for number in range(20, 40):
+        batches = feed.get(number)
+        losses.append(t.train_step(step.run, step.forward, step.optimizers, batches, 0.5, number))
+    assert m.compiled_graphs() == graphs
+    assert torch.stack(losses).isfinite().all()
+
+
+def test_an_artifact_of_the_gpu_is_the_same_model_on_the_cpu(meter, tmp_path):
+    config = t.Config.from_env(TINY | {"VOCAB_SIZE": "320", "COMPILE": "off", "ATTENTION": "sdpa",
+                                       "COMPRESSOR": "lzma"})
+    run = t.Run(config)
+    run.folder = tmp_path
+    model, data = t.build(run).model, m.Synthetic(config, 20_000)
+    model.looped = True
+    moments = t.collect_moments(run, model, data)
+    weights = {name: weight.detach().float() for name, weight in model.named_parameters()}
+    tensors = t.quantize(run, model.table, weights, sum(w.numel() for w in weights.values()) // 2, True, moments)
+    t.seal_artifact(run, tensors, looped=True)
+    manifest, read, _ = t.decode_artifact(tmp_path / "final_model.ptz")
+    restored = t.assemble(model.table, read)
+    assert manifest["looped"] and all(weight.device.type == "cpu" for weight in restored.values())
+    there = t.GPT(config)
+    there.looped = True
+    there.load_state_dict(restored)
+    model.load_state_dict(restored)
+    batch = t.ShuffledLoader(config, data).get(0, 0)
+    with torch.no_grad():
+        ours, theirs = model(t.to_device(batch, run)).cpu(), there(batch)
+    assert (ours - theirs).norm() < 1e-2 * theirs.norm()
