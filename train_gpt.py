@@ -1011,13 +1011,13 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest:
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
 
 def attend_flash(backend: str) -> Attend:
-    """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, with attend_sdpa's contract."""
+    """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, as attend_sdpa."""
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
-        dense = attend_sdpa
+        dense, causal = attend_sdpa, {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True}
         def packed(q, k, v, starts, longest):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            return varlen_attn(q, k, v, starts, starts, longest, longest, is_causal=True)
+            return varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
     else:
         module = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
         first = lambda out: out[0] if isinstance(out, tuple) else out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -365,3 +366,20 @@ def test_gradients_match_finite_differences(config):
                 losses.append(reference(model, batch).mean().item())
                 parameter -= sign * 1e-4 * direction
         assert slope == pytest.approx((losses[0] - losses[1]) / 2e-4, rel=2e-3, abs=2e-6), name
+
+
+def test_pytorchs_varlen_kernel_is_called_as_its_signature_asks(monkeypatch):
+    """The kernel itself needs a GPU; an argument that this version of torch does not have would end a run there."""
+    from torch.nn.attention import varlen
+
+    def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):
+        assert window_size == (-1, 0) and max_q == max_k == 8 and cu_q is cu_k
+        return t.attend_sdpa(q[None], k[None], v[None], cu_q, max_q)[0]
+
+    fake = mock.create_autospec(varlen.varlen_attn, side_effect=stand_in)
+    fake.__kwdefaults__ = varlen.varlen_attn.__kwdefaults__
+    monkeypatch.setattr(varlen, "varlen_attn", fake)
+    q, k, v = (torch.randn(1, 12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 5, 12, 12], dtype=torch.int32)
+    found = t.attend_flash("varlen")(q, k, v, starts, 8)
+    assert fake.called and torch.allclose(found, t.attend_sdpa(q, k, v, starts, 8))
