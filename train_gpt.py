@@ -724,6 +724,7 @@ def load_validation(data: Dataset) -> Validation:
 # === KERNELS ===
 # Per kernel: the plain reference, the Triton code, the launcher. Kernels take their dtype from the data and compute in
 # fp32. The CPU tests run them in Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+OPERATORS = "golf_" + __name__.strip("_")  # a second copy of this file in the process must not free these operators
 
 def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Cross-entropy in nats (N,) fp32 of raw `logits` (N, V) under cap*tanh(logits/cap), for `targets` (N,)."""
@@ -761,7 +762,7 @@ def softcapped_ce_backward_kernel(logits, targets, normalizers, upstream, gradie
     slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)  # 1 - tanh^2, exact when saturated
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
-@torch.library.custom_op("golf::softcapped_ce", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
 def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference."""
     rows, columns = logits.shape
@@ -770,7 +771,7 @@ def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     softcapped_ce_forward_kernel[(rows,)](logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8)
     return losses, normalizers
 
-@torch.library.custom_op("golf::softcapped_ce_backward", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
 def softcapped_ce_backward_op(logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float) -> Tensor:
     """The gradient of the losses with respect to `logits`, in their dtype."""
     rows, columns = logits.shape
@@ -844,41 +845,40 @@ def gemm(mode: str, a: Tensor, b: Tensor, aux: Tensor | None = None, linear: flo
         describe(a, m, k), describe(b, *((k, n) if backward else (n, k))), describe(kept, m, n), describe(out, m, n),
         rows, columns, depth, linear, square, mode, m, n, k, GROUP=8, num_warps=8, num_stages=4 if large else 2)
     return crop(out), crop(kept) if aux is None else aux
-
-@torch.library.custom_op("golf::symmetric_product", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
 def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
     """linear x + square x x^T of the matrices of x (N, R, C), symmetric if linear is not 0, from half of the tiles."""
     return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
 
-@torch.library.custom_op("golf::mlp", mutates_args=())
-def mlp_op(x: Tensor, up: Tensor, down: Tensor, keep: str) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(f"{OPERATORS}::mlp", mutates_args=())
+def mlp_op(x: Tensor, up: Tensor, down: Tensor, keep_input: bool) -> tuple[Tensor, Tensor, Tensor]:
     """mlp_reference of x (M, D); to keep, (M, H): the activation, and its derivative (#1523) or its input (#1530)."""
-    act, aux = gemm("act_and_" + keep, x[None], up[None])
+    act, aux = gemm("act_and_input" if keep_input else "act_and_slope", x[None], up[None])
     return act[0] @ down.T, act[0], aux[0]
-@torch.library.custom_op("golf::mlp_backward", mutates_args=())
-def mlp_backward_op(upstream: Tensor, down: Tensor, aux: Tensor, keep: str) -> Tensor:
+@torch.library.custom_op(f"{OPERATORS}::mlp_backward", mutates_args=())
+def mlp_backward_op(upstream: Tensor, down: Tensor, aux: Tensor, keep_input: bool) -> Tensor:
     """The gradient (M, H) at the activation's input: upstream (M, D) @ down (D, H), times the derivative."""
-    return gemm("times_" + keep, upstream[None], down[None], aux[None])[0][0]
+    return gemm("times_input" if keep_input else "times_slope", upstream[None], down[None], aux[None])[0][0]
 symmetric_product_op.register_fake(lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
 mlp_op.register_fake(lambda x, up, down, _: tuple(x.new_empty(len(x), len(w)) for w in (down, up, up)))
 mlp_backward_op.register_fake(lambda upstream, down, *_: upstream.new_empty(len(upstream), down.size(1)))
 def _mlp_save(ctx, inputs, output):
-    ctx.keep = inputs[3]
+    ctx.keep_input = inputs[3]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else the backward would fill two (M, H) blocks with zeros
     ctx.save_for_backward(*inputs[:3], *output[1:])
 def _mlp_gradients(ctx, upstream, *_):
     x, up, down, act, aux = ctx.saved_tensors
-    hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep)
+    hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep_input)
     return hidden @ up, hidden.T @ x, upstream.T @ act, None
 mlp_op.register_autograd(_mlp_gradients, setup_context=_mlp_save)
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]
 def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """LeakyReLU(x up^T, 1/2)^2 down^T."""
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
-def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep: str = "slope") -> Tensor:
+def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep_input: bool = False) -> Tensor:
     """mlp_reference with all that is elementwise in the epilogues of two products, x (..., D)."""
-    return mlp_op(x.flatten(0, -2).contiguous(), up, down, keep)[0].view(*x.shape[:-1], -1)
+    return mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)[0].view(*x.shape[:-1], -1)
 def missing_triton(run: Run) -> str:
     """Why no Triton kernel can run here; empty if one can."""
     interpreted = run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
@@ -1892,7 +1892,7 @@ class Learner:
                  freeze: int = 0, shared: bool = True, packed: bool | None = None):
         self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
         self.batch_seqs, self.shared = batch_seqs, shared
-        self.packed = run.config.loader == "packed" if packed is None else packed
+        self.packed = model.config.loader == "packed" if packed is None else packed
         self.parameters, layers, self.weights = list(model.parameters()), model.config.num_layers, hash_weights(model)
         self.frozen = [(model.embed, slice(None))] if freeze else []
         for name, spec in model.table.items():

@@ -300,10 +300,10 @@ def test_the_wall_clock_stops_a_run(settings):
 
 def test_warm_up_leaves_no_trace(config):
     run, data = t.Run(config), t.Dataset(config)
-    model, forward, _ = t.build(run)
+    model, _, _ = built = t.build(run)
     optimizers, feed = t.Optimizers(run, model, False), t.Feed(run, t.ShuffledLoader(config, data))
     before = t.to_cpu({"model": model.state_dict(), "optimizers": optimizers.state()})
-    t.warm_up(run, model, forward, optimizers, feed)
+    t.warm_up(run, built, optimizers, feed)
     after = {"model": model.state_dict(), "optimizers": optimizers.state()}
     assert model.looped is False
     for name, weight in before["model"].items():
