@@ -194,7 +194,8 @@ def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, columns: 
 
 def mlp_kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """(the fused forms of the MLP that can run here, why the others cannot), by name; they take x, up, down."""
-    fused = {f"triton, {keep} kept": functools.partial(t.mlp_triton, keep=keep) for keep in ("slope", "input")}
+    kept = (("slope", False), ("input", True))  # for the backward
+    fused = {f"triton, {name} kept": functools.partial(t.mlp_triton, keep_input=flag) for name, flag in kept}
     missing = {}
     if reason := cutlass_evt_fusion.available(dtype, device):
         missing["cutlass"] = reason
