@@ -868,9 +868,9 @@ def _mlp_save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else the backward would fill two (M, H) blocks with zeros
     ctx.save_for_backward(*inputs[:3], *output[1:])
 def _mlp_gradients(ctx, upstream, *_):
-    x, up, down, act, aux = ctx.saved_tensors
+    (x, up, down, act, aux), need = ctx.saved_tensors, ctx.needs_input_grad
     hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep_input)
-    return hidden @ up, hidden.T @ x, upstream.T @ act, None
+    return hidden @ up, hidden.T @ x if need[1] else None, upstream.T @ act if need[2] else None, None
 mlp_op.register_autograd(_mlp_gradients, setup_context=_mlp_save)
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]
 def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -1075,6 +1075,10 @@ class Hooks(NamedTuple):
     """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
+    def adapt(self, site: str, step: Step, x: Tensor, y: Tensor) -> Tensor:
+        """y plus what the site's adapter makes of x on this visit, if there is one."""
+        pairs = (self.lora or {}).get(site)
+        return y if pairs is None else y + x @ pairs[step.slot][0].mT @ pairs[step.slot][1].mT
 HEAD = Step(0, 0, False, None, "serial")
 class GPT(nn.Module):
     """The one network: layers as the route says, weights from the parameter table, matrices in banks (#1523)."""
@@ -1108,10 +1112,7 @@ class GPT(nn.Module):
         y = F.linear(x, weight)
         if hooks.tap:
             hooks.tap(site, step.layer, x, y)
-        if hooks.lora is None or site not in hooks.lora:
-            return y
-        read, write = hooks.lora[site][step.slot]
-        return y + (x if adapt is None else adapt) @ read.mT @ write.mT
+        return hooks.adapt(site, step, x if adapt is None else adapt, y)
     def attention(self, x: Tensor, residual: Tensor, step: Step, banks: dict[str, Any], batch: Batch,
                   rotation: tuple[Tensor, Tensor], hooks: Hooks) -> Tensor:
         """Attention on x (B, T, D), `residual` normalised: QK norm, rotation and gain, XSA, head gate, projection."""
@@ -1134,10 +1135,10 @@ class GPT(nn.Module):
             y = y * (outside * torch.sigmoid(inside * opening))[..., None]
         return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
     def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], hooks: Hooks) -> Tensor:
-        """LeakyReLU(x up^T, 1/2)^2 down^T, in one where nothing hangs on its matrices."""
+        """LeakyReLU(x up^T, 1/2)^2 down^T, and an adapter's delta; in one unless calibration looks inside."""
         up, down = banks["up"][step.layer], banks["down"][step.layer]
-        if not hooks.tap and "down" not in (hooks.lora or ()):
-            return self.feed_forward(x, up, down)
+        if not hooks.tap:
+            return hooks.adapt("down", step, x, self.feed_forward(x, up, down))
         hidden = F.leaky_relu(self.matmul("up", up, x, step, hooks), 0.5).square()
         return self.matmul("down", down, hidden, step, hooks, adapt=x)
     def embedding(self, batch: Batch) -> Tensor:
@@ -2239,8 +2240,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
         record_stage(run, "prequant_ttt", {"before_bpb": before.bpb, "after_bpb": after.bpb,
                                            "prequant_ttt_seconds": run.now() - begin})
-    times = [run.now()]
-    moments = collect_moments(run, model, data)
+    times, moments = [run.now()], collect_moments(run, model, data)
     times.append(run.now())
     run.note("train_read_last")
     def seal() -> dict[str, Any]:

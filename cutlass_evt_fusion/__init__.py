@@ -168,8 +168,8 @@ def _gradients(ctx, grad, *_):
         return None, None, None
     x, up, down, act, slope = ctx.saved_tensors
     grad = grad.contiguous()
-    hidden = gemm_mul(grad, down, slope)
-    return hidden @ up, hidden.T @ x, grad.T @ act
+    hidden, need = gemm_mul(grad, down, slope), ctx.needs_input_grad  # adapters train while the weights are frozen
+    return hidden @ up, hidden.T @ x if need[1] else None, grad.T @ act if need[2] else None
 
 
 mlp_op.register_autograd(_gradients, setup_context=_save)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_a_whole_model_with_the_fused_mlp(config):
     assert all(distance(gradients[1][name], value) < 1e-4 for name, value in gradients[0].items() if value.norm() > 0)
 
 
-def test_a_hook_on_a_matrix_of_the_mlp_takes_the_plain_path(config):
+def test_calibration_takes_the_plain_path(config):
     def never(*_):
         raise AssertionError
     model = t.GPT(config, feed_forward=never)
@@ -142,11 +143,26 @@ def test_a_hook_on_a_matrix_of_the_mlp_takes_the_plain_path(config):
     batch, sites = t.Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), set()
     model(batch, tap=lambda site, *_: sites.add(site))
     assert {"up", "down"} <= sites
-    lora = t.LoRA(config, 2, torch.device("cpu"))
-    lora.reset(0)
-    model(batch, lora=lora)
     with pytest.raises(AssertionError):
         model(batch)
+
+
+def test_adapters_train_on_the_fused_mlp_while_the_weights_are_frozen(config):
+    tokens = torch.randint(2, config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    batch, losses, gradients = t.Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), [], []
+    for feed_forward in (t.mlp_reference, t.mlp_triton):
+        torch.manual_seed(0)
+        used = mock.Mock(side_effect=feed_forward)
+        model = t.GPT(config, feed_forward=used).requires_grad_(False)
+        lora = t.LoRA(config, 2, torch.device("cpu"))
+        for parameter in (*model.parameters(), *lora.parameters()):  # nothing may be zero
+            parameter.data = parameter.data.nan_to_num() + 0.05 * torch.randn_like(parameter)
+        losses.append(model(batch, lora=lora))
+        losses[-1].sum().backward()
+        gradients.append({name: p.grad for name, p in lora.named_parameters()})
+        assert used.call_count == config.num_layers and all(p.grad is None for p in model.parameters())
+    assert distance(losses[1], losses[0]) < 1e-5
+    assert all(value.norm() > 0 and distance(gradients[1][name], value) < 1e-4 for name, value in gradients[0].items())
 
 
 class Watched:
