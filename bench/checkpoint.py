@@ -1,10 +1,10 @@
 """Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048, 8.9 M parameters.
 
-    python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 20] [--quick]
+    python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 20] [--loops 2] [--quick]
 
 DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with STAGE=train
-and the settings below: the contest's model with fewer layers, no loops and short contexts, in fp32. Few layers that are
-wide, and a small vocabulary, see the most tokens per second on a CPU.
+and the settings below: the contest's model with fewer layers, no loops (unless asked for) and short contexts, in fp32.
+Few layers that are wide, and a small vocabulary, see the most tokens per second on a CPU.
 --quick: half a minute. A second call with the same arguments does nothing: the finished training is on disk.
 """
 
@@ -28,7 +28,8 @@ SETTINGS = {
     "MODEL_DIM": "384",
     "NUM_HEADS": "6",
     "NUM_KV_HEADS": "3",
-    "NUM_LOOPS": "0",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
     "PARALLEL_START_LAYER": "4",
     "LOADER": "shuffled",
     "TRAIN_SEQ_LEN": "256",
@@ -48,9 +49,9 @@ SETTINGS = {
 }
 
 
-def settings(dataset: Path, out: Path, minutes: float) -> dict[str, str]:
+def settings(dataset: Path, out: Path, minutes: float, loops: int) -> dict[str, str]:
     """The environment variables of the training."""
-    changes = {"MAX_WALLCLOCK_SECONDS": str(60 * minutes), "DATASETS_DIR": str(dataset)}
+    changes = {"MAX_WALLCLOCK_SECONDS": str(60 * minutes), "DATASETS_DIR": str(dataset), "NUM_LOOPS": str(loops)}
     return SETTINGS | changes | {"OUT_DIR": str(out.resolve().parent), "RUN_ID": out.name}
 
 
@@ -60,9 +61,10 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="folder of shards made by data/prepare.py")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "packing", help="run folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=20.0, help="training budget")
+    parser.add_argument("--loops", type=int, default=0, help="how often layers 1 and 2 are visited again")
     parser.add_argument("--quick", action="store_true", help="half a minute of training")
     options = parser.parse_args()
-    changes = settings(options.dataset.resolve(), options.out, 0.5 if options.quick else options.minutes)
+    changes = settings(options.dataset.resolve(), options.out, 0.5 if options.quick else options.minutes, options.loops)
     began = time.monotonic()
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | changes, check=True)
     facts = json.loads((options.out / "stages.json").read_text())["train"]

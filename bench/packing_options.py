@@ -1,6 +1,6 @@
 """What options on top of both packers give at equal bytes, and what better estimates of the sensitivities give.
 
-    python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--quick]
+    python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--estimates] [--quick]
 
 On the checkpoint of bench/checkpoint.py, at about 3.3 bit per weight. Each row is one change: its divergence from the
 unquantised model over that without the change, moved to equal bytes (an octave of divergence is worth half a bit per
@@ -97,6 +97,26 @@ def head_and_input_rows(subject: Subject, tokens: int) -> Tensor:
     return sums / seen
 
 
+class FirstVisits:
+    """A model whose tap sees only the first visit of a looped layer."""
+
+    def __init__(self, model: t.GPT):
+        self.model = model
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, batch: t.Batch, tap: t.Tap) -> Tensor:
+        seen = set()
+
+        def once(site: str, layer: int, x: Tensor, y: Tensor) -> None:
+            if (site, layer) not in seen:
+                seen.add((site, layer))
+                tap(site, layer, x, y)
+
+        return self.model(batch, once)
+
+
 class Table:
     """Rows of changes against their baselines."""
 
@@ -134,9 +154,18 @@ def ours(packers: Packers, form: Form, goal: int) -> tuple[dict[str, t.Quantized
     return tensors, len(data)
 
 
-def estimates(packers: Packers, options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
-    """Other moments by name."""
+def estimates(packers: Packers, options: argparse.Namespace, tensors: dict) -> Iterator[tuple[str, dict]]:
+    """Other moments by name; `tensors` are the quantised ones."""
     subject, base = packers.subject, packers.moments
+    subject.model.load_state_dict(t.assemble(subject.model.table, tensors))
+    later = subject.moments(options.calibration)
+    subject.model.load_state_dict(subject.weights)
+    yield "inputs of the quantised model", {key: (later[key][0], base[key][1]) for key in base}
+    if subject.model.looped:
+        whole, subject.model = subject.model, FirstVisits(subject.model)
+        first = subject.moments(options.calibration)
+        subject.model = whole
+        yield "only the first visit of looped layers", first
     yield "calibration / 4", subject.moments(options.calibration // 4)
     more = subject.moments(options.calibration * 4)
     yield "calibration x 4", more
@@ -147,23 +176,9 @@ def estimates(packers: Packers, options: argparse.Namespace) -> Iterator[tuple[s
         yield f"embedding rows also where they are looked up, x {weight:g}", base | {("head", 0): both}
 
 
-def main() -> None:
-    """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
-    parser.add_argument("--tokens", type=int, default=81_920, help="validation tokens")
-    parser.add_argument("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
-    parser.add_argument("--quick", action="store_true", help="few tokens")
-    options = parser.parse_args()
-    if not (options.run / "checkpoint.pt").exists():
-        parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
-    if options.quick:
-        options.tokens, options.calibration = 8192, 16_384
-    subject = Subject(options.run, 4 * CHUNK, options.tokens, "lzma" if options.quick else "brotli")
-    packers = Packers(subject, options.calibration)
-    table = Table(packers, range(subject.tuning, len(subject.hidden)))
-    clip, form, goal = Clip(), Form(), int(3.3 / 8 * subject.count)
-    model = subject.model.table
+def public_rows(packers: Packers, table: Table, clip: Clip) -> None:
+    """What AWQ-lite and LQER give on SDClip."""
+    subject, model = packers.subject, packers.subject.model.table
     tensors = packers.sdclip(clip)
     size = len(packers.write(tensors))
     public = table.add("SDClip", size, t.assemble(model, tensors))
@@ -180,8 +195,11 @@ def main() -> None:
     for rank, count in ((4, 3), (4, len(subject.todo))):
         weights, spent = low_rank(packers, tensors, rank, count)
         table.add(f"SDClip + LQER, rank {rank}, {count} matrices", size + spent, weights, public)
-    tensors, size = ours(packers, form, goal)
-    mine = table.add("ours", size, t.assemble(model, tensors))
+
+
+def our_rows(packers: Packers, table: Table, form: Form, tensors: dict[str, t.Quantized], mine: tuple) -> None:
+    """What the same options, and other sizes, give on our packer."""
+    subject, model, size = packers.subject, packers.subject.model.table, mine[0]
     for bits in (3.2, 3.4):
         other, other_size = ours(packers, form, int(bits / 8 * subject.count))
         table.add(f"ours at {bits:g} bit", other_size, t.assemble(model, other), mine)
@@ -196,19 +214,37 @@ def main() -> None:
             weights[name] = ((rows / step).round() * step).view_as(tensor.values)
             saved += rows.numel() - 2 * len(rows)
     table.add("ours + small tensors in int8 by row", size - saved, weights, mine)
-    first = packers.moments
-    subject.model.load_state_dict(t.assemble(model, tensors))
-    later = subject.moments(options.calibration)
-    subject.model.load_state_dict(subject.weights)
-    packers.moments = {key: (later[key][0], first[key][1]) for key in first}
-    other, other_size = ours(packers, form, goal)
-    table.add("ours, inputs of the quantised model", other_size, t.assemble(model, other), mine)
-    packers.moments = first
-    for name, moments in estimates(packers, options):
+
+
+def main() -> None:
+    """Print the table and the RESULT line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
+    parser.add_argument("--tokens", type=int, default=81_920, help="validation tokens")
+    parser.add_argument("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
+    parser.add_argument("--estimates", action="store_true", help="only the rows of other estimates on our packer")
+    parser.add_argument("--quick", action="store_true", help="few tokens")
+    options = parser.parse_args()
+    if not (options.run / "checkpoint.pt").exists():
+        parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
+    if options.quick:
+        options.tokens, options.calibration = 8192, 16_384
+    subject = Subject(options.run, 4 * CHUNK, options.tokens, "lzma" if options.quick else "brotli")
+    packers = Packers(subject, options.calibration)
+    table = Table(packers, range(subject.tuning, len(subject.hidden)))
+    form, goal, model = Form(), int(3.3 / 8 * subject.count), subject.model.table
+    if not options.estimates:
+        public_rows(packers, table, Clip())
+    tensors, size = ours(packers, form, goal)
+    mine = table.add("ours", size, t.assemble(model, tensors))
+    if not options.estimates:
+        our_rows(packers, table, form, tensors, mine)
+    base = packers.moments
+    for name, moments in estimates(packers, options, tensors):
         packers.moments = moments
         other, other_size = ours(packers, form, goal)
         table.add(f"ours, {name}", other_size, t.assemble(model, other), mine)
-        packers.moments = first
+        packers.moments = base
     print("RESULT " + json.dumps({"tokens": options.tokens, "quick": options.quick, "ratios": table.rows}))
 
 
