@@ -2125,7 +2125,7 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS full steps per loop state; then put all state back."""
     start, c, (model, forward, compiled), padded = time.monotonic(), run.config, built, []
     weights, fresh = to_cpu(model.state_dict()), to_cpu(optimizers.state())
-    if compiled and c.loader == "packed":  # from the fewest starts to one size more than the first steps have
+    if compiled and c.loader == "packed" and c.warmup_steps:  # from the fewest starts to one size more than seen
         batch, seen = feed.get(0)[0], [len(b.starts) for step in range(c.warmup_steps) for b in feed.load(step)]
         total = batch.inputs.numel()
         fewest = pad_starts(np.arange(0, total, batch.longest), total)

@@ -298,14 +298,16 @@ def test_the_wall_clock_stops_a_run(settings):
     assert 3.0 <= stages["train"]["train_seconds"] < 10
 
 
-def test_warm_up_leaves_no_trace(config):
+@pytest.mark.parametrize("loader, steps", [("shuffled", 1), ("packed", 1), ("packed", 0)])
+def test_warm_up_leaves_no_trace(config, loader, steps):
+    config = dataclasses.replace(config, loader=loader, warmup_steps=steps)
     run, data = t.Run(config), t.Dataset(config)
-    model, _, _ = built = t.build(run)
-    optimizers, feed = t.Optimizers(run, model, False), t.Feed(run, t.ShuffledLoader(config, data))
+    model, _, _ = built = t.build(run)._replace(compiled=True)  # the shapes that would be compiled are run
+    optimizers, feed = t.Optimizers(run, model, False), t.Feed(run, t.LOADERS[loader](config, data))
     before = t.to_cpu({"model": model.state_dict(), "optimizers": optimizers.state()})
     t.warm_up(run, built, optimizers, feed)
     after = {"model": model.state_dict(), "optimizers": optimizers.state()}
-    assert model.looped is False
+    assert model.looped is False and all(parameter.grad is None for parameter in model.parameters())
     for name, weight in before["model"].items():
         assert torch.equal(weight, after["model"][name])
     for name, buffer in after["optimizers"]["muon"].items():
