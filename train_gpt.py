@@ -2351,8 +2351,8 @@ def preflight(run: Run) -> None:
     code = len(pack_source(Path(__file__).read_text())[0])
     least = sum(count * least_bits(c, quantizer) / 8 for count, quantizer in counts)
     limit = min(c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - code)
-    stop_if(not c.artifact and least > limit, f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}: {limit} are left for the "
-            f"weights (packed code {code}), they need about {least:.0f}; lower NUM_LAYERS, MODEL_DIM or VOCAB_SIZE")
+    stop_if(not c.artifact and least > limit, f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}, ARTIFACT_TARGET_BYTES="
+            f"{c.artifact_target_bytes}: {limit} left with the packed code, {least:.0f} needed; lower MODEL_DIM")
 
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""
