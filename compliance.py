@@ -8,6 +8,7 @@ What is probed is the script that the run ships (packed_train_gpt.py), on whole 
 validation set and with the stages that its own evaluation builds. Exit status 1, and one line per violation, if a probe
 fails. The conditions are those of issue #1017 of the contest: causal, normalised, score before update, single pass.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -51,13 +52,39 @@ SAME_SCORE = {"cpu": 1e-9, "cuda": 5e-4}
 ROUNDING = 1e-9  # relative; sums are kept in fp64
 WARMUP_RUN = 8  # tokens in a row that random text does not share with the validation text
 TOKENIZERS = {"5697ec9cf5a1f193": "sp8192", "97754754561f20de": "caseops_v1"}  # of the published datasets
-KNOWN_WRONG = {9_662_464: "10,000 documents or a corrupt shard", 36_562_944: "a validation set built in parallel",
-               164_594_398: "case operators charged as bytes"}
+KNOWN_WRONG = {
+    9_662_464: "10,000 documents or a corrupt shard",
+    36_562_944: "a validation set built in parallel",
+    164_594_398: "case operators charged as bytes",
+}
 USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions")  # of summary.json
-NEEDED = ("Config", "Run", "Dataset", "Validation", "Tally", "Score", "Stop", "build", "evaluate_stage", "measure",
-          "window_batch", "learn_documents", "find_documents", "rehearse", "softcapped_ce_reference",
-          "softcapped_ce_op", "decode_artifact", "assemble", "param_table", "show", "pack_source", "STREAMS", "ALIASES",
-          "FIXED", "REFUSED")
+NEEDED = (
+    "Config",
+    "Run",
+    "Dataset",
+    "Validation",
+    "Tally",
+    "Score",
+    "Stop",
+    "build",
+    "evaluate_stage",
+    "measure",
+    "window_batch",
+    "learn_documents",
+    "find_documents",
+    "rehearse",
+    "softcapped_ce_reference",
+    "softcapped_ce_op",
+    "decode_artifact",
+    "assemble",
+    "param_table",
+    "show",
+    "pack_source",
+    "STREAMS",
+    "ALIASES",
+    "FIXED",
+    "REFUSED",
+)
 
 
 # === REPORT ===
@@ -65,6 +92,7 @@ NEEDED = ("Config", "Run", "Dataset", "Validation", "Tally", "Score", "Stop", "b
 
 class Row(NamedTuple):
     """One probe: what it belongs to, whether it holds (None: could not be measured) and why."""
+
     group: str
     probe: str
     holds: bool | None
@@ -74,6 +102,7 @@ class Row(NamedTuple):
 @dataclass
 class Report:
     """Every probe of one run."""
+
     folder: Path
     rows: list[Row] = field(default_factory=list)
 
@@ -99,13 +128,21 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The report as written to compliance.json; results.conditions reads it."""
         unmeasured = [name for name in CONDITIONS if self.verdict(name) is None]
-        reason = "; ".join(self.violations) or (f"not measured: {', '.join(unmeasured)}" if unmeasured else
-                                                "every probe holds")
+        reason = "; ".join(self.violations) or (
+            f"not measured: {', '.join(unmeasured)}" if unmeasured else "every probe holds"
+        )
         of = lambda group: [row for row in self.rows if row.group == group]
-        conditions = {name: {"holds": self.verdict(name), "evidence": f"{sum(r.holds is True for r in of(name))} of "
-                             f"{len(of(name))} probes hold"} for name in CONDITIONS}
-        probes = {group: {row.probe: {"holds": row.holds, "evidence": row.evidence} for row in of(group)}
-                  for group in GROUPS}
+        conditions = {
+            name: {
+                "holds": self.verdict(name),
+                "evidence": f"{sum(r.holds is True for r in of(name))} of {len(of(name))} probes hold",
+            }
+            for name in CONDITIONS
+        }
+        probes = {
+            group: {row.probe: {"holds": row.holds, "evidence": row.evidence} for row in of(group)}
+            for group in GROUPS
+        }
         return {"legal": self.legal, "reason": reason, "conditions": conditions, **probes}
 
     def table(self) -> str:
@@ -114,8 +151,11 @@ class Report:
         width = max(len(row.probe) for row in self.rows)
         for group in GROUPS:
             lines.append(f"{group}: {words[self.verdict(group)]}")
-            lines += [f"  {row.probe:<{width}}  {words[row.holds]:<12}  {row.evidence}" for row in self.rows
-                      if row.group == group]
+            lines += [
+                f"  {row.probe:<{width}}  {words[row.holds]:<12}  {row.evidence}"
+                for row in self.rows
+                if row.group == group
+            ]
         return "\n".join(lines)
 
 
@@ -131,9 +171,13 @@ def load_trainer(folder: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # of any kind: it is a foreign script
-        raise Stop(f"{path}: cannot be loaded ({type(error).__name__}: {error}); repeat STAGE=quantize") from None
+        raise Stop(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error}); repeat STAGE=quantize"
+        ) from None
     if missing := [name for name in NEEDED if not hasattr(module, name)]:
-        raise Stop(f"{path}: has no {', '.join(missing)}, which the probes watch; it is not a script of this program")
+        raise Stop(
+            f"{path}: has no {', '.join(missing)}, which the probes watch; it is not a script of this program"
+        )
     return module
 
 
@@ -169,13 +213,16 @@ def config_of(trainer: ModuleType, run: Run, **changes: Any) -> Any:
 def bytes_of(data: Any, tokens: np.ndarray) -> np.ndarray:
     """The original bytes of each validation token: those of the sidecar, or those that the tokenizer's tables give."""
     if data.sidecar_files:
-        return np.concatenate([read_shard(path) for path in data.sidecar_files])[:len(tokens)].astype(np.int64)
+        return np.concatenate([read_shard(path) for path in data.sidecar_files])[: len(tokens)].astype(
+            np.int64
+        )
     base, lead, boundary = byte_tables(data.pieces)
     return base[tokens] + (lead[tokens] & ~boundary[np.append(np.uint16(BOS), tokens[:-1])])
 
 
 class Sample(NamedTuple):
     """Whole validation documents as a dataset folder of their own, without training shards."""
+
     tokens: np.ndarray
     bytes: np.ndarray
     folder: Path
@@ -201,11 +248,17 @@ def scaled(trainer: ModuleType, config: Any, sample: Sample) -> dict[str, int]:
     # A phase ends after a multiple of 8 batches, and one batch must be left to score.
     most = (documents - 1) // (streams * phases) if phases else documents // 3
     side_by_side = min(config.ttt_batch_size, max(1, most))
-    return {"VAL_BATCH_TOKENS": min(config.val_batch_tokens, streams * length * -(-size // length)),
-            "TTT_CHUNK_TOKENS": min(config.ttt_chunk_tokens, max(length, size // 4 // length * length)),
-            "TTT_BATCH_SIZE": side_by_side,
-            "PHASED_TTT_PREFIX_DOCS": min(config.phased_ttt_prefix_docs, max(1, streams * phases - 1) * side_by_side),
-            "GLOBAL_TTT_CHUNK_TOKENS": min(config.global_ttt_chunk_tokens, max(length, size // 16 // length * length))}
+    return {
+        "VAL_BATCH_TOKENS": min(config.val_batch_tokens, streams * length * -(-size // length)),
+        "TTT_CHUNK_TOKENS": min(config.ttt_chunk_tokens, max(length, size // 4 // length * length)),
+        "TTT_BATCH_SIZE": side_by_side,
+        "PHASED_TTT_PREFIX_DOCS": min(
+            config.phased_ttt_prefix_docs, max(1, streams * phases - 1) * side_by_side
+        ),
+        "GLOBAL_TTT_CHUNK_TOKENS": min(
+            config.global_ttt_chunk_tokens, max(length, size // 16 // length * length)
+        ),
+    }
 
 
 # === WATCHING ONE SCORING ===
@@ -227,6 +280,7 @@ def softmax_of(logits: Tensor, cap: float) -> Tensor:
 @dataclass
 class Forward:
     """What is known of the latest forward of the model."""
+
     args: tuple = ()
     named: dict[str, Any] = field(default_factory=dict)
     learning: bool = False  # whether gradients were on
@@ -245,12 +299,27 @@ class Watch:
     `closely`: each recorded forward is repeated with other targets, and weights are hashed at records and updates.
     """
 
-    def __init__(self, trainer: ModuleType, model: nn.Module, tokens: np.ndarray, ask: Any = (),
-                 closely: bool = False, tolerance: float = 0.0):
-        self.trainer, self.model, self.tokens, self.closely, self.tolerance = trainer, model, tokens, closely, tolerance
+    def __init__(
+        self,
+        trainer: ModuleType,
+        model: nn.Module,
+        tokens: np.ndarray,
+        ask: Any = (),
+        closely: bool = False,
+        tolerance: float = 0.0,
+    ):
+        self.trainer, self.model, self.tokens, self.closely, self.tolerance = (
+            trainer,
+            model,
+            tokens,
+            closely,
+            tolerance,
+        )
         size = len(tokens)
         self.ask = set(map(int, ask))
-        self.answers: dict[int, Tensor] = {}  # place -> log-probability of each token, as the loss function gives it
+        self.answers: dict[
+            int, Tensor
+        ] = {}  # place -> log-probability of each token, as the loss function gives it
         self.recorded, self.entry = torch.full((size,), math.nan), torch.full((size,), math.nan)
         self.event, self.times = np.full(size, -1), np.zeros(size, int)
         self.learnt = np.zeros(size, bool)
@@ -266,8 +335,13 @@ class Watch:
 
     def __enter__(self) -> Watch:
         trainer, self.stack = self.trainer, contextlib.ExitStack()
-        add, real = trainer.Tally.add, {name: getattr(trainer, name) for name in (
-            "window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")}
+        add, real = (
+            trainer.Tally.add,
+            {
+                name: getattr(trainer, name)
+                for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
+            },
+        )
 
         def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool) -> Any:
             found = real["window_batch"](tokens, plan, rows, context, packed)
@@ -276,9 +350,11 @@ class Watch:
             places = np.full((rows, context), -1)
             if tokens is self.tokens or (self.text is not None and len(tokens) == len(self.text)):
                 names = np.arange(len(tokens)) if tokens is self.tokens else self.text
-                places[:len(plan)][inside] = names[place[inside]]
+                places[: len(plan)][inside] = names[place[inside]]
             else:
-                self.fault("score before update", "known text", "a forward reads tokens that are not the sample's")
+                self.fault(
+                    "score before update", "known text", "a forward reads tokens that are not the sample's"
+                )
             self.batch = places, found[1]
             return found
 
@@ -292,6 +368,7 @@ class Watch:
                 out = function(logits, targets, cap)
                 self.saw(function, logits, targets, cap, out[0] if isinstance(out, tuple) else out)
                 return out
+
             return losses_of
 
         def record(tally: Any, losses: Tensor, places: Tensor) -> None:
@@ -299,7 +376,9 @@ class Watch:
             add(tally, losses, places)
 
         losses = {name: loss_function(real[name]) for name in ("softcapped_ce_reference", "softcapped_ce_op")}
-        self.stack.enter_context(patched(trainer, window_batch=window_batch, learn_documents=learn_documents, **losses))
+        self.stack.enter_context(
+            patched(trainer, window_batch=window_batch, learn_documents=learn_documents, **losses)
+        )
         self.stack.enter_context(patched(trainer.Tally, add=record))
         self.stack.callback(self.model.register_forward_pre_hook(self.starts, with_kwargs=True).remove)
         self.stack.callback(register_optimizer_step_pre_hook(lambda *_: self.before_update()).remove)
@@ -325,8 +404,9 @@ class Watch:
         latest.logits, latest.function, latest.cap = logits.detach(), function, cap
         places = np.zeros(0, int) if self.batch is None else self.batch[0].ravel()
         named = places > 0
-        latest.known = len(places) == len(losses) and np.array_equal(targets.cpu().numpy()[named],
-                                                                     self.tokens[places[named]])
+        latest.known = len(places) == len(losses) and np.array_equal(
+            targets.cpu().numpy()[named], self.tokens[places[named]]
+        )
         if losses.requires_grad and latest.known:
             losses.register_hook(lambda gradient: self.differentiated(places, gradient))
         elif losses.requires_grad:
@@ -337,14 +417,19 @@ class Watch:
         used = places[(gradient != 0).cpu().numpy()]
         used = used[used > 0]
         if len(early := used[self.times[used] == 0]):
-            self.fault("score before update", "learnt after it was scored",
-                       f"{len(early)} targets, first {early[0]}, were learnt before their score was recorded")
+            self.fault(
+                "score before update",
+                "learnt after it was scored",
+                f"{len(early)} targets, first {early[0]}, were learnt before their score was recorded",
+            )
         self.learnt[used] = True
 
     def hashes(self) -> tuple[str, str]:
         """Of the weights, and of the adapters in use."""
         lora = self.latest.named.get("lora")
-        return fingerprint(self.model.parameters()), fingerprint(lora.parameters()) if lora is not None else ""
+        return fingerprint(self.model.parameters()), fingerprint(
+            lora.parameters()
+        ) if lora is not None else ""
 
     def before_update(self) -> None:
         """An optimiser is about to step: the weights must still be those of the last record."""
@@ -352,8 +437,12 @@ class Watch:
             now = self.hashes()
             same = now[0] == self.ledger[-1][1] and (now[1] == self.ledger[-1][2] or not now[1])
             if self.ledger[-1][0] == "record" and not same:
-                self.fault("score before update", "hash before the update", "the weights before an update are not "
-                           f"those of the record before it ({now[0][:8]}, {self.ledger[-1][1][:8]})")
+                self.fault(
+                    "score before update",
+                    "hash before the update",
+                    "the weights before an update are not "
+                    f"those of the record before it ({now[0][:8]}, {self.ledger[-1][1][:8]})",
+                )
 
     def after_update(self) -> None:
         """An optimiser has stepped."""
@@ -369,11 +458,18 @@ class Watch:
         np.add.at(self.times, where, 1)
         self.events += 1
         if len(late := where[self.learnt[where]]):
-            self.fault("score before update", "learnt after it was scored",
-                       f"{len(late)} targets, first {late[0]}, were scored after they were learnt")
+            self.fault(
+                "score before update",
+                "learnt after it was scored",
+                f"{len(late)} targets, first {late[0]}, were scored after they were learnt",
+            )
         if not latest.known or not np.array_equal(self.batch[0][self.batch[1].numpy()], where):
-            self.fault("normalised", "known distribution", f"{len(where)} scores were recorded, first {where[0]}, that "
-                       "no forward has given a distribution for")
+            self.fault(
+                "normalised",
+                "known distribution",
+                f"{len(where)} scores were recorded, first {where[0]}, that "
+                "no forward has given a distribution for",
+            )
             return
         rows = self.batch[1].flatten().nonzero()[:, 0]
         for index in np.flatnonzero([int(place) in self.ask for place in where]):
@@ -404,12 +500,19 @@ class Watch:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
         latest, hashes = self.latest, self.hashes()
         if self.ledger and self.ledger[-1][0] == "record" and self.ledger[-1][1] != hashes[0]:
-            self.fault("score before update", "hash before the update", "the weights changed between two records "
-                       f"without an update ({self.ledger[-1][1][:8]}, {hashes[0][:8]})")
+            self.fault(
+                "score before update",
+                "hash before the update",
+                "the weights changed between two records "
+                f"without an update ({self.ledger[-1][1][:8]}, {hashes[0][:8]})",
+            )
         self.ledger.append(("record", *hashes))
         if latest.updates != self.updates:
-            self.fault("score before update", "learnt after it was scored",
-                       f"an update lies between the forward of {len(places)} scores and their record")
+            self.fault(
+                "score before update",
+                "learnt after it was scored",
+                f"an update lies between the forward of {len(places)} scores and their record",
+            )
             return
         targets = latest.args[0].targets
         vocabulary = latest.logits.size(1)
@@ -419,22 +522,34 @@ class Watch:
         for part in rows.split(2048):
             before, after = softmax_of(latest.logits[part], latest.cap), softmax_of(logits[part], latest.cap)
             self.entry[places.cpu()[torch.isin(rows, part).cpu()]] = before.gather(
-                1, targets.flatten()[part][:, None])[:, 0].cpu()
+                1, targets.flatten()[part][:, None]
+            )[:, 0].cpu()
             shift = max(shift, (before - after).abs().max().item())
             expected = -before.gather(1, other.flatten()[part][:, None])[:, 0]
             shift_of_loss = (changed[part] - expected).abs().max().item()
             if shift_of_loss > ENTRY_TOLERANCE:
-                self.fault("causal", "token itself replaced", f"the loss of another target is {shift_of_loss:.2g} nats "
-                           "away from what the distribution gave it")
+                self.fault(
+                    "causal",
+                    "token itself replaced",
+                    f"the loss of another target is {shift_of_loss:.2g} nats "
+                    "away from what the distribution gave it",
+                )
         self.repeated += len(rows)
         if shift > self.tolerance:
             _, once_more = self.again()
             if torch.equal(once_more[rows], latest.logits[rows]):
-                self.fault("causal", "token itself replaced", f"a distribution moves by {shift:.2g} when only the "
-                           "targets are replaced")
+                self.fault(
+                    "causal",
+                    "token itself replaced",
+                    f"a distribution moves by {shift:.2g} when only the targets are replaced",
+                )
             else:
-                self.fault("score before update", "hash before the update", f"the weights {hashes[0][:8]} of a record "
-                           f"do not give its scores again (off by {shift:.2g})")
+                self.fault(
+                    "score before update",
+                    "hash before the update",
+                    f"the weights {hashes[0][:8]} of a record "
+                    f"do not give its scores again (off by {shift:.2g})",
+                )
 
 
 # === THE STAGES OF AN EVALUATION ===
@@ -479,7 +594,9 @@ class Stages:
     def again(self, stage: str, tokens: np.ndarray, ask: Any = (), **changes: Any) -> Watch:
         """The stage once more from its first weights on other tokens, with some settings changed."""
         weights = self.start[stage]
-        self.model.hash_embed = nn.Parameter(weights["hash_embed"].clone()) if "hash_embed" in weights else None
+        self.model.hash_embed = (
+            nn.Parameter(weights["hash_embed"].clone()) if "hash_embed" in weights else None
+        )
         self.model.load_state_dict(weights)
         self.model.requires_grad_(True)
         validation = self.trainer.Validation(tokens, self.validation.bytes, self.validation.source)
@@ -523,23 +640,43 @@ def probe_passes(report: Report, stages: Stages, stage: str) -> None:
     recorded = watch.recorded.clone()
     recorded[0] = 0
     if len(wrong) or watch.times[0]:
-        report.add("single pass", f"{stage}: scored once", False, f"{len(wrong)} of {size - 1} targets not recorded "
-                   f"exactly once, first {wrong[0] if len(wrong) else 0}")
+        report.add(
+            "single pass",
+            f"{stage}: scored once",
+            False,
+            f"{len(wrong)} of {size - 1} targets not recorded "
+            f"exactly once, first {wrong[0] if len(wrong) else 0}",
+        )
         return
-    report.add("single pass", f"{stage}: scored once", True, f"{size - 1} targets in {watch.events} records, each once")
-    backwards = sum(int((np.diff(watch.event[a + 1:b]) < 0).sum())
-                    for a, b in stages.trainer.find_documents(watch.tokens))
-    report.add("single pass", f"{stage}: left to right", not backwards,
-               f"{backwards} targets scored before an earlier one of their document")
+    report.add(
+        "single pass",
+        f"{stage}: scored once",
+        True,
+        f"{size - 1} targets in {watch.events} records, each once",
+    )
+    backwards = sum(
+        int((np.diff(watch.event[a + 1 : b]) < 0).sum())
+        for a, b in stages.trainer.find_documents(watch.tokens)
+    )
+    report.add(
+        "single pass",
+        f"{stage}: left to right",
+        not backwards,
+        f"{backwards} targets scored before an earlier one of their document",
+    )
     if watch.stopped:
         return
     counted = (score.tokens, score.bytes)
     expected = size - 1, int(sample.bytes[1:size].sum())
     sums = math.isclose(score.nats, recorded.double().sum().item(), rel_tol=1e-6) and counted == expected
-    report.add("single pass", f"{stage}: sum of the records", sums and torch.equal(recorded, watch.final),
-               f"{score.nats:.2f} nats, {score.tokens} tokens, {score.bytes} bytes reported; "
-               f"{recorded.double().sum().item():.2f}, {expected[0]}, {expected[1]} recorded, "
-               f"{int((recorded != watch.final).sum())} changed afterwards")
+    report.add(
+        "single pass",
+        f"{stage}: sum of the records",
+        sums and torch.equal(recorded, watch.final),
+        f"{score.nats:.2f} nats, {score.tokens} tokens, {score.bytes} bytes reported; "
+        f"{recorded.double().sum().item():.2f}, {expected[0]}, {expected[1]} recorded, "
+        f"{int((recorded != watch.final).sum())} changed afterwards",
+    )
 
 
 def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
@@ -547,16 +684,29 @@ def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
     watch = stages.watches[stage]
     off = gap(watch.recorded, -watch.entry, slice(1, None))
     worst = int((watch.recorded + watch.entry)[1:].abs().nan_to_num(math.inf).argmax()) + 1
-    report.add("normalised", f"{stage}: entry of the true token", off <= ENTRY_TOLERANCE,
-               f"recorded scores lie at most {off:.2g} nats (target {worst}) from the softmax over "
-               f"{stages.config.vocab_size} tokens, at {len(watch.tokens) - 1} targets")
-    sums = torch.stack([answer.double().exp().sum() for answer in watch.answers.values()]) if watch.answers else None
+    report.add(
+        "normalised",
+        f"{stage}: entry of the true token",
+        off <= ENTRY_TOLERANCE,
+        f"recorded scores lie at most {off:.2g} nats (target {worst}) from the softmax over "
+        f"{stages.config.vocab_size} tokens, at {len(watch.tokens) - 1} targets",
+    )
+    sums = (
+        torch.stack([answer.double().exp().sum() for answer in watch.answers.values()])
+        if watch.answers
+        else None
+    )
     if sums is None:
         report.add("normalised", f"{stage}: sums to 1", None, "no distribution was seen")
         return
     far = (sums - 1).abs().max().item()
-    report.add("normalised", f"{stage}: sums to 1", far <= SUM_TOLERANCE, f"asked for the loss of every token at "
-               f"{len(sums)} targets, the probabilities sum to {sums.min().item():.6f} to {sums.max().item():.6f}")
+    report.add(
+        "normalised",
+        f"{stage}: sums to 1",
+        far <= SUM_TOLERANCE,
+        f"asked for the loss of every token at "
+        f"{len(sums)} targets, the probabilities sum to {sums.min().item():.6f} to {sums.max().item():.6f}",
+    )
 
 
 def probe_updates(report: Report, stages: Stages, stage: str) -> None:
@@ -568,15 +718,23 @@ def probe_updates(report: Report, stages: Stages, stage: str) -> None:
     if faults:
         report.add("score before update", probe, False, f"{faults[0]} ({len(faults)} such events)")
     elif not watch.ledger or (learns and not watch.updates):
-        report.add("score before update", probe, None, "no update was made on so small a sample; give more --tokens")
+        report.add(
+            "score before update", probe, None, "no update was made on so small a sample; give more --tokens"
+        )
     else:
         states = list(dict.fromkeys(weights[:8] for _, weights, _ in watch.ledger))
         adapters = len({adapter for *_, adapter in watch.ledger} - {""})
-        report.add("score before update", probe, True, f"{watch.events} records on weights {states[0]}, no update"
-                   if not watch.updates else f"{watch.events} records and {watch.updates} updates: {len(states)} "
-                   f"states of the weights, {states[0]} to {states[-1]}, and {adapters} of adapters; all "
-                   f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update are "
-                   "those of the record before it, and gave its scores a second time")
+        report.add(
+            "score before update",
+            probe,
+            True,
+            f"{watch.events} records on weights {states[0]}, no update"
+            if not watch.updates
+            else f"{watch.events} records and {watch.updates} updates: {len(states)} "
+            f"states of the weights, {states[0]} to {states[-1]}, and {adapters} of adapters; all "
+            f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update are "
+            "those of the record before it, and gave its scores a second time",
+        )
 
 
 def probe_causality(report: Report, stages: Stages, stage: str, positions: int) -> None:
@@ -588,8 +746,12 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             report.add(group, f"{stage}: {probe}", False, text)
     order = np.array(sorted(watch.answers, key=lambda place: (watch.event[place], place)))
     if watch.stopped or len(order) < positions:
-        report.add("causal", f"{stage}: future replaced", None, "the stage does not finish" if watch.stopped else
-                   "too few distributions were seen")
+        report.add(
+            "causal",
+            f"{stage}: future replaced",
+            None,
+            "the stage does not finish" if watch.stopped else "too few distributions were seen",
+        )
         return
     tolerance, compared, worst, moved, alone = stages.tolerance(stage), 0, 0.0, 0.0, 0.0
     for number in range(positions):
@@ -607,42 +769,69 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             return
         known[0] = strictly[0] = False
         first = watch.answers[place]
-        worst = max(worst, gap(second.recorded, watch.recorded, known), gap(third.recorded, watch.recorded, strictly))
+        worst = max(
+            worst, gap(second.recorded, watch.recorded, known), gap(third.recorded, watch.recorded, strictly)
+        )
         nothing = torch.full((1,), math.nan)
-        moved = max(moved, *(gap(other.answers.get(place, nothing), first, slice(None)) for other in (second, third)))
+        moved = max(
+            moved, *(gap(other.answers.get(place, nothing), first, slice(None)) for other in (second, third))
+        )
         alone = max(alone, abs(third.recorded[place].item() + first[int(changed[place])].item()))
         compared += int(known.sum())
-    report.add("causal", f"{stage}: future replaced", worst <= tolerance, f"all tokens scored later replaced after "
-               f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed {tolerance:.2g})")
+    report.add(
+        "causal",
+        f"{stage}: future replaced",
+        worst <= tolerance,
+        f"all tokens scored later replaced after "
+        f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed {tolerance:.2g})",
+    )
     if ("causal", "token itself replaced") not in watch.faults:
-        report.add("causal", f"{stage}: token itself replaced", moved <= tolerance and alone <= ENTRY_TOLERANCE,
-                   f"at {watch.repeated} targets given to the forward, and in the text at {positions} places: "
-                   f"distributions move by at most {moved:.2g}, the score of the new token is the old distribution's "
-                   f"to {alone:.2g}")
+        report.add(
+            "causal",
+            f"{stage}: token itself replaced",
+            moved <= tolerance and alone <= ENTRY_TOLERANCE,
+            f"at {watch.repeated} targets given to the forward, and in the text at {positions} places: "
+            f"distributions move by at most {moved:.2g}, the score of the new token is the old distribution's "
+            f"to {alone:.2g}",
+        )
 
 
 def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     """No score of a document depends on the one before it, where attention is confined to documents."""
     config, tokens, probe = stages.config, stages.validation.tokens, f"{stage}: previous document replaced"
     if not ((stage == "ttt" and config.ttt_mode == "doc_lora") or config.loader == "packed"):
-        report.add("documents apart", probe, None, f"LOADER={config.loader}: windows attend across documents by design")
+        report.add(
+            "documents apart",
+            probe,
+            None,
+            f"LOADER={config.loader}: windows attend across documents by design",
+        )
         return
     documents = stages.trainer.find_documents(tokens)
     inside = np.zeros(len(tokens), bool)
     for a, b in documents[::2]:
-        inside[a + 1:b] = True
+        inside[a + 1 : b] = True
     # What is learnt from a scored document may change the next one's scores, so nothing is learnt for all; and several
     # documents lie side by side, however few of them the sample has.
-    still = {"ttt_lr": 0.0, "global_ttt_lr": 0.0, "global_ttt_warmup_start_lr": 0.0,
-             "ttt_batch_size": max(2, min(config.ttt_batch_size, len(documents) // 3))}
+    still = {
+        "ttt_lr": 0.0,
+        "global_ttt_lr": 0.0,
+        "global_ttt_warmup_start_lr": 0.0,
+        "ttt_batch_size": max(2, min(config.ttt_batch_size, len(documents) // 3)),
+    }
     first = stages.again(stage, tokens, **still) if stages.watches[stage].updates else stages.watches[stage]
     second = stages.again(stage, stages.replaced(tokens, ~inside), **still)
     if stop := first.stopped or second.stopped:
         report.add("documents apart", probe, None, stop)
         return
     moved = gap(second.recorded, first.recorded, inside)
-    report.add("documents apart", probe, moved <= stages.tolerance(stage), f"every second document replaced: the "
-               f"{int(inside.sum())} scores of the {len(documents[::2])} others move by at most {moved:.2g}")
+    report.add(
+        "documents apart",
+        probe,
+        moved <= stages.tolerance(stage),
+        f"every second document replaced: the "
+        f"{int(inside.sum())} scores of the {len(documents[::2])} others move by at most {moved:.2g}",
+    )
 
 
 def probe_warmup(report: Report, stages: Stages) -> None:
@@ -650,25 +839,44 @@ def probe_warmup(report: Report, stages: Stages) -> None:
     seen: list[np.ndarray] = []
     with quiet():
         stages.trainer.rehearse(stages.run, {"probe": lambda tally: seen.append(tally.validation.tokens)})
-    runs = lambda tokens: {run.tobytes() for run in np.lib.stride_tricks.sliding_window_view(
-        np.asarray(tokens, "<u2"), WARMUP_RUN)} if len(tokens) >= WARMUP_RUN else set()
+    runs = lambda tokens: (
+        {
+            run.tobytes()
+            for run in np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, "<u2"), WARMUP_RUN)
+        }
+        if len(tokens) >= WARMUP_RUN
+        else set()
+    )
     ours = runs(stages.sample.tokens)
     shared = sum(len(runs(tokens) & ours) for tokens in seen)
-    report.add("score before update", "warm-up", not shared, f"the rehearsal of the stages, before the clock, reads "
-               f"{sum(map(len, seen))} tokens, which share {shared} runs of {WARMUP_RUN} with the validation text")
+    report.add(
+        "score before update",
+        "warm-up",
+        not shared,
+        f"the rehearsal of the stages, before the clock, reads "
+        f"{sum(map(len, seen))} tokens, which share {shared} runs of {WARMUP_RUN} with the validation text",
+    )
 
 
 def probe_stages(report: Report, stages: Stages, positions: int) -> None:
     """Every probe of every stage."""
     sample, read = stages.sample, stages.validation.tokens
-    report.add("single pass", "whole validation set", np.array_equal(read, sample.tokens),
-               f"{len(read)} of the sample's {len(sample.tokens)} tokens are scored")
+    report.add(
+        "single pass",
+        "whole validation set",
+        np.array_equal(read, sample.tokens),
+        f"{len(read)} of the sample's {len(sample.tokens)} tokens are scored",
+    )
     if first := next(iter(stages.start.values()), None):
         manifest, tensors, digest = stages.trainer.decode_artifact(Path(stages.config.artifact))
         weights = stages.trainer.assemble(stages.model.table, tensors)
         equal = all(torch.equal(weights[name].to(first[name].dtype), first[name].cpu()) for name in weights)
-        report.add("shipped bytes", "weights scored", equal, f"the first stage starts from the "
-                   f"{len(manifest['tensors'])} tensors of artifact {digest[:16]}")
+        report.add(
+            "shipped bytes",
+            "weights scored",
+            equal,
+            f"the first stage starts from the {len(manifest['tensors'])} tensors of artifact {digest[:16]}",
+        )
     for stage in stages.watches:
         probe_passes(report, stages, stage)
         probe_distributions(report, stages, stage)
@@ -681,46 +889,85 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
 # === WHAT THE RUN HAS RECORDED ===
 
 
-def probe_data(report: Report, run: Run, data: Any, tokens: np.ndarray, sizes: np.ndarray, trainer: ModuleType) -> None:
+def probe_data(
+    report: Report, run: Run, data: Any, tokens: np.ndarray, sizes: np.ndarray, trainer: ModuleType
+) -> None:
     """Totals and sums per document against the shards and the sidecar, and the dataset against its own rules."""
     summary, documents = run.summary, trainer.find_documents(tokens)
-    report.add("data", "same dataset", data.fingerprint["shards"] == run.config.get("data"),
-               f"shards {data.fingerprint['shards']}, the run has {run.config.get('data')}")
+    report.add(
+        "data",
+        "same dataset",
+        data.fingerprint["shards"] == run.config.get("data"),
+        f"shards {data.fingerprint['shards']}, the run has {run.config.get('data')}",
+    )
     count, credited = len(tokens) - 1, int(sizes[1:].sum())
     hint = lambda value: f" ({KNOWN_WRONG[value]})" if value in KNOWN_WRONG else ""
     said = int(summary["val_tokens"]), int(summary["val_bytes"])
-    report.add("data", "whole validation set", said[0] == count,
-               f"{said[0]} targets scored{hint(said[0])}, the shards hold {count} in {len(documents)} documents")
+    report.add(
+        "data",
+        "whole validation set",
+        said[0] == count,
+        f"{said[0]} targets scored{hint(said[0])}, the shards hold {count} in {len(documents)} documents",
+    )
     source = "sidecar sums" if data.sidecar_files else "tokenizer's tables come"
-    report.add("data", "bytes of the text", said[1] == credited,
-               f"{said[1]} bytes counted{hint(said[1])}, the {source} to {credited} ({said[1] / credited - 1:+.4%})")
+    report.add(
+        "data",
+        "bytes of the text",
+        said[1] == credited,
+        f"{said[1]} bytes counted{hint(said[1])}, the {source} to {credited} ({said[1] / credited - 1:+.4%})",
+    )
     follows = summary["val_loss"] / math.log(2) * summary["val_tokens"] / summary["val_bytes"]
-    report.add("data", "val_bpb follows", math.isclose(follows, summary["val_bpb"], rel_tol=ROUNDING),
-               f"val_loss / ln 2 x tokens / bytes = {follows:.8f}, val_bpb {summary['val_bpb']:.8f}")
+    report.add(
+        "data",
+        "val_bpb follows",
+        math.isclose(follows, summary["val_bpb"], rel_tol=ROUNDING),
+        f"val_loss / ln 2 x tokens / bytes = {follows:.8f}, val_bpb {summary['val_bpb']:.8f}",
+    )
     last = list(summary["bpb"].items())[-1]
-    report.add("data", "score of the last stage", last[1] == summary["val_bpb"], f"val_bpb {summary['val_bpb']:.8f}, "
-               f"{last[0]} {last[1]:.8f}")
+    report.add(
+        "data",
+        "score of the last stage",
+        last[1] == summary["val_bpb"],
+        f"val_bpb {summary['val_bpb']:.8f}, {last[0]} {last[1]:.8f}",
+    )
     if not (arrays := read_arrays(run.folder)):
         report.add("data", "sums of the documents", None, "not recorded: there is no documents.npz")
     else:
         lengths = documents[:, 1] - documents[:, 0] - 1
         per_document = np.add.reduceat(sizes[1:], documents[:, 0])
-        wrong = [f"{len(arrays['tokens'])} documents for {len(documents)}"] if len(arrays["tokens"]) != len(documents) \
-            else [f"{name} of document {np.flatnonzero(arrays[name] != ours)[0]}"
-                  for name, ours in (("tokens", lengths), ("bytes", per_document)) if (arrays[name] != ours).any()]
+        wrong = (
+            [f"{len(arrays['tokens'])} documents for {len(documents)}"]
+            if len(arrays["tokens"]) != len(documents)
+            else [
+                f"{name} of document {np.flatnonzero(arrays[name] != ours)[0]}"
+                for name, ours in (("tokens", lengths), ("bytes", per_document))
+                if (arrays[name] != ours).any()
+            ]
+        )
         sums = float(arrays["nats"].sum()) / math.log(2) / max(1, int(arrays["bytes"].sum()))
-        report.add("data", "sums of the documents", not wrong and math.isclose(sums, summary["val_bpb"],
-                   rel_tol=ROUNDING), f"nats / ln 2 / bytes over {len(arrays['tokens'])} documents = {sums:.8f}, "
-                   f"val_bpb {summary['val_bpb']:.8f}" + "".join(f"; differs from the shards: {w}" for w in wrong))
+        report.add(
+            "data",
+            "sums of the documents",
+            not wrong and math.isclose(sums, summary["val_bpb"], rel_tol=ROUNDING),
+            f"nats / ln 2 / bytes over {len(arrays['tokens'])} documents = {sums:.8f}, "
+            f"val_bpb {summary['val_bpb']:.8f}" + "".join(f"; differs from the shards: {w}" for w in wrong),
+        )
     probe_dataset(report, data)
 
 
 def probe_dataset(report: Report, data: Any) -> None:
     """verify_bytes.py on the dataset: operators worth no bytes, published constants, no validation text in training."""
-    claimed = [] if data.manifest else ["--name", TOKENIZERS[key]] if (
-        key := sha256_file(data.tokenizer)[:16]) in TOKENIZERS else []
+    claimed = (
+        []
+        if data.manifest
+        else ["--name", TOKENIZERS[key]]
+        if (key := sha256_file(data.tokenizer)[:16]) in TOKENIZERS
+        else []
+    )
     options = verify_bytes.parse_arguments([str(data.folder), "--tokenizer", str(data.tokenizer), *claimed])
-    options.workers = options.workers if sum(path.stat().st_size for path in data.train_files) > 1 << 28 else 1
+    options.workers = (
+        options.workers if sum(path.stat().st_size for path in data.train_files) > 1 << 28 else 1
+    )
     proof = verify_bytes.Proof(data.folder, options)
     try:
         proof.run()
@@ -738,46 +985,94 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
     artifact, code = folder / "final_model.ptz", folder / "packed_train_gpt.py"
     sizes = [path.stat().st_size for path in (artifact, code)]
     cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
-    report.add("budgets", "artifact and code", sum(sizes) <= cap, f"{sizes[0]} + {sizes[1]} = {sum(sizes)} of {cap} "
-               "bytes on disk")
+    report.add(
+        "budgets",
+        "artifact and code",
+        sum(sizes) <= cap,
+        f"{sizes[0]} + {sizes[1]} = {sum(sizes)} of {cap} bytes on disk",
+    )
     same = [summary.get("artifact_bytes"), summary.get("code_bytes")] == sizes
     digest = sha256_file(artifact)
-    report.add("shipped bytes", "artifact scored", same and digest == summary.get("artifact_sha256"),
-               f"sha256 {digest[:16]}, {sizes[0]} and {sizes[1]} bytes; summary.json says "
-               f"{str(summary.get('artifact_sha256'))[:16]}, {summary.get('artifact_bytes')} and "
-               f"{summary.get('code_bytes')}")
-    for name, key, limit in (("training and calibration", "budgeted_seconds", "MAX_WALLCLOCK_SECONDS"),
-                             ("evaluation", "eval_seconds", "EVAL_BUDGET_SECONDS")):
+    report.add(
+        "shipped bytes",
+        "artifact scored",
+        same and digest == summary.get("artifact_sha256"),
+        f"sha256 {digest[:16]}, {sizes[0]} and {sizes[1]} bytes; summary.json says "
+        f"{str(summary.get('artifact_sha256'))[:16]}, {summary.get('artifact_bytes')} and "
+        f"{summary.get('code_bytes')}",
+    )
+    for name, key, limit in (
+        ("training and calibration", "budgeted_seconds", "MAX_WALLCLOCK_SECONDS"),
+        ("evaluation", "eval_seconds", "EVAL_BUDGET_SECONDS"),
+    ):
         used, most = summary.get(key), min(BUDGET_SECONDS, run.config[limit])
-        report.add("budgets", name, None if used is None else used <= most, f"not recorded: no {key}" if used is None
-                   else f"{used:.2f} of {most:g} s ({key})")
+        report.add(
+            "budgets",
+            name,
+            None if used is None else used <= most,
+            f"not recorded: no {key}" if used is None else f"{used:.2f} of {most:g} s ({key})",
+        )
     source, recorded = ROOT / "train_gpt.py", summary["versions"]["source_sha256"]
     if sha256_file(code) == recorded:
-        report.add("shipped bytes", "code of the run", True, f"the run was started from the packed script "
-                   f"{recorded[:16]}")
+        report.add(
+            "shipped bytes",
+            "code of the run",
+            True,
+            f"the run was started from the packed script {recorded[:16]}",
+        )
     elif not source.exists() or sha256_file(source) != recorded:
-        report.add("shipped bytes", "code of the run", None, f"train_gpt.py {recorded[:16]} of the run is not here")
+        report.add(
+            "shipped bytes", "code of the run", None, f"train_gpt.py {recorded[:16]} of the run is not here"
+        )
     else:
         packed = trainer.pack_source(source.read_text())[0].encode() == code.read_bytes()
-        report.add("shipped bytes", "code of the run", packed, f"train_gpt.py {recorded[:16]} packs to "
-                   f"{'the' if packed else 'another'} packed_train_gpt.py {sha256_file(code)[:16]}")
+        report.add(
+            "shipped bytes",
+            "code of the run",
+            packed,
+            f"train_gpt.py {recorded[:16]} packs to "
+            f"{'the' if packed else 'another'} packed_train_gpt.py {sha256_file(code)[:16]}",
+        )
     trained = run.config.get("PREQUANT_TTT_ENABLED") or "prequant_ttt" in json.loads(
-        (folder / "stages.json").read_text() if (folder / "stages.json").exists() else "{}")
-    report.add("score before update", "no training before scoring", not trained, "PREQUANT_TTT_ENABLED=1: trained on "
-               "the validation tokens before they are scored" if trained else "PREQUANT_TTT_ENABLED=0")
+        (folder / "stages.json").read_text() if (folder / "stages.json").exists() else "{}"
+    )
+    report.add(
+        "score before update",
+        "no training before scoring",
+        not trained,
+        "PREQUANT_TTT_ENABLED=1: trained on the validation tokens before they are scored"
+        if trained
+        else "PREQUANT_TTT_ENABLED=0",
+    )
     verdict = summary.get("compliance", {})
-    report.add("budgets", "the run's own verdict", verdict.get("legal"), str(verdict.get("reason", "not recorded")))
+    report.add(
+        "budgets", "the run's own verdict", verdict.get("legal"), str(verdict.get("reason", "not recorded"))
+    )
 
 
 def probe_ledger(report: Report, run: Run) -> None:
     """The order of events in metrics.jsonl: training data within the budget, validation data only after the seal."""
-    probes = ("validation read after the seal", "calibration before the bell", "evaluation clock", "artifact sealed")
+    probes = (
+        "validation read after the seal",
+        "calibration before the bell",
+        "evaluation clock",
+        "artifact sealed",
+    )
     events = [record for record in run.records() if record.get("kind") == "ledger"]
     if not events:
         for probe in probes:
             report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
         return
-    phase, early, begun, last, seconds, begins, clock, sealed = "nothing", [], None, None, None, None, None, ""
+    phase, early, begun, last, seconds, begins, clock, sealed = (
+        "nothing",
+        [],
+        None,
+        None,
+        None,
+        None,
+        None,
+        "",
+    )
     for record in events:
         event, moment = record.get("event"), record["time"]
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
@@ -796,21 +1091,43 @@ def probe_ledger(report: Report, run: Run) -> None:
             begins, clock = moment, None
         elif event == "eval_clock_end":
             clock = moment - begins if begins else None
-    when = {"nothing": "before anything", "train_clock_start": "while it trained or calibrated, before the seal",
-            "artifact_sealed": "before the evaluation clock started (warm-up on validation tokens)"}
-    report.add("budgets", probes[0], not early, f"validation tokens were read {when[early[0]]}" if early else
-               "no validation token was read before the artifact was sealed and the evaluation clock started")
+    when = {
+        "nothing": "before anything",
+        "train_clock_start": "while it trained or calibrated, before the seal",
+        "artifact_sealed": "before the evaluation clock started (warm-up on validation tokens)",
+    }
+    report.add(
+        "budgets",
+        probes[0],
+        not early,
+        f"validation tokens were read {when[early[0]]}"
+        if early
+        else "no validation token was read before the artifact was sealed and the evaluation clock started",
+    )
     limit = min(BUDGET_SECONDS, run.config["MAX_WALLCLOCK_SECONDS"])
-    report.add("budgets", probes[1], None if seconds is None else seconds <= limit,
-               ("not recorded" if last is None else "in another process than the training: budgeted_seconds counts")
-               if seconds is None else f"training data was last read {seconds:.2f} s after the clock started, limit "
-               f"{limit:g} s")
+    report.add(
+        "budgets",
+        probes[1],
+        None if seconds is None else seconds <= limit,
+        ("not recorded" if last is None else "in another process than the training: budgeted_seconds counts")
+        if seconds is None
+        else f"training data was last read {seconds:.2f} s after the clock started, limit {limit:g} s",
+    )
     limit = min(BUDGET_SECONDS, run.config["EVAL_BUDGET_SECONDS"])
-    report.add("budgets", probes[2], None if clock is None else clock <= limit, "not recorded" if clock is None else
-               f"{clock:.2f} of {limit:g} s between start and end")
-    report.add("budgets", probes[3], sealed == run.summary.get("artifact_sha256") if sealed else None,
-               f"sealed as {sealed[:16]}, scored as {str(run.summary.get('artifact_sha256'))[:16]}" if sealed else
-               "not recorded")
+    report.add(
+        "budgets",
+        probes[2],
+        None if clock is None else clock <= limit,
+        "not recorded" if clock is None else f"{clock:.2f} of {limit:g} s between start and end",
+    )
+    report.add(
+        "budgets",
+        probes[3],
+        sealed == run.summary.get("artifact_sha256") if sealed else None,
+        f"sealed as {sealed[:16]}, scored as {str(run.summary.get('artifact_sha256'))[:16]}"
+        if sealed
+        else "not recorded",
+    )
 
 
 # === THE SHIPPED SCRIPT ALONE ===
@@ -833,8 +1150,9 @@ sys.addaudithook(_guard)
 """
 
 
-def run_alone(run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, Any],
-              place: Path) -> tuple[dict[str, Any], str, list[str]]:
+def run_alone(
+    run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, Any], place: Path
+) -> tuple[dict[str, Any], str, list[str]]:
     """Run the packed script on the sample in an empty folder: (summary, error, what it tried or opened elsewhere)."""
     (place / "guard").mkdir(parents=True)
     (place / "guard" / "sitecustomize.py").write_text(GUARD)
@@ -843,16 +1161,32 @@ def run_alone(run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, 
     shutil.copy(run.folder / "packed_train_gpt.py", empty / "train_gpt.py")
     shutil.copy(run.folder / "final_model.ptz", empty / "model.ptz")
     shutil.copytree(sample.folder, empty / "data")
-    where = {"STAGE": "evaluate", "ARTIFACT": "model.ptz", "RUN_ID": "alone", "OUT_DIR": "runs",
-             "DATASETS_DIR": "data", "TOKENIZER_PATH": "data/tokenizer.model", "EVAL_PREQUANT": False}
+    where = {
+        "STAGE": "evaluate",
+        "ARTIFACT": "model.ptz",
+        "RUN_ID": "alone",
+        "OUT_DIR": "runs",
+        "DATASETS_DIR": "data",
+        "TOKENIZER_PATH": "data/tokenizer.model",
+        "EVAL_PREQUANT": False,
+    }
     settings = settings_of(trainer, run, **changes | where)
     ours = settings.keys() | trainer.ALIASES.keys() | trainer.FIXED.keys() | trainer.REFUSED.keys()
-    environment = {name: value for name, value in os.environ.items() if name not in ours} | settings | {
-        "PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(log), "HF_HUB_OFFLINE": "1"}
+    environment = (
+        {name: value for name, value in os.environ.items() if name not in ours}
+        | settings
+        | {"PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(log), "HF_HUB_OFFLINE": "1"}
+    )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=empty, env=environment, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     path = empty / "runs" / "alone" / "summary.json"
     summary = json.loads(path.read_text()) if done.returncode == 0 and path.exists() else {}
     error = "" if summary else (done.stderr.strip() or done.stdout.strip() or "no summary").splitlines()[-1]
@@ -877,26 +1211,45 @@ def probe_alone(report: Report, run: Run, stages: Stages, changes: dict[str, Any
     ours = {stage: score.bpb for stage, score in stages.scores.items()}
     allowed = SAME_SCORE[stages.run.device.type]
     same = ours.keys() == summary["bpb"].keys() and all(
-        math.isclose(ours[stage], bpb, rel_tol=allowed) for stage, bpb in summary["bpb"].items())
+        math.isclose(ours[stage], bpb, rel_tol=allowed) for stage, bpb in summary["bpb"].items()
+    )
     shown = lambda scores: ", ".join(f"{stage} {bpb:.8f}" for stage, bpb in scores.items())
-    report.add("shipped bytes", "runs alone", same, f"in an empty folder, without network and training shards: "
-               f"{shown(summary['bpb'])}; here {shown(ours)}")
-    report.add("shipped bytes", "opens nothing else", not foreign, "; ".join(foreign[:3]) if foreign else
-               "no connection, no training shard and no file of the repository or the run folder")
+    report.add(
+        "shipped bytes",
+        "runs alone",
+        same,
+        f"in an empty folder, without network and training shards: "
+        f"{shown(summary['bpb'])}; here {shown(ours)}",
+    )
+    report.add(
+        "shipped bytes",
+        "opens nothing else",
+        not foreign,
+        "; ".join(foreign[:3])
+        if foreign
+        else "no connection, no training shard and no file of the repository or the run folder",
+    )
 
 
 # === MAIN ===
 
 
-def check(folder: Path, tokens: int = 0, positions: int = POSITIONS, trainer: ModuleType | None = None,
-          alone: bool = True) -> Report:
+def check(
+    folder: Path,
+    tokens: int = 0,
+    positions: int = POSITIONS,
+    trainer: ModuleType | None = None,
+    alone: bool = True,
+) -> Report:
     """Every probe of the run in `folder`, on about `tokens` validation tokens (0: what the hardware can do)."""
     run, report = Run.read(folder), Report(folder)
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise Stop(f"{folder / name}: no such file; finish the run, or copy the whole folder")
     if missing := [name for name in USED if name not in run.summary]:
-        raise Stop(f"{folder / 'summary.json'}: has no {', '.join(missing)}; score the run again with STAGE=evaluate")
+        raise Stop(
+            f"{folder / 'summary.json'}: has no {', '.join(missing)}; score the run again with STAGE=evaluate"
+        )
     trainer = trainer or load_trainer(folder)
     try:
         config = config_of(trainer, run)
@@ -912,11 +1265,19 @@ def check(folder: Path, tokens: int = 0, positions: int = POSITIONS, trainer: Mo
         place = Path(name)
         parameters = sum(math.prod(spec.shape) for spec in trainer.param_table(config).values())
         most = SAMPLE_TOKENS if torch.cuda.is_available() else min(SAMPLE_TOKENS, CPU_WORK // parameters)
-        sample = take_sample(data, stream, sizes, max(tokens or most, 2 * config.eval_seq_len + 1), place / "sample")
+        sample = take_sample(
+            data, stream, sizes, max(tokens or most, 2 * config.eval_seq_len + 1), place / "sample"
+        )
         changes: dict[str, Any] = scaled(trainer, config, sample)
-        here = {"DATASETS_DIR": sample.folder, "TOKENIZER_PATH": sample.folder / "tokenizer.model", "STAGE": "evaluate",
-                "ARTIFACT": (folder / "final_model.ptz").resolve(), "OUT_DIR": place / "here", "EVAL_PREQUANT": False,
-                "COMPILE": "off"}  # what is compiled cannot be watched
+        here = {
+            "DATASETS_DIR": sample.folder,
+            "TOKENIZER_PATH": sample.folder / "tokenizer.model",
+            "STAGE": "evaluate",
+            "ARTIFACT": (folder / "final_model.ptz").resolve(),
+            "OUT_DIR": place / "here",
+            "EVAL_PREQUANT": False,
+            "COMPILE": "off",
+        }  # what is compiled cannot be watched
         if not torch.cuda.is_available():  # the run may have been made elsewhere
             changes |= {"ATTENTION": "auto", "KERNELS": "auto"}
         try:
@@ -931,12 +1292,23 @@ def check(folder: Path, tokens: int = 0, positions: int = POSITIONS, trainer: Mo
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a finished run, such as runs/NAME")
-    parser.add_argument("--tokens", type=int, default=0, help=f"validation tokens to score (default about "
-                        f"{SAMPLE_TOKENS:,}, fewer for a large model without a GPU)")
-    parser.add_argument("--positions", type=int, default=POSITIONS,
-                        help="places per stage whose future is replaced (default %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=0,
+        help=f"validation tokens to score (default about "
+        f"{SAMPLE_TOKENS:,}, fewer for a large model without a GPU)",
+    )
+    parser.add_argument(
+        "--positions",
+        type=int,
+        default=POSITIONS,
+        help="places per stage whose future is replaced (default %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.tokens < 0 or options.positions < 1:
         parser.error("--tokens and --positions must be positive")
@@ -945,7 +1317,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.table())
     for violation in report.violations:
         print(f"VIOLATION {violation}")
-    print(f"{options.folder}: {'legal' if report.legal else 'NOT LEGAL'} ({options.folder / 'compliance.json'})")
+    print(
+        f"{options.folder}: {'legal' if report.legal else 'NOT LEGAL'} ({options.folder / 'compliance.json'})"
+    )
     return 0 if report.legal else 1
 
 

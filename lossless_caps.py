@@ -18,6 +18,7 @@ no rule depends on the length or the kind of a run, whitespace is all that the n
 start of the text the operator follows the whitespace. So the code of the normalised text is the normalised code, and
 the tokens decode to the normalised text.
 """
+
 from __future__ import annotations
 
 import re
@@ -59,7 +60,9 @@ SENTENCE_ENDS += "\ufe15\ufe16\ufe19\ufe30\ufe52\ufe56\ufe57\uff01\uff0e\uff1f"
 SENTENCE_ENDS += "".join(map(chr, range(0x2488, 0x249C)))  # a number and a full stop
 CLOSERS = "\"')]\u2019\u201d\u207e\u208e\ufe36\ufe48\ufe5a\uff02\uff07\uff09\uff3d"
 # Where a text may be cut: before whitespace, after a character that no rule looks back at.
-CUT = re.compile(f"[^{re.escape(WHITESPACE + SENTENCE_ENDS + CLOSERS + ''.join(OPERATORS[3]))}](?=[{WHITESPACE}])")
+CUT = re.compile(
+    f"[^{re.escape(WHITESPACE + SENTENCE_ENDS + CLOSERS + ''.join(OPERATORS[3]))}](?=[{WHITESPACE}])"
+)
 
 # The kinds of unit that the rules tell apart; letters are odd, and from EVENT on come the ones at which a rule starts.
 OTHER, SMALL, BLANK, CLOSER, EVENT, CAPITAL, SENTENCE_END = 0, 1, 2, 4, 64, 65, 68
@@ -329,7 +332,9 @@ def _decode_v3(block: str, first: bool, normalised: bool) -> str:
     if len(shouted):
         ends = _word_ends(kinds, shouted)
         second = kinds.take(shouted + 1)
-        single = at[sign == SHOUTED][(kinds.take(shouted) == SMALL) & (second & LETTER == 0) & (second != NEXT)]
+        single = at[sign == SHOUTED][
+            (kinds.take(shouted) == SMALL) & (second & LETTER == 0) & (second != NEXT)
+        ]
         under = ends[kinds.take(ends) == NEXT]
     if (
         not (worded & apart & allowed).all()
@@ -384,7 +389,9 @@ def _spelled_out(kinds: np.ndarray, nexts: np.ndarray, first: np.ndarray) -> np.
     some = some[(kinds.take(first[some]) == SMALL) & (kinds.take(first[some] + 2) == SMALL)]
     if not len(some):
         return some
-    ends = nexts[np.append(np.diff(nexts) != 2, True)] + 2  # of each chain of CAPNEXT, letter, CAPNEXT, letter
+    ends = (
+        nexts[np.append(np.diff(nexts) != 2, True)] + 2
+    )  # of each chain of CAPNEXT, letter, CAPNEXT, letter
     stop = kinds.take(ends[ends.searchsorted(first[some] + 2)])
     return some[(stop & LETTER == 0) & (stop != NEXT)]
 

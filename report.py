@@ -7,6 +7,7 @@
 The page needs nothing but a browser: no script, no font and no picture from elsewhere; it is light or dark as the
 reader's system is, and fits a phone. Its figures are those of summary.json, in full precision under the pointer.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -94,20 +95,30 @@ def card(title: str, body: str, note: str = "", wide: bool = False) -> str:
     """One box of the page; nothing if it has no content."""
     if not body:
         return ""
-    return (f'<section class="card{" wide" if wide else ""}"><h2>{esc(title)}</h2>'
-            f'{f"<p>{note}</p>" if note else ""}{body}</section>')
+    return (
+        f'<section class="card{" wide" if wide else ""}"><h2>{esc(title)}</h2>'
+        f"{f'<p>{note}</p>' if note else ''}{body}</section>"
+    )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = (),
-          fixed: bool = False) -> str:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = (), fixed: bool = False
+) -> str:
     """A table of ready HTML cells; nothing without rows."""
     if not rows:
         return ""
-    kind = lambda place: ' class="n"' if place in numeric else ' class="s"' if place == len(header) - 1 else ""
-    line = lambda cells, tag: "".join(["<tr>", *(f"<{tag}{kind(i)}>{c}</{tag}>" for i, c in enumerate(cells)), "</tr>"])
+    kind = lambda place: (
+        ' class="n"' if place in numeric else ' class="s"' if place == len(header) - 1 else ""
+    )
+    line = lambda cells, tag: "".join(
+        ["<tr>", *(f"<{tag}{kind(i)}>{c}</{tag}>" for i, c in enumerate(cells)), "</tr>"]
+    )
     kinds = ' class="fixed"' if fixed else ""
-    return (f'<div class="scroll"><table{kinds}>{line([esc(h) for h in header], "th")}'
-            + "".join(line(row, "td") for row in rows) + "</table></div>")
+    return (
+        f'<div class="scroll"><table{kinds}>{line([esc(h) for h in header], "th")}'
+        + "".join(line(row, "td") for row in rows)
+        + "</table></div>"
+    )
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -124,12 +135,19 @@ def short(value: float) -> str:
 
 class Curve(NamedTuple):
     """A named line through points."""
+
     name: str
     points: list[tuple[float, float]]
 
 
-def chart(curves: list[Curve], below: str, marks: Sequence[tuple[float, str]] = (), form: str = ".4f",
-          names: dict[float, str] | None = None, low: float | None = None) -> str:
+def chart(
+    curves: list[Curve],
+    below: str,
+    marks: Sequence[tuple[float, str]] = (),
+    form: str = ".4f",
+    names: dict[float, str] | None = None,
+    low: float | None = None,
+) -> str:
     """A line chart with a word under its x axis, vertical marks, and every value under the pointer; nothing without two
     points."""
     curves = [curve for curve in curves if len(curve.points) > 1][:COLOURS]
@@ -143,35 +161,52 @@ def chart(curves: list[Curve], below: str, marks: Sequence[tuple[float, str]] = 
     py = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
     parts = []
     for y in ticks(y0, y1):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
-                     f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{short(y)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{short(y)}</text>'
+        )
     words = list((names or {x: short(x) for x in ticks(x0, x1)}).items())
-    for x, word in words[::-(-len(words) // 7)]:
-        parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{esc(word)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{esc(below)}</text>')
+    for x, word in words[:: -(-len(words) // 7)]:
+        parts.append(
+            f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{esc(word)}</text>'
+        )
+    parts.append(
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{esc(below)}</text>'
+    )
     for x, word in marks:
         side, shift = ("end", -5) if x > (x0 + x1) / 2 else ("start", 5)
-        parts.append(f'<line class="mark" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-                     f'<text x="{px(x) + shift:.1f}" y="{TOP + 10}" text-anchor="{side}">{esc(word)}</text>')
+        parts.append(
+            f'<line class="mark" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+            f'<text x="{px(x) + shift:.1f}" y="{TOP + 10}" text-anchor="{side}">{esc(word)}</text>'
+        )
     for place, curve in enumerate(curves, 1):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in curve.points)
         parts.append(f'<polyline class="curve" stroke="var(--c{place})" points="{path}"/>')
         few, every = len(curve.points) <= 20, -(-len(curve.points) // 150)
         for x, y in [*curve.points[::every], curve.points[-1]]:
-            label = f"{curve.name + ': ' if len(curves) > 1 else ''}{(names or {}).get(x, short(x))}: {y:{form}}"
-            parts.append(f'<circle class="spot{" few" if few else ""}" style="color:var(--c{place})" '
-                         f'cx="{px(x):.1f}" cy="{py(y):.1f}" r="{3.5 if few else 5}"><title>{esc(label)}</title>'
-                         "</circle>")
-    key = "".join(f'<span><i style="background:var(--c{i})"></i>{esc(c.name)}</span>' for i, c in enumerate(curves, 1))
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
-            + (f'<div class="key">{key}</div>' if len(curves) > 1 else ""))
+            label = (
+                f"{curve.name + ': ' if len(curves) > 1 else ''}{(names or {}).get(x, short(x))}: {y:{form}}"
+            )
+            parts.append(
+                f'<circle class="spot{" few" if few else ""}" style="color:var(--c{place})" '
+                f'cx="{px(x):.1f}" cy="{py(y):.1f}" r="{3.5 if few else 5}"><title>{esc(label)}</title>'
+                "</circle>"
+            )
+    key = "".join(
+        f'<span><i style="background:var(--c{i})"></i>{esc(c.name)}</span>' for i, c in enumerate(curves, 1)
+    )
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>' + (
+        f'<div class="key">{key}</div>' if len(curves) > 1 else ""
+    )
 
 
 def bar(label: str, begin: float, end: float, value: str, colour: str) -> str:
     """One row of a bar chart; `begin` and `end` are fractions of the track."""
     first, last = (100 * min(max(edge, 0.0), 1.0) for edge in sorted((begin, end)))
-    return (f'<div>{esc(label)}</div><div class="track"><i style="left:{first:.2f}%;width:{last - first:.2f}%;'
-            f'background:var(--{colour})"></i></div><div class="value">{value}</div>')
+    return (
+        f'<div>{esc(label)}</div><div class="track"><i style="left:{first:.2f}%;width:{last - first:.2f}%;'
+        f'background:var(--{colour})"></i></div><div class="value">{value}</div>'
+    )
 
 
 # === ONE RUN ===
@@ -179,14 +214,26 @@ def bar(label: str, begin: float, end: float, value: str, colour: str) -> str:
 
 def tiles(summary: dict[str, Any], cap: float | None) -> str:
     """The figures that one looks for first."""
-    rows = [("val_bpb", ".5f", "", "bits per byte: the score"), ("val_loss", ".5f", "", "nats per token"),
-            ("total_bytes", ",", "", f"bytes of {cap:,.0f}" if cap else "bytes"),
-            ("train_seconds", ".1f", " s", "training"), ("eval_seconds", ".1f", " s", "evaluation"),
-            ("steps", ",", "", "steps"), ("step_ms", ".1f", " ms", "per step"),
-            ("tokens_per_second", ",.0f", "", "training tokens per second"), ("peak_memory_mib", ",", " MiB", "memory")]
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile"><b>{figure(summary[name], form, unit)}</b><span>{esc(words)}</span></div>'
-        for name, form, unit, words in rows if isinstance(summary.get(name), int | float)) + "</div>"
+    rows = [
+        ("val_bpb", ".5f", "", "bits per byte: the score"),
+        ("val_loss", ".5f", "", "nats per token"),
+        ("total_bytes", ",", "", f"bytes of {cap:,.0f}" if cap else "bytes"),
+        ("train_seconds", ".1f", " s", "training"),
+        ("eval_seconds", ".1f", " s", "evaluation"),
+        ("steps", ",", "", "steps"),
+        ("step_ms", ".1f", " ms", "per step"),
+        ("tokens_per_second", ",.0f", "", "training tokens per second"),
+        ("peak_memory_mib", ",", " MiB", "memory"),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><b>{figure(summary[name], form, unit)}</b><span>{esc(words)}</span></div>'
+            for name, form, unit, words in rows
+            if isinstance(summary.get(name), int | float)
+        )
+        + "</div>"
+    )
 
 
 def curves_of(run: Run) -> tuple[Curve, Curve, Curve, list[tuple[float, str]]]:
@@ -195,9 +242,12 @@ def curves_of(run: Run) -> tuple[Curve, Curve, Curve, list[tuple[float, str]]]:
     steps = {r["step"]: r for r in records if r.get("kind") == "train" and "train_loss" in r}
     checks = {step_of(r): r["val_bpb"] for r in records if r.get("kind") == "score" and step_of(r)}
     loops = re.findall(r"^loops on at step (\d+)", run.log, re.M)
-    return (Curve("train_loss", [(step, r["train_loss"]) for step, r in sorted(steps.items())]),
-            Curve("rate", [(step, r["rate"]) for step, r in sorted(steps.items())]),
-            Curve("val_bpb", sorted(checks.items())), [(int(loops[-1]), "loops on")] if loops else [])
+    return (
+        Curve("train_loss", [(step, r["train_loss"]) for step, r in sorted(steps.items())]),
+        Curve("rate", [(step, r["rate"]) for step, r in sorted(steps.items())]),
+        Curve("val_bpb", sorted(checks.items())),
+        [(int(loops[-1]), "loops on")] if loops else [],
+    )
 
 
 def waterfall(bpb: dict[str, float]) -> str:
@@ -214,17 +264,27 @@ def waterfall(bpb: dict[str, float]) -> str:
         if before is None:
             rows.append(bar(stage, 0, place(value), figure(value, ".5f"), "c1"))
         else:
-            change = f'{"+" if value >= before else "−"}{abs(value - before):.5f}'
-            rows.append(bar(stage, place(before), place(value), f'{change} → {figure(value, ".5f")}',
-                            "c2" if value > before else "c3"))
+            change = f"{'+' if value >= before else '−'}{abs(value - before):.5f}"
+            rows.append(
+                bar(
+                    stage,
+                    place(before),
+                    place(value),
+                    f"{change} → {figure(value, '.5f')}",
+                    "c2" if value > before else "c3",
+                )
+            )
         before = value
     if len(values) > 1:
-        rows.append(bar("score", 0, place(values[-1]), f'<b>{figure(values[-1], ".5f")}</b>', "c1"))
-    return f'<div class="bars">{"".join(rows)}</div><p class="soft">The bars start at {low:.4f}, not at 0.</p>'
+        rows.append(bar("score", 0, place(values[-1]), f"<b>{figure(values[-1], '.5f')}</b>", "c1"))
+    return (
+        f'<div class="bars">{"".join(rows)}</div><p class="soft">The bars start at {low:.4f}, not at 0.</p>'
+    )
 
 
 class Part(NamedTuple):
     """Bytes of one stream of the artifact, and the tensors in it with their sizes before compression."""
+
     name: str
     bytes: int
     tensors: list[tuple[str, int]]
@@ -233,6 +293,7 @@ class Part(NamedTuple):
 def artifact_parts(path: Path) -> list[Part]:
     """The streams of an artifact, largest first; the container's own bytes last."""
     import train_gpt as trainer
+
     manifest, tensors, _ = trainer.decode_artifact(path)
     inside: dict[str, list[tuple[str, int]]] = {}
     for name, tensor in tensors.items():
@@ -246,25 +307,39 @@ def artifact_parts(path: Path) -> list[Part]:
 def treemap(parts: list[Part]) -> str:
     """Rectangles as large as the parts are in bytes, divided into tensors by their share before compression."""
     import squarify
+
     parts = sorted((part for part in parts if part.bytes > 0), key=lambda part: -part.bytes)
     total, cells = sum(part.bytes for part in parts), []
     boxes = lambda sizes: squarify.squarify(squarify.normalize_sizes(sizes, 100, 100), 0, 0, 100, 100)
-    place = lambda box: (f'left:{box["x"]:.3f}%;top:{box["y"]:.3f}%;width:{box["dx"]:.3f}%;height:{box["dy"]:.3f}%')
+    place = lambda box: (
+        f"left:{box['x']:.3f}%;top:{box['y']:.3f}%;width:{box['dx']:.3f}%;height:{box['dy']:.3f}%"
+    )
     for i, (part, box) in enumerate(zip(parts, boxes([part.bytes for part in parts]), strict=True)):
         inner = sorted(part.tensors, key=lambda pair: -pair[1])
         if len(inner) > 1:
             raw = sum(size for _, size in inner)
             inside = "".join(
                 f'<div style="{place(b)}" title="{esc(name)}: about {part.bytes * size // raw:,} bytes"></div>'
-                for (name, size), b in zip(inner, boxes([size for _, size in inner]), strict=True))
+                for (name, size), b in zip(inner, boxes([size for _, size in inner]), strict=True)
+            )
         else:
             inside = ""
         shade = f"color-mix(in srgb,var(--c{i % COLOURS + 1}) 78%,#000)"
-        cells.append(f'<div class="role" style="{place(box)};background:{shade}" title="{esc(part.name)}: '
-                     f'{part.bytes:,} bytes">{inside}<span>{esc(part.name)}<br>{part.bytes:,}</span></div>')
-    rows = [[esc(part.name), figure(part.bytes, ","), f"{100 * part.bytes / total:.2f} %",
-             esc(", ".join(name for name, _ in part.tensors[:12]) + (" ..." if len(part.tensors) > 12 else ""))]
-            for part in parts]
+        cells.append(
+            f'<div class="role" style="{place(box)};background:{shade}" title="{esc(part.name)}: '
+            f'{part.bytes:,} bytes">{inside}<span>{esc(part.name)}<br>{part.bytes:,}</span></div>'
+        )
+    rows = [
+        [
+            esc(part.name),
+            figure(part.bytes, ","),
+            f"{100 * part.bytes / total:.2f} %",
+            esc(
+                ", ".join(name for name, _ in part.tensors[:12]) + (" ..." if len(part.tensors) > 12 else "")
+            ),
+        ]
+        for part in parts
+    ]
     listing = table(["stream", "bytes", "share", "tensors"], rows, (1, 2))
     return f'<div class="map">{"".join(cells)}</div><details><summary>as a table</summary>{listing}</details>'
 
@@ -272,14 +347,22 @@ def treemap(parts: list[Part]) -> str:
 def times(summary: dict[str, Any], run: Run) -> str:
     """Where the seconds went, under the two clocks and outside them."""
     limits = summary.get("compliance", {}).get("limits", {})
-    last = {r["stage"]: r["seconds"] for r in run.records()
-            if r.get("kind") == "score" and r["stage"] in summary["bpb"]}
+    last = {
+        r["stage"]: r["seconds"]
+        for r in run.records()
+        if r.get("kind") == "score" and r["stage"] in summary["bpb"]
+    }
     scoring = {f"val:{stage}": seconds for stage, seconds in last.items()}
     rest = summary.get("eval_seconds", 0) - sum(last.values())
-    groups = [("training clock", "train", {"training": summary.get("train_seconds"),
-                                           "calibration": summary.get("hessian_seconds")}),
-              ("not timed", "", {"GPTQ": summary.get("gptq_seconds"), "packing": summary.get("pack_seconds")}),
-              ("evaluation clock", "eval", scoring | {"reading, moving": rest if rest > 0 else None})]
+    groups = [
+        (
+            "training clock",
+            "train",
+            {"training": summary.get("train_seconds"), "calibration": summary.get("hessian_seconds")},
+        ),
+        ("not timed", "", {"GPTQ": summary.get("gptq_seconds"), "packing": summary.get("pack_seconds")}),
+        ("evaluation clock", "eval", scoring | {"reading, moving": rest if rest > 0 else None}),
+    ]
     rows = []
     for title, name, parts in groups:
         parts = {label: seconds for label, seconds in parts.items() if seconds is not None}
@@ -290,7 +373,9 @@ def times(summary: dict[str, Any], run: Run) -> str:
         words = f"{title}: {used:.1f} s" + (f" of {limit:g} s" if limit else "")
         rows.append(f'<div class="group">{esc(words)}</div>')
         for label, seconds in parts.items():
-            rows.append(bar(label, position / scale, (position + seconds) / scale, figure(seconds, ".1f", " s"), "c1"))
+            rows.append(
+                bar(label, position / scale, (position + seconds) / scale, figure(seconds, ".1f", " s"), "c1")
+            )
             position += seconds
     return f'<div class="bars">{"".join(rows)}</div>' if rows else ""
 
@@ -306,7 +391,7 @@ def by_length(arrays: dict[str, np.ndarray]) -> str:
     for group in np.unique(groups):
         inside = groups == group
         points.append((float(group), float(nats[inside].sum() / math.log(2) / sizes[inside].sum())))
-        names[float(group)] = str(2 ** group)
+        names[float(group)] = str(2**group)
     return chart([Curve("val_bpb", points)], "tokens of the document (at least)", names=names)
 
 
@@ -315,8 +400,9 @@ def by_position(arrays: dict[str, np.ndarray]) -> str:
     if not {"position_start", "position_nats", "position_bytes"} <= arrays.keys():
         return ""
     points, names = [], {}
-    for place, (start, nats, size) in enumerate(zip(*(arrays[f"position_{n}"] for n in ("start", "nats", "bytes")),
-                                                    strict=True)):
+    for place, (start, nats, size) in enumerate(
+        zip(*(arrays[f"position_{n}"] for n in ("start", "nats", "bytes")), strict=True)
+    ):
         if size > 0:
             points.append((float(place), float(nats / math.log(2) / size)))
             names[float(place)] = str(int(start))
@@ -326,14 +412,19 @@ def by_position(arrays: dict[str, np.ndarray]) -> str:
 def settings_table(overrides: dict[str, Any]) -> str:
     """Settings that differ from the defaults, with these and the meaning."""
     import train_gpt as trainer
+
     known = {field.name.upper(): field for _, fields in trainer.Config.sections() for field in fields}
     rows = []
     for name, value in overrides.items():
         field = known.get(name)
         meaning = field.metadata["meaning"] if field else "not a setting of this version"
-        rows.append([f'<code>{esc(name)}</code><br><span class="soft">{esc(meaning)}</span>',
-                     f"<code>{esc(show(field.default) or '(empty)')}</code>" if field else "",
-                     f"<code>{esc(show(value))}</code>"])
+        rows.append(
+            [
+                f'<code>{esc(name)}</code><br><span class="soft">{esc(meaning)}</span>',
+                f"<code>{esc(show(field.default) or '(empty)')}</code>" if field else "",
+                f"<code>{esc(show(value))}</code>",
+            ]
+        )
     return table(["setting", "default", "here"], rows, fixed=True)
 
 
@@ -344,9 +435,13 @@ def verdict_class(verdict: str) -> str:
 
 def compliance_table(compliance: dict[str, Any]) -> str:
     """Every condition and limit that the run has recorded."""
-    return table(["condition or limit", "verdict", "evidence"], [
-        [esc(name), f'<span class="{verdict_class(verdict)}">{esc(verdict)}</span>', esc(evidence)]
-        for name, verdict, evidence in conditions(compliance)])
+    return table(
+        ["condition or limit", "verdict", "evidence"],
+        [
+            [esc(name), f'<span class="{verdict_class(verdict)}">{esc(verdict)}</span>', esc(evidence)]
+            for name, verdict, evidence in conditions(compliance)
+        ],
+    )
 
 
 def badge(compliance: dict[str, Any]) -> str:
@@ -354,15 +449,19 @@ def badge(compliance: dict[str, Any]) -> str:
     if "legal" not in compliance:
         return ""
     legal = compliance["legal"] is True
-    return (f'<p><b class="{"good" if legal else "bad"}">{"✓ legal" if legal else "✗ not legal"}</b> '
-            f'<span class="soft">{esc(compliance.get("reason", ""))}</span></p>')
+    return (
+        f'<p><b class="{"good" if legal else "bad"}">{"✓ legal" if legal else "✗ not legal"}</b> '
+        f'<span class="soft">{esc(compliance.get("reason", ""))}</span></p>'
+    )
 
 
 def page(title: str, head: str, body: list[str]) -> str:
     """A whole HTML document."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>\n'
-            f'<body><h1>{esc(title)}</h1>{head}\n' + "\n".join(filter(None, body)) + "\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{esc(title)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><h1>{esc(title)}</h1>{head}\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
+    )
 
 
 def run_report(run: Run) -> str:
@@ -378,20 +477,33 @@ def run_report(run: Run) -> str:
             drawn = treemap([*artifact_parts(artifact), *code])
         except SystemExit as error:
             drawn, note = f"<p>{esc(error)}</p>", ""
-    facts = [["seed", esc(run.seed)], *([name, esc(text_of(value))] for name, value in versions.items()),
-             *([f"data: {name}", esc(text_of(value))] for name, value in summary.get("data", {}).items())]
-    head = badge(compliance) if run.is_finished else '<p class="bad">not finished: figures as far as they go</p>'
-    head += (f'<p class="soft">{esc(summary.get("world_size", ""))} × {esc(versions["device"])}, '
-             f'commit {esc(versions.get("commit"))}</p>' if "device" in versions else "")
+    facts = [
+        ["seed", esc(run.seed)],
+        *([name, esc(text_of(value))] for name, value in versions.items()),
+        *([f"data: {name}", esc(text_of(value))] for name, value in summary.get("data", {}).items()),
+    ]
+    head = (
+        badge(compliance) if run.is_finished else '<p class="bad">not finished: figures as far as they go</p>'
+    )
+    head += (
+        f'<p class="soft">{esc(summary.get("world_size", ""))} × {esc(versions["device"])}, '
+        f"commit {esc(versions.get('commit'))}</p>"
+        if "device" in versions
+        else ""
+    )
     halves = [
         card("Training loss", chart([loss], "step", loops), "nats per token"),
-        card("Validation during training", chart([checks], "step", loops), "bits per byte, unquantised weights"),
+        card(
+            "Validation during training", chart([checks], "step", loops), "bits per byte, unquantised weights"
+        ),
         card("Learning rate", chart([rate], "step", loops, low=0.0, form=".3f"), "multiplier of all rates"),
         card("Time by part", times(summary, run)),
         card("Score by document length", by_length(arrays), "bits per byte of the final stage"),
         card("Score by position", by_position(arrays), "bits per byte of the final stage"),
     ]
-    even = sum(map(bool, halves)) % 2 == 0  # the bars of the stages fit in either width: no hole beside the last half
+    even = (
+        sum(map(bool, halves)) % 2 == 0
+    )  # the bars of the stages fit in either width: no hole beside the last half
     cards = [
         *halves,
         card("Score by stage", waterfall(summary["bpb"]), "bits per byte; lower is better", wide=even),
@@ -401,8 +513,11 @@ def run_report(run: Run) -> str:
         card("Versions and data", table(["", ""], facts, fixed=True) if run.is_finished else "", wide=True),
     ]
     cap = compliance.get("limits", {}).get("size", (None, None))[1]
-    return page(f"Run {run.folder.resolve().name}", head,
-                [tiles(summary, cap) if run.is_finished else "", '<div class="cards">', *cards, "</div>"])
+    return page(
+        f"Run {run.folder.resolve().name}",
+        head,
+        [tiles(summary, cap) if run.is_finished else "", '<div class="cards">', *cards, "</div>"],
+    )
 
 
 # === A SWEEP ===
@@ -423,10 +538,14 @@ def strips(rows: list[Row]) -> str:
     place = lambda value: 3 + 94 * ((value - low) / (high - low) if high > low else 0.5)
     shown = []
     for row in rows[:40]:
-        dots = "".join(f'<i style="left:{place(value):.2f}%" title="seed {esc(seed)}: {value:.6f}"></i>'
-                       for seed, value in row.values.items())
-        shown.append(f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div><div class="strip">{dots}'
-                     f'<u style="left:{place(row.mean):.2f}%"></u></div>')
+        dots = "".join(
+            f'<i style="left:{place(value):.2f}%" title="seed {esc(seed)}: {value:.6f}"></i>'
+            for seed, value in row.values.items()
+        )
+        shown.append(
+            f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div><div class="strip">{dots}'
+            f'<u style="left:{place(row.mean):.2f}%"></u></div>'
+        )
     return "".join(shown) + f'<p class="soft">left {low:.6f}, right {high:.6f}</p>'
 
 
@@ -435,34 +554,62 @@ def sweep_report(folder: Path, metric: str) -> str:
     rows, first = rows_of(folder, metric), folder / next(iter(read_json(folder / "sweep.json")["runs"]), "")
     cells, failures, curves = [], [], []
     for row in rows:
-        links = " ".join(f'<a href="{esc(path.name)}/report.html">{esc(seed)}</a>' if seed in row.values else esc(seed)
-                         for seed, path in row.runs.items())
+        links = " ".join(
+            f'<a href="{esc(path.name)}/report.html">{esc(seed)}</a>' if seed in row.values else esc(seed)
+            for seed, path in row.runs.items()
+        )
         is_baseline = next(iter(row.runs.values())) == first
-        cells.append([f"<code>{esc(words_of(row))}</code>", figure(row.mean, ".6f") if row.values else "–",
-                      number(row.std, ".6f"), "baseline" if is_baseline else number(row.difference, "+.6f"),
-                      number(row.p_value, ".3g"), esc(row.pairs), f"{len(row.values)}/{len(row.runs)}", links])
-        failures += [[esc(path.name), esc(row.failed[seed])] for seed, path in row.runs.items() if seed in row.failed]
+        cells.append(
+            [
+                f"<code>{esc(words_of(row))}</code>",
+                figure(row.mean, ".6f") if row.values else "–",
+                number(row.std, ".6f"),
+                "baseline" if is_baseline else number(row.difference, "+.6f"),
+                number(row.p_value, ".3g"),
+                esc(row.pairs),
+                f"{len(row.values)}/{len(row.runs)}",
+                links,
+            ]
+        )
+        failures += [
+            [esc(path.name), esc(row.failed[seed])] for seed, path in row.runs.items() if seed in row.failed
+        ]
         finished = [path for seed, path in row.runs.items() if seed in row.values]
         losses = [dict(curves_of(Run.read(path))[0].points) for path in finished]
         steps = set.intersection(*map(set, losses)) if losses else set()
-        curves.append(Curve(words_of(row), [(s, float(np.mean([one[s] for one in losses]))) for s in sorted(steps)]))
-    head = (f'<p class="soft">{sum(len(row.values) for row in rows)} of {sum(len(row.runs) for row in rows)} runs '
-            f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or documents, "
-            "p from the paired t-test.</p>")
+        curves.append(
+            Curve(words_of(row), [(s, float(np.mean([one[s] for one in losses]))) for s in sorted(steps)])
+        )
+    head = (
+        f'<p class="soft">{sum(len(row.values) for row in rows)} of {sum(len(row.runs) for row in rows)} runs '
+        f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or documents, "
+        "p from the paired t-test.</p>"
+    )
     best = f"mean over the seeds, {'all' if len(curves) <= COLOURS else f'the best {COLOURS}'} combinations"
     header = ["settings", "mean", "std", "difference", "p", "paired over", "finished", "seeds"]
-    return page(f"Sweep {folder.resolve().name}", head, [
-        '<div class="cards">', card("Results", table(header, cells, range(1, 7)), wide=True),
-        card("Every seed", strips(rows), f"{esc(metric)}: dots are seeds, lines are means"),
-        card("Training loss", chart(curves, "step"), best),
-        card("Not finished", table(["run", "last line of its output"], failures), wide=True), "</div>"])
+    return page(
+        f"Sweep {folder.resolve().name}",
+        head,
+        [
+            '<div class="cards">',
+            card("Results", table(header, cells, range(1, 7)), wide=True),
+            card("Every seed", strips(rows), f"{esc(metric)}: dots are seeds, lines are means"),
+            card("Training loss", chart(curves, "step"), best),
+            card("Not finished", table(["run", "last line of its output"], failures), wide=True),
+            "</div>",
+        ],
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Write a report.html into every folder given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path, help="run or sweep folders")
-    parser.add_argument("--metric", default="val_bpb", help="number of summary.json that a sweep is sorted by")
+    parser.add_argument(
+        "--metric", default="val_bpb", help="number of summary.json that a sweep is sorted by"
+    )
     options = parser.parse_args(arguments)
     for folder in options.folders:
         if not folder.is_dir():

@@ -3,6 +3,7 @@
 `is_locked` and `show` are twins of the trainer's: the trainer imports nothing of the repository, and importing the
 trainer here would load torch for seconds.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -45,7 +46,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise Stop(f"{path}: cannot be written ({error.strerror}); free disk space or choose another folder") from None
+        raise Stop(
+            f"{path}: cannot be written ({error.strerror}); free disk space or choose another folder"
+        ) from None
 
 
 def is_locked(folder: Path) -> bool:
@@ -74,6 +77,7 @@ def step_of(record: Mapping[str, Any], before: int = 0) -> int:
 @dataclass(frozen=True)
 class Run:
     """One run folder that holds a config.json."""
+
     folder: Path
     config: dict[str, Any]
 
@@ -105,7 +109,9 @@ class Run:
         try:
             return (self.folder / "train.log").read_text(errors="replace")
         except OSError as error:
-            raise Stop(f"{self.folder / 'train.log'}: cannot be read ({error.strerror}); repeat the run") from None
+            raise Stop(
+                f"{self.folder / 'train.log'}: cannot be read ({error.strerror}); repeat the run"
+            ) from None
 
     @property
     def source(self) -> str:
@@ -141,8 +147,10 @@ def lookup(summary: Mapping[str, Any], name: str) -> float:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        known = [*(n for n, v in summary.items() if isinstance(v, int | float)),
-                 *(f"bpb.{stage}" for stage in summary.get("bpb", {}))]
+        known = [
+            *(n for n, v in summary.items() if isinstance(v, int | float)),
+            *(f"bpb.{stage}" for stage in summary.get("bpb", {})),
+        ]
         raise Stop(f"--metric {name}: summary.json holds no such number; there are: {', '.join(known)}")
     return float(value)
 
@@ -173,12 +181,15 @@ def conditions(compliance: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             holds = fact.get("holds") if isinstance(fact, Mapping) else fact if isinstance(fact, bool) else ""
             evidence = {k: v for k, v in fact.items() if k != "holds"} if isinstance(fact, Mapping) else fact
             verdict = {True: "holds", False: "BROKEN", None: "not measured"}.get(holds, "")
-            rows.append((f"{name} {part}".strip(), verdict, "" if isinstance(fact, bool) else text_of(evidence)))
+            rows.append(
+                (f"{name} {part}".strip(), verdict, "" if isinstance(fact, bool) else text_of(evidence))
+            )
     return rows
 
 
 class Documents(NamedTuple):
     """Sums per validation document, in dataset order: the final stage's tokens, original bytes and nats."""
+
     tokens: np.ndarray
     bytes: np.ndarray
     nats: np.ndarray
@@ -213,14 +224,19 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def welch(values: Sequence[float], mean: float, std: float, count: int) -> float:
     """One-sided p-value of Welch's test that the mean of `values` lies below that of a sample known by its moments."""
     from scipy import stats
+
     ours = mean_std(values)
-    return float(stats.ttest_ind_from_stats(*ours, len(values), mean, std, count, equal_var=False,
-                                            alternative="less").pvalue)
+    return float(
+        stats.ttest_ind_from_stats(
+            *ours, len(values), mean, std, count, equal_var=False, alternative="less"
+        ).pvalue
+    )
 
 
 def paired(ours: Iterable[float], theirs: Iterable[float]) -> float:
     """Two-sided p-value of the paired t-test; nan for fewer than two pairs."""
     from scipy import stats
+
     pairs = np.array([*zip(ours, theirs, strict=True)])
     if len(pairs) < 2:
         return math.nan

@@ -9,6 +9,7 @@ Nothing is written unless everything fits: one configuration, one code, one data
 out, every limit kept, every byte there, and the score following from its sums. --check also runs the packed script of
 each run from an empty folder, without network and training shards, on the artifact: it must give the same score.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -44,9 +45,20 @@ from results import (
 ROOT = Path(__file__).resolve().parent
 RECORD_TRACK = "track_10min_16mb"
 CAP_BYTES, BUDGET_SECONDS, RANKS, GPU, DOCUMENTS, SEEDS = 16_000_000, 600, 8, "H100", 50_000, 3
-MARGIN_NATS, MARGIN_P, APPLIED_P = 0.005, 0.01, 0.25  # the written rule, and the one applied since 2026-04-28 (#1902)
-FILES = ("config.json", "summary.json", "stages.json", "metrics.jsonl", "train.log", "final_model.ptz",
-         "packed_train_gpt.py")
+MARGIN_NATS, MARGIN_P, APPLIED_P = (
+    0.005,
+    0.01,
+    0.25,
+)  # the written rule, and the one applied since 2026-04-28 (#1902)
+FILES = (
+    "config.json",
+    "summary.json",
+    "stages.json",
+    "metrics.jsonl",
+    "train.log",
+    "final_model.ptz",
+    "packed_train_gpt.py",
+)
 SAME_VERSIONS = ("python", "torch", "numpy", "triton", "cuda", "device", "dtype")
 ROUNDING = 1e-9  # relative; sums are kept in fp64
 AGAIN = 1e-4  # relative; adapting at evaluation with atomic additions on a GPU gives about 1e-5 between two scorings
@@ -56,7 +68,11 @@ Ask = Callable[[str], Any]  # the value of a setting, None if this version has n
 # Whose ideas the settings use: (idea, pull requests of the public repository, whether the settings use it).
 CREDITS: list[tuple[str, str, Callable[[Ask], Any]]] = [
     ("layers passed several times in a U-Net", "#1394, #1493", lambda of: of("NUM_LOOPS")),
-    ("two residual lanes with learned routing", "#1204, #1529", lambda of: of("PARALLEL_RESIDUAL") == "two_lane"),
+    (
+        "two residual lanes with learned routing",
+        "#1204, #1529",
+        lambda of: of("PARALLEL_RESIDUAL") == "two_lane",
+    ),
     ("attention confined to packed documents", "#1530", lambda of: of("LOADER") == "packed"),
     ("gate on the attention output", "#1667, #1693", lambda of: of("HEAD_GATE") == "attn_out"),
     ("sparse attention gate", "#1787", lambda of: of("HEAD_GATE") == "sparse"),
@@ -66,14 +82,26 @@ CREDITS: list[tuple[str, str, Callable[[Ask], Any]]] = [
     ("taper of the weight decay", "#1729", lambda of: (of("WD_TAPER_START_FRAC") or 1) < 1),
     ("each rank clips its own gradient", "#1585, #1693", lambda of: of("GRAD_CLIP_SCOPE") == "local"),
     ("GPTQ with clipping by standard deviations (SDClip)", "#1394", lambda of: of("ATTN_CLIP_SIGMAS")),
-    ("adapters per document at evaluation", "#1530",
-     lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora"),
-    ("phases of SGD on scored documents", "#1610, #1693",
-     lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora" and of("PHASED_TTT_NUM_PHASES")),
-    ("SGD on chunks after they were scored", "#1493, #1585",
-     lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "chunk_sgd"),
-    ("hashed pair embedding learnt at evaluation", "#1523",
-     lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "chunk_sgd" and of("HASH_EMBED_ENABLED")),
+    (
+        "adapters per document at evaluation",
+        "#1530",
+        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora",
+    ),
+    (
+        "phases of SGD on scored documents",
+        "#1610, #1693",
+        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora" and of("PHASED_TTT_NUM_PHASES"),
+    ),
+    (
+        "SGD on chunks after they were scored",
+        "#1493, #1585",
+        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "chunk_sgd",
+    ),
+    (
+        "hashed pair embedding learnt at evaluation",
+        "#1523",
+        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "chunk_sgd" and of("HASH_EMBED_ENABLED"),
+    ),
 ]
 
 
@@ -99,34 +127,65 @@ def check_run(run: Run) -> None:
     """Stop at the first thing wrong with one run: a missing file, a broken limit, a figure that does not follow."""
     for name in FILES:
         if not (run.folder / name).is_file():
-            raise Stop(f"{run.folder / name}: missing; finish the run (the same command goes on) or copy the whole "
-                       "folder")
+            raise Stop(
+                f"{run.folder / name}: missing; finish the run (the same command goes on) or copy the whole "
+                "folder"
+            )
     summary = run.summary
-    for name in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "artifact_bytes", "code_bytes", "total_bytes",
-                 "artifact_sha256", "train_seconds", "eval_seconds", "steps", "seed", "world_size", "overrides",
-                 "versions", "data", "compliance"):
+    for name in (
+        "val_bpb",
+        "val_loss",
+        "val_tokens",
+        "val_bytes",
+        "bpb",
+        "artifact_bytes",
+        "code_bytes",
+        "total_bytes",
+        "artifact_sha256",
+        "train_seconds",
+        "eval_seconds",
+        "steps",
+        "seed",
+        "world_size",
+        "overrides",
+        "versions",
+        "data",
+        "compliance",
+    ):
         if summary.get(name) is None:
-            raise Stop(f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate RUN_ID="
-                       f"{run.folder.name}, and a run evaluated from a foreign ARTIFACT cannot be submitted")
+            raise Stop(
+                f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate RUN_ID="
+                f"{run.folder.name}, and a run evaluated from a foreign ARTIFACT cannot be submitted"
+            )
     check_score(run, summary)
     check_bytes(run, summary)
     for name, value in summary["overrides"].items():
         if run.config.get(name) != value:
-            raise Stop(f"{run.folder / 'summary.json'}: overrides say {name}={value}, config.json "
-                       f"{run.config.get(name)}; one of the files was changed, score the run again")
+            raise Stop(
+                f"{run.folder / 'summary.json'}: overrides say {name}={value}, config.json "
+                f"{run.config.get(name)}; one of the files was changed, score the run again"
+            )
     if summary["seed"] != run.seed:
-        raise Stop(f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; one "
-                   "of the files was changed, repeat the run")
+        raise Stop(
+            f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; one "
+            "of the files was changed, repeat the run"
+        )
     if run.source != summary["versions"]["source_sha256"]:
-        raise Stop(f"{run.folder / 'summary.json'}: source_sha256 {summary['versions']['source_sha256'][:16]}, but "
-                   f"train.log says {run.source[:16] or 'nothing'}; one of the files was changed, repeat the run")
+        raise Stop(
+            f"{run.folder / 'summary.json'}: source_sha256 {summary['versions']['source_sha256'][:16]}, but "
+            f"train.log says {run.source[:16] or 'nothing'}; one of the files was changed, repeat the run"
+        )
     compliance = summary["compliance"]
     if compliance.get("legal") is not True:
-        raise Stop(f"{run.folder}: not a legal run ({compliance.get('reason', 'no reason given')}); an illegal run "
-                   "cannot be submitted, repeat it within the limits")
+        raise Stop(
+            f"{run.folder}: not a legal run ({compliance.get('reason', 'no reason given')}); an illegal run "
+            "cannot be submitted, repeat it within the limits"
+        )
     for name, verdict, evidence in conditions(compliance):
         if verdict == "BROKEN":
-            raise Stop(f"{run.folder}: condition {name} is broken ({evidence}) though the run says legal; repeat it")
+            raise Stop(
+                f"{run.folder}: condition {name} is broken ({evidence}) though the run says legal; repeat it"
+            )
 
 
 def check_score(run: Run, summary: dict[str, Any]) -> None:
@@ -134,8 +193,10 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
     path, remedy = run.folder / "summary.json", "score the run again with STAGE=evaluate"
     follows = bpb_of(summary["val_loss"] * summary["val_tokens"], summary["val_bytes"])
     if not close(follows, summary["val_bpb"]):
-        raise Stop(f"{path}: val_bpb {summary['val_bpb']} does not follow from val_loss, val_tokens and val_bytes, "
-                   f"which give {follows}; {remedy}")
+        raise Stop(
+            f"{path}: val_bpb {summary['val_bpb']} does not follow from val_loss, val_tokens and val_bytes, "
+            f"which give {follows}; {remedy}"
+        )
     stage, last = list(summary["bpb"].items())[-1]
     scores = [r for r in run.records() if r.get("kind") == "score" and r.get("stage") == stage]
     recorded = {
@@ -146,19 +207,27 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
     for place, facts in recorded.items():
         for name in ("val_bpb", "val_loss"):
             if (name in facts or name == "val_bpb") and not close(facts.get(name), summary[name]):
-                raise Stop(f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files was "
-                           f"changed, {remedy}")
+                raise Stop(
+                    f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files was "
+                    f"changed, {remedy}"
+                )
     finals = re.findall(r"^final val_loss:(\S+) val_bpb:(\S+)", run.log, re.M)
     if not finals or finals[-1] != (f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}"):
-        raise Stop(f"{path}: val_loss {summary['val_loss']:.8f} val_bpb {summary['val_bpb']:.8f}, but the last line "
-                   f"`final` of train.log says {' '.join(finals[-1]) if finals else 'nothing'}; {remedy}")
+        raise Stop(
+            f"{path}: val_loss {summary['val_loss']:.8f} val_bpb {summary['val_bpb']:.8f}, but the last line "
+            f"`final` of train.log says {' '.join(finals[-1]) if finals else 'nothing'}; {remedy}"
+        )
     if documents := read_documents(run.folder):
         tokens, count = int(documents.tokens.sum()), int(documents.bytes.sum())
         sums = bpb_of(float(documents.nats.sum()), count)
-        if (tokens, count) != (summary["val_tokens"], summary["val_bytes"]) or not close(sums, summary["val_bpb"]):
-            raise Stop(f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and {count} "
-                       f"bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
-                       f"{summary['val_bytes']:.0f}; {remedy}")
+        if (tokens, count) != (summary["val_tokens"], summary["val_bytes"]) or not close(
+            sums, summary["val_bpb"]
+        ):
+            raise Stop(
+                f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and {count} "
+                f"bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
+                f"{summary['val_bytes']:.0f}; {remedy}"
+            )
 
 
 def check_bytes(run: Run, summary: dict[str, Any]) -> None:
@@ -166,18 +235,29 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
     artifact, code = run.folder / "final_model.ptz", run.folder / "packed_train_gpt.py"
     for path, name in ((artifact, "artifact_bytes"), (code, "code_bytes")):
         if path.stat().st_size != summary[name]:
-            raise Stop(f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy the "
-                       "run folder again, or repeat STAGE=quantize and STAGE=evaluate")
+            raise Stop(
+                f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy the "
+                "run folder again, or repeat STAGE=quantize and STAGE=evaluate"
+            )
     if file_hash(artifact) != summary["artifact_sha256"]:
-        raise Stop(f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy the "
-                   "run folder again, or score it with STAGE=evaluate")
-    total, cap = summary["artifact_bytes"] + summary["code_bytes"], min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
+        raise Stop(
+            f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy the "
+            "run folder again, or score it with STAGE=evaluate"
+        )
+    total, cap = (
+        summary["artifact_bytes"] + summary["code_bytes"],
+        min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"]),
+    )
     if total != summary["total_bytes"]:
-        raise Stop(f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code have "
-                   f"{total}; the file was changed, score the run again")
+        raise Stop(
+            f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code have "
+            f"{total}; the file was changed, score the run again"
+        )
     if total > cap:
-        raise Stop(f"{run.folder}: artifact and code have {total} bytes, {total - cap} over the cap of {cap}; raise "
-                   "the clip sigmas or lower the bits, and repeat STAGE=quantize")
+        raise Stop(
+            f"{run.folder}: artifact and code have {total} bytes, {total - cap} over the cap of {cap}; raise "
+            "the clip sigmas or lower the bits, and repeat STAGE=quantize"
+        )
 
 
 # === WHAT THE RUNS MUST SATISFY TOGETHER ===
@@ -190,22 +270,32 @@ def check_same(runs: list[Run]) -> None:
         ours, theirs, other = first.settings("SEED"), run.settings("SEED"), run.summary
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                raise Stop(f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has {name}={ours.get(name)}; "
-                           "runs of one submission differ in SEED only")
+                raise Stop(
+                    f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has {name}={ours.get(name)}; "
+                    "runs of one submission differ in SEED only"
+                )
         for name in ("source_sha256", *SAME_VERSIONS):
             if summary["versions"].get(name) != other["versions"].get(name):
-                raise Stop(f"{run.folder}: {name} {other['versions'].get(name)}, but {first.folder} has "
-                           f"{summary['versions'].get(name)}; repeat the runs with the same code on the same machine")
+                raise Stop(
+                    f"{run.folder}: {name} {other['versions'].get(name)}, but {first.folder} has "
+                    f"{summary['versions'].get(name)}; repeat the runs with the same code on the same machine"
+                )
         if summary["world_size"] != other["world_size"]:
-            raise Stop(f"{run.folder}: world_size {other['world_size']}, but {first.folder} has "
-                       f"{summary['world_size']}; repeat the runs on the same number of GPUs")
+            raise Stop(
+                f"{run.folder}: world_size {other['world_size']}, but {first.folder} has "
+                f"{summary['world_size']}; repeat the runs on the same number of GPUs"
+            )
         if file_hash(first.folder / "packed_train_gpt.py") != file_hash(run.folder / "packed_train_gpt.py"):
-            raise Stop(f"{run.folder / 'packed_train_gpt.py'}: differs from {first.folder.name}'s; one of the files "
-                       "was changed, repeat STAGE=quantize and STAGE=evaluate")
+            raise Stop(
+                f"{run.folder / 'packed_train_gpt.py'}: differs from {first.folder.name}'s; one of the files "
+                "was changed, repeat STAGE=quantize and STAGE=evaluate"
+            )
         for name in sorted(summary["data"].keys() | other["data"].keys()):
             if summary["data"].get(name) != other["data"].get(name):
-                raise Stop(f"{run.folder}: data {name} {other['data'].get(name)}, but {first.folder} has "
-                           f"{summary['data'].get(name)}; repeat the runs on the same dataset")
+                raise Stop(
+                    f"{run.folder}: data {name} {other['data'].get(name)}, but {first.folder} has "
+                    f"{summary['data'].get(name)}; repeat the runs on the same dataset"
+                )
     seeds: dict[Any, Run] = {}
     for run in runs:
         if (twin := seeds.setdefault(run.seed, run)) is not run:
@@ -243,11 +333,15 @@ def check_complete(runs: list[Run], left_out: dict[Path, str]) -> None:
         found.add(folder)
         if folder not in left_out:
             shown = os.path.relpath(folder)
-            raise Stop(f"{shown}: SEED={seed} of the same settings and code ({state}) is not among the runs given; "
-                       f"finish and add it, or name the reason with --leave-out {shlex.quote(shown + '=REASON')}")
+            raise Stop(
+                f"{shown}: SEED={seed} of the same settings and code ({state}) is not among the runs given; "
+                f"finish and add it, or name the reason with --leave-out {shlex.quote(shown + '=REASON')}"
+            )
     for folder in left_out.keys() - found:
-        raise Stop(f"--leave-out {os.path.relpath(folder)}: no run of the same settings and code that is not given; "
-                   "drop the argument")
+        raise Stop(
+            f"--leave-out {os.path.relpath(folder)}: no run of the same settings and code that is not given; "
+            "drop the argument"
+        )
 
 
 def check_record_track(run: Run) -> None:
@@ -255,18 +349,25 @@ def check_record_track(run: Run) -> None:
     summary, data = run.summary, run.summary["data"]
     remedy = "use the contest's, or submit to another track, as in --track non-record"
     from verify_bytes import CANONICAL
+
     low, high = min(c.credited[0] for c in CANONICAL.values()), max(c.credited[1] for c in CANONICAL.values())
     if data.get("docs_val") != DOCUMENTS or not low <= summary["val_bytes"] <= high:
-        raise Stop(f"{run.folder}: scored on {data.get('docs_val', 'an unknown number of')} documents with "
-                   f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} to "
-                   f"{high}; {remedy}")
+        raise Stop(
+            f"{run.folder}: scored on {data.get('docs_val', 'an unknown number of')} documents with "
+            f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} to "
+            f"{high}; {remedy}"
+        )
     if summary["world_size"] != RANKS or GPU not in summary["versions"]["device"]:
-        raise Stop(f"{run.folder}: run on {summary['world_size']} x {summary['versions']['device']}, but the record "
-                   f"track is for {RANKS} x {GPU}; {remedy}")
-    for name, used, limit in (("MAX_WALLCLOCK_SECONDS", run.config["MAX_WALLCLOCK_SECONDS"], BUDGET_SECONDS),
-                              ("EVAL_BUDGET_SECONDS", run.config["EVAL_BUDGET_SECONDS"], BUDGET_SECONDS),
-                              ("train_seconds", summary["train_seconds"], BUDGET_SECONDS),
-                              ("eval_seconds", summary["eval_seconds"], BUDGET_SECONDS)):
+        raise Stop(
+            f"{run.folder}: run on {summary['world_size']} x {summary['versions']['device']}, but the record "
+            f"track is for {RANKS} x {GPU}; {remedy}"
+        )
+    for name, used, limit in (
+        ("MAX_WALLCLOCK_SECONDS", run.config["MAX_WALLCLOCK_SECONDS"], BUDGET_SECONDS),
+        ("EVAL_BUDGET_SECONDS", run.config["EVAL_BUDGET_SECONDS"], BUDGET_SECONDS),
+        ("train_seconds", summary["train_seconds"], BUDGET_SECONDS),
+        ("eval_seconds", summary["eval_seconds"], BUDGET_SECONDS),
+    ):
         if used > limit:
             raise Stop(f"{run.folder}: {name} {used:g} is over the record track's {limit}; {remedy}")
 
@@ -279,7 +380,9 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
     without network; its summary, and whether the network was cut off."""
     summary, folder = run.summary, dataset_folder(run)
     if not folder.is_dir():
-        raise Stop(f"DATASETS_DIR={folder}: the dataset of {run.folder} is not there; run --check where it is")
+        raise Stop(
+            f"DATASETS_DIR={folder}: the dataset of {run.folder} is not there; run --check where it is"
+        )
     with tempfile.TemporaryDirectory(prefix="check-") as empty:
         place = Path(empty)
         shutil.copy(run.folder / "packed_train_gpt.py", place / "train_gpt.py")
@@ -289,17 +392,46 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
             (place / "data" / path.name).symlink_to(path.resolve())
         shutil.copy(tokenizer_of(run, None), place / "data" / "tokenizer.model")
         settings = {name: show(value) for name, value in summary["overrides"].items() if name not in PLACES}
-        settings |= {"STAGE": "evaluate", "ARTIFACT": "model.ptz", "RUN_ID": "again", "OUT_DIR": "runs",
-                     "DATASETS_DIR": "data", "TOKENIZER_PATH": "data/tokenizer.model", "HF_HUB_OFFLINE": "1"}
+        settings |= {
+            "STAGE": "evaluate",
+            "ARTIFACT": "model.ptz",
+            "RUN_ID": "again",
+            "OUT_DIR": "runs",
+            "DATASETS_DIR": "data",
+            "TOKENIZER_PATH": "data/tokenizer.model",
+            "HF_HUB_OFFLINE": "1",
+        }
         command, environment = [sys.executable, "train_gpt.py"], clean_environment(run) | settings
         if summary["world_size"] > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                       f"--nproc_per_node={summary['world_size']}", "train_gpt.py"]
-        wall = ["unshare", "--map-root-user", "--net", "sh", "-c", "ip link set lo up 2>/dev/null; exec \"$@\"", "sh"]
-        offline = (shutil.which("unshare") is not None
-                   and subprocess.run([*wall, "true"], capture_output=True, check=False).returncode == 0)
-        done = subprocess.run([*(wall if offline else []), *command], cwd=place, env=environment, capture_output=True,
-                              text=True, check=False)
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={summary['world_size']}",
+                "train_gpt.py",
+            ]
+        wall = [
+            "unshare",
+            "--map-root-user",
+            "--net",
+            "sh",
+            "-c",
+            'ip link set lo up 2>/dev/null; exec "$@"',
+            "sh",
+        ]
+        offline = (
+            shutil.which("unshare") is not None
+            and subprocess.run([*wall, "true"], capture_output=True, check=False).returncode == 0
+        )
+        done = subprocess.run(
+            [*(wall if offline else []), *command],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             error = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise Stop(f"{run.folder}: its packed script fails in an empty folder: {' '.join(error)}")
@@ -310,26 +442,35 @@ def score_again(run: Run) -> str:
     """What the packed script alone scores, in words; Stop unless it is what the run has recorded."""
     summary, (again, offline) = run.summary, score_alone(run)
     if not math.isclose(again["val_bpb"], summary["val_bpb"], rel_tol=AGAIN):
-        raise Stop(f"{run.folder}: its packed script scores {again['val_bpb']:.8f} in an empty folder, summary.json "
-                   f"says {summary['val_bpb']:.8f}; the score is not that of these bytes")
-    for name, verdict, evidence in conditions({k: v for k, v in again["compliance"].items() if k != "limits"}):
+        raise Stop(
+            f"{run.folder}: its packed script scores {again['val_bpb']:.8f} in an empty folder, summary.json "
+            f"says {summary['val_bpb']:.8f}; the score is not that of these bytes"
+        )
+    for name, verdict, evidence in conditions(
+        {k: v for k, v in again["compliance"].items() if k != "limits"}
+    ):
         if verdict == "BROKEN":
             raise Stop(f"{run.folder}: condition {name} is broken in the second scoring ({evidence})")
-    return (f"{run.folder.name}: the packed script alone gives val_bpb {again['val_bpb']:.8f} again, "
-            f"{'without network' if offline else 'network not cut off (unshare is not permitted here)'}, without "
-            "training shards")
+    return (
+        f"{run.folder.name}: the packed script alone gives val_bpb {again['val_bpb']:.8f} again, "
+        f"{'without network' if offline else 'network not cut off (unshare is not permitted here)'}, without "
+        "training shards"
+    )
 
 
 def probe(run: Run, track: str) -> str:
     """What compliance.py finds on a sample of the run's validation documents, in words; Stop at the first violation."""
     import compliance
+
     report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
     write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1))
     for row in report.rows:  # another track may have budgets of its own
         if row.holds is False and (track == RECORD_TRACK or row.group != "budgets"):
             raise Stop(f"{run.folder}: {row.group}: {row.probe}: {row.evidence}")
     measured = [row for row in report.rows if row.holds is not None]
-    return f"{run.folder.name}: {sum(row.holds for row in measured)} of {len(measured)} compliance probes hold"
+    return (
+        f"{run.folder.name}: {sum(row.holds for row in measured)} of {len(measured)} compliance probes hold"
+    )
 
 
 def clean_environment(run: Run) -> dict[str, str]:
@@ -340,22 +481,28 @@ def clean_environment(run: Run) -> dict[str, str]:
 def dataset_folder(run: Run) -> Path:
     """The folder of the run's shards."""
     config = run.config
-    return Path(config["DATASETS_DIR"] or f"{config['DATA_DIR']}/datasets/fineweb10B_sp{config['VOCAB_SIZE']}")
+    return Path(
+        config["DATASETS_DIR"] or f"{config['DATA_DIR']}/datasets/fineweb10B_sp{config['VOCAB_SIZE']}"
+    )
 
 
 def tokenizer_of(run: Run, given: Path | None) -> Path:
     """The tokenizer of the run's dataset; Stop if it is not found or not the one that the run used."""
     config = run.config
-    places = [dataset_folder(run) / "tokenizer.model",
-              Path(config["DATA_DIR"]) / "tokenizers" / f"fineweb_{config['VOCAB_SIZE']}_bpe.model"]
+    places = [
+        dataset_folder(run) / "tokenizer.model",
+        Path(config["DATA_DIR"]) / "tokenizers" / f"fineweb_{config['VOCAB_SIZE']}_bpe.model",
+    ]
     if named := given or config["TOKENIZER_PATH"]:
         places = [Path(named)]
     path = next(filter(Path.is_file, places), None)
     if path is None:
         raise Stop(f"{places[0]}: the tokenizer of {run.folder} is not there; name it with --tokenizer PATH")
     if not file_hash(path).startswith(run.summary["data"]["tokenizer"]):
-        raise Stop(f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} instead "
-                   f"of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH")
+        raise Stop(
+            f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} instead "
+            f"of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH"
+        )
     return path
 
 
@@ -369,9 +516,13 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
             mean, std, count = text.split(",")
             moments = float(mean), float(std), int(count)
         except ValueError:
-            raise Stop(f"--baseline {text}: give mean,std,n of the score to beat, as in 1.06108,0.0009,3") from None
+            raise Stop(
+                f"--baseline {text}: give mean,std,n of the score to beat, as in 1.06108,0.0009,3"
+            ) from None
         if not (moments[0] > 0 and moments[1] >= 0 and moments[2] > 1):
-            raise Stop(f"--baseline {text}: needs a mean above 0, a standard deviation of at least 0 and n above 1")
+            raise Stop(
+                f"--baseline {text}: needs a mean above 0, a standard deviation of at least 0 and n above 1"
+            )
         return moments
     if not record:
         return None
@@ -383,36 +534,49 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
         return *mean_std(values), len(values)
     if "val_bpb" in facts and "val_bpb_std" in facts and len(facts.get("seeds", [])) > 1:
         return facts["val_bpb"], facts["val_bpb_std"], len(facts["seeds"])
-    raise Stop(f"--baseline-record {record}: its submission.json has neither seed_results of two seeds nor val_bpb, "
-               "val_bpb_std and seeds; give --baseline mean,std,n")
+    raise Stop(
+        f"--baseline-record {record}: its submission.json has neither seed_results of two seeds nor val_bpb, "
+        "val_bpb_std and seeds; give --baseline mean,std,n"
+    )
 
 
 def compare(runs: list[Run], baseline: tuple[float, float, int]) -> dict[str, Any]:
     """How far the runs lie below a baseline, in bits per byte and nats per token, and with what certainty."""
     values = [run.summary["val_bpb"] for run in runs]
     if len(values) < 2:
-        raise Stop(f"{runs[0].folder}: one run has no standard deviation; --baseline needs at least two seeds")
+        raise Stop(
+            f"{runs[0].folder}: one run has no standard deviation; --baseline needs at least two seeds"
+        )
     mean, std, count = baseline
     summary = runs[0].summary
     nats_per_bpb = summary["val_loss"] / summary["val_bpb"]
     gain = mean - mean_std(values)[0]
     lower = welch(values, mean, std, count)
     by_margin = welch(values, mean - MARGIN_NATS / nats_per_bpb, std, count)
-    return {"baseline_bpb": mean, "baseline_std": std, "baseline_seeds": count, "gain_bpb": gain,
-            "gain_nats_per_token": gain * nats_per_bpb, "p_lower": lower, "p_lower_by_0.005_nats": by_margin,
-            "meets_0.005_nats_at_p_0.01": gain * nats_per_bpb >= MARGIN_NATS and by_margin < MARGIN_P,
-            "meets_p_0.25": gain > 0 and lower < APPLIED_P}
+    return {
+        "baseline_bpb": mean,
+        "baseline_std": std,
+        "baseline_seeds": count,
+        "gain_bpb": gain,
+        "gain_nats_per_token": gain * nats_per_bpb,
+        "p_lower": lower,
+        "p_lower_by_0.005_nats": by_margin,
+        "meets_0.005_nats_at_p_0.01": gain * nats_per_bpb >= MARGIN_NATS and by_margin < MARGIN_P,
+        "meets_p_0.25": gain > 0 and lower < APPLIED_P,
+    }
 
 
 def verdict_of(comparison: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
     c, met = comparison, lambda holds: "met" if holds else "NOT met"
-    return [f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower by "
-            f"{c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
-            f"p = {c['p_lower']:.4g}.",
-            f"At least {MARGIN_NATS} nats per token lower at p < {MARGIN_P} (the written rule): "
-            f"{met(c['meets_0.005_nats_at_p_0.01'])}, p = {c['p_lower_by_0.005_nats']:.4g}.",
-            f"Lower at p < {APPLIED_P} (the rule as applied): {met(c['meets_p_0.25'])}."]
+    return [
+        f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower by "
+        f"{c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
+        f"p = {c['p_lower']:.4g}.",
+        f"At least {MARGIN_NATS} nats per token lower at p < {MARGIN_P} (the written rule): "
+        f"{met(c['meets_0.005_nats_at_p_0.01'])}, p = {c['p_lower_by_0.005_nats']:.4g}.",
+        f"Lower at p < {APPLIED_P} (the rule as applied): {met(c['meets_p_0.25'])}.",
+    ]
 
 
 # === THE FOLDER ===
@@ -442,16 +606,26 @@ def command_of(run: Run, seeds: list[Any]) -> str:
 def description(run: Run) -> str:
     """What the model is, in a sentence made from its settings."""
     c = run.config
-    loops = f", layers {c['LOOP_START']} to {c['LOOP_END']} passed {c['NUM_LOOPS'] + 1} times" if c["NUM_LOOPS"] else ""
+    loops = (
+        f", layers {c['LOOP_START']} to {c['LOOP_END']} passed {c['NUM_LOOPS'] + 1} times"
+        if c["NUM_LOOPS"]
+        else ""
+    )
     parameters = re.search(r"model_params:(\d+)", run.log)
     size = f" ({int(parameters[1]):,} parameters)" if parameters else ""
     stage = list(run.summary["bpb"])[-1]
-    rounding = f"to {c['MATRIX_BITS']} bits, the embedding to {c['EMBED_BITS']}, packed with {c['COMPRESSOR']}"
+    rounding = (
+        f"to {c['MATRIX_BITS']} bits, the embedding to {c['EMBED_BITS']}, packed with {c['COMPRESSOR']}"
+    )
     if c.get("QUANTIZER") == "rate_distortion":
-        rounding = f"on a trellis of {c['TRELLIS_STATES']} states with rate-distortion steps, filled to a set size"
-    return (f"A transformer of {c['NUM_LAYERS']} layers and width {c['MODEL_DIM']}{loops}{size}, vocabulary "
-            f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored from the "
-            f"bytes of the artifact (stage `{stage}`).")
+        rounding = (
+            f"on a trellis of {c['TRELLIS_STATES']} states with rate-distortion steps, filled to a set size"
+        )
+    return (
+        f"A transformer of {c['NUM_LAYERS']} layers and width {c['MODEL_DIM']}{loops}{size}, vocabulary "
+        f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored from the "
+        f"bytes of the artifact (stage `{stage}`)."
+    )
 
 
 def credits_of(run: Run) -> list[str]:
@@ -459,71 +633,143 @@ def credits_of(run: Run) -> list[str]:
     return [f"{idea}: {who}" for idea, who, uses in CREDITS if uses(run.config.get)]
 
 
-def submission(runs: list[Run], options: argparse.Namespace, comparison: dict[str, Any] | None,
-               left_out: dict[Path, str]) -> dict[str, Any]:
+def submission(
+    runs: list[Run], options: argparse.Namespace, comparison: dict[str, Any] | None, left_out: dict[Path, str]
+) -> dict[str, Any]:
     """The content of submission.json."""
     first, summaries = runs[0].summary, [run.summary for run in runs]
     bpb, loss = (mean_std([s[name] for s in summaries]) for name in ("val_bpb", "val_loss"))
-    keep = ("val_bpb", "val_loss", "bpb", "val_tokens", "val_bytes", "steps", "step_ms", "train_seconds",
-            "eval_seconds", "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256")
+    keep = (
+        "val_bpb",
+        "val_loss",
+        "bpb",
+        "val_tokens",
+        "val_bytes",
+        "steps",
+        "step_ms",
+        "train_seconds",
+        "eval_seconds",
+        "artifact_bytes",
+        "code_bytes",
+        "total_bytes",
+        "artifact_sha256",
+    )
     known = lambda value: None if math.isnan(value) else value
     return {
-        "author": options.author, "github_id": options.github_id, "name": options.name, "blurb": options.blurb or
-        description(runs[0]), "date": options.date, "track": options.track, "val_loss": loss[0], "val_bpb": bpb[0],
-        "val_loss_std": known(loss[1]), "val_bpb_std": known(bpb[1]), "seeds": [run.seed for run in runs],
+        "author": options.author,
+        "github_id": options.github_id,
+        "name": options.name,
+        "blurb": options.blurb or description(runs[0]),
+        "date": options.date,
+        "track": options.track,
+        "val_loss": loss[0],
+        "val_bpb": bpb[0],
+        "val_loss_std": known(loss[1]),
+        "val_bpb_std": known(bpb[1]),
+        "seeds": [run.seed for run in runs],
         "seed_results": {str(run.seed): {name: run.summary.get(name) for name in keep} for run in runs},
-        "bytes_total": max(s["total_bytes"] for s in summaries), "bytes_code": first["code_bytes"],
+        "bytes_total": max(s["total_bytes"] for s in summaries),
+        "bytes_code": first["code_bytes"],
         "bytes_model": max(s["artifact_bytes"] for s in summaries),
         "hardware": f"{first['world_size']} x {first['versions']['device']}",
-        "pytorch_version": first["versions"]["torch"], "source_sha256": first["versions"]["source_sha256"],
-        "data": first["data"], "overrides": without_seed(
-            {n: v for n, v in first["overrides"].items() if n in runs[0].settings()}),
+        "pytorch_version": first["versions"]["torch"],
+        "source_sha256": first["versions"]["source_sha256"],
+        "data": first["data"],
+        "overrides": without_seed({n: v for n, v in first["overrides"].items() if n in runs[0].settings()}),
         "compliance": {str(run.seed): run.summary["compliance"] for run in runs},
-        "comparison": comparison, "left_out": {folder.name: reason for folder, reason in left_out.items()},
+        "comparison": comparison,
+        "left_out": {folder.name: reason for folder, reason in left_out.items()},
     }
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
     """The text of the folder's README."""
     first, results = runs[0].summary, facts["seed_results"]
     stages = list(first["bpb"])
-    rows = [[seed, r["steps"], *(f"{r['bpb'][stage]:.5f}" for stage in stages), f"**{r['val_bpb']:.5f}**",
-             f"{r['val_loss']:.5f}", r["artifact_bytes"], r["total_bytes"], f"{r['train_seconds']:.1f}",
-             f"{r['eval_seconds']:.1f}"] for seed, r in results.items()]
-    rows.append(["mean", "", *[""] * len(stages), f"**{facts['val_bpb']:.5f}**", f"{facts['val_loss']:.5f}"] + [""] * 4)
+    rows = [
+        [
+            seed,
+            r["steps"],
+            *(f"{r['bpb'][stage]:.5f}" for stage in stages),
+            f"**{r['val_bpb']:.5f}**",
+            f"{r['val_loss']:.5f}",
+            r["artifact_bytes"],
+            r["total_bytes"],
+            f"{r['train_seconds']:.1f}",
+            f"{r['eval_seconds']:.1f}",
+        ]
+        for seed, r in results.items()
+    ]
+    rows.append(
+        ["mean", "", *[""] * len(stages), f"**{facts['val_bpb']:.5f}**", f"{facts['val_loss']:.5f}"]
+        + [""] * 4
+    )
     if facts["val_bpb_std"] is not None:
-        rows.append(["std", "", *[""] * len(stages), f"{facts['val_bpb_std']:.5f}", f"{facts['val_loss_std']:.5f}"]
-                    + [""] * 4)
-    compliance = [[run.seed, name, verdict, evidence] for run in runs
-                  for name, verdict, evidence in conditions(run.summary["compliance"])]
+        rows.append(
+            ["std", "", *[""] * len(stages), f"{facts['val_bpb_std']:.5f}", f"{facts['val_loss_std']:.5f}"]
+            + [""] * 4
+        )
+    compliance = [
+        [run.seed, name, verdict, evidence]
+        for run in runs
+        for name, verdict, evidence in conditions(run.summary["compliance"])
+    ]
     settings = [[f"`{name}`", f"`{show(value)}`"] for name, value in facts["overrides"].items()]
     parts = [
-        f"# {facts['name']}", *([facts["blurb"]] if facts["blurb"] != description(runs[0]) else []),
+        f"# {facts['name']}",
+        *([facts["blurb"]] if facts["blurb"] != description(runs[0]) else []),
         f"**val_bpb {facts['val_bpb']:.5f}** (mean of {len(runs)} seed{'s' * (len(runs) > 1)}"
         + (f", std {facts['val_bpb_std']:.5f}" if facts["val_bpb_std"] is not None else "")
         + f"), at most {facts['bytes_total']:,} bytes, {facts['hardware']}, PyTorch {facts['pytorch_version']}.",
-        "## Results", table(["seed", "steps", *stages, "val_bpb", "val_loss", "artifact bytes", "total bytes",
-                             "train s", "eval s"], rows), *notes,
+        "## Results",
+        table(
+            [
+                "seed",
+                "steps",
+                *stages,
+                "val_bpb",
+                "val_loss",
+                "artifact bytes",
+                "total bytes",
+                "train s",
+                "eval s",
+            ],
+            rows,
+        ),
+        *notes,
     ]
     if facts["left_out"]:
-        parts += ["Runs of the same settings that are left out: "
-                  + "; ".join(f"{name} ({reason})" for name, reason in facts["left_out"].items()) + "."]
+        parts += [
+            "Runs of the same settings that are left out: "
+            + "; ".join(f"{name} ({reason})" for name, reason in facts["left_out"].items())
+            + "."
+        ]
     parts += [
-        "## What it is", description(runs[0]),
-        "Settings that differ from the defaults of `train_gpt.py`:\n\n" + table(["setting", "value"], settings)
-        if settings else "All settings are the defaults of `train_gpt.py`.",
-        "## Command", f"`train_gpt.py` is the packed script whose bytes are counted; `pip install -r requirements.txt` "
-        f"first. Data: {text_of(first['data'])}.", f"```bash\n{command_of(runs[0], facts['seeds'])}\n```",
-        "## Compliance", "As recorded by each run: " + "; ".join(
-            f"seed {run.seed}: {run.summary['compliance'].get('reason', 'legal')}" for run in runs) + ".",
+        "## What it is",
+        description(runs[0]),
+        "Settings that differ from the defaults of `train_gpt.py`:\n\n"
+        + table(["setting", "value"], settings)
+        if settings
+        else "All settings are the defaults of `train_gpt.py`.",
+        "## Command",
+        f"`train_gpt.py` is the packed script whose bytes are counted; `pip install -r requirements.txt` "
+        f"first. Data: {text_of(first['data'])}.",
+        f"```bash\n{command_of(runs[0], facts['seeds'])}\n```",
+        "## Compliance",
+        "As recorded by each run: "
+        + "; ".join(f"seed {run.seed}: {run.summary['compliance'].get('reason', 'legal')}" for run in runs)
+        + ".",
         table(["seed", "condition or limit", "verdict", "evidence"], compliance),
-        "## Credits", "Numbers are pull requests of the public Parameter Golf repository.",
+        "## Credits",
+        "Numbers are pull requests of the public Parameter Golf repository.",
         "\n".join(f"* {line}" for line in credits_of(runs[0])),
     ]
     return "\n\n".join(parts) + "\n"
@@ -556,7 +802,9 @@ def git_author() -> str:
     """The name that git commits under here, empty if there is none."""
     if not shutil.which("git"):
         return ""
-    return subprocess.run(["git", "config", "user.name"], capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        ["git", "config", "user.name"], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def parse_left_out(pairs: list[str]) -> dict[Path, str]:
@@ -572,18 +820,38 @@ def parse_left_out(pairs: list[str]) -> dict[Path, str]:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help="run folders, one per seed")
     add("--name", required=True, help="name of the submission: letters, digits, '.', '_' and '-'")
-    add("--track", default=RECORD_TRACK, help="folder under records/; others than %(default)s accept any data, "
-        "hardware and number of seeds, as in demo or non-record")
+    add(
+        "--track",
+        default=RECORD_TRACK,
+        help="folder under records/; others than %(default)s accept any data, "
+        "hardware and number of seeds, as in demo or non-record",
+    )
     add("--baseline", metavar="MEAN,STD,N", help="the score to beat, for the Welch test")
-    add("--baseline-record", type=Path, metavar="FOLDER", help="the same, from a record folder's submission.json")
-    add("--check", action="store_true", help="score every artifact again with its packed script in an empty folder, "
-        "and run the compliance probes")
-    add("--leave-out", action="append", default=[], metavar="FOLDER=REASON",
-        help="a run of the same settings that is not submitted, and why; printed in the README")
+    add(
+        "--baseline-record",
+        type=Path,
+        metavar="FOLDER",
+        help="the same, from a record folder's submission.json",
+    )
+    add(
+        "--check",
+        action="store_true",
+        help="score every artifact again with its packed script in an empty folder, "
+        "and run the compliance probes",
+    )
+    add(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="FOLDER=REASON",
+        help="a run of the same settings that is not submitted, and why; printed in the README",
+    )
     add("--author", default=None, help="default: git's user.name")
     add("--github-id", default="", help="account on GitHub")
     add("--blurb", default="", help="what is new, in a sentence; default: the model in a sentence")
@@ -615,8 +883,10 @@ def main(arguments: list[str]) -> None:
     runs.sort(key=lambda run: run.seed)
     if options.track == RECORD_TRACK:
         if len(runs) < SEEDS:
-            raise Stop(f"{len(runs)} run{'s' * (len(runs) > 1)}: the record track needs {SEEDS} seeds; run more, or "
-                       "submit to another track, as in --track non-record")
+            raise Stop(
+                f"{len(runs)} run{'s' * (len(runs) > 1)}: the record track needs {SEEDS} seeds; run more, or "
+                "submit to another track, as in --track non-record"
+            )
         for run in runs:
             check_record_track(run)
     tokenizer = tokenizer_of(runs[0], options.tokenizer)
@@ -630,12 +900,19 @@ def main(arguments: list[str]) -> None:
     facts = submission(runs, options, comparison, left_out)
     write_folder(target, runs, facts, readme(runs, facts, notes), tokenizer)
     for run in runs:
-        print(f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']}  "
-              f"{run.folder}")
+        print(
+            f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']}  "
+            f"{run.folder}"
+        )
     spread = f" std {facts['val_bpb_std']:.8f}" if facts["val_bpb_std"] is not None else ""
     print(f"mean val_bpb {facts['val_bpb']:.8f}{spread} over {len(runs)} seed{'s' * (len(runs) > 1)}")
-    print("\n".join(verdict_of(comparison) if comparison else
-                    ["no baseline given: --baseline mean,std,n tells whether this is a record"]))
+    print(
+        "\n".join(
+            verdict_of(comparison)
+            if comparison
+            else ["no baseline given: --baseline mean,std,n tells whether this is a record"]
+        )
+    )
     print(f"written: {target}/")
     for name in ("author", "github_id"):
         if not facts[name]:

@@ -11,6 +11,7 @@ artifact document by document. The caller's environment lies below these setting
 The same command again goes on after a kill: finished runs are not repeated, unfinished ones resume, failed ones are
 tried again. The sweep folder keeps a copy of the script, so that an edit during the sweep changes no run of it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,7 +36,17 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from results import Run, Stop, is_locked, lookup, mean_std, paired, read_documents, read_json, write_atomically
+from results import (
+    Run,
+    Stop,
+    is_locked,
+    lookup,
+    mean_std,
+    paired,
+    read_documents,
+    read_json,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parent
 OURS = ("RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT")  # set for each run by the sweep itself
@@ -56,7 +67,9 @@ def parse_axes(words: list[str]) -> dict[str, list[str]]:
         if name in OURS:
             raise Stop(f"{name}: the sweep sets it for each run; use --out, --name, --stage or --artifact")
         if name in axes or len(set(listed)) < len(listed):
-            raise Stop(f"{word}: {name} {'is given twice' if name in axes else 'has a value twice'}; drop one")
+            raise Stop(
+                f"{word}: {name} {'is given twice' if name in axes else 'has a value twice'}; drop one"
+            )
         axes[name] = listed
     return axes
 
@@ -66,7 +79,9 @@ def read_recipe(path: Path) -> Settings:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise Stop(f"--recipe {path}: cannot be read ({error.strerror}); there are records/recipes/*.env") from None
+        raise Stop(
+            f"--recipe {path}: cannot be read ({error.strerror}); there are records/recipes/*.env"
+        ) from None
     pairs = [line.partition("=") for line in lines if line.strip() and not line.startswith("#")]
     if bad := [name for name, equals, _ in pairs if not equals]:
         raise Stop(f"--recipe {path}: the line {bad[0]!r} is not NAME=value; mend it")
@@ -78,16 +93,26 @@ def below(options: argparse.Namespace) -> Settings:
     settings: Settings = {}
     if options.artifact and (config := options.artifact.parent / "config.json").exists():
         from results import show
-        settings = {name: show(value) for name, value in read_json(config).items() if name not in (*OURS, "data")}
+
+        settings = {
+            name: show(value) for name, value in read_json(config).items() if name not in (*OURS, "data")
+        }
     return settings | (read_recipe(options.recipe) if options.recipe else {})
 
 
 def effective(script: Path, environment: Mapping[str, str]) -> Settings:
     """Every setting with the value that the trainer would use; Stop with its own message if it refuses one."""
-    done = subprocess.run([sys.executable, str(script), "--print-config"], env={**environment}, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "--print-config"],
+        env={**environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise Stop((done.stderr.strip().splitlines() or [f"{script}: --print-config fails; run it alone"])[-1])
+        raise Stop(
+            (done.stderr.strip().splitlines() or [f"{script}: --print-config fails; run it alone"])[-1]
+        )
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
@@ -124,9 +149,18 @@ def grid(axes: dict[str, list[str]], count: int = 0) -> list[Settings]:
     """Every combination, the baseline first; or the baseline and a sample of the others, `count` in all."""
     shape = [len(values) for values in axes.values()]
     total = math.prod(shape)
-    places = [0, *sorted(random.Random(0).sample(range(1, total), min(count, total) - 1))] if count else range(total)
-    return [{name: axes[name][i] for name, i in zip(axes, np.unravel_index(place, shape) if shape else (), strict=True)}
-            for place in places]
+    places = (
+        [0, *sorted(random.Random(0).sample(range(1, total), min(count, total) - 1))]
+        if count
+        else range(total)
+    )
+    return [
+        {
+            name: axes[name][i]
+            for name, i in zip(axes, np.unravel_index(place, shape) if shape else (), strict=True)
+        }
+        for place in places
+    ]
 
 
 def greedy(axes: dict[str, list[str]], score: Callable[[Settings], float]) -> Iterator[list[Settings]]:
@@ -137,7 +171,9 @@ def greedy(axes: dict[str, list[str]], score: Callable[[Settings], float]) -> It
         yield candidates
         best = min(candidates, key=score)
         if math.isinf(score(best)):
-            raise Stop(f"{name}: no value has finished with every seed; mend the errors above and start again")
+            raise Stop(
+                f"{name}: no value has finished with every seed; mend the errors above and start again"
+            )
 
 
 # === WHERE TO RUN ===
@@ -149,8 +185,9 @@ Start = Callable[[list[str], Settings, Path, int], Poll]  # command, settings, f
 def execute(command: list[str], settings: Settings, console: str, folder: str) -> int:
     """Run a command to its end with `settings` in its environment and its output in a file; its exit status."""
     with open(console, "w") as output:
-        return subprocess.run(command, env=os.environ | settings, cwd=folder, stdout=output, stderr=output,
-                              check=False).returncode
+        return subprocess.run(
+            command, env=os.environ | settings, cwd=folder, stdout=output, stderr=output, check=False
+        ).returncode
 
 
 def die_with_parent() -> None:
@@ -174,16 +211,23 @@ def local(options: argparse.Namespace) -> tuple[Start, int]:
     gpus, each = visible_gpus(), options.gpus_per_run
     if gpus and len(gpus) < each:
         raise Stop(f"--gpus-per-run {each}: there are {len(gpus)} GPUs; lower it")
-    groups = [",".join(gpus[i:i + each]) for i in range(0, len(gpus) - each + 1, each)]
+    groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
     jobs = options.jobs or max(len(groups), 1)
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
         extra = {"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} if groups else {}
         if not groups and jobs > 1:
-            extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+            extra["OMP_NUM_THREADS"] = os.environ.get(
+                "OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1))
+            )
         with open(console, "w") as output:
-            return subprocess.Popen(command, env=os.environ | settings | extra, stdout=output, stderr=output,
-                                    preexec_fn=die_with_parent).poll
+            return subprocess.Popen(
+                command,
+                env=os.environ | settings | extra,
+                stdout=output,
+                stderr=output,
+                preexec_fn=die_with_parent,
+            ).poll
 
     return start, jobs
 
@@ -211,6 +255,7 @@ def slurm(options: argparse.Namespace) -> tuple[Start, int]:
             if error := job.exception():
                 console.write_text(f"{error}\n")
             return 1 if error else job.result()
+
         return poll
 
     return start, options.jobs or 64
@@ -233,6 +278,7 @@ def ray(options: argparse.Namespace) -> tuple[Start, int]:
             except package.exceptions.RayError as error:
                 console.write_text(f"{error}\n")
                 return 1
+
         return poll
 
     return start, options.jobs or 64
@@ -271,7 +317,9 @@ class Sweep:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
-            raise Stop(f"{self.folder}: this sweep is running already; wait for it or choose another --name") from None
+            raise Stop(
+                f"{self.folder}: this sweep is running already; wait for it or choose another --name"
+            ) from None
         except OSError as error:
             raise Stop(f"{self.folder}: cannot be written ({error.strerror}); choose another --out") from None
 
@@ -283,14 +331,19 @@ class Sweep:
             if known.get(name) == identity[name]:
                 continue
             if name == "source_sha256":
-                raise Stop(f"{self.options.script}: has changed since {self.folder} was started; --name NEW starts "
-                           f"over, --script {self.script} goes on with the code of that time")
+                raise Stop(
+                    f"{self.options.script}: has changed since {self.folder} was started; --name NEW starts "
+                    f"over, --script {self.script} goes on with the code of that time"
+                )
             there, here = known.get(name), identity[name]
             if isinstance(here, dict) and isinstance(there, dict):
-                name, there, here = next((n, there.get(n), here.get(n)) for n in {**there, **here}
-                                         if there.get(n) != here.get(n))
-            raise Stop(f"{self.folder}: was started with {name}={there}, now it is {here}; set it back or choose "
-                       "another --name")
+                name, there, here = next(
+                    (n, there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)
+                )
+            raise Stop(
+                f"{self.folder}: was started with {name}={there}, now it is {here}; set it back or choose "
+                "another --name"
+            )
         known["runs"] |= {name_of(settings): settings for settings in runs}
         write_atomically(path, json.dumps(known, indent=1))
 
@@ -298,8 +351,14 @@ class Sweep:
         """The command of one run."""
         if self.options.gpus_per_run == 1:
             return [sys.executable, str(self.script)]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                f"--nproc_per_node={self.options.gpus_per_run}", str(self.script)]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={self.options.gpus_per_run}",
+            str(self.script),
+        ]
 
     def run(self, runs: list[Settings]) -> None:
         """Bring every run to its end, several at once; a failure is reported and does not stop the others."""
@@ -312,7 +371,9 @@ class Sweep:
         while pending or going:
             for slot in range(self.capacity):
                 ready = next((name for name in pending if not is_locked(self.folder / name)), None)
-                if slot in going or ready is None:  # a locked folder is still written by a process of an earlier sweep
+                if (
+                    slot in going or ready is None
+                ):  # a locked folder is still written by a process of an earlier sweep
                     continue
                 pending.remove(ready)
                 if (self.folder / ready / "summary.json").exists():
@@ -342,6 +403,7 @@ class Sweep:
 
 class Row(NamedTuple):
     """One combination of settings: its results by seed, and its difference to the baseline's over the same seeds."""
+
     settings: Settings
     runs: dict[str, Path]  # every run by seed, finished or not
     values: dict[str, float]  # the metric by seed
@@ -362,8 +424,11 @@ def rows_of(folder: Path, metric: str) -> list[Row]:
         groups.setdefault(key, {})[settings.get("SEED", "default")] = folder / name
     rows: list[Row] = []
     for key, runs in groups.items():
-        values = {seed: lookup(Run.read(path).summary, metric) for seed, path in runs.items()
-                  if (path / "summary.json").exists()}
+        values = {
+            seed: lookup(Run.read(path).summary, metric)
+            for seed, path in runs.items()
+            if (path / "summary.json").exists()
+        }
         failed = {seed: last_line(path / "console.log") for seed, path in runs.items() if seed not in values}
         mean, std = mean_std([*values.values()]) if values else (math.nan, math.nan)
         row = Row(json.loads(key), runs, values, failed, mean, std, math.nan, math.nan, "")
@@ -383,15 +448,26 @@ def compare(row: Row, baseline: Row, by_document: bool) -> Row:
         both = [*ours, *theirs]
         if all(both):
             first = both[0]
-            if any(not np.array_equal(getattr(first, n), getattr(d, n)) for d in both for n in ("tokens", "bytes")):
-                raise Stop(f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the same "
-                           "data to the whole sweep")
+            if any(
+                not np.array_equal(getattr(first, n), getattr(d, n))
+                for d in both
+                for n in ("tokens", "bytes")
+            ):
+                raise Stop(
+                    f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the same "
+                    "data to the whole sweep"
+                )
             nats = [np.mean([d.nats for d in side], 0) for side in (ours, theirs)]
             difference = float((nats[0] - nats[1]).sum() / math.log(2) / first.bytes.sum())
-            return row._replace(difference=difference, p_value=paired(*nats), pairs=f"{len(nats[0])} documents")
+            return row._replace(
+                difference=difference, p_value=paired(*nats), pairs=f"{len(nats[0])} documents"
+            )
     pairs = [(row.values[seed], baseline.values[seed]) for seed in seeds]
-    return row._replace(difference=float(np.mean([a - b for a, b in pairs])),
-                        p_value=paired(*zip(*pairs, strict=True)), pairs=f"{len(pairs)} seeds")
+    return row._replace(
+        difference=float(np.mean([a - b for a, b in pairs])),
+        p_value=paired(*zip(*pairs, strict=True)),
+        pairs=f"{len(pairs)} seeds",
+    )
 
 
 def number(value: float, form: str) -> str:
@@ -404,16 +480,31 @@ def text_table(rows: list[Row], metric: str) -> str:
     lines = [["mean", "std", "runs", "difference", "p", "paired over", f"settings ({metric})"]]
     for row in rows:
         settings = " ".join(f"{name}={value}" for name, value in row.settings.items()) or "(no settings)"
-        lines.append([number(row.mean, ".6f"), number(row.std, ".6f"), f"{len(row.values)}/{len(row.runs)}",
-                      number(row.difference, "+.6f"), number(row.p_value, ".3g"), row.pairs or "-", settings])
+        lines.append(
+            [
+                number(row.mean, ".6f"),
+                number(row.std, ".6f"),
+                f"{len(row.values)}/{len(row.runs)}",
+                number(row.difference, "+.6f"),
+                number(row.p_value, ".3g"),
+                row.pairs or "-",
+                settings,
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)) + "  " + line[-1]
-             for line in lines]
-    shown += [f"not finished: {row.runs[seed].name}: {line}" for row in rows for seed, line in row.failed.items()]
+    shown = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line[:-1], widths, strict=False)) + "  " + line[-1]
+        for line in lines
+    ]
+    shown += [
+        f"not finished: {row.runs[seed].name}: {line}" for row in rows for seed, line in row.failed.items()
+    ]
     tested = sum(not math.isnan(row.p_value) for row in rows)
     if tested > 1:
-        shown.append(f"{tested} comparisons: at the 5 % level one of them should have p below {0.05 / tested:.3g} "
-                     "(Bonferroni)")
+        shown.append(
+            f"{tested} comparisons: at the 5 % level one of them should have p below {0.05 / tested:.3g} "
+            "(Bonferroni)"
+        )
     return "\n".join(shown)
 
 
@@ -430,25 +521,69 @@ def launcher_option(text: str) -> tuple[str, Any]:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("axes", nargs="*", metavar="NAME=VALUE,VALUE", help="a setting and its values, the baseline's first")
     add("--greedy", action="store_true", help="one setting after the other, each keeping its best value")
     add("--random", type=int, default=0, metavar="N", help="N of the combinations, the baseline among them")
     add("--recipe", type=Path, metavar="FILE", help="settings below the environment, as in records/recipes/")
-    add("--stage", choices=("all", "evaluate"), default="all", help="evaluate: score --artifact with each setting")
-    add("--artifact", type=Path, metavar="FILE", help="the frozen artifact of --stage evaluate; the settings of "
-        "the run folder in which it lies come below the recipe's")
-    add("--metric", default="val_bpb", help="number in summary.json to sort by, as bpb.sliding (default %(default)s)")
+    add(
+        "--stage",
+        choices=("all", "evaluate"),
+        default="all",
+        help="evaluate: score --artifact with each setting",
+    )
+    add(
+        "--artifact",
+        type=Path,
+        metavar="FILE",
+        help="the frozen artifact of --stage evaluate; the settings of "
+        "the run folder in which it lies come below the recipe's",
+    )
+    add(
+        "--metric",
+        default="val_bpb",
+        help="number in summary.json to sort by, as bpb.sliding (default %(default)s)",
+    )
     add("--highest", action="store_true", help="a higher metric is better")
-    add("--jobs", type=int, default=0, metavar="N", help="runs at once; default: one per group of GPUs, one on a CPU")
-    add("--gpus-per-run", type=int, default=1, metavar="N", help="GPUs of each run, started with torchrun if several")
-    add("--launcher", choices=sorted(LAUNCHERS), default="local", help="where runs are started (default %(default)s)")
-    add("--launcher-option", type=launcher_option, action="append", default=[], metavar="NAME=VALUE",
-        help="a parameter of submitit's executor (slurm) or of ray.init (ray)")
+    add(
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="runs at once; default: one per group of GPUs, one on a CPU",
+    )
+    add(
+        "--gpus-per-run",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs of each run, started with torchrun if several",
+    )
+    add(
+        "--launcher",
+        choices=sorted(LAUNCHERS),
+        default="local",
+        help="where runs are started (default %(default)s)",
+    )
+    add(
+        "--launcher-option",
+        type=launcher_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of submitit's executor (slurm) or of ray.init (ray)",
+    )
     add("--name", default="", help="name of the sweep folder; default: the settings' names and a digest")
     add("--out", type=Path, default=Path("runs"), help="where the sweep folder is made (default %(default)s)")
-    add("--script", type=Path, default=ROOT / "train_gpt.py", help="the trainer (default: that of this repository)")
+    add(
+        "--script",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        help="the trainer (default: that of this repository)",
+    )
     options = parser.parse_args(arguments)
     for name in ("random", "jobs"):
         if getattr(options, name) < 0:
@@ -458,7 +593,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if options.greedy and (options.random or not options.axes):
         raise Stop("--greedy: needs settings with several values, and no --random")
     if (options.stage == "evaluate") != bool(options.artifact):
-        raise Stop(f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to it")
+        raise Stop(
+            f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to it"
+        )
     for path, name in ((options.artifact, "artifact"), (options.script, "script")):
         if path and not path.is_file():
             raise Stop(f"--{name} {path}: no such file; give the path of one")
@@ -479,19 +616,33 @@ def main(arguments: list[str]) -> None:
     seeds = axes.pop("SEED", [])
     fixed = {"STAGE": options.stage} | ({"ARTIFACT": str(options.artifact)} if options.artifact else {})
     base = below(options) | {name: value for name, value in os.environ.items() if name not in OURS} | fixed
-    with_seeds = lambda settings: [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
+    with_seeds = lambda settings: (
+        [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
+    )
     first = [{name: value[0] for name, value in axes.items()}]
     single = first + [first[0] | {name: v} for name, values in axes.items() for v in values[1:]]
     settings = single if options.greedy else grid(axes, options.random)
     found = resolve(options.script, base, with_seeds(settings))
-    same = {name: value for name, value in found[0].items() if name not in (*axes, *OURS, "SEED" if seeds else "")}
-    identity = {"axes": {**axes, "SEED": seeds}, "mode": "greedy" if options.greedy else f"random {options.random}"
-                if options.random else "grid", "highest": options.highest, "stage": options.stage,
-                "artifact_sha256": file_hash(options.artifact), "source_sha256": file_hash(options.script),
-                "settings": same}
-    digest = hashlib.sha256(json.dumps([identity["axes"], identity["mode"], options.stage, str(options.recipe),
-                                        str(options.artifact)]).encode()).hexdigest()[:6]
-    options.folder = (options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")).resolve()
+    same = {
+        name: value for name, value in found[0].items() if name not in (*axes, *OURS, "SEED" if seeds else "")
+    }
+    identity = {
+        "axes": {**axes, "SEED": seeds},
+        "mode": "greedy" if options.greedy else f"random {options.random}" if options.random else "grid",
+        "highest": options.highest,
+        "stage": options.stage,
+        "artifact_sha256": file_hash(options.artifact),
+        "source_sha256": file_hash(options.script),
+        "settings": same,
+    }
+    digest = hashlib.sha256(
+        json.dumps(
+            [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
+        ).encode()
+    ).hexdigest()[:6]
+    options.folder = (
+        options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")
+    ).resolve()
     known = set(found[0])
     sign = -1 if options.highest else 1
 
@@ -503,7 +654,10 @@ def main(arguments: list[str]) -> None:
         sweep.plan(identity, [] if options.greedy else with_seeds(settings))
         if options.script.resolve() != sweep.script:
             shutil.copyfile(options.script, sweep.script)
-        print(f"sweep: {os.path.relpath(options.folder)}, {options.launcher}, {sweep.capacity} at once", flush=True)
+        print(
+            f"sweep: {os.path.relpath(options.folder)}, {options.launcher}, {sweep.capacity} at once",
+            flush=True,
+        )
         for candidates in greedy(axes, score) if options.greedy else [settings]:
             if options.greedy:
                 resolve(options.script, base, candidates)

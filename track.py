@@ -8,6 +8,7 @@ It follows metrics.jsonl of the run folder (RUN_ID, or the run that starts after
 folder, and goes on where it was if the run is resumed. A tracker that is missing or fails costs one warning, no run.
 TRACKER_PROJECT names the project (default parameter-golf).
 """
+
 from __future__ import annotations
 
 import importlib
@@ -22,8 +23,14 @@ from typing import Any, Protocol
 from results import Stop, is_locked, read_json, step_of, write_atomically
 
 PAUSE = 2.0  # seconds between two looks at the file
-NAMES = {"train_loss": "train/loss", "rate": "train/lr", "step_ms": "perf/step_ms", "speed": "perf/tok_per_s",
-         "val_loss": "val/loss", "val_bpb": "val/bpb"}
+NAMES = {
+    "train_loss": "train/loss",
+    "rate": "train/lr",
+    "step_ms": "perf/step_ms",
+    "speed": "perf/tok_per_s",
+    "val_loss": "val/loss",
+    "val_bpb": "val/bpb",
+}
 
 
 class Tracker(Protocol):
@@ -83,8 +90,11 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one record of metrics.jsonl, by the names that trackers sort into groups."""
     kind, stage = record.get("kind"), record.get("stage", "")
     suffix = "" if not stage or stage.startswith("step") else f"_{stage}"
-    numbers = {name: value for name, value in record.items()
-               if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("time", "step")}
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("time", "step")
+    }
     if kind in ("train", "score") and "steps" not in record:
         return {NAMES[name] + suffix: value for name, value in numbers.items() if name in NAMES}
     return {f"summary/{name}": value for name, value in numbers.items()}
@@ -100,7 +110,7 @@ def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, A
             with open(path, "rb") as file:
                 file.seek(offset)
                 data = file.read()
-        for line in data[:data.rfind(b"\n") + 1].splitlines(keepends=True):
+        for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
             offset += len(line)
             try:
                 record = json.loads(line)
@@ -155,10 +165,16 @@ def main(arguments: list[str]) -> None:
     try:
         track(folder, name, PAUSE)
     except ImportError as error:
-        print(f"warning: TRACKER={name}: {error}; pip install {name}, the run itself is not affected", file=sys.stderr)
+        print(
+            f"warning: TRACKER={name}: {error}; pip install {name}, the run itself is not affected",
+            file=sys.stderr,
+        )
     except Exception as error:
-        print(f"warning: TRACKER={name}: stopped by {type(error).__name__}: {error}; the run itself is not affected, "
-              f"`TRACKER={name} python track.py {folder}` goes on", file=sys.stderr)
+        print(
+            f"warning: TRACKER={name}: stopped by {type(error).__name__}: {error}; the run itself is not affected, "
+            f"`TRACKER={name} python track.py {folder}` goes on",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

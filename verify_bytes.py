@@ -7,6 +7,7 @@
 Exit code 0: all that could be checked is right (what could not is listed); 1: refuted, with the first counter-example;
 2: the command cannot be carried out.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -65,8 +66,7 @@ CANONICAL = {
     "sp8192": Canonical("none", 50_000, (40_540_803, 40_540_803), (151_080_000, 151_081_500)),
     "caseops_v1": Canonical("caseops_v1", 50_000, (47_853_343, 47_853_344), (151_080_000, 151_081_500)),
 }
-FOLDERS = {"fineweb10B_sp8192": "sp8192",
-           "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": "caseops_v1"}
+FOLDERS = {"fineweb10B_sp8192": "sp8192", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved": "caseops_v1"}
 
 
 class Refuted(Exception):
@@ -74,6 +74,7 @@ class Refuted(Exception):
 
 
 # === WHAT THE WORKERS DO ===
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -104,9 +105,9 @@ class Scanned:
 class Passages:
     """Runs of OPENING_TOKENS tokens of validation documents, and a filter that tells most other text apart fast."""
 
-    tokens: np.ndarray    # (P, OPENING_TOKENS) uint16, the opening and the middle of each document
-    hashes: np.ndarray    # (P,) uint64, sorted
-    order: np.ndarray     # (P,) passage of each sorted hash
+    tokens: np.ndarray  # (P, OPENING_TOKENS) uint16, the opening and the middle of each document
+    hashes: np.ndarray  # (P,) uint64, sorted
+    order: np.ndarray  # (P,) passage of each sorted hash
 
     FILTER_BITS = 23
 
@@ -125,15 +126,16 @@ class Passages:
         found: list[tuple[int, int]] = []
         places = np.zeros(len(self.tokens), dtype=np.int64)
         for start in range(0, max(0, len(tokens) - OPENING_TOKENS + 1), BLOCK):
-            part = np.array(tokens[start:start + BLOCK + OPENING_TOKENS - 1])
+            part = np.array(tokens[start : start + BLOCK + OPENING_TOKENS - 1])
             hashes = window_hashes(part)
             candidates = np.flatnonzero(present[(hashes >> shift).astype(np.int64)])
             first = np.searchsorted(self.hashes, hashes[candidates], side="left")
             last = np.searchsorted(self.hashes, hashes[candidates], side="right")
             real = np.flatnonzero(first < last)
-            for position, low, high in zip(candidates[real].tolist(), first[real].tolist(), last[real].tolist(),
-                                           strict=True):
-                window = part[position:position + OPENING_TOKENS]
+            for position, low, high in zip(
+                candidates[real].tolist(), first[real].tolist(), last[real].tolist(), strict=True
+            ):
+                window = part[position : position + OPENING_TOKENS]
                 for passage in self.order[low:high].tolist():
                     if places[passage] < MOST_PLACES and np.array_equal(window, self.tokens[passage]):
                         places[passage] += 1
@@ -173,15 +175,21 @@ class ScanJob:
         hashes, openings = [], []
         for begin, end in zip((starts[:-1] + 1).tolist(), starts[1:].tolist(), strict=True):
             hashes.append(token_hash(values[begin:end]))
-            openings.append(token_hash(values[begin:begin + OPENING_TOKENS]) if end - begin >= OPENING_TOKENS else b"")
+            openings.append(
+                token_hash(values[begin : begin + OPENING_TOKENS]) if end - begin >= OPENING_TOKENS else b""
+            )
         largest = int(values.max()) if len(values) else 0
         if largest >= self.vocab_size and not problem:
             place = int(np.argmax(values >= self.vocab_size))
-            problem = (f"{scan.path.name}: token {place} is {int(values[place])}, but the tokenizer has "
-                       f"{self.vocab_size} entries")
-        matches = self.passages.find(np.concatenate([values, scan.following])) if self.passages is not None else []
-        head = np.array(values[:starts[0]] if len(starts) else values)
-        tail = np.array(values[starts[-1]:] if len(starts) else values[:0])
+            problem = (
+                f"{scan.path.name}: token {place} is {int(values[place])}, but the tokenizer has "
+                f"{self.vocab_size} entries"
+            )
+        matches = (
+            self.passages.find(np.concatenate([values, scan.following])) if self.passages is not None else []
+        )
+        head = np.array(values[: starts[0]] if len(starts) else values)
+        tail = np.array(values[starts[-1] :] if len(starts) else values[:0])
         return Scanned(len(values), len(starts), largest, problem, hashes, openings, head, tail, matches)
 
 
@@ -261,14 +269,26 @@ class SourceJob:
         ends = np.cumsum(lengths)
         sources = []
         for index, (text, code) in enumerate(zip(texts, codes, strict=True)):
-            own = ids[ends[index] - lengths[index]:ends[index]]
+            own = ids[ends[index] - lengths[index] : ends[index]]
             raw = text_hash(text)
-            known = raw in self.texts or (len(ids) and token_hash(own) in self.tokens) or (
-                len(own) >= OPENING_TOKENS and token_hash(own[:OPENING_TOKENS]) in self.openings)
+            known = (
+                raw in self.texts
+                or (len(ids) and token_hash(own) in self.tokens)
+                or (len(own) >= OPENING_TOKENS and token_hash(own[:OPENING_TOKENS]) in self.openings)
+            )
             length = len(text.encode())
             credited = length - encode_with_bytes(processor, self.transform, text)[2] if self.sidecar else 0
-            sources.append(Source(raw, text_hash(_plain(processor, text)), text_hash(_plain(processor, code)), length,
-                                  credited, bool(known), text[:60]))
+            sources.append(
+                Source(
+                    raw,
+                    text_hash(_plain(processor, text)),
+                    text_hash(_plain(processor, code)),
+                    length,
+                    credited,
+                    bool(known),
+                    text[:60],
+                )
+            )
         return sources
 
 
@@ -278,13 +298,20 @@ def _plain(processor, text: str) -> str:
 
 # === THE PROOF ===
 
+
 class Proof:
     """All checks of one dataset folder; `report` is filled as they go and is printable at any moment."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self.folder, self.options = folder, options
-        self.report: dict = {"dataset": folder.name, "verdict": "refuted", "first_counterexample": None, "proved": [],
-                             "not_proved": [], "counts": {}}
+        self.report: dict = {
+            "dataset": folder.name,
+            "verdict": "refuted",
+            "first_counterexample": None,
+            "proved": [],
+            "not_proved": [],
+            "counts": {},
+        }
         files = lambda pattern: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
         self.files = {"train": files(TRAIN), "val": files(VAL), "sidecar": files(SIDECAR)}
 
@@ -321,7 +348,9 @@ class Proof:
         except (OSError, ValueError, RecursionError) as error:
             raise Refuted(f"manifest.json: cannot be read ({error})") from None
         if manifest.get("format") != FORMAT:
-            self.not_proved("hashes and counts: manifest.json is of another format, so nothing in it is relied on")
+            self.not_proved(
+                "hashes and counts: manifest.json is of another format, so nothing in it is relied on"
+            )
             return
         if manifest.get("checksum") != checksum(manifest):
             raise Refuted("manifest.json: was changed after it was written (its checksum does not match)")
@@ -371,8 +400,13 @@ class Proof:
         expected = self.manifest.get("tokenizer", {}).get("sha256")
         if expected is not None and sha256_file(path) != expected:
             raise Refuted(f"{path.name}: sha256 differs from the tokenizer of the manifest")
-        symbols = {self.processor.id_to_piece(token): token for token in range(4, min(64, self.processor.vocab_size()))}
-        self.operators = {symbols[operator] for operator in TRANSFORMS["caseops_v3"][2] if operator in symbols}
+        symbols = {
+            self.processor.id_to_piece(token): token
+            for token in range(4, min(64, self.processor.vocab_size()))
+        }
+        self.operators = {
+            symbols[operator] for operator in TRANSFORMS["caseops_v3"][2] if operator in symbols
+        }
         self.escape = symbols.get(ESCAPE, -1)
         claimed = self.options.transform or self.manifest.get("transform")
         if claimed is None:
@@ -382,14 +416,18 @@ class Proof:
             raise Refuted(f"manifest.json: unknown transform {claimed!r}")
         self.transform = claimed
         if self.operators and not self.files["sidecar"]:
-            raise Refuted("the tokenizer has operators worth no bytes, but there is no byte sidecar: "
-                          "no score would be right")
+            raise Refuted(
+                "the tokenizer has operators worth no bytes, but there is no byte sidecar: "
+                "no score would be right"
+            )
 
     def _scans(self, kind: str) -> Iterator[Scan]:
         for index, path in enumerate(self.files[kind]):
-            after = self.values[kind][index + 1] if index + 1 < len(self.files[kind]) else np.zeros(0, np.uint16)
+            after = (
+                self.values[kind][index + 1] if index + 1 < len(self.files[kind]) else np.zeros(0, np.uint16)
+            )
             facts = self.manifest.get("files", {}).get(path.name)
-            yield Scan(path, np.array(after[:OPENING_TOKENS - 1]), facts and facts["sha256"], kind == "val")
+            yield Scan(path, np.array(after[: OPENING_TOKENS - 1]), facts and facts["sha256"], kind == "val")
 
     def _joined(self, kind: str, job: ScanJob) -> Iterator[tuple[Scanned, int]]:
         """Each shard's findings and its first token's position; a document that straddles is the shard's it ends in."""
@@ -434,19 +472,25 @@ class Proof:
         self._count_documents("val", documents)
         self.val_documents = documents
         if documents:
-            self.proved(f"{documents:,} validation documents in {self.counts['val']:,} tokens, all ids below "
-                        f"{self.processor.vocab_size()}")
+            self.proved(
+                f"{documents:,} validation documents in {self.counts['val']:,} tokens, all ids below "
+                f"{self.processor.vocab_size()}"
+            )
         else:
-            self.not_proved("the documents of the validation set: its shards have no BOS, so nothing separates them")
+            self.not_proved(
+                "the documents of the validation set: its shards have no BOS, so nothing separates them"
+            )
         credited, before = 0, BOS
         for values in self.values["val"]:
             for start in range(0, len(values), 4 * BLOCK):
-                tokens = np.array(values[start:start + 4 * BLOCK])
+                tokens = np.array(values[start : start + 4 * BLOCK])
                 credited += table_bytes(self.processor, tokens, before)
                 before = int(tokens[-1])
         self.report["counts"]["val_lut_bytes"] = self.table_credit = credited
         if (claimed := self.manifest.get("val_lut_bytes")) is not None and claimed != credited:
-            raise Refuted(f"byte tables credit {credited} bytes to the validation set, the manifest says {claimed}")
+            raise Refuted(
+                f"byte tables credit {credited} bytes to the validation set, the manifest says {claimed}"
+            )
 
     def _sidecar(self) -> None:
         true = self.manifest.get("val_bytes")
@@ -459,50 +503,68 @@ class Proof:
             return
         lengths = [[len(values) for values in self.values[kind]] for kind in ("val", "sidecar")]
         if lengths[0] != lengths[1]:
-            raise Refuted(f"the sidecar's shards have {lengths[1]} values, the validation shards {lengths[0]} tokens")
+            raise Refuted(
+                f"the sidecar's shards have {lengths[1]} values, the validation shards {lengths[0]} tokens"
+            )
         total, escaped, position = 0, False, 0
         operators = np.zeros(self.processor.vocab_size(), bool)
         operators[list(self.operators)] = True
         controls = np.array([self.processor.is_control(token) for token in range(len(operators))])
         for tokens_all, values_all in zip(self.values["val"], self.values["sidecar"], strict=True):
             for start in range(0, len(tokens_all), 4 * BLOCK):
-                tokens = np.array(tokens_all[start:start + 4 * BLOCK])
-                values = np.array(values_all[start:start + 4 * BLOCK])
+                tokens = np.array(tokens_all[start : start + 4 * BLOCK])
+                values = np.array(values_all[start : start + 4 * BLOCK])
                 total += int(values.sum(dtype=np.int64))
                 wrong = np.flatnonzero(controls[tokens] & (values != 0))
                 if len(wrong):
-                    raise Refuted(f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
-                                  f"no bytes, the sidecar says {values[wrong[0]]}")
+                    raise Refuted(
+                        f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
+                        f"no bytes, the sidecar says {values[wrong[0]]}"
+                    )
                 # Whether an operator is escaped depends on the run of operators before it; runs are short and few.
                 for index in np.flatnonzero(operators[tokens]).tolist():
                     literal = escaped if index == 0 else self._literal(tokens, index, escaped)
                     worth = 3 if literal else 0
                     if values[index] != worth:
-                        raise Refuted(f"sidecar: token {position + index} is operator {self._piece(tokens[index])}, "
-                                      f"worth {worth} bytes of the raw text, the sidecar says {values[index]}")
-                escaped = bool(tokens[-1] == self.escape and not self._literal(tokens, len(tokens) - 1, escaped))
+                        raise Refuted(
+                            f"sidecar: token {position + index} is operator {self._piece(tokens[index])}, "
+                            f"worth {worth} bytes of the raw text, the sidecar says {values[index]}"
+                        )
+                escaped = bool(
+                    tokens[-1] == self.escape and not self._literal(tokens, len(tokens) - 1, escaped)
+                )
                 position += len(tokens)
         self.report["counts"]["val_sidecar_bytes"] = self.credited = total
         if true is not None:
             uncounted = self.manifest.get("val_uncounted_bytes", 0)
             if total != true - uncounted:
                 excess = 100 * (total / max(1, true - uncounted) - 1)
-                raise Refuted(f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
-                              f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)")
-            self.proved(f"the sidecar sums to the {true:,} raw bytes of the manifest"
-                        + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else ""))
+                raise Refuted(
+                    f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
+                    f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)"
+                )
+            self.proved(
+                f"the sidecar sums to the {true:,} raw bytes of the manifest"
+                + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else "")
+            )
         else:
-            self.not_proved("the sum of the sidecar: only the raw documents say what it must be (--documents)")
+            self.not_proved(
+                "the sum of the sidecar: only the raw documents say what it must be (--documents)"
+            )
 
     def _compare_tables(self, true: int) -> None:
         difference = self.table_credit - true
         self.report["counts"]["val_lut_difference"] = difference
         if abs(difference) > 0.01 * true:
-            raise Refuted(f"without a sidecar the byte tables are the count, and they credit {self.table_credit} bytes "
-                          f"for {true} ({100 * difference / true:+.2f} %)")
+            raise Refuted(
+                f"without a sidecar the byte tables are the count, and they credit {self.table_credit} bytes "
+                f"for {true} ({100 * difference / true:+.2f} %)"
+            )
         if difference:
-            self.not_proved(f"an exact byte count: there is no sidecar and the byte tables credit {difference:+,} "
-                            f"bytes ({100 * difference / true:+.4f} %), because SentencePiece normalises text")
+            self.not_proved(
+                f"an exact byte count: there is no sidecar and the byte tables credit {difference:+,} "
+                f"bytes ({100 * difference / true:+.4f} %), because SentencePiece normalises text"
+            )
         else:
             self.proved("the byte tables credit exactly the raw bytes")
 
@@ -541,31 +603,48 @@ class Proof:
                     equal += whole in self.val_hashes
                     same_opening += whole not in self.val_hashes
                     how = "is" if whole in self.val_hashes else "starts like"
-                    example = example or (f"training document near number {documents + number} {how} "
-                                          "a validation document")
+                    example = example or (
+                        f"training document near number {documents + number} {how} a validation document"
+                    )
             documents += found.documents
             for passage, position in found.matches:
                 store = openings if passage < len(distances) else middles
                 store.setdefault(passage % len(distances), []).append(first + position)
         self._count_documents("train", documents)
-        inside = [number for number in openings if number in middles and self._contained(
-            openings[number], middles[number], int(distances[number]))]
+        inside = [
+            number
+            for number in openings
+            if number in middles
+            and self._contained(openings[number], middles[number], int(distances[number]))
+        ]
         shared = len(set(openings) | set(middles)) - len(inside)
-        overlap = {"equal": equal, "same_opening": same_opening, "found_inside": len(inside), "share_a_passage": shared}
+        overlap = {
+            "equal": equal,
+            "same_opening": same_opening,
+            "found_inside": len(inside),
+            "share_a_passage": shared,
+        }
         self.report["overlap"] = overlap
         if inside and not example:
             place = openings[inside[0]][0]
-            example = (f"validation document {int(self.passage_documents[inside[0]])} stands inside the training "
-                       f"shards, at token {place}")
+            example = (
+                f"validation document {int(self.passage_documents[inside[0]])} stands inside the training "
+                f"shards, at token {place}"
+            )
         hits = max(equal + same_opening, len(inside))
         if hits > self.options.max_overlap:
-            raise Refuted(f"{example}; in all {equal} training documents equal a validation document, {same_opening} "
-                          f"start like one, and {len(inside)} validation documents stand inside the training shards")
+            raise Refuted(
+                f"{example}; in all {equal} training documents equal a validation document, {same_opening} "
+                f"start like one, and {len(inside)} validation documents stand inside the training shards"
+            )
         if self.val_documents:
-            self.proved(f"{hits} validation documents in the training shards, within --max-overlap" if hits else
-                        f"no validation document among {documents:,} training documents ({self.counts['train']:,} "
-                        "tokens; by content of whole documents and of openings, and anywhere by two passages of "
-                        f"{OPENING_TOKENS} tokens)")
+            self.proved(
+                f"{hits} validation documents in the training shards, within --max-overlap"
+                if hits
+                else f"no validation document among {documents:,} training documents ({self.counts['train']:,} "
+                "tokens; by content of whole documents and of openings, and anywhere by two passages of "
+                f"{OPENING_TOKENS} tokens)"
+            )
             if shared:
                 self.report["counts"]["val_docs_sharing_a_passage"] = shared
 
@@ -573,17 +652,21 @@ class Proof:
         return bool(set(openings) & {position - distance for position in middles})
 
     def _canonical(self) -> None:
-        name = self.options.name or (self.manifest.get("name") if self.manifest.get("name") in CANONICAL
-                                     else FOLDERS.get(self.folder.resolve().name))
+        name = self.options.name or (
+            self.manifest.get("name")
+            if self.manifest.get("name") in CANONICAL
+            else FOLDERS.get(self.folder.resolve().name)
+        )
         if name is None:
             return
         constants = CANONICAL[name]
         if self.transform != constants.transform:
             raise Refuted(f"named {name}, whose transform is {constants.transform}, not {self.transform}")
         for what, value, (low, high) in (
-                ("validation documents", self.val_documents, (constants.documents,) * 2),
-                ("validation tokens", self.counts["val"], constants.tokens),
-                ("validation bytes", self.credited, constants.credited)):
+            ("validation documents", self.val_documents, (constants.documents,) * 2),
+            ("validation tokens", self.counts["val"], constants.tokens),
+            ("validation bytes", self.credited, constants.credited),
+        ):
             if not low <= value <= high:
                 expected = f"{low:,}" if low == high else f"{low:,} to {high:,}"
                 raise Refuted(f"named {name}, but it has {value:,} {what} instead of {expected}")
@@ -595,7 +678,9 @@ class Proof:
         job = DecodeJob(str(self.tokenizer_path), self.transform)
         chunks = self._chunks(kind, kind == "val" and bool(self.files["sidecar"]))
         for _, decoded in run_in_order(job, chunks, self.options.workers):
-            yield from zip(decoded.texts, decoded.inverses, decoded.credited or [0] * len(decoded.texts), strict=True)
+            yield from zip(
+                decoded.texts, decoded.inverses, decoded.credited or [0] * len(decoded.texts), strict=True
+            )
 
     def _chunks(self, kind: str, sidecar: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Whole documents, about CHUNK_TOKENS at a time, with their sidecar values."""
@@ -604,8 +689,10 @@ class Proof:
         for shard in range(len(self.files[kind])):
             columns = [self.values[name][shard] for name in names]
             for start in range(0, len(columns[0]), CHUNK_TOKENS):
-                rest = [np.concatenate([old, column[start:start + CHUNK_TOKENS]])
-                        for old, column in zip(rest, columns, strict=True)]
+                rest = [
+                    np.concatenate([old, column[start : start + CHUNK_TOKENS]])
+                    for old, column in zip(rest, columns, strict=True)
+                ]
                 starts = np.flatnonzero(rest[0] == BOS)
                 if len(starts) and (cut := int(starts[-1])):
                     yield rest[0][:cut], rest[1][:cut] if sidecar else None
@@ -648,7 +735,9 @@ class Proof:
             job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
         start = Position() if separate else end
         records = batches(options.documents, options.key, 2_000_000, start)
-        training = (source for _, sources in run_in_order(job, records, options.workers) for source in sources)
+        training = (
+            source for _, sources in run_in_order(job, records, options.workers) for source in sources
+        )
         total = self._compare("train", (source for source in training if not source.known))
         if (claimed := self.manifest.get("train_bytes")) is not None and claimed != total:
             raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")
@@ -663,60 +752,117 @@ class Proof:
         for number, source in enumerate(sources):
             found = next(decoded, nothing)
             if found is nothing:
-                raise Refuted(f"{kind} document {number} ({source.excerpt!r}): missing, the shards end before it")
+                raise Refuted(
+                    f"{kind} document {number} ({source.excerpt!r}): missing, the shards end before it"
+                )
             text, inverse, credited = found
             if text != source.code:
-                raise Refuted(f"{kind} document {number}: its tokens do not decode to the raw document "
-                              f"{source.excerpt!r}")
-            tier = "exact" if inverse == source.raw else "normalised" if inverse == source.normalised else "case_lost"
+                raise Refuted(
+                    f"{kind} document {number}: its tokens do not decode to the raw document "
+                    f"{source.excerpt!r}"
+                )
+            tier = (
+                "exact"
+                if inverse == source.raw
+                else "normalised"
+                if inverse == source.normalised
+                else "case_lost"
+            )
             tiers[tier if lossless else "lossy"] += 1
             if lossless and tier == "case_lost":
                 lost = lost or f"{kind} document {number} ({source.excerpt!r})"
             if kind == "val":
                 self.raw_hashes.add(source.raw)
                 if self.files["sidecar"] and credited != source.credited:
-                    raise Refuted(f"sidecar: gives {credited} bytes to validation document {number} "
-                                  f"({source.excerpt!r}), which has {source.length}, of which "
-                                  f"{source.length - source.credited} are dropped at its ends")
+                    raise Refuted(
+                        f"sidecar: gives {credited} bytes to validation document {number} "
+                        f"({source.excerpt!r}), which has {source.length}, of which "
+                        f"{source.length - source.credited} are dropped at its ends"
+                    )
             total += source.length
         if next(decoded, nothing) is not nothing:
             raise Refuted(f"{kind} shards: more documents than the {number + 1} raw ones")
         self.report.setdefault("documents", {})[kind] = tiers
         if tiers["case_lost"] > self.options.max_case_lost * (number + 1):
-            raise Refuted(f"{lost}: its tokens do not give its capitals back, and so it is with "
-                          f"{tiers['case_lost']:,} of {number + 1:,} {kind} documents, which is more than "
-                          f"--max-case-lost {self.options.max_case_lost:g} of them: {self.transform} is not lossless "
-                          "here")
-        self.proved(f"{kind} tokens decode to the raw documents: " + "; ".join(
-            f"{count:,} {meaning}" for count, meaning in (
-                (tiers["exact"], "exactly"),
-                (tiers["normalised"], "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)"),
-                (tiers["case_lost"], "to the normalised transformed text only (within --max-case-lost): the "
-                                     "normalisation took away what the inverse transform needs, so some capitals "
-                                     f"cannot be recovered, first in {lost}"),
-                (tiers["lossy"], f"to the normalised text of the lossy transform {self.transform}, not to the original")
-            ) if count))
+            raise Refuted(
+                f"{lost}: its tokens do not give its capitals back, and so it is with "
+                f"{tiers['case_lost']:,} of {number + 1:,} {kind} documents, which is more than "
+                f"--max-case-lost {self.options.max_case_lost:g} of them: {self.transform} is not lossless "
+                "here"
+            )
+        self.proved(
+            f"{kind} tokens decode to the raw documents: "
+            + "; ".join(
+                f"{count:,} {meaning}"
+                for count, meaning in (
+                    (tiers["exact"], "exactly"),
+                    (
+                        tiers["normalised"],
+                        "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)",
+                    ),
+                    (
+                        tiers["case_lost"],
+                        "to the normalised transformed text only (within --max-case-lost): the "
+                        "normalisation took away what the inverse transform needs, so some capitals "
+                        f"cannot be recovered, first in {lost}",
+                    ),
+                    (
+                        tiers["lossy"],
+                        f"to the normalised text of the lossy transform {self.transform}, not to the original",
+                    ),
+                )
+                if count
+            )
+        )
         return total
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; exits with usage on a wrong one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("dataset", type=Path, help="folder with fineweb_*.bin")
-    add("--documents", nargs="+", default=[], metavar="FILE",
-        help="the raw documents, in the order given to prepare.py")
-    add("--val", nargs="+", default=[], metavar="FILE", help="the raw validation documents, where they were separate")
+    add(
+        "--documents",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the raw documents, in the order given to prepare.py",
+    )
+    add(
+        "--val",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="the raw validation documents, where they were separate",
+    )
     add("--key", default="text", help="key of the text in the documents (default %(default)s)")
     add("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model in the folder)")
     add("--transform", choices=sorted(TRANSFORMS), help="for a dataset whose manifest does not name it")
     add("--name", choices=sorted(CANONICAL), help="demand the published constants of this dataset")
-    add("--max-overlap", type=int, default=0, metavar="N",
-        help="accept up to N validation documents among the training data (natural duplicates of a published export)")
-    add("--max-case-lost", type=float, default=MOST_CASE_LOST, metavar="SHARE",
-        help="accept up to this share of documents whose capitals the normalisation has lost (default %(default)s)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)")
+    add(
+        "--max-overlap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="accept up to N validation documents among the training data (natural duplicates of a published export)",
+    )
+    add(
+        "--max-case-lost",
+        type=float,
+        default=MOST_CASE_LOST,
+        metavar="SHARE",
+        help="accept up to this share of documents whose capitals the normalisation has lost (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default %(default)s)",
+    )
     add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
     options.documents, options.val = expand(options.documents), expand(options.val)

@@ -51,25 +51,38 @@ SETTINGS = {
 
 def settings(dataset: Path, out: Path, minutes: float, loops: int) -> dict[str, str]:
     """The environment variables of the training."""
-    changes = {"MAX_WALLCLOCK_SECONDS": str(60 * minutes), "DATASETS_DIR": str(dataset), "NUM_LOOPS": str(loops)}
+    changes = {
+        "MAX_WALLCLOCK_SECONDS": str(60 * minutes),
+        "DATASETS_DIR": str(dataset),
+        "NUM_LOOPS": str(loops),
+    }
     return SETTINGS | changes | {"OUT_DIR": str(out.resolve().parent), "RUN_ID": out.name}
 
 
 def main() -> None:
     """Train, or find the finished training, and print what it was."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path, help="folder of shards made by data/prepare.py")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "packing", help="run folder of the checkpoint")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "packing", help="run folder of the checkpoint"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="training budget")
     parser.add_argument("--loops", type=int, default=0, help="how often layers 1 and 2 are visited again")
     parser.add_argument("--quick", action="store_true", help="half a minute of training")
     options = parser.parse_args()
-    changes = settings(options.dataset.resolve(), options.out, 0.5 if options.quick else options.minutes, options.loops)
+    changes = settings(
+        options.dataset.resolve(), options.out, 0.5 if options.quick else options.minutes, options.loops
+    )
     began = time.monotonic()
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | changes, check=True)
     facts = json.loads((options.out / "stages.json").read_text())["train"]
     print(f"{options.out}: {facts['steps']} steps, {facts['tokens_per_second']:,.0f} tokens/s")
-    print("RESULT " + json.dumps({"folder": str(options.out), "seconds": round(time.monotonic() - began, 1), **facts}))
+    print(
+        "RESULT "
+        + json.dumps({"folder": str(options.out), "seconds": round(time.monotonic() - began, 1), **facts})
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Speed of the data side against its plain versions, in MB of raw text a second on one core.
 
-    python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
-    python bench/data.py --quick    # the same figures from less text, within a minute
-    python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3, from the same text
-    python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
+python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
+python bench/data.py --quick    # the same figures from less text, within a minute
+python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3, from the same text
+python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,11 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 # As a script this file would be found under the name of the package `data`: its folder must not be searched.
-sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(path for path in sys.path if Path(path).resolve() != ROOT / "bench")]
+sys.path[:] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    *(path for path in sys.path if Path(path).resolve() != ROOT / "bench"),
+]
 import caps_reference
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
@@ -72,16 +77,27 @@ class Table:
         median = statistics.median(speeds)
         return median, (max(speeds) - min(speeds)) / median
 
-    def compare(self, name: str, fast: Callable[[list[str]], object], plain: Callable[[list[str]], object],
-                texts: list[str], sample: list[str], raw: tuple[int, int] | None = None) -> None:
+    def compare(
+        self,
+        name: str,
+        fast: Callable[[list[str]], object],
+        plain: Callable[[list[str]], object],
+        texts: list[str],
+        sample: list[str],
+        raw: tuple[int, int] | None = None,
+    ) -> None:
         """Both versions, the plain one on `sample`; `raw` are the bytes of raw text where the texts are codes."""
         amounts = raw or (size(texts), size(sample))
         speed, spread = self.speed(lambda: fast(texts), amounts[0], self.repeats)
         slow, slow_spread = self.speed(lambda: plain(sample), amounts[1], self.repeats)
         print(f"{name:<34}{speed:>9.1f}{spread:>8.0%} {slow:>9.2f}{speed / slow:>7.1f}x", flush=True)
-        self.figures |= {f"{name}_mb_per_s": round(speed, 2), f"{name}_spread": round(spread, 3),
-                         f"{name}_plain_mb_per_s": round(slow, 3), f"{name}_plain_spread": round(slow_spread, 3),
-                         f"{name}_ratio": round(speed / slow, 2)}
+        self.figures |= {
+            f"{name}_mb_per_s": round(speed, 2),
+            f"{name}_spread": round(spread, 3),
+            f"{name}_plain_mb_per_s": round(slow, 3),
+            f"{name}_plain_spread": round(slow_spread, 3),
+            f"{name}_ratio": round(speed / slow, 2),
+        }
 
 
 def each(function: Callable) -> Callable[[list[str]], list]:
@@ -102,17 +118,31 @@ def speeds(quick: bool) -> dict:
     for version, name in ((1, "decode"), (3, "decode_v3")):
         plain = caps_reference.decode_v1 if version == 1 else caps_reference.decode_v3
         codes = [encode_caseops(text, version) for text in texts]
-        table.compare(name, each(lambda code, version=version: decode_caseops(code, version)), each(plain), codes,
-                      codes[:len(sample)], raw)
+        table.compare(
+            name,
+            each(lambda code, version=version: decode_caseops(code, version)),
+            each(plain),
+            codes,
+            codes[: len(sample)],
+            raw,
+        )
     codes = [encode_caseops(text) for text in texts]
-    models = {"tokenize": (codes, "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"),
-              "tokenize_sp8192": (texts, "fineweb_8192_bpe.model")}
+    models = {
+        "tokenize": (codes, "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"),
+        "tokenize_sp8192": (texts, "fineweb_8192_bpe.model"),
+    }
     for name, (inputs, file) in models.items():
         path = SHARED / "tokenizers" / file
         processor = FastTokenizer(path).processor
-        few = inputs[:4 * len(sample)] if quick else inputs
-        table.compare(name, lambda part, path=path: FastTokenizer(path).encode_batch(part), each(processor.encode),
-                      inputs, few, (size(texts), size(texts[:len(few)])))
+        few = inputs[: 4 * len(sample)] if quick else inputs
+        table.compare(
+            name,
+            lambda part, path=path: FastTokenizer(path).encode_batch(part),
+            each(processor.encode),
+            inputs,
+            few,
+            (size(texts), size(texts[: len(few)])),
+        )
     path = SHARED / "tokenizers" / models["tokenize"][1]
     warm = FastTokenizer(path)
     warm.encode_batch(codes)
@@ -125,19 +155,39 @@ def speeds(quick: bool) -> dict:
             pieces = warm.processor.encode(caps_reference.encode_v1(text), return_type="proto").pieces
             caps_reference.byte_counts([piece.surface for piece in pieces])
 
-    few = texts[:2 * len(sample)]
-    table.compare("sidecar", each(lambda text: encode_with_bytes(warm.processor, "caseops_v1", text)), plain_sidecar,
-                  few, sample)
+    few = texts[: 2 * len(sample)]
+    table.compare(
+        "sidecar",
+        each(lambda text: encode_with_bytes(warm.processor, "caseops_v1", text)),
+        plain_sidecar,
+        few,
+        sample,
+    )
     lines = [json.dumps({"text": text}).encode() for text in texts]
 
     def pipeline(part: list[str]) -> None:
-        job = Job(str(path), str(time.perf_counter_ns()), "caseops_v1", "text", False, Known(texts={b""}, tokens={b""}))
+        job = Job(
+            str(path),
+            str(time.perf_counter_ns()),
+            "caseops_v1",
+            "text",
+            False,
+            Known(texts={b""}, tokens={b""}),
+        )
         for start in range(0, len(part), 500):
-            job(Batch(path, Position(record=start), lines[start:start + 500][:len(part) - start], Position(), 0))
+            job(
+                Batch(
+                    path,
+                    Position(record=start),
+                    lines[start : start + 500][: len(part) - start],
+                    Position(),
+                    0,
+                )
+            )
 
     def plain_pipeline(part: list[str]) -> None:
         ids: list[int] = []
-        for line in lines[:len(part)]:
+        for line in lines[: len(part)]:
             ids += [BOS, *warm.processor.encode(caps_reference.encode_v1(json.loads(line)["text"]))]
         np.array(ids, dtype=np.uint16)
 
@@ -156,8 +206,19 @@ def verification(tokens: int) -> dict:
             values[::800] = BOS
             write_shard(folder / f"fineweb_{kind}_000000.bin", values)
         began = time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / "verify_bytes.py"), name, "--workers", "2", "--tokenizer",
-                        str(SHARED / "tokenizers" / "fineweb_8192_bpe.model")], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "verify_bytes.py"),
+                name,
+                "--workers",
+                "2",
+                "--tokenizer",
+                str(SHARED / "tokenizers" / "fineweb_8192_bpe.model"),
+            ],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         seconds = time.perf_counter() - began
     print(f"verify_bytes.py, {tokens / 1e6:.0f} M tokens in a shard: {seconds:.1f} s")
     return {"verify_tokens": tokens, "verify_seconds": round(seconds, 2)}
@@ -174,11 +235,17 @@ def tokens_per_byte(megabytes: float) -> dict:
     training += documents("prose.jsonl.xz", max(0.1, megabytes - size(web) / 1e6))
     raw = size(held_out)
     print(f"trained on {size(training) / 1e6:.1f} MB, counted on {raw / 1e6:.2f} MB of held-out text")
-    print(f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}")
+    print(
+        f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}"
+    )
 
     def sentences(encode: Callable[[str], str]) -> Iterator[str]:
-        return (line for text in training for line in encode(text).splitlines()
-                if len(line.encode()) <= LONGEST_SENTENCE)
+        return (
+            line
+            for text in training
+            for line in encode(text).splitlines()
+            if len(line.encode()) <= LONGEST_SENTENCE
+        )
 
     results: dict = {}
     with tempfile.TemporaryDirectory() as name:
@@ -189,15 +256,29 @@ def tokens_per_byte(megabytes: float) -> dict:
             marks = int(np.isin(ids, np.arange(4, 4 + len(operators))).sum())
             results[transform] = len(ids)
             change = len(ids) / results["caseops_v1"] - 1
-            print(f"{transform:<14}{len(ids):>11,}{len(ids) / raw:>10.5f}{change:>+12.1%}{PUBLISHED[transform]:>11.5f}"
-                  f"{marks:>11,}", flush=True)
+            print(
+                f"{transform:<14}{len(ids):>11,}{len(ids) / raw:>10.5f}{change:>+12.1%}{PUBLISHED[transform]:>11.5f}"
+                f"{marks:>11,}",
+                flush=True,
+            )
     return {f"tokens_per_byte_{name}": round(count / raw, 5) for name, count in results.items()} | {
-        "v3_against_v1": round(results["caseops_v3"] / results["caseops_v1"] - 1, 4), "training_mb": megabytes}
+        "v3_against_v1": round(results["caseops_v3"] / results["caseops_v1"] - 1, 4),
+        "training_mb": megabytes,
+    }
 
 
 def kills(count: int) -> dict:
     """The test that kills a run and goes on, so many times; the first failure ends it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "test_prepare.py"), "-k", "killed"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        str(ROOT / "tests" / "test_prepare.py"),
+        "-k",
+        "killed",
+    ]
     began = time.perf_counter()
     passed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PREPARE_KILLS": str(count)}).returncode == 0
     return {"kills": count, "identical": passed, "seconds": round(time.perf_counter() - began, 1)}
@@ -205,14 +286,22 @@ def kills(count: int) -> dict:
 
 def main() -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="less text, the same figures")
     parser.add_argument("--table", action="store_true", help="tokens per byte instead of speeds")
-    parser.add_argument("--mb", type=float, default=53.6, help="training text for --table (default %(default)s)")
-    parser.add_argument("--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds")
+    parser.add_argument(
+        "--mb", type=float, default=53.6, help="training text for --table (default %(default)s)"
+    )
+    parser.add_argument(
+        "--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds"
+    )
     options = parser.parse_args()
     if not SHARED.is_dir():
-        print(f"bench/data.py: {SHARED}: no such folder; it holds the text and the tokenizers", file=sys.stderr)
+        print(
+            f"bench/data.py: {SHARED}: no such folder; it holds the text and the tokenizers", file=sys.stderr
+        )
         return 2
     if options.table:
         result = tokens_per_byte(options.mb if not options.quick else 10)

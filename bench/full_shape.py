@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: bench/data.py would hide the package data
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # not this folder: bench/data.py would hide the package data
 
 import train_gpt as t
 from data.shards import BOS, write_shard
@@ -34,7 +36,11 @@ FORMS = {
         35_944_536,
         "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7+ 8+ 9+ 10+",
     ),
-    "two_lane (#1585)": ({"PARALLEL_FIRST_SKIP": "both"}, 35_944_602, "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10="),
+    "two_lane (#1585)": (
+        {"PARALLEL_FIRST_SKIP": "both"},
+        35_944_602,
+        "0 1 2 3 4 5 3 4 | 5 3 4 5 6 7 8= 9= 10=",
+    ),
 }
 
 
@@ -75,7 +81,10 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
     run.folder = folder
     data = object.__new__(t.Dataset)
     data.folder, data.vocab_size, data.sidecar_files, data.manifest = folder, 8192, [], {}
-    data.val_files, data.train_files = [folder / "fineweb_val_000000.bin"], [folder / "fineweb_train_000000.bin"]
+    data.val_files, data.train_files = (
+        [folder / "fineweb_val_000000.bin"],
+        [folder / "fineweb_train_000000.bin"],
+    )
     data.train, data.pieces = [t.read_shard(data.train_files[0])], Vocabulary()
     marks, names = [time.monotonic()], []
 
@@ -118,9 +127,13 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
 
 def main() -> None:
     """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one form, 2,048 tokens, 8 states, lzma")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of the training step and of the score")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="tokens of the training step and of the score"
+    )
     options = parser.parse_args()
     tokens = 2048 if options.quick else options.tokens
     forms = [*FORMS][:1] if options.quick else [*FORMS]

@@ -49,7 +49,10 @@ from bench import gpu_meter as m
 from bench.train_step import TrainStep
 
 PARTS = ("ceilings", "kernels", "step", "optimiser", "evaluate", "quantiser")
-RANKS, BUS = 8, 300e9  # of the estimate: ranks, and bytes per second that each sends (assumed; NVLink's limit is 450e9)
+RANKS, BUS = (
+    8,
+    300e9,
+)  # of the estimate: ranks, and bytes per second that each sends (assumed; NVLink's limit is 450e9)
 RESERVED = {"optimiser": 20, "evaluate": 60}  # seconds that recipes other than the flagship leave
 REFERENCE = {"KERNELS": "reference", "MLP_KERNEL": "reference"}  # no fused kernel at all
 NONE_MEASURED = "No GPU has been measured so far: the table is empty."
@@ -106,13 +109,16 @@ class Table(NamedTuple):
         lines = [self.head, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
         align = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])
-        return "\n".join([self.title, *("  ".join(align(cell, i) for i, cell in enumerate(line)) for line in lines)])
+        return "\n".join(
+            [self.title, *("  ".join(align(cell, i) for i, cell in enumerate(line)) for line in lines)]
+        )
 
     def markdown(self) -> str:
         """In Markdown."""
         line = lambda cells: "| " + " | ".join(cells) + " |"
-        return "\n".join([f"**{self.title}**", "", line(self.head), "|---" * len(self.head) + "|",
-                          *map(line, self.rows)])
+        return "\n".join(
+            [f"**{self.title}**", "", line(self.head), "|---" * len(self.head) + "|", *map(line, self.rows)]
+        )
 
 
 def show(value: float | None, digits: int = 2) -> str:
@@ -131,7 +137,9 @@ def recipes() -> dict[str, dict[str, str]]:
     for path in sorted((ROOT / "records" / "recipes").glob("*.env")):
         lines = path.read_text().splitlines()
         found[path.stem] = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return {name: found[name] for name in sorted(found, key=lambda name: name != "flagship") if name != "cpu_demo"}
+    return {
+        name: found[name] for name in sorted(found, key=lambda name: name != "flagship") if name != "cpu_demo"
+    }
 
 
 class Bench:
@@ -156,7 +164,9 @@ class Bench:
         """The result of `work`; None, and the reason noted, if there are no `seconds` left for it or if it fails."""
         left = self.budget - (time.monotonic() - self.began)
         if seconds > left:
-            self.skipped[name] = f"takes about {seconds:.0f}s, {max(left, 0):.0f}s are left of {self.budget:.0f}s"
+            self.skipped[name] = (
+                f"takes about {seconds:.0f}s, {max(left, 0):.0f}s are left of {self.budget:.0f}s"
+            )
             return None
         print(f"{time.monotonic() - self.began:5.0f}s {name}", flush=True)
         try:
@@ -195,25 +205,40 @@ class Bench:
         again = functools.partial(torch.empty_like(source).copy_, source)
         copy = self.time({"copy": again})["copy"]
         self.copy_rate = 2 * size / copy.ms * 1000
-        rows = [("device copy, bytes read and written", f"{show(self.copy_rate / 1e9, 0)} GB/s", show(copy.ms, 3))]
+        rows = [
+            ("device copy, bytes read and written", f"{show(self.copy_rate / 1e9, 0)} GB/s", show(copy.ms, 3))
+        ]
         config = t.Config.from_env(self.settings("flagship"))
         del source, again
         n, side, d = (128, 64, config.model_dim) if tiny else (98_304, 8192, config.model_dim)
         kv, hidden = d * config.num_kv_heads // config.num_heads, int(config.mlp_mult * d)
-        shapes = {"square": (side, side, side), "q, o": (n, d, d), "k, v": (n, d, kv), "up": (n, d, hidden),
-                  "down": (n, hidden, d), "head": (n, d, config.vocab_size), "gradient of up": (hidden, n, d)}
+        shapes = {
+            "square": (side, side, side),
+            "q, o": (n, d, d),
+            "k, v": (n, d, kv),
+            "up": (n, d, hidden),
+            "down": (n, hidden, d),
+            "head": (n, d, config.vocab_size),
+            "gradient of up": (hidden, n, d),
+        }
         rates = {}
         for name, (a, b, c) in shapes.items():
-            left, right = (m.random_tensor(shape, i, self.device, dtype) for i, shape in enumerate(((a, b), (b, c))))
+            left, right = (
+                m.random_tensor(shape, i, self.device, dtype) for i, shape in enumerate(((a, b), (b, c)))
+            )
             taken = self.time({"matmul": functools.partial(torch.mm, left, right)})["matmul"]
             rates[name] = 2 * a * b * c / taken.ms * 1000
             rate = f"{show(rates[name] / 1e12, 3 if tiny else 0)} TFLOP/s"
             rows.append((f"matmul {name}: {a:,} x {b:,} x {c:,}", rate, show(taken.ms, 3)))
         self.peak = max(rates.values())
-        self.tables.append(Table(f"Ceilings ({str(dtype).removeprefix('torch.')}, random numbers)",
-                                 ("", "rate", "ms"), rows))
-        self.results["ceilings"] = {"copy_gb_per_s": self.copy_rate / 1e9, "matmul_tflops": self.peak / 1e12,
-                                    "matmuls_tflops": {name: rate / 1e12 for name, rate in rates.items()}}
+        self.tables.append(
+            Table(f"Ceilings ({str(dtype).removeprefix('torch.')}, random numbers)", ("", "rate", "ms"), rows)
+        )
+        self.results["ceilings"] = {
+            "copy_gb_per_s": self.copy_rate / 1e9,
+            "matmul_tflops": self.peak / 1e12,
+            "matmuls_tflops": {name: rate / 1e12 for name, rate in rates.items()},
+        }
 
     # --- kernels ---
 
@@ -230,14 +255,32 @@ class Bench:
             "mlp": lambda rows: m.mlp(self.device, dtype, rows, d, int(config.mlp_mult * d)),
             "newton-schulz": lambda rows: m.newton_schulz(config, self.device, dtype),
         }
-        table = Table("Fused kernels against plain PyTorch (ratio: time of the first fused form over this one's; "
-                      "memory: peak of a forward and backward)",
-                      ("kernel", "form", "forward ms", "+-", "ratio", "of floor", "both ms", "+-", "ratio", "of floor",
-                       "peak MiB", "ratio"), [])
+        table = Table(
+            "Fused kernels against plain PyTorch (ratio: time of the first fused form over this one's; "
+            "memory: peak of a forward and backward)",
+            (
+                "kernel",
+                "form",
+                "forward ms",
+                "+-",
+                "ratio",
+                "of floor",
+                "both ms",
+                "+-",
+                "ratio",
+                "of floor",
+                "peak MiB",
+                "ratio",
+            ),
+            [],
+        )
         found = {}
         for name, kernel_of in make.items():
-            found[name] = self.unit(f"kernels: {name}", 25, functools.partial(self.kernel, kernel_of, table,
-                                                                              4 if tiny else 98_304))
+            found[name] = self.unit(
+                f"kernels: {name}",
+                25,
+                functools.partial(self.kernel, kernel_of, table, 4 if tiny else 98_304),
+            )
         self.tables.append(table)
         self.results["kernels"] = found
 
@@ -268,11 +311,17 @@ class Bench:
         for name in functions:
             one, two, peak = forward[name], both.get(name), peaks.get(name)
             rows[name] = row = {
-                "forward_ms": one.ms, "forward_spread_ms": one.spread, "forward_ratio": ratio(forward[best].ms, one.ms),
-                "forward_of_floor": ratio(one.ms, floors[0]), "both_ms": two and two.ms,
-                "both_spread_ms": two and two.spread, "both_ratio": two and ratio(both[best].ms, two.ms),
-                "both_of_floor": two and ratio(two.ms, floors[1]), "peak_mib": peak,
-                "memory_ratio": ratio(peaks.get(best), peak)}
+                "forward_ms": one.ms,
+                "forward_spread_ms": one.spread,
+                "forward_ratio": ratio(forward[best].ms, one.ms),
+                "forward_of_floor": ratio(one.ms, floors[0]),
+                "both_ms": two and two.ms,
+                "both_spread_ms": two and two.spread,
+                "both_ratio": two and ratio(both[best].ms, two.ms),
+                "both_of_floor": two and ratio(two.ms, floors[1]),
+                "peak_mib": peak,
+                "memory_ratio": ratio(peaks.get(best), peak),
+            }
             digits = (3, 3, 3, 2, 3, 3, 3, 2, 0, 3)
             table.rows.append((title, name, *(show(v, n) for v, n in zip(row.values(), digits, strict=True))))
             title = ""
@@ -304,7 +353,7 @@ class Bench:
         lengths = m.document_lengths(max(1, 2000 * tokens // m.MEAN_LENGTH), seed=3)
         begins = np.cumsum(lengths) - lengths
         for first in range(0, int(begins[-1]) - tokens, tokens):
-            inside = begins[np.searchsorted(begins, first):np.searchsorted(begins, first + tokens)] - first
+            inside = begins[np.searchsorted(begins, first) : np.searchsorted(begins, first + tokens)] - first
             edges = np.unique(np.concatenate([[0], inside, [tokens]]))
             segments = int((-(-np.diff(edges) // config.train_seq_len)).sum())
             padded = str(-(-(segments + 1) // 64) * 64)
@@ -313,15 +362,36 @@ class Bench:
 
     def steps(self) -> None:
         """The training step of every recipe."""
-        table = Table("Training step of one micro-batch, optimiser of 1 rank and average included (x8: 8 micro-batches "
-                      "a step, as on one GPU, from the parts; ratio: ours over this; of peak: operations of the "
-                      "model's products over time and matmul peak)",
-                      ("recipe", "loops", "ms", "+-", "ratio", "tokens/s", "tokens/s x8", "of peak", "forward",
-                       "backward", "optimiser", "peak MiB", "recompiled"), [])
-        classes = Table("Device milliseconds of forward and backward by kernel class, and of the optimiser",
-                        ("recipe", "loops", *m.CLASSES, "other", "kernels", "Muon", "Adam, clip", "idle"), [])
+        table = Table(
+            "Training step of one micro-batch, optimiser of 1 rank and average included (x8: 8 micro-batches "
+            "a step, as on one GPU, from the parts; ratio: ours over this; of peak: operations of the "
+            "model's products over time and matmul peak)",
+            (
+                "recipe",
+                "loops",
+                "ms",
+                "+-",
+                "ratio",
+                "tokens/s",
+                "tokens/s x8",
+                "of peak",
+                "forward",
+                "backward",
+                "optimiser",
+                "peak MiB",
+                "recompiled",
+            ),
+            [],
+        )
+        classes = Table(
+            "Device milliseconds of forward and backward by kernel class, and of the optimiser",
+            ("recipe", "loops", *m.CLASSES, "other", "kernels", "Muon", "Adam, clip", "idle"),
+            [],
+        )
         self.results["step"] = found = {}
-        self.results["recompilations"]["start_shapes"] = self.start_shapes(t.Config.from_env(self.settings("flagship")))
+        self.results["recompilations"]["start_shapes"] = self.start_shapes(
+            t.Config.from_env(self.settings("flagship"))
+        )
         seen: dict[str, str] = {}
         wanted = [(name, looped) for looped in (True, False) for name in recipes()]
         wanted.sort(key=lambda pair: pair != ("flagship", True))
@@ -338,7 +408,11 @@ class Bench:
                 continue
             began, first = time.monotonic(), (name, looped) == ("flagship", True)
             work = functools.partial(self.one_step, label[6:], environment, table, classes, rivals=first)
-            later = 0 if first or self.options.tiny else sum(RESERVED.get(part, 0) for part in self.options.chosen)
+            later = (
+                0
+                if first or self.options.tiny
+                else sum(RESERVED.get(part, 0) for part in self.options.chosen)
+            )
             result = self.unit(label, estimate * (2 if first and self.cuda else 1) + later, work)
             if result:
                 found[label[6:]], seen[key] = result, label[6:]
@@ -354,14 +428,31 @@ class Bench:
         """What the time of a step depends on: recipes that differ in rates or initial values alone are one."""
         config = t.Config.from_env(environment)
         model = config.chosen("Model")
-        for name in ("QK_GAIN_INIT", "TIED_EMBED_INIT_STD", "ROPE_BASE", "LOGIT_SOFTCAP", "SPARSE_ATTN_GATE_SCALE"):
+        for name in (
+            "QK_GAIN_INIT",
+            "TIED_EMBED_INIT_STD",
+            "ROPE_BASE",
+            "LOGIT_SOFTCAP",
+            "SPARSE_ATTN_GATE_SCALE",
+        ):
             del model[name]
-        names = ("loader", "train_batch_tokens", "train_seq_len", "enable_looping_at", "muon_coefficients",
-                 "muon_backend_steps", "muon_row_normalize", "grad_clip_scope", "kernels", "mlp_kernel")
+        names = (
+            "loader",
+            "train_batch_tokens",
+            "train_seq_len",
+            "enable_looping_at",
+            "muon_coefficients",
+            "muon_backend_steps",
+            "muon_row_normalize",
+            "grad_clip_scope",
+            "kernels",
+            "mlp_kernel",
+        )
         return json.dumps([model, *(getattr(config, name) for name in names)])
 
-    def one_step(self, name: str, environment: dict[str, str], table: Table, classes: Table,
-                 rivals: bool) -> dict[str, Any]:
+    def one_step(
+        self, name: str, environment: dict[str, str], table: Table, classes: Table, rivals: bool
+    ) -> dict[str, Any]:
         """Times, parts, kernel classes and memory of one step; with `rivals`, other implementations take turns."""
         ours = TrainStep(environment, self.device)
         config = ours.config
@@ -370,7 +461,9 @@ class Bench:
         if rivals and self.cuda:  # on a CPU, `ours` has no fused kernels either
             same = environment | REFERENCE | {"ATTENTION": self.attention_of(ours)}
             steps["KERNELS=reference"] = TrainStep(same, self.device)
-            if any(line.startswith("mlp: cutlass") for line in ours.said):  # which the trainer prefers, unmeasured
+            if any(
+                line.startswith("mlp: cutlass") for line in ours.said
+            ):  # which the trainer prefers, unmeasured
                 steps["MLP_KERNEL=triton"] = TrainStep(environment | {"MLP_KERNEL": "triton"}, self.device)
         if rivals and self.against:
             steps[self.options.against.name] = self.against(dict(environment), self.device)
@@ -399,24 +492,60 @@ class Bench:
         recipe, loops = name.split(" ", 1)
         for other, one in taken.items():
             own = other == "ours"
-            cells = [eight, share, *parts.values()] if own else [None, share and share * ms / one.ms, None, None, None]
+            cells = (
+                [eight, share, *parts.values()]
+                if own
+                else [None, share and share * ms / one.ms, None, None, None]
+            )
             shown = [show(cell, digits) for cell, digits in zip(cells, (0, 3, 2, 2, 2), strict=True)]
-            table.rows.append((recipe if own else f"  {other}", loops, show(one.ms), show(one.spread),
-                               show(ms / one.ms, 3), show(1000 * tokens / one.ms, 0), *shown,
-                               show(peak if own else None, 0), str(recompiled) if own else "-"))
+            table.rows.append(
+                (
+                    recipe if own else f"  {other}",
+                    loops,
+                    show(one.ms),
+                    show(one.spread),
+                    show(ms / one.ms, 3),
+                    show(1000 * tokens / one.ms, 0),
+                    *shown,
+                    show(peak if own else None, 0),
+                    str(recompiled) if own else "-",
+                )
+            )
         busy = sum(value for key, value in by_class.items() if key != "kernels") + muon + adam
         idle = ms - busy if self.cuda else None  # a CPU's profiler counts its own time
         counts = [*(show(value, 0 if key == "kernels" else 2) for key, value in by_class.items())]
         classes.rows.append((recipe, loops, *counts, show(muon), show(adam), show(idle)))
-        others = {other: {"ms": one.ms, "spread_ms": one.spread, "ratio": ms / one.ms, "warm_up_seconds": warm[other]}
-                  for other, one in taken.items() if other != "ours"}
+        others = {
+            other: {
+                "ms": one.ms,
+                "spread_ms": one.spread,
+                "ratio": ms / one.ms,
+                "warm_up_seconds": warm[other],
+            }
+            for other, one in taken.items()
+            if other != "ours"
+        }
         if rivals and self.against:
             self.results["against"] = {"file": str(self.options.against), **others[self.options.against.name]}
-        return {"ms": ms, "spread_ms": taken["ours"].spread, "tokens": tokens, "tokens_per_s": 1000 * tokens / ms,
-                "tokens_per_s_of_8_micro_batches": eight, "model_tflop": flops / 1e12, "of_peak": share,
-                "parts_ms": parts, "classes_ms": by_class, "muon_ms": muon, "adam_ms": adam, "idle_ms": idle,
-                "peak_mib": peak, "recompilations": recompiled, "warm_up_seconds": warm["ours"], "rivals": others,
-                "chosen": chosen}
+        return {
+            "ms": ms,
+            "spread_ms": taken["ours"].spread,
+            "tokens": tokens,
+            "tokens_per_s": 1000 * tokens / ms,
+            "tokens_per_s_of_8_micro_batches": eight,
+            "model_tflop": flops / 1e12,
+            "of_peak": share,
+            "parts_ms": parts,
+            "classes_ms": by_class,
+            "muon_ms": muon,
+            "adam_ms": adam,
+            "idle_ms": idle,
+            "peak_mib": peak,
+            "recompilations": recompiled,
+            "warm_up_seconds": warm["ours"],
+            "rivals": others,
+            "chosen": chosen,
+        }
 
     @staticmethod
     def attention_of(step: TrainStep) -> str:
@@ -458,11 +587,17 @@ class Bench:
         optimizers = types.SimpleNamespace(step=marked(step.optimizers.step))
         for i in range(3 if self.options.tiny else 10):
             batch = batches[i % len(batches)]
-            t.train_step(step.run, marked(step.forward), optimizers, [step.batch(batch.inputs, batch.targets)], 0.5,
-                         step.config.muon_momentum_warmup_steps)
+            t.train_step(
+                step.run,
+                marked(step.forward),
+                optimizers,
+                [step.batch(batch.inputs, batch.targets)],
+                0.5,
+                step.config.muon_momentum_warmup_steps,
+            )
         self.meter.wait()
         gap = lambda a, b: a.elapsed_time(b) if self.cuda else 1000 * (b - a)
-        gaps = [[gap(a, b) for a, b in itertools.pairwise(marks[i:i + 4])] for i in range(0, len(marks), 4)]
+        gaps = [[gap(a, b) for a, b in itertools.pairwise(marks[i : i + 4])] for i in range(0, len(marks), 4)]
         return dict(zip(("forward", "backward", "optimiser"), np.median(gaps, 0).tolist(), strict=True))
 
     def kernel_classes(self, step: TrainStep, batch: t.Batch) -> tuple[dict[str, float], float, float]:
@@ -471,8 +606,11 @@ class Bench:
         model = self.meter.classes(lambda: step.forward(ready).mean().backward())
         gradients = {name: weight.grad for name, weight in step.model.named_parameters()}
         total = lambda found: sum(value for name, value in found.items() if name != "kernels")
-        whole = total(self.meter.classes(
-            lambda: step.optimizers.step(t.rate_scale(c, 0.5), c.muon_momentum, t.matrix_decay(c, 0.5))))
+        whole = total(
+            self.meter.classes(
+                lambda: step.optimizers.step(t.rate_scale(c, 0.5), c.muon_momentum, t.matrix_decay(c, 0.5))
+            )
+        )
 
         def muon() -> None:
             for name, bank in step.optimizers.muon.banks.items():
@@ -495,10 +633,14 @@ class Bench:
             run = t.Run(config)
             model = t.GPT(config, fused=t.pick_kernels(config, run), dtype=run.dtype).to(run.device)
         whole = t.Optimizers(run, model, self.cuda)
-        draw = lambda parameters: {p: m.random_tensor(p.shape, i, p.device, p.dtype) for i, p in enumerate(parameters)}
+        draw = lambda parameters: {
+            p: m.random_tensor(p.shape, i, p.device, p.dtype) for i, p in enumerate(parameters)
+        }
         gradients = draw(model.parameters())
         share = lambda bank: nn.Parameter(bank.detach()[: -(-len(bank) // RANKS)].clone())
-        own = t.Muon(run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda, model.fused)
+        own = t.Muon(
+            run, {name: share(bank) for name, bank in whole.muon.banks.items()}, self.cuda, model.fused
+        )
         parts = draw(own.banks.values())
 
         def give(values: dict) -> None:
@@ -511,34 +653,61 @@ class Bench:
             which.step(config.matrix_lr, config.muon_momentum, config.muon_wd, None)
 
         banks = {bank: gradients[bank] for bank in whole.muon.banks.values()}
-        calls = {"whole": lambda: (give(gradients), whole.step(1.0, config.muon_momentum, config.muon_wd)),
-                 "muon": lambda: muon(whole.muon, banks), "muon_of_8": lambda: muon(own, parts)}
+        calls = {
+            "whole": lambda: (give(gradients), whole.step(1.0, config.muon_momentum, config.muon_wd)),
+            "muon": lambda: muon(whole.muon, banks),
+            "muon_of_8": lambda: muon(own, parts),
+        }
         for call in calls.values():
             call()
         taken = self.time(calls)
-        sizes = {name: RANKS * -(-len(bank) // RANKS) * bank[0].numel() * 2 for name, bank in whole.muon.banks.items()}
+        sizes = {
+            name: RANKS * -(-len(bank) // RANKS) * bank[0].numel() * 2
+            for name, bank in whole.muon.banks.items()
+        }
         replicated = sum(p.nbytes for p in whole.replicated)
         each = (RANKS - 1) / RANKS
         scatter, reduce = each * sum(sizes.values()) / BUS, 2 * each * replicated / BUS
         moved = 1000 * (2 * scatter + reduce)
         eight = taken["whole"].ms - taken["muon"].ms + taken["muon_of_8"].ms
-        rows = [("optimiser step at 1 rank", show(taken["whole"].ms), "measured"),
-                ("of it Muon", show(taken["muon"].ms), "measured"),
-                ("Muon on the share of one of 8 ranks", show(taken["muon_of_8"].ms), "measured"),
-                (f"reduce-scatter and all-gather of {sum(sizes.values()) / 1e6:,.1f} MB, all-reduce of "
-                 f"{replicated / 1e6:,.1f} MB at {BUS / 1e9:.0f} GB/s per rank", show(moved), "estimated"),
-                ("optimiser step of one of 8 ranks, nothing overlapped", show(eight + moved), "estimated")]
-        facts = {"whole_ms": taken["whole"].ms, "muon_ms": taken["muon"].ms, "muon_of_8_ms": taken["muon_of_8"].ms,
-                 "communication_ms_estimated": moved, "rank_of_8_ms_estimated": eight + moved, "share_of_step": None,
-                 "step_of_8_ms_projected": None, "tokens_per_s_of_8_projected": None}
+        rows = [
+            ("optimiser step at 1 rank", show(taken["whole"].ms), "measured"),
+            ("of it Muon", show(taken["muon"].ms), "measured"),
+            ("Muon on the share of one of 8 ranks", show(taken["muon_of_8"].ms), "measured"),
+            (
+                f"reduce-scatter and all-gather of {sum(sizes.values()) / 1e6:,.1f} MB, all-reduce of "
+                f"{replicated / 1e6:,.1f} MB at {BUS / 1e9:.0f} GB/s per rank",
+                show(moved),
+                "estimated",
+            ),
+            ("optimiser step of one of 8 ranks, nothing overlapped", show(eight + moved), "estimated"),
+        ]
+        facts = {
+            "whole_ms": taken["whole"].ms,
+            "muon_ms": taken["muon"].ms,
+            "muon_of_8_ms": taken["muon_of_8"].ms,
+            "communication_ms_estimated": moved,
+            "rank_of_8_ms_estimated": eight + moved,
+            "share_of_step": None,
+            "step_of_8_ms_projected": None,
+            "tokens_per_s_of_8_projected": None,
+        }
         if self.flagship:
-            step, model_ms = self.flagship, sum(self.flagship["parts_ms"][name] for name in ("forward", "backward"))
+            step, model_ms = (
+                self.flagship,
+                sum(self.flagship["parts_ms"][name] for name in ("forward", "backward")),
+            )
             facts["share_of_step"] = step["parts_ms"]["optimiser"] / step["ms"]
             facts["step_of_8_ms_projected"] = projected = model_ms + eight + moved
             facts["tokens_per_s_of_8_projected"] = speed = RANKS * step["tokens"] / projected * 1000
-            rows += [("share of the optimiser in a step of 1 rank and 1 micro-batch",
-                      f"{100 * facts['share_of_step']:.1f}%", "measured"),
-                     (f"step of 8 GPUs, loops on: {show(speed, 0)} tokens/s", show(projected), "projected")]
+            rows += [
+                (
+                    "share of the optimiser in a step of 1 rank and 1 micro-batch",
+                    f"{100 * facts['share_of_step']:.1f}%",
+                    "measured",
+                ),
+                (f"step of 8 GPUs, loops on: {show(speed, 0)} tokens/s", show(projected), "projected"),
+            ]
         self.tables.append(Table("Optimiser of the flagship", ("", "ms", "how"), rows))
         self.results["optimiser"] = facts
 
@@ -546,12 +715,18 @@ class Bench:
 
     def evaluate(self) -> None:
         """Tokens per second of evaluation, of adapters per document and of SGD on chunks."""
-        table = Table("Evaluation on one GPU (loops on; 50,000 documents over 8 GPUs: projected, without compiling)",
-                      ("", "tokens", "seconds", "tokens/s", "50,000 documents, s", "recompiled"), [])
+        table = Table(
+            "Evaluation on one GPU (loops on; 50,000 documents over 8 GPUs: projected, without compiling)",
+            ("", "tokens", "seconds", "tokens/s", "50,000 documents, s", "recompiled"),
+            [],
+        )
         found = {}
         slow = 5 if self.options.tiny else 100
-        jobs = {"plain": (slow / 2, self.plain), "document adapters": (slow, self.documents),
-                "chunk SGD": (slow, self.chunks)}
+        jobs = {
+            "plain": (slow / 2, self.plain),
+            "document adapters": (slow, self.documents),
+            "chunk SGD": (slow, self.chunks),
+        }
         for name, (seconds, work) in jobs.items():
             if self.options.quick and not self.options.tiny and name != "plain":
                 self.skipped[f"evaluate: {name}"] = "--quick"
@@ -561,10 +736,17 @@ class Bench:
             tokens, taken, recompiled = result
             speed = tokens / taken
             whole = 50_000 * m.MEAN_LENGTH / RANKS / speed
-            found[name] = {"tokens": tokens, "seconds": taken, "tokens_per_s": speed, "recompilations": recompiled,
-                           "seconds_of_8_projected": whole}
+            found[name] = {
+                "tokens": tokens,
+                "seconds": taken,
+                "tokens_per_s": speed,
+                "recompilations": recompiled,
+                "seconds_of_8_projected": whole,
+            }
             self.results["recompilations"][name] = recompiled
-            table.rows.append((name, f"{tokens:,}", show(taken), show(speed, 0), show(whole, 0), str(recompiled)))
+            table.rows.append(
+                (name, f"{tokens:,}", show(taken), show(speed, 0), show(whole, 0), str(recompiled))
+            )
         self.tables.append(table)
         self.results["evaluate"] = found
 
@@ -595,7 +777,10 @@ class Bench:
     def plain(self) -> tuple[int, float, int]:
         """Windows that do not overlap, flagship."""
         count = 8 if self.options.tiny else 500
-        (run, built), lengths = self.model(self.settings("flagship")), m.document_lengths(count, seed=4, longest=8192)
+        (run, built), lengths = (
+            self.model(self.settings("flagship")),
+            m.document_lengths(count, seed=4, longest=8192),
+        )
 
         def work() -> int:
             one = self.tally(run, lengths)
@@ -612,8 +797,10 @@ class Bench:
         if self.options.tiny:
             population = population.clip(8, 48)
         shares = np.cumsum(population) / population.sum()
-        places = [min(int(np.searchsorted(shares, (i + 0.5) / parts)), len(population) - size) for i in range(parts)]
-        lengths = np.concatenate([population[place:place + size] for place in places])
+        places = [
+            min(int(np.searchsorted(shares, (i + 0.5) / parts)), len(population) - size) for i in range(parts)
+        ]
+        lengths = np.concatenate([population[place : place + size] for place in places])
         run, built = self.model(environment)
         forward = torch.compile(built.model, dynamic=True, fullgraph=True) if built.compiled else built.model
         built.model.requires_grad_(False)
@@ -624,7 +811,7 @@ class Bench:
             every = t.find_documents(one.validation.tokens)
             seconds.clear(), tokens.clear()
             for place in range(0, len(every), size):
-                began, some = run.now(), every[place:place + size]
+                began, some = run.now(), every[place : place + size]
                 t.adapt_documents(run, forward, one, some, seed=place)
                 seconds.append(run.now() - began)
                 tokens.append(int((some[:, 1] - some[:, 0] - 1).sum()))
@@ -640,10 +827,12 @@ class Bench:
         size, found = run.config.ttt_chunk_tokens, []
         text = m.document_lengths(16 * size // m.MEAN_LENGTH + 8, seed=4)
         for count in (2, 3):
-            lengths = np.append(text[:int(np.searchsorted(np.cumsum(text), count * size))], 0)
+            lengths = np.append(text[: int(np.searchsorted(np.cumsum(text), count * size))], 0)
             lengths[-1] = count * size + 1 - lengths.sum()
             score = functools.partial(self.tally, run, lengths)
-            found.append(self.twice(lambda score=score: t.chunk_sgd(run, built.model, built.forward, score())))
+            found.append(
+                self.twice(lambda score=score: t.chunk_sgd(run, built.model, built.forward, score()))
+            )
         return size, max(found[1][1] - found[0][1], 1e-9), found[0][2] + found[1][2]
 
     # --- quantiser ---
@@ -669,13 +858,19 @@ def head(bench: Bench) -> dict[str, str]:
         versions = t.versions(t.Run(t.Config.from_env({})))
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        driver = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines()[0] if bench.cuda \
+        driver = (
+            subprocess.run(ask, capture_output=True, text=True, check=False).stdout.splitlines()[0]
+            if bench.cuda
             else "none"
+        )
     except (OSError, IndexError):
         driver = "unknown"
     keys = ("device", "python", "torch", "triton", "cuda", "commit")
-    return {"date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
-            **{key: versions[key] for key in keys}, "driver": driver}
+    return {
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        **{key: versions[key] for key in keys},
+        "driver": driver,
+    }
 
 
 def record(path: Path, bench: Bench, facts: dict[str, str], command: str) -> None:
@@ -683,9 +878,17 @@ def record(path: Path, bench: Bench, facts: dict[str, str], command: str) -> Non
     before = path.read_text() if path.exists() else "# GPU checks\n"
     notes = [f"* skipped: {name} ({reason})" for name, reason in bench.skipped.items()]
     notes += [f"* **failed**: {name} ({reason})" for name, reason in bench.failed.items()]
-    section = [f"## {facts['device']}, {facts['date']}", "", f"`{command}`", "",
-               ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("device", "date")), "",
-               "\n\n".join(table.markdown() for table in bench.tables if table.rows), *([""] if notes else []), *notes]
+    section = [
+        f"## {facts['device']}, {facts['date']}",
+        "",
+        f"`{command}`",
+        "",
+        ", ".join(f"{name} {value}" for name, value in facts.items() if name not in ("device", "date")),
+        "",
+        "\n\n".join(table.markdown() for table in bench.tables if table.rows),
+        *([""] if notes else []),
+        *notes,
+    ]
     kept = before.replace(NONE_MEASURED + "\n", "").rstrip("\n")
     t.write_atomically(path, (kept + "\n\n" + "\n".join(section) + "\n").encode())
 
@@ -693,14 +896,24 @@ def record(path: Path, bench: Bench, facts: dict[str, str], command: str) -> Non
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The checked command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only to try the script"
+    )
     parser.add_argument("--tiny", action="store_true", help="a small shape, for --device cpu")
-    parser.add_argument("--quick", action="store_true", help="short turns, the flagship only, plain evaluation only")
+    parser.add_argument(
+        "--quick", action="store_true", help="short turns, the flagship only, plain evaluation only"
+    )
     parser.add_argument("--parts", help=f"comma-separated, of {','.join(PARTS)}")
     parser.add_argument("--budget", type=float, default=460.0, metavar="S", help="seconds in total (460)")
     parser.add_argument("--against", type=Path, metavar="FILE", help="another bench/train_step.py")
-    parser.add_argument("--record", nargs="?", type=Path, const=ROOT / "records" / "gpu_checks.md", metavar="FILE",
-                        help="append the tables to FILE (records/gpu_checks.md)")
+    parser.add_argument(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=ROOT / "records" / "gpu_checks.md",
+        metavar="FILE",
+        help="append the tables to FILE (records/gpu_checks.md)",
+    )
     options = parser.parse_args(arguments)
     options.chosen = options.parts.split(",") if options.parts else list(PARTS)
     if unknown := set(options.chosen) - set(PARTS):
@@ -712,7 +925,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.device == "cpu" and options.record:
         fail("--record: only figures of a GPU are recorded; leave it out or run on one")
     if options.device == "cuda" and not torch.cuda.is_available():
-        fail("there is no GPU here (torch.cuda.is_available() is False); --device cpu --tiny tries the script without")
+        fail(
+            "there is no GPU here (torch.cuda.is_available() is False); --device cpu --tiny tries the script without"
+        )
     return options
 
 
@@ -730,11 +945,18 @@ def main(arguments: list[str] | None = None) -> int:
     facts = head(bench)
     warning = "" if bench.cuda else " (CPU: these times say nothing about a GPU)"
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + warning)
-    print(f"synthetic text: random tokens in documents of {m.MEAN_LENGTH} tokens on average (log-normal, deviation "
-          f"{m.DEVIATION:g} of the logarithm); random weights")
+    print(
+        f"synthetic text: random tokens in documents of {m.MEAN_LENGTH} tokens on average (log-normal, deviation "
+        f"{m.DEVIATION:g} of the logarithm); random weights"
+    )
     work: dict[str, tuple[float, Callable[[], None]]] = {
-        "ceilings": (15, bench.ceilings), "kernels": (20, bench.kernels), "step": (30, bench.steps),
-        "optimiser": (20, bench.optimiser), "evaluate": (10, bench.evaluate), "quantiser": (60, bench.quantiser)}
+        "ceilings": (15, bench.ceilings),
+        "kernels": (20, bench.kernels),
+        "step": (30, bench.steps),
+        "optimiser": (20, bench.optimiser),
+        "evaluate": (10, bench.evaluate),
+        "quantiser": (60, bench.quantiser),
+    }
     for part in PARTS:
         if part in options.chosen:
             bench.unit(part, 1 if options.tiny else work[part][0], work[part][1])
@@ -747,19 +969,31 @@ def main(arguments: list[str] | None = None) -> int:
     for table in bench.tables:
         if table.rows:
             print("\n" + ("" if bench.cuda else "CPU: ") + table.text())
-    print(f"\nrecompilations after warm-up: {sum(counts)} (must be 0); shapes of packed micro-batches, each compiled "
-          f"once: {bench.results['recompilations'].get('start_shapes') or 'not looked at'}")
+    print(
+        f"\nrecompilations after warm-up: {sum(counts)} (must be 0); shapes of packed micro-batches, each compiled "
+        f"once: {bench.results['recompilations'].get('start_shapes') or 'not looked at'}"
+    )
     against = bench.flagship and bench.flagship["rivals"].get("KERNELS=reference")
     if against:
-        print(f"flagship's step over that with KERNELS=reference, compiled, same attention: {against['ratio']:.3f} "
-              "(asked for: at most 0.75)")
+        print(
+            f"flagship's step over that with KERNELS=reference, compiled, same attention: {against['ratio']:.3f} "
+            "(asked for: at most 0.75)"
+        )
     command = "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
     if options.record:
         bench.tables = bench.tables[:-2]
         record(options.record, bench, facts, command.strip())
         print(f"recorded in {options.record}")
-    result = {"head": facts, "device": options.device, "quick": options.quick, "tiny": options.tiny, **bench.results,
-              "skipped": bench.skipped, "failed": bench.failed, "seconds": time.monotonic() - bench.began}
+    result = {
+        "head": facts,
+        "device": options.device,
+        "quick": options.quick,
+        "tiny": options.tiny,
+        **bench.results,
+        "skipped": bench.skipped,
+        "failed": bench.failed,
+        "seconds": time.monotonic() - bench.began,
+    }
     print("RESULT " + json.dumps(result, default=str))
     return 1 if bench.failed else 0
 

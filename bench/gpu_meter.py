@@ -23,7 +23,10 @@ from torch import Tensor
 import cutlass_evt_fusion
 import train_gpt as t
 
-MEAN_LENGTH, DEVIATION = 811, 1.0  # tokens per document of FineWeb's validation set (SP8192); of the log, assumed
+MEAN_LENGTH, DEVIATION = (
+    811,
+    1.0,
+)  # tokens per document of FineWeb's validation set (SP8192); of the log, assumed
 CLASSES = {  # the first that matches the name of a GPU kernel or, on the CPU, of an operator
     "cross-entropy": "softcapped_ce|log_softmax|nll_loss|cross_entropy",
     "attention": "flash|fmha|attention|attn|sdpa",
@@ -56,7 +59,9 @@ class Meter:
         for _ in range(rounds):
             for name, call in calls.items():
                 samples[name] += self.sample(call, seconds)
-        quarters = {name: statistics.quantiles(values * 2, n=4) for name, values in samples.items()}  # 1 is enough
+        quarters = {
+            name: statistics.quantiles(values * 2, n=4) for name, values in samples.items()
+        }  # 1 is enough
         return {name: Time(middle, (high - low) / 2) for name, (low, middle, high) in quarters.items()}
 
     def sample(self, call: Callable[[], Any], seconds: float) -> list[float]:
@@ -65,7 +70,9 @@ class Meter:
             from triton.testing import do_bench
 
             return do_bench(call, warmup=int(200 * seconds), rep=int(1000 * seconds), return_mode="all")
-        timer = torch.utils.benchmark.Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        timer = torch.utils.benchmark.Timer(
+            "call()", globals={"call": call}, num_threads=torch.get_num_threads()
+        )
         return [1000 * value for value in timer.blocked_autorange(min_run_time=seconds).times]
 
     def peak(self, call: Callable[[], Any]) -> float | None:
@@ -183,16 +190,29 @@ def random_tensor(shape: Sequence[int], seed: int, device: torch.device, dtype: 
     return torch.randn(tuple(shape), generator=source, device=device).to(dtype)
 
 
-def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, columns: int, cap: float = 30.0) -> Kernel:
+def cross_entropy(
+    device: torch.device, dtype: torch.dtype, rows: int, columns: int, cap: float = 30.0
+) -> Kernel:
     """Softcapped cross-entropy; its gradient is as large as its operand, everything else is small."""
     logits = random_tensor((rows, columns), 0, device, dtype).mul_(5)
     targets = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(1)).to(device)
     size, ours = logits.nbytes, lambda *operands: t.softcapped_ce_op(*operands)[0]
-    return Kernel("softcapped cross-entropy", f"{rows:,} x {columns:,}", t.softcapped_ce_reference, {"triton": ours},
-                  {}, (logits, targets, cap), 1, (0, 0), (size, 3 * size))
+    return Kernel(
+        "softcapped cross-entropy",
+        f"{rows:,} x {columns:,}",
+        t.softcapped_ce_reference,
+        {"triton": ours},
+        {},
+        (logits, targets, cap),
+        1,
+        (0, 0),
+        (size, 3 * size),
+    )
 
 
-def mlp_kernels(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+def mlp_kernels(
+    dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """(the fused forms of the MLP that can run here, why the others cannot), by name; they take x, up, down."""
     kept = (("slope", False), ("input", True))  # for the backward
     fused = {f"triton, {name} kept": functools.partial(t.mlp_triton, keep_input=flag) for name, flag in kept}
@@ -210,8 +230,17 @@ def mlp(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden:
     x, up, down = (random_tensor(shape, i, device, dtype) for i, shape in enumerate(sizes))
     operands, (fused, missing) = (x, up / width**0.5, down / hidden**0.5), mlp_kernels(dtype, device)
     weights, product = up.nbytes + down.nbytes, 2 * rows * width * hidden
-    return Kernel("MLP, leaky ReLU squared", f"{rows:,} x {width} x {hidden:,}", t.mlp_reference, fused, missing,
-                  operands, 3, (2 * product, 6 * product), (2 * x.nbytes + weights, 5 * x.nbytes + 3 * weights))
+    return Kernel(
+        "MLP, leaky ReLU squared",
+        f"{rows:,} x {width} x {hidden:,}",
+        t.mlp_reference,
+        fused,
+        missing,
+        operands,
+        3,
+        (2 * product, 6 * product),
+        (2 * x.nbytes + weights, 5 * x.nbytes + 3 * weights),
+    )
 
 
 def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -224,13 +253,21 @@ def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) ->
     def orthogonalize(*banks: Tensor, **how: bool) -> Tensor:
         return torch.cat([t.orthogonalize(bank, coefficients, **how).flatten() for bank in banks])
 
-
     sides = [(count, min(shape), max(shape)) for count, *shape in shapes]
     flops = iterations * sum(count * (r * r * c + r * r * r + 2 * r * r * c) for count, r, c in sides)
     size = 2 * sum(bank.nbytes for bank in banks)
     fused = {"triton, symmetric": functools.partial(orthogonalize, fused=True)}
-    return Kernel("Newton-Schulz, all banks", " ".join("x".join(map(str, shape)) for shape in shapes), orthogonalize,
-                  fused, {}, tuple(banks), 0, (flops, 0), (size, 0))
+    return Kernel(
+        "Newton-Schulz, all banks",
+        " ".join("x".join(map(str, shape)) for shape in shapes),
+        orthogonalize,
+        fused,
+        {},
+        tuple(banks),
+        0,
+        (flops, 0),
+        (size, 0),
+    )
 
 
 def load_step(path: Path) -> types.ModuleType:

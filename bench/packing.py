@@ -99,7 +99,9 @@ class Subject:
     def small(self) -> dict[str, t.Quantized]:
         """The tensors that are not quantised."""
         table = self.model.table
-        return {n: t.Quantized(self.weights[n].half()) for n, spec in table.items() if spec.quantizer == "fp16"}
+        return {
+            n: t.Quantized(self.weights[n].half()) for n, spec in table.items() if spec.quantizer == "fp16"
+        }
 
 
 def role(name: str) -> str:
@@ -185,10 +187,14 @@ class Packers:
 
     def plans(self, f: Form) -> dict[str, t.Plan]:
         """What our packer rounds."""
-        one = lambda m: t.plan(self.subject.weight(m), *self.moments[m.key], 0.01, (f.between, f.rows, f.columns))
+        one = lambda m: t.plan(
+            self.subject.weight(m), *self.moments[m.key], 0.01, (f.between, f.rows, f.columns)
+        )
         return dict(zip((m.name for m in self.subject.todo), t.spread(one, self.subject.todo), strict=True))
 
-    def trellised(self, plans: dict[str, t.Plan], f: Form, delta: float) -> tuple[dict[str, t.Quantized], bytes]:
+    def trellised(
+        self, plans: dict[str, t.Plan], f: Form, delta: float
+    ) -> tuple[dict[str, t.Quantized], bytes]:
         """All tensors by our packer, and the file."""
         tensors = t.round_all(plans, delta, f.states, f.rate) | self.subject.small()
         return tensors, self.write(tensors, f.states)
@@ -216,7 +222,10 @@ def tune(start: Any, choices: dict[str, list], trials: int, score: Callable[[Any
             seen.add(candidate)
             if (found := score(candidate)) < least:
                 best, least = candidate, found
-    print(f"{log}: {len(seen)} trials, log2 KL at the goal {score(start):.3f} -> {least:.3f}: {best}", flush=True)
+    print(
+        f"{log}: {len(seen)} trials, log2 KL at the goal {score(start):.3f} -> {least:.3f}: {best}",
+        flush=True,
+    )
     return best
 
 
@@ -224,9 +233,16 @@ class Report:
     """The table: every scheme at every size."""
 
     def __init__(self, packers: Packers, lrzip: str | None, part_chunks: int):
-        self.packers, self.subject, self.lrzip, self.part_chunks = packers, packers.subject, lrzip, part_chunks
-        print(f"{'scheme':<26}{'setting':>10}{'bytes':>11}{'bit/w':>8}{'KL':>10}{'dBPB':>10}{'encode':>9}{'decode':>8}"
-              f"{'MiB':>7}{'part KL':>10}")
+        self.packers, self.subject, self.lrzip, self.part_chunks = (
+            packers,
+            packers.subject,
+            lrzip,
+            part_chunks,
+        )
+        print(
+            f"{'scheme':<26}{'setting':>10}{'bytes':>11}{'bit/w':>8}{'KL':>10}{'dBPB':>10}{'encode':>9}{'decode':>8}"
+            f"{'MiB':>7}{'part KL':>10}"
+        )
 
     def judge(self, weights: dict[str, Tensor], whole: bool) -> Row:
         """Divergence on the reporting part of the validation text, or on its beginning."""
@@ -238,9 +254,12 @@ class Report:
     def show(self, row: Row) -> Row:
         """Print one line."""
         row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(f"{row['scheme']:<26}{row['setting']:>10}{row['bytes']:>11}{8 * row['bytes'] / self.subject.count:>8.3f}"
-              f"{row['kl']:>10.5f}{row['delta_bpb']:>+10.5f}{row['encode']:>9.1f}{row['decode']:>8.1f}"
-              f"{row['peak_mib']:>7}{row['kl_part']:>10.5f}", flush=True)
+        print(
+            f"{row['scheme']:<26}{row['setting']:>10}{row['bytes']:>11}{8 * row['bytes'] / self.subject.count:>8.3f}"
+            f"{row['kl']:>10.5f}{row['delta_bpb']:>+10.5f}{row['encode']:>9.1f}{row['decode']:>8.1f}"
+            f"{row['peak_mib']:>7}{row['kl_part']:>10.5f}",
+            flush=True,
+        )
         return row
 
     def public(self, name: str, clip: Clip, factors: list[float]) -> list[Row]:
@@ -253,13 +272,21 @@ class Report:
             data = self.packers.write(tensors)
             packed = time.perf_counter()
             weights = self.packers.read(data)
-            files = {self.subject.config.compressor: (len(data), packed - rounded, time.perf_counter() - packed)}
+            files = {
+                self.subject.config.compressor: (len(data), packed - rounded, time.perf_counter() - packed)
+            }
             if self.lrzip:
                 files["zpaq"] = zpaq_bytes(tensors, self.lrzip)
             result = self.judge(weights, True)
             for coder, (size, seconds, back) in files.items():
                 times = {"encode": rounded - began + seconds, "decode": back}
-                row = {"scheme": f"{name}+{coder}", "setting": f"k x {factor:.2f}", "bytes": size, **times, **result}
+                row = {
+                    "scheme": f"{name}+{coder}",
+                    "setting": f"k x {factor:.2f}",
+                    "bytes": size,
+                    **times,
+                    **result,
+                }
                 rows.append(self.show(row))
         return rows
 
@@ -276,7 +303,9 @@ class Report:
                 return len(data)
 
             guess = t.guess_delta(plans, goal, form.states)
-            tensors, data, seconds = files[t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)]
+            tensors, data, seconds = files[
+                t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
+            ]
             began = time.perf_counter()
             weights = self.packers.read(data)
             back = time.perf_counter() - began
@@ -299,7 +328,9 @@ def count_symbol(symbol, counts, coder, buffer, decoding):
 def overhead(tensors: dict[str, t.Quantized], states: int) -> float:
     """Bytes of the integer streams over the empirical entropy of their symbols in the coder's own contexts, less 1."""
     source = t.code_integers.py_func
-    counting = numba.njit(types.FunctionType(source.__code__, source.__globals__ | {"code_symbol": count_symbol}))
+    counting = numba.njit(
+        types.FunctionType(source.__code__, source.__globals__ | {"code_symbol": count_symbol})
+    )
     real, bits = 0, 0.0
     for parts in by_role(tensors).values():
         counts = np.zeros((2 * t.CLASSES + 4, t.SYMBOLS + 1), np.int64)
@@ -323,16 +354,31 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     """Seconds to plan, round, encode and decode random weights of the contest's shape once, and peak memory."""
     generator, scaled = torch.Generator().manual_seed(0), 11 / layers
     random = lambda *shape: torch.randn(*shape, generator=generator)
-    block = {"q": (512, 512), "k": (256, 512), "v": (256, 512), "o": (512, 512), "up": (2048, 512), "down": (512, 2048)}
+    block = {
+        "q": (512, 512),
+        "k": (256, 512),
+        "v": (256, 512),
+        "o": (512, 512),
+        "up": (2048, 512),
+        "down": (512, 2048),
+    }
     shapes = {f"{name}.{i}": shape for name, shape in block.items() for i in range(layers)}
-    shapes |= {f"embed.{i}": (8192 // 11, 512) for i in range(layers)} if layers < 11 else {"embed": (8192, 512)}
+    shapes |= (
+        {f"embed.{i}": (8192 // 11, 512) for i in range(layers)} if layers < 11 else {"embed": (8192, 512)}
+    )
     weights = {name: 0.02 * random(*shape) for name, shape in shapes.items()}
-    inputs = {width: random(2 * width, width) * torch.rand(width, generator=generator) for width in (512, 2048)}
+    inputs = {
+        width: random(2 * width, width) * torch.rand(width, generator=generator) for width in (512, 2048)
+    }
     moments = {width: x.T @ x for width, x in inputs.items()}
     outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
-    one = lambda n: t.plan(weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns))
+    one = lambda n: t.plan(
+        weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns)
+    )
     first = one("k.0")
-    t.code_stream([t.round_all({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states)  # compiles
+    t.code_stream(
+        [t.round_all({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states
+    )  # compiles
     began = time.perf_counter()
     plans = dict(zip(shapes, t.spread(one, shapes), strict=True))
     times = [time.perf_counter() - began]
@@ -356,21 +402,33 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     t.spread(fill, list(zip(streams, groups, strict=True)))
     times.append(time.perf_counter() - began)
     assert all(np.array_equal(again[name], integers[name]) for name in shapes)
-    facts = dict(zip(("plan", "round", "encode", "decode"), (scaled * seconds for seconds in times), strict=True))
+    facts = dict(
+        zip(("plan", "round", "encode", "decode"), (scaled * seconds for seconds in times), strict=True)
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}
 
 
 def main() -> None:
     """Tune, print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py"
+    )
     parser.add_argument("--lrzip", default=shutil.which("lrzip"), help="lrzip program; without: brotli only")
     parser.add_argument("--tokens", type=int, default=204_800, help="validation tokens of the report")
-    parser.add_argument("--part-tokens", type=int, default=40_960, help="of these, for the rows of single parts")
-    parser.add_argument("--tuning", type=int, default=16_384, help="validation tokens before these, for tuning")
+    parser.add_argument(
+        "--part-tokens", type=int, default=40_960, help="of these, for the rows of single parts"
+    )
+    parser.add_argument(
+        "--tuning", type=int, default=16_384, help="validation tokens before these, for tuning"
+    )
     parser.add_argument("--trials", type=int, default=18, help="settings that each packer may try")
-    parser.add_argument("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
+    parser.add_argument(
+        "--calibration", type=int, default=65_536, help="training tokens of the sensitivities"
+    )
     parser.add_argument("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
     parser.add_argument("--quick", action="store_true", help="few tokens, few trials, two sizes")
     options = parser.parse_args()
@@ -384,13 +442,18 @@ def main() -> None:
     packers = Packers(subject, options.calibration)
     tuning, goal = range(subject.tuning), 3.3
     tokens = CHUNK * (len(subject.hidden) - subject.tuning)
-    print(f"{subject.count} weights; {CHUNK * subject.tuning} tokens for tuning, {tokens} others for the report")
+    print(
+        f"{subject.count} weights; {CHUNK * subject.tuning} tokens for tuning, {tokens} others for the report"
+    )
 
     def at_goal(weights: dict[str, Tensor], bits: float) -> float:
         """log2 of the KL on the tuning part, moved to the goal: 6 dB a bit."""
         return math.log2(subject.divergence(weights, tuning)[0].mean()) + 2 * (bits / subject.count - goal)
 
-    shift = {"SDClip": 0.0, "ours": 0.0}  # log2 of the factor on all steps that gave the last trial the goal's bits
+    shift = {
+        "SDClip": 0.0,
+        "ours": 0.0,
+    }  # log2 of the factor on all steps that gave the last trial the goal's bits
 
     def score_public(clip: Clip) -> float:
         tensors = packers.sdclip(clip, 2 ** shift["SDClip"])
@@ -409,7 +472,12 @@ def main() -> None:
     wider = times(0.7, 1.4)
     clips = {"embed": wider, "attn": wider, "mlp": wider, "embed_bits": [6, 8], "bits": [5, 7]}
     clip = tune(Clip(), clips, options.trials, score_public, "SDClip")
-    powers = {"between": [0.5, 0.75], "rows": [0.5, 0.75, 1.25], "columns": [0.5, 0.75, 1.25], "rate": [0.0, 0.25, 1.0]}
+    powers = {
+        "between": [0.5, 0.75],
+        "rows": [0.5, 0.75, 1.25],
+        "columns": [0.5, 0.75, 1.25],
+        "rate": [0.0, 0.25, 1.0],
+    }
     form = tune(Form(options.states), powers, options.trials, score_ours, "ours")
 
     report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
@@ -418,7 +486,9 @@ def main() -> None:
     if not options.quick:
         report.public("SDClip untuned", Clip(), [1.0])
     public = report.public("SDClip", clip, factors)
-    best = min({row["scheme"] for row in public}, key=lambda n: sum(r["bytes"] for r in public if r["scheme"] == n))
+    best = min(
+        {row["scheme"] for row in public}, key=lambda n: sum(r["bytes"] for r in public if r["scheme"] == n)
+    )
     public = [row for row in public if row["scheme"] == best]
     goals = [row["bytes"] for row in public]
     final = report.ours("ours, as shipped", Form(options.states), goals, True)
@@ -430,7 +500,9 @@ def main() -> None:
         steps["+ rows"] = Form(0, form.between, form.rows, 0, 0)
         steps["+ columns"] = Form(0, form.between, form.rows, form.columns, 0)
         steps |= {f"+ trellis, {n} states": form._replace(states=n, rate=0) for n in (8, 64, 256)}
-        steps |= {f"+ rate term, {n} states": form._replace(states=n, rate=form.rate or 0.5) for n in (64, 256)}
+        steps |= {
+            f"+ rate term, {n} states": form._replace(states=n, rate=form.rate or 0.5) for n in (64, 256)
+        }
         for name, one in steps.items():
             report.ours(name, one, goals, False)
     ratio = [ours["kl"] / row["kl"] for ours, row in zip(final, public, strict=True)]

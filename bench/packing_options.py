@@ -128,7 +128,9 @@ class Table:
         """Divergence by chunk of validation text."""
         return self.subject.divergence(weights, self.chunks)[0]
 
-    def add(self, name: str, size: float, weights: Weights, base: tuple | None = None) -> tuple[float, np.ndarray]:
+    def add(
+        self, name: str, size: float, weights: Weights, base: tuple | None = None
+    ) -> tuple[float, np.ndarray]:
         """Print one row; returns what later rows are compared with."""
         found = self.kl(weights)
         ratio, spread = 1.0, 0.0
@@ -185,19 +187,25 @@ def public_rows(packers: Packers, table: Table, clip: Clip) -> None:
     wide = packers.sdclip(clip, 2**0.25)
     table.add("SDClip, steps x 2^(1/4)", len(packers.write(wide)), t.assemble(model, wide), public)
     flat = np.concatenate([tensors[m.name].values.numpy().ravel() for m in subject.todo])
-    entropy = lambda values: -sum(c * np.log2(c / len(values)) for c in np.unique(values, return_counts=True)[1]) / 8
+    entropy = lambda values: (
+        -sum(c * np.log2(c / len(values)) for c in np.unique(values, return_counts=True)[1]) / 8
+    )
     for power in (0.25, 0.5):
         scaled = scaled_columns(packers, clip, power)
         weights = {m.name: t.Quantized(scaled[m.name][0].float()) for m in subject.todo} | subject.small()
         moved = entropy(np.concatenate([pair[1].ravel() for pair in scaled.values()])) - entropy(flat)
         columns = sum(scaled[m.name][1].shape[1] for m in subject.todo)
-        table.add(f"SDClip + AWQ-lite, power {power:g}", size + moved + columns, t.assemble(model, weights), public)
+        table.add(
+            f"SDClip + AWQ-lite, power {power:g}", size + moved + columns, t.assemble(model, weights), public
+        )
     for rank, count in ((4, 3), (4, len(subject.todo))):
         weights, spent = low_rank(packers, tensors, rank, count)
         table.add(f"SDClip + LQER, rank {rank}, {count} matrices", size + spent, weights, public)
 
 
-def our_rows(packers: Packers, table: Table, form: Form, tensors: dict[str, t.Quantized], mine: tuple) -> None:
+def our_rows(
+    packers: Packers, table: Table, form: Form, tensors: dict[str, t.Quantized], mine: tuple
+) -> None:
     """What the same options, and other sizes, give on our packer."""
     subject, model, size = packers.subject, packers.subject.model.table, mine[0]
     for bits in (3.2, 3.4):
@@ -218,11 +226,19 @@ def our_rows(packers: Packers, table: Table, form: Form, tensors: dict[str, t.Qu
 
 def main() -> None:
     """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py"
+    )
     parser.add_argument("--tokens", type=int, default=81_920, help="validation tokens")
-    parser.add_argument("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
-    parser.add_argument("--estimates", action="store_true", help="only the rows of other estimates on our packer")
+    parser.add_argument(
+        "--calibration", type=int, default=65_536, help="training tokens of the sensitivities"
+    )
+    parser.add_argument(
+        "--estimates", action="store_true", help="only the rows of other estimates on our packer"
+    )
     parser.add_argument("--quick", action="store_true", help="few tokens")
     options = parser.parse_args()
     if not (options.run / "checkpoint.pt").exists():

@@ -87,7 +87,9 @@ def recipe(name: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def cut(dataset: Path, folder: Path, train_tokens: int, val_tokens: int, longest: int = 1 << 60) -> dict[str, str]:
+def cut(
+    dataset: Path, folder: Path, train_tokens: int, val_tokens: int, longest: int = 1 << 60
+) -> dict[str, str]:
     """Make `folder` the first tokens of `dataset`, no validation document longer than `longest`; returns the variables
     that name it."""
     folder.mkdir(parents=True)
@@ -96,14 +98,18 @@ def cut(dataset: Path, folder: Path, train_tokens: int, val_tokens: int, longest
     kept = np.flatnonzero(np.arange(len(val)) - starts < longest)[:val_tokens]
     for path in sorted(dataset.glob("fineweb_*_000000.bin")):
         values = read_shard(path)
-        write_shard(folder / path.name, np.array(values[:train_tokens] if "train" in path.name else values[kept]))
+        write_shard(
+            folder / path.name, np.array(values[:train_tokens] if "train" in path.name else values[kept])
+        )
     tokenizer = next(iter(dataset.glob("*.model")))
     return {"DATASETS_DIR": str(folder), "TOKENIZER_PATH": str(tokenizer)}
 
 
 def run(name: str, changes: dict[str, str], folder: Path, processes: int = 1) -> dict:
     """One run of a system; its summary with the seconds it took and the parameters its log names."""
-    environment = {key: value for key, value in os.environ.items() if key not in recipe(name)} | recipe(name) | changes
+    environment = (
+        {key: value for key, value in os.environ.items() if key not in recipe(name)} | recipe(name) | changes
+    )
     command = [sys.executable, "train_gpt.py"]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -116,15 +122,23 @@ def run(name: str, changes: dict[str, str], folder: Path, processes: int = 1) ->
     stages = json.loads((folder / f"{name}-{processes}" / "stages.json").read_text())
     log = (folder / f"{name}-{processes}" / "train.log").read_text()
     parameters = int(log.split("model_params:")[1].split()[0])
-    return summary | {"seconds": time.monotonic() - began, "parameters": parameters} | stages.get("prequant_ttt", {})
+    return (
+        summary
+        | {"seconds": time.monotonic() - began, "parameters": parameters}
+        | stages.get("prequant_ttt", {})
+    )
 
 
 def reduced(options: argparse.Namespace, folder: Path) -> dict:
     """The table of all stages of all systems at the reduced shape."""
     data = cut(options.dataset, folder / "data", 1 << 60, options.val_tokens)
     changes = REDUCED | data | {"ITERATIONS": str(options.steps)}
-    print(f"{options.steps} steps of 4,096 tokens, {options.val_tokens} validation tokens; changed in every recipe:")
-    print("  " + " ".join(f"{key}={value}" for key, value in (REDUCED | {"ITERATIONS": options.steps}).items()))
+    print(
+        f"{options.steps} steps of 4,096 tokens, {options.val_tokens} validation tokens; changed in every recipe:"
+    )
+    print(
+        "  " + " ".join(f"{key}={value}" for key, value in (REDUCED | {"ITERATIONS": options.steps}).items())
+    )
     results = {}
     print(
         f"{'val_bpb':<10}{'prequant':>12}{'after 1738':>12}{'quantized':>12}{'sliding':>12}{'ttt':>12}  legal",
@@ -134,10 +148,12 @@ def reduced(options: argparse.Namespace, folder: Path) -> dict:
         summary = run(name, changes, folder / "runs")
         bpb = summary["bpb"] | ({"after": summary["after_bpb"]} if "after_bpb" in summary else {})
         cells = [
-            f"{bpb[key]:.5f}" if key in bpb else "" for key in ("prequant", "after", "quantized", "sliding", "ttt")
+            f"{bpb[key]:.5f}" if key in bpb else ""
+            for key in ("prequant", "after", "quantized", "sliding", "ttt")
         ]
         print(
-            f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells) + f"  {summary['compliance']['legal']}", flush=True
+            f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells) + f"  {summary['compliance']['legal']}",
+            flush=True,
         )
         results[name] = bpb | {"legal": summary["compliance"]["legal"], "seconds": round(summary["seconds"])}
     return {"steps": options.steps, "val_tokens": options.val_tokens, "bpb": results}
@@ -149,7 +165,10 @@ def full(options: argparse.Namespace, folder: Path) -> dict:
     changes = FULL | data
     print("changed in every recipe: " + " ".join(f"{key}={value}" for key, value in FULL.items()))
     results = {}
-    print(f"{'':<10}{'processes':>10}{'parameters':>12}{'artifact':>12}{'seconds':>9}  val_bpb by stage", flush=True)
+    print(
+        f"{'':<10}{'processes':>10}{'parameters':>12}{'artifact':>12}{'seconds':>9}  val_bpb by stage",
+        flush=True,
+    )
     for name in options.systems:
         scores = {}
         for processes in (1,) if options.quick else (1, 2):
@@ -159,19 +178,27 @@ def full(options: argparse.Namespace, folder: Path) -> dict:
             scores[processes] = summary["bpb"]
             stages = " ".join(f"{stage}:{bpb:.5f}" for stage, bpb in summary["bpb"].items())
             size, seconds = summary["artifact_bytes"], summary["seconds"]
-            print(f"{name:<10}{processes:>10}{parameters:>12,}{size:>12,}{seconds:>9.0f}  {stages}", flush=True)
+            print(
+                f"{name:<10}{processes:>10}{parameters:>12,}{size:>12,}{seconds:>9.0f}  {stages}", flush=True
+            )
         results[name] = {"parameters": parameters, "bpb": scores}
     return {"systems": results}
 
 
 def main() -> None:
     """Print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", type=Path, help="folder of shards with a vocabulary of 8,192")
     parser.add_argument("--full", action="store_true", help="the full shape, one step")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which of the four")
+    parser.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="which of the four"
+    )
     parser.add_argument("--steps", type=int, default=300, help="training steps at the reduced shape")
-    parser.add_argument("--val-tokens", type=int, default=100_000, help="validation tokens at the reduced shape")
+    parser.add_argument(
+        "--val-tokens", type=int, default=100_000, help="validation tokens at the reduced shape"
+    )
     parser.add_argument("--quick", action="store_true", help="10 steps, or one process: shows that it runs")
     options = parser.parse_args()
     if options.quick:

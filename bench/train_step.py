@@ -38,7 +38,9 @@ class TrainStep:
         self.model, self.forward, compiled = self.built
         self.model.looped = c.num_loops > 0 and c.enable_looping_at <= PROGRESS
         self.optimizers = t.Optimizers(self.run, self.model, compiled)
-        self.average = {name: weight.detach().float().clone() for name, weight in self.model.named_parameters()}
+        self.average = {
+            name: weight.detach().float().clone() for name, weight in self.model.named_parameters()
+        }
         self.known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def batch(self, inputs: Tensor, targets: Tensor) -> t.Batch:
@@ -48,7 +50,10 @@ class TrainStep:
             return t.Batch(inputs, targets)
         if id(inputs) not in self.known:
             starts = t.segment_starts(inputs.flatten().cpu().numpy(), c.train_seq_len)
-            self.known[id(inputs)] = inputs, starts.to(inputs.device)  # it keeps `inputs`, so that the id stays its own
+            self.known[id(inputs)] = (
+                inputs,
+                starts.to(inputs.device),
+            )  # it keeps `inputs`, so that the id stays its own
         return t.Batch(inputs, targets, self.known[id(inputs)][1], c.train_seq_len)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:

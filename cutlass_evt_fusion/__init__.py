@@ -46,8 +46,10 @@ def device_problem(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) == (9, 0):
         return ""
-    return (f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {major}.{minor}; the kernels "
-            "are built for 9.0: use an H100 or H200")
+    return (
+        f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {major}.{minor}; the kernels "
+        "are built for 9.0: use an H100 or H200"
+    )
 
 
 @functools.cache
@@ -68,7 +70,14 @@ def load_library() -> ctypes.CDLL:
     library.cutlass_evt_workspace_bytes.restype = extent
     library.cutlass_evt_error_text.restype = ctypes.c_char_p
     for name in ("cutlass_evt_gemm_mul", "cutlass_evt_gemm_leaky_relu_squared"):
-        getattr(library, name).argtypes = [ctypes.c_int, *[pointer] * 4, *[extent] * 3, pointer, extent, pointer]
+        getattr(library, name).argtypes = [
+            ctypes.c_int,
+            *[pointer] * 4,
+            *[extent] * 3,
+            pointer,
+            extent,
+            pointer,
+        ]
     return library
 
 
@@ -79,25 +88,35 @@ def check_layout(op: str, **tensors: Tensor) -> None:
         said = f"{op}: {name} {tuple(t.shape)}"
         step = TMA_BYTES // t.element_size()
         if t.dim() != 2:
-            raise ValueError(f"{said} has {t.dim()} dimensions; it must be a matrix: flatten the leading ones")
+            raise ValueError(
+                f"{said} has {t.dim()} dimensions; it must be a matrix: flatten the leading ones"
+            )
         if t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(f"{said} is {t.dtype} on {t.device}, the first operand {first.dtype} on {first.device}; "
-                             "they must be alike: convert it")
+            raise ValueError(
+                f"{said} is {t.dtype} on {t.device}, the first operand {first.dtype} on {first.device}; "
+                "they must be alike: convert it"
+            )
         if t.size(1) % step:
-            raise ValueError(f"{said} has rows of {t.size(1)} elements; TMA needs multiples of {step} ({TMA_BYTES} "
-                             "bytes): choose another width, or pad it")
+            raise ValueError(
+                f"{said} has rows of {t.size(1)} elements; TMA needs multiples of {step} ({TMA_BYTES} "
+                "bytes): choose another width, or pad it"
+            )
         if not t.is_contiguous():
             raise ValueError(f"{said} has strides {t.stride()}; its rows must be packed: call .contiguous()")
         if t.data_ptr() % TMA_BYTES:
-            raise ValueError(f"{said} starts at address {t.data_ptr():#x}; TMA needs multiples of {TMA_BYTES}: call "
-                             ".clone()")
+            raise ValueError(
+                f"{said} starts at address {t.data_ptr():#x}; TMA needs multiples of {TMA_BYTES}: call "
+                ".clone()"
+            )
 
 
 def check_extents(op: str, **pairs: tuple[int, int]) -> None:
     """ValueError unless the two sizes of every pair, which the shapes state twice, are equal."""
     for name, (one, other) in pairs.items():
         if one != other:
-            raise ValueError(f"{op}: {name} is {one} in one operand and {other} in another; they must be equal")
+            raise ValueError(
+                f"{op}: {name} is {one} in one operand and {other} in another; they must be equal"
+            )
 
 
 def launch(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], columns: int) -> None:
@@ -107,7 +126,9 @@ def launch(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], col
     if not a.numel():
         return
     library, extents = load_library(), (a.size(0), columns, a.size(1))
-    function = library.cutlass_evt_gemm_mul if kernel == BACKWARD else library.cutlass_evt_gemm_leaky_relu_squared
+    function = (
+        library.cutlass_evt_gemm_mul if kernel == BACKWARD else library.cutlass_evt_gemm_leaky_relu_squared
+    )
     size = library.cutlass_evt_workspace_bytes(kernel, *extents)
     workspace = torch.empty(size, dtype=torch.uint8, device=a.device)
     with torch.cuda.device(a.device):
@@ -116,16 +137,22 @@ def launch(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], col
         status = function(a.device.index, *pointers, *extents, workspace.data_ptr(), size, stream)
     if status:
         text = library.cutlass_evt_error_text(status).decode()
-        raise RuntimeError(f"cutlass_evt_fusion: the {build.KERNELS[kernel]} kernel of M, N, K = {extents} was not "
-                           f"launched: {text} (status {status})")
+        raise RuntimeError(
+            f"cutlass_evt_fusion: the {build.KERNELS[kernel]} kernel of M, N, K = {extents} was not "
+            f"launched: {text} (status {status})"
+        )
 
 
 @torch.library.custom_op("cutlass_evt::gemm_mul", mutates_args=())
 def gemm_mul(grad: Tensor, down: Tensor, slope: Tensor) -> Tensor:
     """(grad (M, D) @ down (D, H)) * slope (M, H): the product in fp32, rounded once."""
     check_layout("gemm_mul", grad=grad, down=down, slope=slope)
-    check_extents("gemm_mul", D=(grad.size(1), down.size(0)), H=(down.size(1), slope.size(1)),
-                  M=(grad.size(0), slope.size(0)))
+    check_extents(
+        "gemm_mul",
+        D=(grad.size(1), down.size(0)),
+        H=(down.size(1), slope.size(1)),
+        M=(grad.size(0), slope.size(0)),
+    )
     out = torch.empty_like(slope)
     launch(BACKWARD, grad, down, (slope, out), down.size(1))
     return out
@@ -150,7 +177,9 @@ def mlp_op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 gemm_mul.register_fake(lambda grad, down, slope: grad.new_empty(grad.size(0), down.size(1)))
-gemm_leaky_relu_squared.register_fake(lambda x, up: tuple(x.new_empty(x.size(0), up.size(0)) for _ in range(2)))
+gemm_leaky_relu_squared.register_fake(
+    lambda x, up: tuple(x.new_empty(x.size(0), up.size(0)) for _ in range(2))
+)
 mlp_op.register_fake(
     lambda x, up, down: tuple(x.new_empty(x.size(0), n) for n in (down.size(0), up.size(0), up.size(0)))
 )
@@ -168,7 +197,10 @@ def _gradients(ctx, grad, *_):
         return None, None, None
     x, up, down, act, slope = ctx.saved_tensors
     grad = grad.contiguous()
-    hidden, need = gemm_mul(grad, down, slope), ctx.needs_input_grad  # adapters train while the weights are frozen
+    hidden, need = (
+        gemm_mul(grad, down, slope),
+        ctx.needs_input_grad,
+    )  # adapters train while the weights are frozen
     return hidden @ up, hidden.T @ x if need[1] else None, grad.T @ act if need[2] else None
 
 

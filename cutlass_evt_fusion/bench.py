@@ -45,8 +45,13 @@ def operands(tokens: int, width: int, hidden: int) -> dict[str, Tensor]:
         values = torch.randn(rows, columns, generator=source, device="cuda") * scale
         return values.to(torch.bfloat16)
 
-    return {"x": draw(tokens, width), "up": draw(hidden, width, width**-0.5), "down": draw(width, hidden, hidden**-0.5),
-            "grad": draw(tokens, width), "slope": draw(tokens, hidden)}
+    return {
+        "x": draw(tokens, width),
+        "up": draw(hidden, width, width**-0.5),
+        "down": draw(width, hidden, hidden**-0.5),
+        "grad": draw(tokens, width),
+        "slope": draw(tokens, hidden),
+    }
 
 
 def distance(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> float:
@@ -61,11 +66,16 @@ def parity(tokens: int, width: int, hidden: int) -> dict[str, float]:
     act, slope = fusion.gemm_leaky_relu_squared(t["x"], t["up"])
     wanted_act, wanted_slope = elementwise(t["x"].float() @ t["up"].float().T)
     product = fusion.gemm_mul(t["grad"], t["down"], t["slope"])
-    errors = {"act": distance(act, wanted_act), "slope": distance(slope, wanted_slope),
-              "product": distance(product, t["grad"].float() @ t["down"].float() * t["slope"].float())}
+    errors = {
+        "act": distance(act, wanted_act),
+        "slope": distance(slope, wanted_slope),
+        "product": distance(product, t["grad"].float() @ t["down"].float() * t["slope"].float()),
+    }
     results = []
-    for function, dtype in ((fusion.leaky_relu_squared_mlp, torch.bfloat16),
-                            (fusion.leaky_relu_squared_mlp_reference, torch.float32)):
+    for function, dtype in (
+        (fusion.leaky_relu_squared_mlp, torch.bfloat16),
+        (fusion.leaky_relu_squared_mlp_reference, torch.float32),
+    ):
         leaves = [t[name].detach().to(dtype).requires_grad_() for name in ("x", "up", "down")]
         out = function(*leaves)
         out.backward(t["grad"].to(dtype))
@@ -91,7 +101,9 @@ def timings(calls: Calls, repeats: int) -> dict[str, dict[str, float]]:
             end.synchronize()
             taken[name].append(start.elapsed_time(end))
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
-    return {name: {"ms": middle, "spread_ms": (high - low) / 2} for name, (low, middle, high) in quartiles.items()}
+    return {
+        name: {"ms": middle, "spread_ms": (high - low) / 2} for name, (low, middle, high) in quartiles.items()
+    }
 
 
 def candidates(tokens: int, width: int, hidden: int) -> dict[str, Calls]:
@@ -128,7 +140,9 @@ def candidates(tokens: int, width: int, hidden: int) -> dict[str, Calls]:
 
 def main() -> int:
     """Check, measure, print; 1 with one line where the kernels cannot run or are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=98304)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -142,16 +156,29 @@ def main() -> int:
     tokens, repeats = (options.tokens // 8, 8) if options.quick else (options.tokens, options.repeats)
     shape = tokens, options.width, options.hidden
     record = fusion.build.read_record()
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                              "nvcc": record["nvcc"], "cutlass": record["cutlass"], "shape": shape,
-                              "tolerance": TOLERANCE, "tolerance_chained": CHAINED, "parity": {}, "times": {}}
-    print(f"{result['device']}, torch {torch.__version__}, nvcc {record['nvcc']}, nvidia-cutlass {record['cutlass']}")
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "nvcc": record["nvcc"],
+        "cutlass": record["cutlass"],
+        "shape": shape,
+        "tolerance": TOLERANCE,
+        "tolerance_chained": CHAINED,
+        "parity": {},
+        "times": {},
+    }
+    print(
+        f"{result['device']}, torch {torch.__version__}, nvcc {record['nvcc']}, nvidia-cutlass {record['cutlass']}"
+    )
     for sizes in (*AWKWARD, (tokens + 1, *shape[1:]), shape):
         errors = result["parity"]["x".join(map(str, sizes))] = parity(*sizes)
         print(f"parity {sizes}: " + " ".join(f"{name}:{error:.3f}" for name, error in errors.items()))
         if (worst := max(errors.values())) > 1:
-            print(f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times what is "
-                  "allowed; nothing is timed", file=sys.stderr)
+            print(
+                f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times what is "
+                "allowed; nothing is timed",
+                file=sys.stderr,
+            )
             return 1
     product = 2 * tokens * options.width * options.hidden  # floating-point operations of one matrix product
     print(f"\n{'part':<20}{'method':<20}{'ms':>9}{'+-':>8}{'TFLOP/s':>10}{'of fused':>10}")
@@ -161,8 +188,10 @@ def main() -> int:
         for method, row in times.items():
             row["tflops"] = work / row["ms"] / 1e9
             row["of_fused"] = row["ms"] / times["fused"]["ms"]
-            print(f"{part:<20}{method:<20}{row['ms']:>9.4f}{row['spread_ms']:>8.4f}{row['tflops']:>10.1f}"
-                  f"{row['of_fused']:>9.2f}x")
+            print(
+                f"{part:<20}{method:<20}{row['ms']:>9.4f}{row['spread_ms']:>8.4f}{row['tflops']:>10.1f}"
+                f"{row['of_fused']:>9.2f}x"
+            )
     print("RESULT " + json.dumps(result))
     return 0
 

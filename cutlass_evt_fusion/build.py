@@ -53,13 +53,17 @@ def find_nvcc(environment: Mapping[str, str]) -> Path:
     if home:
         nvcc = Path(home, "bin", "nvcc")
         if not nvcc.is_file():
-            raise BuildError(f"CUDA_HOME={home!r}: there is no bin/nvcc in it; set CUDA_HOME to a CUDA toolkit, or "
-                             "unset it to use the nvcc on PATH")
+            raise BuildError(
+                f"CUDA_HOME={home!r}: there is no bin/nvcc in it; set CUDA_HOME to a CUDA toolkit, or "
+                "unset it to use the nvcc on PATH"
+            )
         return nvcc
     found = shutil.which("nvcc", path=environment.get("PATH", ""))
     if not found:
-        raise BuildError("nvcc is not on PATH and CUDA_HOME is not set; install the CUDA toolkit "
-                         f"({show(OLDEST_NVCC)} or newer) and set CUDA_HOME to it")
+        raise BuildError(
+            "nvcc is not on PATH and CUDA_HOME is not set; install the CUDA toolkit "
+            f"({show(OLDEST_NVCC)} or newer) and set CUDA_HOME to it"
+        )
     return Path(found)
 
 
@@ -69,11 +73,15 @@ def nvcc_version(nvcc: Path) -> tuple[int, ...]:
     match = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", result.stdout)
     if not match:
         last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["nothing"]
-        raise BuildError(f"{nvcc} --version shows no version but {last[0]!r}; set CUDA_HOME to a working CUDA toolkit")
+        raise BuildError(
+            f"{nvcc} --version shows no version but {last[0]!r}; set CUDA_HOME to a working CUDA toolkit"
+        )
     version = tuple(map(int, match.groups()))
     if version < OLDEST_NVCC:
-        raise BuildError(f"{nvcc} is version {show(version)}; the kernels need {show(OLDEST_NVCC)} or newer: set "
-                         "CUDA_HOME to a newer CUDA toolkit")
+        raise BuildError(
+            f"{nvcc} is version {show(version)}; the kernels need {show(OLDEST_NVCC)} or newer: set "
+            "CUDA_HOME to a newer CUDA toolkit"
+        )
     return version
 
 
@@ -118,21 +126,31 @@ def read_record() -> dict[str, Any]:
 def read_ptxas(log: str) -> dict[str, dict[str, int]]:
     """Registers, stack and spill bytes of each kernel from what `ptxas -v` wrote; BuildError if a kernel spills."""
     found: dict[str, dict[str, int]] = {}
-    pattern = (r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-               r"(\d+) bytes spill loads.*?Used (\d+) registers")
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
+    )
     for name, stack, stores, loads, registers in re.findall(pattern, log, re.S):
         kernel = KERNELS["Sm90AuxStore" in name]  # the forward kernel stores a second output
-        found[kernel] = {"registers": int(registers), "stack": int(stack), "spill_stores": int(stores),
-                         "spill_loads": int(loads)}
+        found[kernel] = {
+            "registers": int(registers),
+            "stack": int(stack),
+            "spill_stores": int(stores),
+            "spill_loads": int(loads),
+        }
     if set(found) != set(KERNELS):
-        raise BuildError(f"ptxas reported the kernels {sorted(found)} where {sorted(KERNELS)} were expected; is "
-                         "-Xptxas -v still among the flags?")
+        raise BuildError(
+            f"ptxas reported the kernels {sorted(found)} where {sorted(KERNELS)} were expected; is "
+            "-Xptxas -v still among the flags?"
+        )
     if slow := re.search(r".*(?:wgmma.*serialized|setmaxnreg.*ignored).*", log):
         raise BuildError(f"the kernels would be slow: {slow[0].strip()}; use another nvcc")
     for kernel, figures in found.items():
         if figures["spill_stores"] or figures["spill_loads"]:
-            raise BuildError(f"the {kernel} kernel spills {figures['spill_stores']} bytes of registers, which makes it "
-                             "slow; use another nvcc or a smaller tile in kernels.cu")
+            raise BuildError(
+                f"the {kernel} kernel spills {figures['spill_stores']} bytes of registers, which makes it "
+                "slow; use another nvcc or a smaller tile in kernels.cu"
+            )
     return found
 
 
@@ -140,7 +158,12 @@ def build() -> tuple[dict[str, Any], bool]:
     """Make the library unless it is up to date; the record, and whether it was made now."""
     nvcc = find_nvcc(os.environ)
     wheel = find_wheel()
-    identity = {"source": source_hash(), "nvcc": show(nvcc_version(nvcc)), "cutlass": wheel.version, "flags": FLAGS}
+    identity = {
+        "source": source_hash(),
+        "nvcc": show(nvcc_version(nvcc)),
+        "cutlass": wheel.version,
+        "flags": FLAGS,
+    }
     record = read_record()
     if {name: record.get(name) for name in identity} == identity:
         return record, False
@@ -152,15 +175,23 @@ def build() -> tuple[dict[str, Any], bool]:
         log, seconds = result.stdout + result.stderr, time.perf_counter() - start
         if result.returncode or not made.is_file():
             errors = [line for line in log.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
-            raise BuildError("\n".join([f"nvcc {identity['nvcc']} failed with status {result.returncode}:",
-                                        *(errors or log.splitlines()[-20:])[:20]]))
+            raise BuildError(
+                "\n".join(
+                    [
+                        f"nvcc {identity['nvcc']} failed with status {result.returncode}:",
+                        *(errors or log.splitlines()[-20:])[:20],
+                    ]
+                )
+            )
         figures = read_ptxas(log)
         library = ctypes.CDLL(str(made))
         for number, kernel in enumerate(KERNELS):
             figures[kernel]["shared_bytes"] = library.cutlass_evt_shared_bytes(number)
             figures[kernel]["stages"] = library.cutlass_evt_stages(number)
         record = {**identity, "seconds": round(seconds, 1), "kernels": figures}
-        RECORD.unlink(missing_ok=True)  # a kill between the next two lines leaves a library that counts as unbuilt
+        RECORD.unlink(
+            missing_ok=True
+        )  # a kill between the next two lines leaves a library that counts as unbuilt
         made.replace(LIBRARY)
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     return record, True

@@ -13,6 +13,7 @@ Documents are ordered by the sha256 of their text, so any prefix is a uniform sa
 files on every machine. The first documents are held out for validation; training documents that repeat much of a
 validation document are left out.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,9 +49,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import BOS, HEADER_BYTES, sha256_file, train_tokenizer, write_shard
 
 FORMAT = "parameter-golf-dataset/1"
-RECIPE = 2  # raise it when a change of this file changes the bytes it makes, so that older builds become stale
+RECIPE = (
+    2  # raise it when a change of this file changes the bytes it makes, so that older builds become stale
+)
 MIN_CHARACTERS = 100
-MIN_LETTERS = 0.7  # share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code
+MIN_LETTERS = (
+    0.7  # share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code
+)
 VAL_BYTES = 400_000
 EDGE = 200  # characters at either end of a document that must not be shared with a validation document
 MIN_LINE = 20  # shorter lines ("Examples", "See also") say nothing about a shared origin
@@ -61,9 +66,19 @@ TRAIN_SHARDS = 8  # the shuffled loader deals whole shards to ranks, so eight ra
 FREE_BYTES = 200_000_000
 NOT_LETTERS = bytes(range(256)).translate(None, b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
 SKIPPED_FOLDERS = {
-    "site-packages", "dist-packages", "__pycache__", "test", "tests", "testing", "idle_test", "benchmarks"}
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "benchmarks",
+}
 COMMENT = re.compile(r"[ \t]*#+!?[ \t]?(.*)")
-OUR_FILES = re.compile(r"fineweb_(train|val)_\d{6}\.bin|tokenizer\.(model|vocab)|validation\.txt|manifest\.json")
+OUR_FILES = re.compile(
+    r"fineweb_(train|val)_\d{6}\.bin|tokenizer\.(model|vocab)|validation\.txt|manifest\.json"
+)
 
 
 class DemoError(Exception):
@@ -87,6 +102,7 @@ class Corpus(NamedTuple):
 
 
 # --- finding and reading documentation ---------------------------------------------------------------------------
+
 
 def default_roots() -> list[Path]:
     """The standard library and the package folders of the running interpreter, each once."""
@@ -114,7 +130,10 @@ def inventory(roots: Sequence[Path]) -> list[Source]:
 
 def signature(sources: Sequence[Source], vocab_size: int) -> str:
     """Hash of everything the dataset depends on: the recipe, the options, the tokenizer library, the source files."""
-    listing = [[RECIPE, vocab_size, version("sentencepiece")], *([source.name, source.size] for source in sources)]
+    listing = [
+        [RECIPE, vocab_size, version("sentencepiece")],
+        *([source.name, source.size] for source in sources),
+    ]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -149,8 +168,13 @@ def _documentation(tree: ast.Module, module_is_documentation: bool) -> Iterator[
             if module_is_documentation or any(map(_mentions_doc, names)):
                 value = node.value
         if value is not None:
-            yield from (leaf for leaf in ast.walk(value) if isinstance(leaf, ast.Constant)
-                        and isinstance(leaf.value, str) and len(leaf.value) >= MIN_CHARACTERS)
+            yield from (
+                leaf
+                for leaf in ast.walk(value)
+                if isinstance(leaf, ast.Constant)
+                and isinstance(leaf.value, str)
+                and len(leaf.value) >= MIN_CHARACTERS
+            )
 
 
 def _comment_blocks(source: str, taken: set[int]) -> Iterator[str]:
@@ -187,7 +211,8 @@ def _normalizer():
     import sentencepiece
 
     return sentencepiece.SentencePieceNormalizer(
-        rule_name="nmt_nfkc", add_dummy_prefix=False, remove_extra_whitespaces=True, escape_whitespaces=False)
+        rule_name="nmt_nfkc", add_dummy_prefix=False, remove_extra_whitespaces=True, escape_whitespaces=False
+    )
 
 
 def read_documents(source: Source) -> list[str]:
@@ -208,6 +233,7 @@ def read_documents(source: Source) -> list[str]:
 
 
 # --- choosing documents ----------------------------------------------------------------------------------------------
+
 
 def _start_worker() -> None:
     # Syntax trees are many objects without cycles: collecting garbage while building them doubles the time.
@@ -232,7 +258,9 @@ def collect(sources: Sequence[Source]) -> list[str]:
     unique: dict[bytes, str] = {}
     for document in (document for documents in found for document in documents):
         key = hashlib.sha256(document.replace("\n", " ").encode()).digest()
-        unique[key] = min(document, unique.get(key, document))  # the same text may be broken into lines differently
+        unique[key] = min(
+            document, unique.get(key, document)
+        )  # the same text may be broken into lines differently
     return [unique[key] for key in sorted(unique)]
 
 
@@ -262,8 +290,9 @@ def split(documents: Sequence[str]) -> Corpus:
         shared = collections.Counter()
         for line in common:
             shared.update(dict.fromkeys(owners[line], len(line)))
-        if (sum(map(len, common)) <= MAX_SHARED * len(text)
-                and all(size <= MAX_SHARED * len(held_out[number]) for number, size in shared.items())):
+        if sum(map(len, common)) <= MAX_SHARED * len(text) and all(
+            size <= MAX_SHARED * len(held_out[number]) for number, size in shared.items()
+        ):
             training.append(text)
     return Corpus(list(map(_flat, held_out)), training, len(rest) - len(training))
 
@@ -277,6 +306,7 @@ def _long_lines(document: str) -> set[str]:
 
 
 # --- tokens and files ------------------------------------------------------------------------------------------------
+
 
 def credited_bytes(tokenizer, tokens: np.ndarray) -> int:
     """UTF-8 bytes that the per-token byte table of the trainer credits for `tokens`."""
@@ -300,7 +330,7 @@ def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]
     pieces: list[np.ndarray] = []
     kept: list[str] = []
     for start in range(0, len(documents), 1000):
-        batch = list(documents[start:start + 1000])
+        batch = list(documents[start : start + 1000])
         encoded = tokenizer.encode(batch, num_threads=os.cpu_count() or 1)
         for document, ids, decoded in zip(batch, encoded, tokenizer.decode(encoded), strict=True):
             if decoded == document:
@@ -325,7 +355,9 @@ def problem(out: Path, expected: str) -> str | None:
     files = manifest["files"]
     present = {entry.name for entry in out.iterdir()} - {path.name}
     if difference := sorted(present ^ set(files)):
-        return f"damaged: {difference[0]} is {'not in the manifest' if difference[0] in present else 'missing'}"
+        return (
+            f"damaged: {difference[0]} is {'not in the manifest' if difference[0] in present else 'missing'}"
+        )
     for name, facts in files.items():
         if (out / name).stat().st_size != facts["size"] or sha256_file(out / name) != facts["sha256"]:
             return f"damaged: {name} differs from the manifest"
@@ -344,8 +376,10 @@ def _refuse_foreign(out: Path) -> None:
     names = sorted(os.listdir(out)) if out.is_dir() else [""]
     foreign = [name for name in names if not OUR_FILES.fullmatch(name)]
     if foreign or (names and "validation.txt" not in names and not _says_demo(out / "manifest.json")):
-        raise DemoError(f"{out} is no demo dataset and would be replaced ({(foreign or names)[0] or 'a file'}); "
-                        "choose another folder with --out, or delete it")
+        raise DemoError(
+            f"{out} is no demo dataset and would be replaced ({(foreign or names)[0] or 'a file'}); "
+            "choose another folder with --out, or delete it"
+        )
 
 
 def _says_demo(manifest: Path) -> bool:
@@ -355,7 +389,9 @@ def _says_demo(manifest: Path) -> bool:
         return False
 
 
-def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, source_signature: str) -> None:
+def _write_dataset(
+    folder: Path, corpus: Corpus, sources: int, vocab_size: int, source_signature: str
+) -> None:
     """Write every file of the dataset into `folder`, the manifest last."""
     import sentencepiece
 
@@ -376,8 +412,10 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
         tokens, kept = tokenize(tokenizer, documents)
         raw = sum(len(document.encode()) for document in kept)
         if (credited := credited_bytes(tokenizer, tokens)) != raw:
-            raise DemoError(f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
-                            "install the pinned sentencepiece of requirements.txt")
+            raise DemoError(
+                f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
+                "install the pinned sentencepiece of requirements.txt"
+            )
         shards = TRAIN_SHARDS if part == "train" else 1
         for number, values in enumerate(np.array_split(tokens, shards)):
             write_shard(folder / f"fineweb_{part}_{number:06d}.bin", values)
@@ -385,24 +423,47 @@ def _write_dataset(folder: Path, corpus: Corpus, sources: int, vocab_size: int, 
             text = ("\n".join(kept) + "\n").encode()
             (folder / "validation.txt").write_bytes(text)
             compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-        counts |= {f"docs_{part}": len(kept), f"{part}_tokens": len(tokens), f"{part}_bytes": raw,
-                   f"{part}_lut_bytes": credited, f"{part}_not_exact": len(documents) - len(kept)}
+        counts |= {
+            f"docs_{part}": len(kept),
+            f"{part}_tokens": len(tokens),
+            f"{part}_bytes": raw,
+            f"{part}_lut_bytes": credited,
+            f"{part}_not_exact": len(documents) - len(kept),
+        }
     stage(f"{counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens")
 
     files = {}
     for path in sorted(folder.iterdir()):
         facts = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        files[path.name] = {"tokens": (facts["size"] - HEADER_BYTES) // 2} | facts if path.suffix == ".bin" else facts
+        files[path.name] = (
+            {"tokens": (facts["size"] - HEADER_BYTES) // 2} | facts if path.suffix == ".bin" else facts
+        )
     manifest = {
-        "format": FORMAT, "name": "demo", "transform": "none", "lossless": True,
+        "format": FORMAT,
+        "name": "demo",
+        "transform": "none",
+        "lossless": True,
         "note": "documents were normalised with nmt_nfkc before anything else, so decode(tokens) is the raw text",
-        "tokenizer": {"file": model.name, "sha256": files[model.name]["sha256"], "vocab_size": tokenizer.vocab_size()},
+        "tokenizer": {
+            "file": model.name,
+            "sha256": files[model.name]["sha256"],
+            "vocab_size": tokenizer.vocab_size(),
+        },
         # Bits per byte of a general compressor on the same text, for the log of a training run.
-        **counts, "references": {"xz -9e": 8 * len(compressed) / len(text)}, "files": files,
-        "source": {"text": "documentation of the installed Python packages", "signature": source_signature,
-                   "files": sources, "near_copies_of_validation_left_out": corpus.held_back},
-        "versions": {"python": platform.python_version(), "numpy": version("numpy"),
-                     "sentencepiece": version("sentencepiece")},
+        **counts,
+        "references": {"xz -9e": 8 * len(compressed) / len(text)},
+        "files": files,
+        "source": {
+            "text": "documentation of the installed Python packages",
+            "signature": source_signature,
+            "files": sources,
+            "near_copies_of_validation_left_out": corpus.held_back,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": version("numpy"),
+            "sentencepiece": version("sentencepiece"),
+        },
     }
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -454,14 +515,21 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
         building.mkdir()
         try:
             if (free := shutil.disk_usage(building).free) < FREE_BYTES:
-                raise DemoError(f"{free:,} bytes free for {out}, {FREE_BYTES:,} needed; free some or choose --out")
+                raise DemoError(
+                    f"{free:,} bytes free for {out}, {FREE_BYTES:,} needed; free some or choose --out"
+                )
             print(f"demo: building {out} ({reason})", flush=True)
             documents = collect(sources)
             corpus = split(documents)
             if not corpus.training or not corpus.validation:
-                raise DemoError("found no documentation in the installed packages; install requirements.txt first")
-            print(f"demo: {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} MB, from "
-                  f"{len(sources):,} files ({time.monotonic() - started:.1f} s)", flush=True)
+                raise DemoError(
+                    "found no documentation in the installed packages; install requirements.txt first"
+                )
+            print(
+                f"demo: {len(documents):,} documents, {sum(map(len, documents)) / 1e6:.1f} MB, from "
+                f"{len(sources):,} files ({time.monotonic() - started:.1f} s)",
+                flush=True,
+            )
             _write_dataset(building, corpus, len(sources), vocab_size, current)
             shutil.rmtree(out, ignore_errors=True)
             building.replace(out)
@@ -473,9 +541,15 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
 
 def main() -> int:
     """Command line: 0 if the dataset is there, 2 after a one-line error, 130 if interrupted."""
-    parser = argparse.ArgumentParser(description="Build the embedded corpus from the installed Python packages.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="folder to make")
-    parser.add_argument("--vocab-size", type=int, choices=(1024, 2048), default=1024, help="tokenizer vocabulary")
+    parser = argparse.ArgumentParser(
+        description="Build the embedded corpus from the installed Python packages."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="folder to make"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, choices=(1024, 2048), default=1024, help="tokenizer vocabulary"
+    )
     arguments = parser.parse_args()
     try:
         build(arguments.out, arguments.vocab_size)
@@ -483,11 +557,16 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: cannot write {arguments.out}: {error.strerror or error}; choose a writable folder with --out",
-              file=sys.stderr)
+        print(
+            f"error: cannot write {arguments.out}: {error.strerror or error}; choose a writable folder with --out",
+            file=sys.stderr,
+        )
         return 2
     except BrokenProcessPool:
-        print("error: a worker was killed, probably for want of memory; free some and run this again", file=sys.stderr)
+        print(
+            "error: a worker was killed, probably for want of memory; free some and run this again",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("error: interrupted, nothing was changed", file=sys.stderr)

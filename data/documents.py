@@ -1,4 +1,5 @@
 """Documents as they come: streamed in batches from JSON lines (plain, gz, xz, zst) and parquet, resumable anywhere."""
+
 from __future__ import annotations
 
 import glob
@@ -49,7 +50,11 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     """Files for a list of paths and globs, in the order given (a glob's matches sorted); DataError if one has none."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
+        found = (
+            [Path(pattern)]
+            if Path(pattern).is_file()
+            else [Path(name) for name in sorted(glob.glob(pattern))]
+        )
         found = [path for path in found if path.is_file()]
         if not found:
             raise DataError(f"{pattern}: no such file; give existing files or a quoted glob")
@@ -57,8 +62,11 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     for path in paths:
         suffixes = path.suffixes[-2:]
         if suffixes[-1:] != [".parquet"] and not (
-                suffixes[-1:] and (suffixes[-1] in JSON_LINES or suffixes[-1] in COMPRESSED)):
-            raise DataError(f"{path}: unknown kind of file; it must end in .jsonl, .gz, .xz, .zst or .parquet")
+            suffixes[-1:] and (suffixes[-1] in JSON_LINES or suffixes[-1] in COMPRESSED)
+        ):
+            raise DataError(
+                f"{path}: unknown kind of file; it must end in .jsonl, .gz, .xz, .zst or .parquet"
+            )
     if len(set(paths)) < len(paths):
         raise DataError("a source file is given twice; its documents would be counted twice")
     return paths
@@ -68,6 +76,7 @@ def text_bytes_estimate(path: Path) -> int:
     """About how many bytes of text a file holds; compressed text is taken as 4 times its size on disk."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
+
         try:
             metadata = pyarrow.parquet.ParquetFile(path).metadata
         except (OSError, pyarrow.ArrowException) as error:
@@ -88,12 +97,16 @@ def _open_text(path: Path, raw: IO[bytes]) -> io.BufferedReader:
         return io.BufferedReader(lzma.LZMAFile(raw), 1 << 20)
     if path.suffix == ".zst":
         import zstandard
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20)
+
+        return io.BufferedReader(
+            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
+        )
     return raw
 
 
-def batches(paths: Sequence[Path], key: str, batch_bytes: int, start: Position = Position(),
-            limit: int | None = None) -> Iterator[Batch]:
+def batches(
+    paths: Sequence[Path], key: str, batch_bytes: int, start: Position = Position(), limit: int | None = None
+) -> Iterator[Batch]:
     """Batches of about `batch_bytes` from `start` on, at most `limit` records that are not blank lines in all.
 
     DataError for a file that cannot be read to its end.
@@ -124,7 +137,7 @@ def _cut(batch: Batch, limit: int) -> tuple[Batch, int]:
     for index, record in enumerate(batch.records):
         number += not isinstance(record, bytes) or not record.isspace()
         if number == limit:
-            kept = batch.records[:index + 1]
+            kept = batch.records[: index + 1]
             size = sum(map(len, kept)) if isinstance(record, bytes) else 0
             after = Position(batch.start.file, batch.start.record + index + 1, batch.start.offset + size)
             return Batch(batch.path, batch.start, kept, after, batch.consumed), 0
@@ -142,7 +155,9 @@ def _line_batches(path: Path, key: str, batch_bytes: int, start: Position, befor
                 left -= skipped
         position = start
         while lines := stream.readlines(batch_bytes):
-            after = Position(position.file, position.record + len(lines), position.offset + sum(map(len, lines)))
+            after = Position(
+                position.file, position.record + len(lines), position.offset + sum(map(len, lines))
+            )
             yield Batch(path, position, lines, after, before + raw.tell())
             position = after
 
@@ -152,7 +167,9 @@ def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, be
 
     table = pyarrow.parquet.ParquetFile(path)
     if key not in table.schema_arrow.names:
-        raise DataError(f"{path}: no column {key!r} (it has {', '.join(table.schema_arrow.names)}); give --key")
+        raise DataError(
+            f"{path}: no column {key!r} (it has {', '.join(table.schema_arrow.names)}); give --key"
+        )
     size, row = path.stat().st_size, 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
@@ -179,20 +196,30 @@ def texts_of(batch: Batch, key: str) -> list[str]:
             try:
                 record = json.loads(record.decode())
             except UnicodeDecodeError as error:
-                raise DataError(f"{batch.path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); "
-                                "convert the file to UTF-8") from None
+                raise DataError(
+                    f"{batch.path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); "
+                    "convert the file to UTF-8"
+                ) from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{batch.path}:{number}: bad JSON ({error}); repair or remove this line") from None
+                raise DataError(
+                    f"{batch.path}:{number}: bad JSON ({error}); repair or remove this line"
+                ) from None
             if not isinstance(record, dict) or key not in record:
-                raise DataError(f"{batch.path}:{number}: no key {key!r}; every line must be a JSON object with it, "
-                                "or give --key")
+                raise DataError(
+                    f"{batch.path}:{number}: no key {key!r}; every line must be a JSON object with it, "
+                    "or give --key"
+                )
             record = record[key]
         if not isinstance(record, str):
-            raise DataError(f"{batch.path}:{number}: {key!r} is {type(record).__name__}, expected text; "
-                            "repair or remove this record")
+            raise DataError(
+                f"{batch.path}:{number}: {key!r} is {type(record).__name__}, expected text; "
+                "repair or remove this record"
+            )
         if not record.isascii() and record.encode(errors="replace") != record.encode(errors="surrogatepass"):
-            raise DataError(f"{batch.path}:{number}: a lone surrogate, which is not Unicode text; "
-                            "repair or remove this record")
+            raise DataError(
+                f"{batch.path}:{number}: a lone surrogate, which is not Unicode text; "
+                "repair or remove this record"
+            )
         texts.append(record)
     return texts
 

@@ -8,6 +8,7 @@ some), it lands in one place. Files go through the hub client's cache (HF_HOME, 
 where the file system allows, so they take their space once. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual.
 A stopped download continues with the first unfinished file; a connection that breaks continues inside the file.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -50,7 +51,9 @@ DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUSY = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
 LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minutes
-ABANDONED = 3600  # seconds without a write after which a partial file of the cache belongs to a killed download
+ABANDONED = (
+    3600  # seconds without a write after which a partial file of the cache belongs to a killed download
+)
 Result = TypeVar("Result")
 
 
@@ -67,17 +70,34 @@ class Dataset(NamedTuple):
     tokenizer: str
     train_shards: int
     transform: str
-    tokenizer_sha256: str | None = None  # of a tokenizer that is not in the repository and has to be brought along
+    tokenizer_sha256: str | None = (
+        None  # of a tokenizer that is not in the repository and has to be brought along
+    )
 
 
-DATASETS = {dataset.name: dataset for dataset in (
-    Dataset("sp8192", "kevclark/parameter-golf", "fineweb10B_sp8192", "fineweb_8192_bpe", 80, "none"),
-    Dataset("casefold_v2", "Mikeapedia/fineweb10B-sp8192-casefold-v2", "fineweb10B_sp8192_casefold_v2",
-            "fineweb_8192_bpe_casefold_refined_v2", 114, "casefold",
-            "e2f3b89124cc3d517ae14abe3bc478ea5908a70289d4437123e25bb586148641"),
-    Dataset("caseops_v1", "romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
-            "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved", 80, "caseops_v1"),
-)}
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("sp8192", "kevclark/parameter-golf", "fineweb10B_sp8192", "fineweb_8192_bpe", 80, "none"),
+        Dataset(
+            "casefold_v2",
+            "Mikeapedia/fineweb10B-sp8192-casefold-v2",
+            "fineweb10B_sp8192_casefold_v2",
+            "fineweb_8192_bpe_casefold_refined_v2",
+            114,
+            "casefold",
+            "e2f3b89124cc3d517ae14abe3bc478ea5908a70289d4437123e25bb586148641",
+        ),
+        Dataset(
+            "caseops_v1",
+            "romeerp/parameter-golf-caseops-v1",
+            "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+            "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved",
+            80,
+            "caseops_v1",
+        ),
+    )
+}
 VOCAB_SIZE = 8192
 TOKENIZER = "tokenizer.model"
 
@@ -125,7 +145,9 @@ class Progress:
                 self.shown = time.monotonic()
                 rate = self.fetched / (self.shown - self.started)
                 left = f", {(self.total - self.done) / rate / 60:.1f} min left" if rate > 0 else ""
-                self._write(f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s{left}")
+                self._write(
+                    f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s{left}"
+                )
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -143,13 +165,16 @@ class _Stopped(Exception):
 
 # --- what is there ---------------------------------------------------------------------------------------------------
 
+
 def patiently(call: Callable[[], Result], progress: Progress) -> Result:
     """The result of `call`, retried with a message while the hub is busy (429, 5xx) or drops the connection."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
         except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
-            cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+            cause = (
+                error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+            )
             response = getattr(cause, "response", None)
             # A refused connection or an unknown host stays so; the client has tried a few times already.
             broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, httpx2.ConnectError)
@@ -157,8 +182,10 @@ def patiently(call: Callable[[], Result], progress: Progress) -> Result:
                 raise
             asked = response.headers.get("Retry-After", "") if response is not None else ""
             seconds = min(int(asked), LONGEST_WAIT) if asked.isdigit() else 2 ** (attempt - 1)
-            progress.say(f"the hub {'broke the connection' if broken else f'answers {response.status_code}'}; "
-                         f"trying again in {seconds} s ({attempt} of {ATTEMPTS - 1})")
+            progress.say(
+                f"the hub {'broke the connection' if broken else f'answers {response.status_code}'}; "
+                f"trying again in {seconds} s ({attempt} of {ATTEMPTS - 1})"
+            )
             if progress.stop.wait(seconds):
                 raise _Stopped from None
     raise AssertionError("the last attempt returns or raises")
@@ -167,11 +194,20 @@ def patiently(call: Callable[[], Result], progress: Progress) -> Result:
 def list_remote(repository: str, revision: str, progress: Progress) -> tuple[str, list[Entry]]:
     """The commit `revision` stands for and all files of the repository at that commit."""
     hub = HfApi()
-    commit = patiently(lambda: hub.repo_info(repository, repo_type="dataset", revision=revision).sha, progress)
-    tree = patiently(lambda: list(hub.list_repo_tree(repository, repo_type="dataset", revision=commit,
-                                                     recursive=True)), progress)
-    return str(commit), [Entry(item.path, item.lfs.size, item.lfs.sha256) if item.lfs
-                         else Entry(item.path, item.size, item.blob_id) for item in tree if isinstance(item, RepoFile)]
+    commit = patiently(
+        lambda: hub.repo_info(repository, repo_type="dataset", revision=revision).sha, progress
+    )
+    tree = patiently(
+        lambda: list(hub.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True)),
+        progress,
+    )
+    return str(commit), [
+        Entry(item.path, item.lfs.size, item.lfs.sha256)
+        if item.lfs
+        else Entry(item.path, item.size, item.blob_id)
+        for item in tree
+        if isinstance(item, RepoFile)
+    ]
 
 
 def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
@@ -180,19 +216,38 @@ def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         repositories = frozenset()
-    snapshots = [snapshot for found in repositories if found.repo_type == "dataset" and found.repo_id == repository
-                 for snapshot in found.revisions]
-    snapshots.sort(key=lambda snapshot: (snapshot.commit_hash == revision, revision in snapshot.refs,
-                                         snapshot.last_modified))
+    snapshots = [
+        snapshot
+        for found in repositories
+        if found.repo_type == "dataset" and found.repo_id == repository
+        for snapshot in found.revisions
+    ]
+    snapshots.sort(
+        key=lambda snapshot: (
+            snapshot.commit_hash == revision,
+            revision in snapshot.refs,
+            snapshot.last_modified,
+        )
+    )
     if not snapshots:
-        raise DownloadError(f"HF_HUB_OFFLINE is set and nothing of {repository} is in the cache "
-                            f"{constants.HF_HUB_CACHE}; unset it, or set HF_HOME to the right cache")
-    files = [Entry(file.file_path.relative_to(snapshots[-1].snapshot_path).as_posix(), file.size_on_disk,
-                   file.blob_path.name) for file in snapshots[-1].files]
+        raise DownloadError(
+            f"HF_HUB_OFFLINE is set and nothing of {repository} is in the cache "
+            f"{constants.HF_HUB_CACHE}; unset it, or set HF_HOME to the right cache"
+        )
+    files = [
+        Entry(
+            file.file_path.relative_to(snapshots[-1].snapshot_path).as_posix(),
+            file.size_on_disk,
+            file.blob_path.name,
+        )
+        for file in snapshots[-1].files
+    ]
     return snapshots[-1].commit_hash, [entry for entry in files if DIGEST.fullmatch(entry.digest)]
 
 
-def make_plan(dataset: Dataset, commit: str, entries: Sequence[Entry], train_shards: int | None, out: Path) -> Plan:
+def make_plan(
+    dataset: Dataset, commit: str, entries: Sequence[Entry], train_shards: int | None, out: Path
+) -> Plan:
     """Choose the files of `dataset` among `entries`, wherever in the repository they are; DownloadError if some lack.
 
     `train_shards` None means as many as the published runs used, or all if there are fewer. Shards that are under `out`
@@ -204,40 +259,61 @@ def make_plan(dataset: Dataset, commit: str, entries: Sequence[Entry], train_sha
         path = PurePosixPath(entry.path)
         if SHARD.fullmatch(path.name):
             by_folder.setdefault(str(path.parent), {})[path.name] = entry
-    named = {folder: files for folder, files in by_folder.items() if PurePosixPath(folder).name == dataset.folder}
+    named = {
+        folder: files for folder, files in by_folder.items() if PurePosixPath(folder).name == dataset.folder
+    }
     candidates = named or (by_folder if len(by_folder) == 1 else {})
     if not candidates:
-        raise DownloadError(f"{dataset.repository} has no folder {dataset.folder} with shards (shards are in: "
-                            f"{', '.join(by_folder) or 'no folder'}); name another repository with --repository")
+        raise DownloadError(
+            f"{dataset.repository} has no folder {dataset.folder} with shards (shards are in: "
+            f"{', '.join(by_folder) or 'no folder'}); name another repository with --repository"
+        )
     folder = max(candidates, key=lambda name: (len(candidates[name]), -len(name)))
     kinds: dict[str, list[Entry]] = {"train": [], "val": [], "val_bytes": []}
     for name, entry in candidates[folder].items():
         kinds[SHARD.fullmatch(name).group(1)].append(entry)
     offline = "; unset HF_HUB_OFFLINE to fetch the rest" if constants.is_offline_mode() else ""
-    if not kinds["val"] or (dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])):
-        lacking = "fineweb_val_bytes_*.bin, without which no score is right" if kinds["val"] else "fineweb_val_*.bin"
+    if not kinds["val"] or (
+        dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])
+    ):
+        lacking = (
+            "fineweb_val_bytes_*.bin, without which no score is right"
+            if kinds["val"]
+            else "fineweb_val_*.bin"
+        )
         raise DownloadError(f"{dataset.repository} lacks {folder}/{lacking}{offline or '; try --repository'}")
     if train_shards is not None and train_shards > len(kinds["train"]):
-        raise DownloadError(f"--train-shards {train_shards}: {folder} of {dataset.repository} has "
-                            f"{len(kinds['train'])}{offline or '; ask for at most that many'}")
+        raise DownloadError(
+            f"--train-shards {train_shards}: {folder} of {dataset.repository} has "
+            f"{len(kinds['train'])}{offline or '; ask for at most that many'}"
+        )
     asked = dataset.train_shards if train_shards is None else train_shards
-    chosen = kinds["train"][:max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
-    wanted = [Wanted(entry, target / PurePosixPath(entry.path).name)
-              for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]]
+    chosen = kinds["train"][: max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
+    wanted = [
+        Wanted(entry, target / PurePosixPath(entry.path).name)
+        for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]
+    ]
     for entry in sorted(entries, key=lambda entry: entry.path.count("/")):  # of several manifests the nearest
         name = PurePosixPath(entry.path).name
         if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
             wanted.append(Wanted(entry, out / "tokenizers" / name))
-        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(PurePosixPath(entry.path).parent):
+        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
+            PurePosixPath(entry.path).parent
+        ):
             wanted.append(Wanted(entry, target / "hub_manifest.json"))
     wanted = list({item.target: item for item in wanted}.values())
     if not dataset.tokenizer_sha256 and out / "tokenizers" / f"{dataset.tokenizer}.model" not in {
-            item.target for item in wanted}:
-        raise DownloadError(f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}")
+        item.target for item in wanted
+    }:
+        raise DownloadError(
+            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
+        )
     return Plan(commit, folder, wanted, len(kinds["train"]))
 
 
-def installed(dataset: Dataset, out: Path, train_shards: int | None, full_check: bool) -> tuple[dict | None, str]:
+def installed(
+    dataset: Dataset, out: Path, train_shards: int | None, full_check: bool
+) -> tuple[dict | None, str]:
     """The manifest of the dataset under `out` if it is complete, else None and the reason (empty: nothing is there).
 
     Sizes and shard headers are always checked, every sha256 only with `full_check`.
@@ -255,7 +331,9 @@ def installed(dataset: Dataset, out: Path, train_shards: int | None, full_check:
     if source["repository"] != dataset.repository:
         return None, f"it came from {source['repository']}"
     here = sum(name.startswith("fineweb_train_") for name in files)
-    if here < (min(dataset.train_shards, source["train_shards_there"]) if train_shards is None else train_shards):
+    if here < (
+        min(dataset.train_shards, source["train_shards_there"]) if train_shards is None else train_shards
+    ):
         return None, f"it has {here} training shards"
     model = out / "tokenizers" / f"{dataset.tokenizer}.model"
     if not dataset.tokenizer_sha256 and not (model.is_file() and sha256_file(model) == tokenizer["sha256"]):
@@ -271,14 +349,16 @@ def installed(dataset: Dataset, out: Path, train_shards: int | None, full_check:
                 return None, str(error)
     if full_check:
         with ThreadPoolExecutor() as pool:
-            for (name, facts), digest in zip(files.items(), pool.map(sha256_file, map(target.joinpath, files)),
-                                             strict=True):
+            for (name, facts), digest in zip(
+                files.items(), pool.map(sha256_file, map(target.joinpath, files)), strict=True
+            ):
                 if digest != facts["sha256"]:
                     return None, f"{name} has another sha256"
     return manifest, ""
 
 
 # --- fetching --------------------------------------------------------------------------------------------------------
+
 
 def _digest(path: Path, like: str) -> str:
     """sha256 of a file, or its git blob id where the hub publishes that."""
@@ -288,7 +368,9 @@ def _digest(path: Path, like: str) -> str:
 
 
 def _intact(path: Path, entry: Entry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.size and _digest(path, entry.digest) == entry.digest
+    return (
+        path.is_file() and path.stat().st_size == entry.size and _digest(path, entry.digest) == entry.digest
+    )
 
 
 def _place(source: Path, target: Path) -> None:
@@ -348,7 +430,9 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
         def once(counted: list[int] = counted, bar: type[tqdm] = bar) -> str:
             progress.add(-counted[0])
             counted[0] = 0
-            return hf_hub_download(repository, entry.path, repo_type="dataset", revision=commit, tqdm_class=bar)
+            return hf_hub_download(
+                repository, entry.path, repo_type="dataset", revision=commit, tqdm_class=bar
+            )
 
         if progress.stop.is_set():
             raise _Stopped
@@ -360,34 +444,44 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
                 try:
                     read_shard(blob)
                 except ShardError as error:
-                    raise DownloadError(f"{entry.path} is what the hub publishes, but no valid shard ({error}); "
-                                        "try another --repository") from None
+                    raise DownloadError(
+                        f"{entry.path} is what the hub publishes, but no valid shard ({error}); "
+                        "try another --repository"
+                    ) from None
             _place(blob, target)
             return
         found = blob.stat().st_size
         progress.add(-entry.size)
         for path in (pointer, _cached_blob(repository, entry), blob):
             path.unlink(missing_ok=True)
-    raise DownloadError(f"{entry.path} does not have the sha256 {entry.digest} that the hub states ({found:,} bytes, "
-                        "fetched twice); the copies were deleted: try again later, or another --repository")
+    raise DownloadError(
+        f"{entry.path} does not have the sha256 {entry.digest} that the hub states ({found:,} bytes, "
+        "fetched twice); the copies were deleted: try again later, or another --repository"
+    )
 
 
 def check_disk(repository: str, plan: Plan, out: Path) -> None:
     """DownloadError unless the cache and `out` can hold what is not there yet."""
+
     def device(path: Path) -> tuple[Path, int]:
         existing = next(place for place in (path, *path.parents) if place.exists())
         return existing, existing.stat().st_dev
 
-    missing = [item for item in plan.wanted if not (item.target.is_file()
-                                                     and item.target.stat().st_size == item.entry.size)]
+    missing = [
+        item
+        for item in plan.wanted
+        if not (item.target.is_file() and item.target.stat().st_size == item.entry.size)
+    ]
     uncached = sum(item.entry.size for item in missing if not _cached_blob(repository, item.entry).is_file())
     cache, cache_device = device(Path(constants.HF_HUB_CACHE).absolute())
     place, place_device = device(out.absolute())
     copied = sum(item.entry.size for item in missing) if place_device != cache_device else 0
     for folder, needed in ((cache, uncached), (place, copied)):
         if needed > (free := shutil.disk_usage(folder).free):
-            raise DownloadError(f"{needed:,} bytes needed on the disk of {folder}, {free:,} free; free some, lower "
-                                "--train-shards, or set HF_HOME to a folder on a bigger disk")
+            raise DownloadError(
+                f"{needed:,} bytes needed on the disk of {folder}, {free:,} free; free some, lower "
+                "--train-shards, or set HF_HOME to a folder on a bigger disk"
+            )
 
 
 def fetch_all(repository: str, plan: Plan, workers: int, progress: Progress) -> None:
@@ -425,17 +519,30 @@ def write_manifest(dataset: Dataset, plan: Plan, out: Path) -> dict:
             elif kind.group(1) == "val_bytes":
                 sums["bytes"] += int(values.sum(dtype=np.int64))
     if sums["val_bytes"] not in (0, sums["val"]):
-        raise DownloadError(f"the byte sidecar of {dataset.folder} has {sums['val_bytes']:,} values for "
-                            f"{sums['val']:,} validation tokens; the repository is inconsistent, try --repository")
+        raise DownloadError(
+            f"the byte sidecar of {dataset.folder} has {sums['val_bytes']:,} values for "
+            f"{sums['val']:,} validation tokens; the repository is inconsistent, try --repository"
+        )
     model = out / "tokenizers" / f"{dataset.tokenizer}.model"
     manifest = {
-        "format": FORMAT, "name": dataset.name, "transform": dataset.transform,
+        "format": FORMAT,
+        "name": dataset.name,
+        "transform": dataset.transform,
         "lossless": dataset.transform != "casefold",
-        "tokenizer": {"file": TOKENIZER, "sha256": dataset.tokenizer_sha256 or sha256_file(model),
-                      "vocab_size": VOCAB_SIZE},
-        "val_tokens": sums["val"], "train_tokens": sums["train"], "files": files,
-        "source": {"repository": dataset.repository, "commit": plan.commit, "folder": plan.folder,
-                   "train_shards_there": plan.train_shards_there},
+        "tokenizer": {
+            "file": TOKENIZER,
+            "sha256": dataset.tokenizer_sha256 or sha256_file(model),
+            "vocab_size": VOCAB_SIZE,
+        },
+        "val_tokens": sums["val"],
+        "train_tokens": sums["train"],
+        "files": files,
+        "source": {
+            "repository": dataset.repository,
+            "commit": plan.commit,
+            "folder": plan.folder,
+            "train_shards_there": plan.train_shards_there,
+        },
         "versions": {"huggingface_hub": version("huggingface_hub")},
     }
     if sums["documents"]:  # casefold shards hold no BOS, so nothing separates their documents
@@ -454,21 +561,35 @@ def settle_tokenizer(dataset: Dataset, out: Path) -> None:
 
     One that is not on the hub is asked for, and refused if it is not the one that made the shards.
     """
-    model, beside = out / "tokenizers" / f"{dataset.tokenizer}.model", out / "datasets" / dataset.folder / TOKENIZER
+    model, beside = (
+        out / "tokenizers" / f"{dataset.tokenizer}.model",
+        out / "datasets" / dataset.folder / TOKENIZER,
+    )
     if not model.is_file():
-        print(f"{dataset.name}: the repository holds no tokenizer; put {model.name} (sha256 "
-              f"{dataset.tokenizer_sha256}) into {model.parent} and run this again", flush=True)
+        print(
+            f"{dataset.name}: the repository holds no tokenizer; put {model.name} (sha256 "
+            f"{dataset.tokenizer_sha256}) into {model.parent} and run this again",
+            flush=True,
+        )
         return
     found = sha256_file(model)
     if dataset.tokenizer_sha256 not in (None, found):
-        raise DownloadError(f"{model} has sha256 {found}, but {dataset.name} was made with "
-                            f"{dataset.tokenizer_sha256}; replace it")
+        raise DownloadError(
+            f"{model} has sha256 {found}, but {dataset.name} was made with "
+            f"{dataset.tokenizer_sha256}; replace it"
+        )
     if not beside.is_file() or sha256_file(beside) != found:
         _place(model, beside)
 
 
-def download(dataset: Dataset, out: Path, train_shards: int | None = None, workers: int = 8, revision: str = "main",
-             full_check: bool = False) -> Path:
+def download(
+    dataset: Dataset,
+    out: Path,
+    train_shards: int | None = None,
+    workers: int = 8,
+    revision: str = "main",
+    full_check: bool = False,
+) -> Path:
     """Make `dataset` complete under `out` and return its folder; without a request if it is complete already."""
     target = out / "datasets" / dataset.folder
     manifest, reason = installed(dataset, out, train_shards, full_check)
@@ -483,16 +604,24 @@ def download(dataset: Dataset, out: Path, train_shards: int | None = None, worke
         plan = make_plan(dataset, commit, entries, train_shards, out)
         check_disk(dataset.repository, plan, out)
         progress.total = sum(item.entry.size for item in plan.wanted)
-        print(f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, from {dataset.repository} "
-              f"at {commit[:8]}", flush=True)
+        print(
+            f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, from {dataset.repository} "
+            f"at {commit[:8]}",
+            flush=True,
+        )
         fetch_all(dataset.repository, plan, workers, progress)
         manifest = write_manifest(dataset, plan, out)
-        progress.say(f"{progress.fetched / 1e9:.2f} GB fetched in {time.monotonic() - progress.started:.0f} s, "
-                     "all sizes and checksums right")
+        progress.say(
+            f"{progress.fetched / 1e9:.2f} GB fetched in {time.monotonic() - progress.started:.0f} s, "
+            "all sizes and checksums right"
+        )
     settle_tokenizer(dataset, out)
     shards = sum(name.startswith("fineweb_train_") for name in manifest["files"])
-    print(f"{dataset.name}: {target} complete, {shards} training shards, {manifest['train_tokens']:,} training and "
-          f"{manifest['val_tokens']:,} validation tokens", flush=True)
+    print(
+        f"{dataset.name}: {target} complete, {shards} training shards, {manifest['train_tokens']:,} training and "
+        f"{manifest['val_tokens']:,} validation tokens",
+        flush=True,
+    )
     return target
 
 
@@ -504,13 +633,17 @@ def explain(error: Exception, dataset: Dataset) -> str:
     if isinstance(cause, RevisionNotFoundError):
         return f"{dataset.repository} has no such revision; leave --revision out, or name a branch or commit of it"
     if isinstance(cause, RepositoryNotFoundError) or status in (401, 403):
-        return (f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): set HF_TOKEN if it is "
-                "private or gated, or name a copy with --repository")
+        return (
+            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): set HF_TOKEN if it is "
+            "private or gated, or name a copy with --repository"
+        )
     if status in BUSY:
         return f"{constants.ENDPOINT} still answers {status} after {ATTEMPTS} attempts; try later: {kept}"
     if isinstance(cause, httpx2.TransportError):
-        return (f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); check the network or set "
-                f"HF_ENDPOINT to a mirror: {kept}")
+        return (
+            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); check the network or set "
+            f"HF_ENDPOINT to a mirror: {kept}"
+        )
     if isinstance(cause, EntryNotFoundError) and status is not None:
         return f"a listed file is not on the hub: {cause.response.url}; try later, or name a copy with --repository"
     first_line = next(iter(str(cause).strip().splitlines()), "")
@@ -523,14 +656,24 @@ def main() -> int:
     """Command line: 0 if the dataset is complete, 2 after a one-line error, 130 if interrupted."""
     parser = argparse.ArgumentParser(description="Download a public tokenised dataset from the hub.")
     parser.add_argument("name", help=", ".join(DATASETS))
-    parser.add_argument("--train-shards", type=int, help="training shards, 0 for validation only "
-                        f"(default: {', '.join(f'{item.train_shards} for {item.name}' for item in DATASETS.values())})")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
-                        help="gets datasets/ and tokenizers/ (default: this folder)")
+    parser.add_argument(
+        "--train-shards",
+        type=int,
+        help="training shards, 0 for validation only "
+        f"(default: {', '.join(f'{item.train_shards} for {item.name}' for item in DATASETS.values())})",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="gets datasets/ and tokenizers/ (default: this folder)",
+    )
     parser.add_argument("--workers", type=int, default=8, help="files at a time")
     parser.add_argument("--repository", help="another hub repository with the same files")
     parser.add_argument("--revision", default="main", help="branch, tag or commit")
-    parser.add_argument("--verify", action="store_true", help="check every sha256 even if all sizes are right")
+    parser.add_argument(
+        "--verify", action="store_true", help="check every sha256 even if all sizes are right"
+    )
     arguments = parser.parse_args()
     if arguments.name not in DATASETS:
         print(f"error: no dataset {arguments.name!r}; choose one of {', '.join(DATASETS)}", file=sys.stderr)
@@ -541,8 +684,14 @@ def main() -> int:
     dataset = DATASETS[arguments.name]
     dataset = dataset._replace(repository=arguments.repository or dataset.repository)
     try:
-        download(dataset, arguments.out.resolve(), arguments.train_shards, arguments.workers, arguments.revision,
-                 arguments.verify)
+        download(
+            dataset,
+            arguments.out.resolve(),
+            arguments.train_shards,
+            arguments.workers,
+            arguments.revision,
+            arguments.verify,
+        )
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ stands next to such a character. So text is cut at those places and the ids of e
 bytes. `refusal` checks everything this argument uses on the model itself; a model
 that fails is encoded by SentencePiece alone.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,8 +44,10 @@ def load_model(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, senten
             raise ValueError("it has no pieces")
         return sentencepiece.SentencePieceProcessor(model_proto=content), model
     except Exception as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({type(error).__name__}: {error}); "
-                         "give the .model file of a tokenizer") from None
+        raise ValueError(
+            f"{path}: not a SentencePiece model ({type(error).__name__}: {error}); "
+            "give the .model file of a tokenizer"
+        ) from None
 
 
 class NormalisationRules:
@@ -52,8 +55,8 @@ class NormalisationRules:
 
     def __init__(self, charsmap: bytes):
         size = int.from_bytes(charsmap[:4], "little")
-        units = np.frombuffer(charsmap[4:4 + size], dtype="<u4").astype(np.int64)
-        self.results = charsmap[4 + size:]
+        units = np.frombuffer(charsmap[4 : 4 + size], dtype="<u4").astype(np.int64)
+        self.results = charsmap[4 + size :]
         self._units = units
         self._labels = units & (0x80000000 | 0xFF)
         self._bases = np.arange(len(units)) ^ ((units >> 10) << ((units & (1 << 9)) >> 6))
@@ -73,7 +76,7 @@ class NormalisationRules:
         if not node or not self._units[node] >> 8 & 1:
             return None
         start = int(self._units[self._bases[node]] & 0x7FFFFFFF)
-        return self.results[start:self.results.index(b"\0", start)]
+        return self.results[start : self.results.index(b"\0", start)]
 
     def spans(self, first: bytes) -> bool:
         """Whether some rule has an ASCII byte after its first byte, or any byte after a first byte out of `first`."""
@@ -134,7 +137,9 @@ def refusal(model: sentencepiece_model_pb2.ModelProto, rules: NormalisationRules
         return "spaces as suffix or a dummy prefix"
     if not (normaliser.remove_extra_whitespaces and normaliser.escape_whitespaces):
         return "extra spaces are kept or not escaped"
-    if any(SPACE in piece.piece[1:] or any(space in piece.piece.encode() for space in spaces) for piece in pieces):
+    if any(
+        SPACE in piece.piece[1:] or any(space in piece.piece.encode() for space in spaces) for piece in pieces
+    ):
         return "a piece has a space inside"
     if any(piece.type == USER_DEFINED and piece.piece.startswith(SPACE) for piece in pieces):
         return "a user-defined symbol starts with a space"
@@ -162,7 +167,9 @@ class FastTokenizer:
         self._prefix = len(self.processor.encode("a"))
         # Sums of Unigram scores are exact in float32 below 2**24; an unknown character costs 10 more than any piece.
         lowest = min(piece.score for piece in self.model.pieces)
-        self._most_characters = int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**31
+        self._most_characters = (
+            int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**31
+        )
         self._low_mask = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._high_mask = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._clear()
@@ -170,15 +177,25 @@ class FastTokenizer:
     def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[bytes, bytes]]:
         """User-defined symbols of one character that nothing else contains, and the byte that stands for each here."""
         everything = "".join(piece.piece for piece in self.model.pieces)
-        symbols = [piece.piece.encode() for piece in self.model.pieces
-                   if piece.type == USER_DEFINED and len(piece.piece) == 1 and not piece.piece.isascii()
-                   and everything.count(piece.piece) == 1 and not rules.contain(piece.piece.encode())]
+        symbols = [
+            piece.piece.encode()
+            for piece in self.model.pieces
+            if piece.type == USER_DEFINED
+            and len(piece.piece) == 1
+            and not piece.piece.isascii()
+            and everything.count(piece.piece) == 1
+            and not rules.contain(piece.piece.encode())
+        ]
         return [(symbol, bytes((code,))) for code, symbol in enumerate(symbols[:8], 1)]
 
     def _pair_table(self, spaces: bytes) -> np.ndarray:
         """uint8 (65536,), by byte + 256 * next: 1 = a word starts at the next byte, 2 = cut, 4 = a segment ends."""
-        adjacent = {pair for piece in self.model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)
-                    for pair in zip(piece.piece[:-1], piece.piece[1:], strict=True)}
+        adjacent = {
+            pair
+            for piece in self.model.pieces
+            if piece.type in (NORMAL, USER_DEFINED, UNUSED)
+            for pair in zip(piece.piece[:-1], piece.piece[1:], strict=True)
+        }
         table = np.zeros((256, 256), dtype=np.uint8)
         is_space = np.zeros(256, dtype=bool)
         is_space[list(spaces)] = True
@@ -231,8 +248,11 @@ class FastTokenizer:
             return np.concatenate(plain), np.array([len(ids) for ids in plain], dtype=np.int64)
         # NUL pads the keys, and other bytes stand for symbols; texts with them, and extreme ones, take the plain path.
         taken = [b"\0", *(code for _, code in self._symbols)]
-        slow = {index for index, data in enumerate(encoded)
-                if len(texts[index]) > self._most_characters or any(code in data for code in taken)}
+        slow = {
+            index
+            for index, data in enumerate(encoded)
+            if len(texts[index]) > self._most_characters or any(code in data for code in taken)
+        }
         data = [b"" if index in slow else part for index, part in enumerate(encoded)] if slow else encoded
         for symbol, code in self._symbols:
             data = [part.replace(symbol, code) for part in data]
@@ -279,10 +299,14 @@ class FastTokenizer:
         together = b"\0".join(segments)
         for symbol, code in self._symbols:
             together = together.replace(code, symbol)
-        texts = [f"a {segment}" if space else segment
-                 for segment, space in zip(together.decode().split("\0"), lead, strict=True)]
-        return [ids[self._prefix:] if space else ids
-                for ids, space in zip(self.processor.encode(texts, num_threads=1), lead, strict=True)]
+        texts = [
+            f"a {segment}" if space else segment
+            for segment, space in zip(together.decode().split("\0"), lead, strict=True)
+        ]
+        return [
+            ids[self._prefix :] if space else ids
+            for ids, space in zip(self.processor.encode(texts, num_threads=1), lead, strict=True)
+        ]
 
     def _store(self, encoded: list[list[int]]) -> np.ndarray:
         """Append the ids of segments to the common array; the packed value (begin << 16 | count) of each, uint64."""
@@ -290,13 +314,13 @@ class FastTokenizer:
         flat = np.array([token for ids in encoded for token in ids], dtype=np.uint16)
         while self._ids_used + len(flat) > len(self._ids):
             self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-        self._ids[self._ids_used:self._ids_used + len(flat)] = flat
+        self._ids[self._ids_used : self._ids_used + len(flat)] = flat
         begins = self._ids_used + np.cumsum(counts) - counts
         self._ids_used += len(flat)
         return (begins << 16 | counts).astype(np.uint64)
 
     def _look_up_long(self, buffer: np.ndarray, start: int, length: int, lead: bool) -> int:
-        segment = buffer[start:start + length].tobytes()
+        segment = buffer[start : start + length].tobytes()
         key = b" " + segment if lead else segment
         value = self._long.get(key)
         if value is None:
@@ -304,8 +328,9 @@ class FastTokenizer:
             self._long[key] = value
         return value
 
-    def _look_up_short(self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray,
-                       lead: np.ndarray) -> np.ndarray:
+    def _look_up_short(
+        self, buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray, lead: np.ndarray
+    ) -> np.ndarray:
         """Packed values (uint64) of segments of at most SHORT bytes, after adding those not met before."""
         words = np.ndarray(len(buffer) - 7, "<u8", buffer, strides=(1,))
         low = words[starts] & self._low_mask.take(lengths)
@@ -317,9 +342,13 @@ class FastTokenizer:
             keys = np.stack([low[missing], high[missing]], axis=1)
             _, index = np.unique(keys.view("V16").ravel(), return_index=True)
             new = missing[index]
-            segments = [buffer[start:start + length].tobytes()
-                        for start, length in zip(starts[new].tolist(), lengths[new].tolist(), strict=True)]
-            self._insert(low[new], high[new], self._store(self._encode_segments(segments, lead[new].tolist())))
+            segments = [
+                buffer[start : start + length].tobytes()
+                for start, length in zip(starts[new].tolist(), lengths[new].tolist(), strict=True)
+            ]
+            self._insert(
+                low[new], high[new], self._store(self._encode_segments(segments, lead[new].tolist()))
+            )
             values[missing] = self._find(low[missing], high[missing])
         return values
 
@@ -339,7 +368,9 @@ class FastTokenizer:
             slots = (slots + 1) & (len(self._table) - 1)
             rows = self._table.take(slots, axis=0)
             values[wrong] = rows[:, 2]
-            again = np.flatnonzero(((rows[:, 0] != low[wrong]) | (rows[:, 1] != high[wrong])) & (rows[:, 2] != EMPTY))
+            again = np.flatnonzero(
+                ((rows[:, 0] != low[wrong]) | (rows[:, 1] != high[wrong])) & (rows[:, 2] != EMPTY)
+            )
             wrong, slots = wrong[again], slots[again]
         return values
 
@@ -351,8 +382,9 @@ class FastTokenizer:
             while 2 * self._used > size:
                 size *= 2
             self._table = np.full((size, 4), EMPTY, dtype=np.uint64)
-            low, high, values = (np.concatenate([old[:, column], new])
-                                 for column, new in enumerate((low, high, values)))
+            low, high, values = (
+                np.concatenate([old[:, column], new]) for column, new in enumerate((low, high, values))
+            )
         slots = self._slots(low, high)
         pending = np.arange(len(low))
         while len(pending):

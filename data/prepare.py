@@ -8,6 +8,7 @@ The first 50,000 documents are the validation set (or those of --val); training 
 out and counted. Each document is BOS and its tokens; documents may straddle shards. The output does not depend on
 --workers or --batch-mb. A run that was killed goes on where it was when the same command is given again.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,7 +44,16 @@ from data.documents import (
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer, load_model
-from data.shards import BOS, HEADER_BYTES, HEADER_WORDS, MAGIC, VERSION, read_shard, sha256_file, train_tokenizer
+from data.shards import (
+    BOS,
+    HEADER_BYTES,
+    HEADER_WORDS,
+    MAGIC,
+    VERSION,
+    read_shard,
+    sha256_file,
+    train_tokenizer,
+)
 from data.sidecar import encode_with_bytes, table_bytes
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
@@ -79,6 +89,7 @@ def write_json(path: Path, content: dict) -> None:
 
 # === PROGRESS ===
 
+
 class Progress:
     """A bar with rate and time left on a terminal, a line every 10 s elsewhere."""
 
@@ -89,7 +100,10 @@ class Progress:
         self.bar = None
         if sys.stderr.isatty():
             import tqdm
-            self.bar = tqdm.tqdm(total=total, initial=start, desc=stage, unit="B", unit_scale=True, leave=False)
+
+            self.bar = tqdm.tqdm(
+                total=total, initial=start, desc=stage, unit="B", unit_scale=True, leave=False
+            )
 
     def update(self, done: int, text_bytes: int = 0) -> None:
         """`done` of the source bytes (as stored) are behind us; `text_bytes` more bytes of text were worked on."""
@@ -102,8 +116,11 @@ class Progress:
         if self.bar is None and now - self.printed >= 10:
             self.printed = now
             left = (now - self.began) * (self.total - done) / max(1, done - self.start)
-            print(f"{self.stage}: {100 * done / self.total:.1f} %, text "
-                  f"{self.text_bytes / 1e6 / (now - self.began):.1f} MB/s, {left:.0f} s left", flush=True)
+            print(
+                f"{self.stage}: {100 * done / self.total:.1f} %, text "
+                f"{self.text_bytes / 1e6 / (now - self.began):.1f} MB/s, {left:.0f} s left",
+                flush=True,
+            )
 
     def close(self) -> None:
         """Take the bar away."""
@@ -112,6 +129,7 @@ class Progress:
 
 
 # === WORK ON ONE BATCH ===
+
 
 @dataclass
 class Known:
@@ -164,8 +182,11 @@ class Job:
             sidecar += [np.zeros(1, np.uint16), counts]
             dropped += lost
         raw = sum(len(text.encode()) for text in texts)
-        return Result(np.concatenate(tokens), np.concatenate(sidecar),
-                      {"documents": len(texts), "bytes": raw, "uncounted_bytes": dropped})
+        return Result(
+            np.concatenate(tokens),
+            np.concatenate(sidecar),
+            {"documents": len(texts), "bytes": raw, "uncounted_bytes": dropped},
+        )
 
     def _training(self, texts: list[str]) -> Result:
         assert self.known is not None
@@ -176,7 +197,9 @@ class Job:
             texts = kept
         encode = TRANSFORMS[self.transform][0]
         tokenizer = tokenizer_of(self.tokenizer, self.tokenizer_sha256)
-        ids, lengths = tokenizer.encode_batch([encode(text) for text in texts] if self.transform != "none" else texts)
+        ids, lengths = tokenizer.encode_batch(
+            [encode(text) for text in texts] if self.transform != "none" else texts
+        )
         ends = np.cumsum(lengths)
         keep = np.ones(len(texts), dtype=bool)
         if self.known.tokens or self.known.openings:
@@ -184,8 +207,10 @@ class Job:
                 if token_hash(ids[start:end]) in self.known.tokens:
                     counts["same_tokens"] += 1
                     keep[index] = False
-                elif (end - start >= OPENING_TOKENS
-                      and token_hash(ids[start:start + OPENING_TOKENS]) in self.known.openings):
+                elif (
+                    end - start >= OPENING_TOKENS
+                    and token_hash(ids[start : start + OPENING_TOKENS]) in self.known.openings
+                ):
                     counts["same_opening"] += 1
                     keep[index] = False
         if not keep.all():
@@ -193,10 +218,13 @@ class Job:
             lengths = lengths[keep]
             texts = [text for text, good in zip(texts, keep.tolist(), strict=True) if good]
         tokens = np.insert(ids, np.cumsum(lengths) - lengths, BOS)
-        return Result(tokens, None, counts | {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)})
+        return Result(
+            tokens, None, counts | {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)}
+        )
 
 
 # === SHARDS ===
+
 
 class ShardWriter:
     """Values appended to numbered shards of `limit` values; `state` is all that is needed to go on after a kill."""
@@ -234,11 +262,11 @@ class ShardWriter:
             if self.file is None:
                 self.file = open(self._partial(), "wb")  # noqa: SIM115
                 self.file.write(bytes(HEADER_BYTES))
-            part = values[:self.limit - self.count]
+            part = values[: self.limit - self.count]
             self.file.write(part.astype("<u2", copy=False).tobytes())
             self.count += len(part)
             self.total += len(part)
-            values = values[len(part):]
+            values = values[len(part) :]
             if self.count == self.limit:
                 self.close()
 
@@ -255,8 +283,11 @@ class ShardWriter:
         self.file.close()
         self.file = None
         os.replace(self._partial(), self._path())
-        self.files[self._path().name] = {"tokens": self.count, "size": HEADER_BYTES + 2 * self.count,
-                                         "sha256": sha256_file(self._path())}
+        self.files[self._path().name] = {
+            "tokens": self.count,
+            "size": HEADER_BYTES + 2 * self.count,
+            "sha256": sha256_file(self._path()),
+        }
         self.shard, self.count = self.shard + 1, 0
 
     def state(self) -> dict:
@@ -268,6 +299,7 @@ class ShardWriter:
 
 
 # === THE RUN ===
+
 
 @dataclass
 class Settings:
@@ -318,15 +350,21 @@ class Preparation:
         self._check_tokenizer()
         recipe = self._recipe()
         if (manifest := self._finished(recipe)) is not None:
-            say(f"{self.out}: already complete, verified ({manifest['docs_train']:,} training and "
-                f"{manifest['docs_val']:,} validation documents)")
+            say(
+                f"{self.out}: already complete, verified ({manifest['docs_train']:,} training and "
+                f"{manifest['docs_val']:,} validation documents)"
+            )
             return manifest
         self._load_journal(recipe)
         if settings.disk_check:
             self._check_disk()
         if recipe["validation"]["documents"] not in (STANDARD_VALIDATION, None) or settings.val:
-            print("prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); scores "
-                  "on it cannot be compared with published ones", file=sys.stderr, flush=True)
+            print(
+                "prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); scores "
+                "on it cannot be compared with published ones",
+                file=sys.stderr,
+                flush=True,
+            )
         known, train_start = self._scan_validation()
         self._make_tokenizer(known, train_start)
         self._validation_stage(train_start)
@@ -342,22 +380,33 @@ class Preparation:
         try:
             processor, _ = load_model(path)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); give an existing --tokenizer") from None
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); give an existing --tokenizer"
+            ) from None
         except ValueError as error:
             raise DataError(str(error)) from None
         if processor.vocab_size() > 0xFFFF:
-            raise DataError(f"{path}: {processor.vocab_size()} entries, but shards hold ids below 65,536; "
-                            "use a smaller vocabulary")
+            raise DataError(
+                f"{path}: {processor.vocab_size()} entries, but shards hold ids below 65,536; "
+                "use a smaller vocabulary"
+            )
         operators = TRANSFORMS[self.settings.transform][2]
-        missing = [f"U+{ord(symbol):04X}" for symbol in operators
-                   if processor.id_to_piece(processor.piece_to_id(symbol)) != symbol]
+        missing = [
+            f"U+{ord(symbol):04X}"
+            for symbol in operators
+            if processor.id_to_piece(processor.piece_to_id(symbol)) != symbol
+        ]
         if missing:
-            raise DataError(f"{path}: has no {', '.join(missing)}, the operators of --transform "
-                            f"{self.settings.transform}; give a tokenizer trained for it, or leave --tokenizer out to "
-                            "train one")
+            raise DataError(
+                f"{path}: has no {', '.join(missing)}, the operators of --transform "
+                f"{self.settings.transform}; give a tokenizer trained for it, or leave --tokenizer out to "
+                "train one"
+            )
         if processor.bos_id() != BOS:
-            raise DataError(f"{path}: BOS has id {processor.bos_id()}, the shard format needs {BOS}; "
-                            "use another tokenizer")
+            raise DataError(
+                f"{path}: BOS has id {processor.bos_id()}, the shard format needs {BOS}; "
+                "use another tokenizer"
+            )
 
     def _hash_sources(self) -> list[dict]:
         cache = self.out / JOURNAL
@@ -386,18 +435,35 @@ class Preparation:
     def _recipe(self) -> dict:
         """All that decides the output, free of paths; equal recipes give equal bytes."""
         settings = self.settings
-        documents = settings.val_docs if settings.val or settings.val_docs is not None else STANDARD_VALIDATION
+        documents = (
+            settings.val_docs if settings.val or settings.val_docs is not None else STANDARD_VALIDATION
+        )
         if settings.tokenizer is not None:
             tokenizer: dict = {"sha256": sha256_file(settings.tokenizer), "source": settings.tokenizer.name}
         else:
-            tokenizer = {"trained": {"vocab_size": settings.vocab_size, "documents": settings.tokenizer_docs,
-                                     "megabytes": settings.tokenizer_mb, "unit": settings.tokenizer_unit,
-                                     "on": "training documents"}}
-        return {"sources": self._hash_sources(), "key": settings.key, "transform": settings.transform,
-                "tokenizer": tokenizer, "shard_tokens": settings.shard_tokens, "name": settings.name,
-                "sidecar": self.has_sidecar, "duplicates": "kept" if settings.keep_duplicates else "left out",
-                "validation": {"from": "separate files" if settings.val else "first documents",
-                               "documents": documents}}
+            tokenizer = {
+                "trained": {
+                    "vocab_size": settings.vocab_size,
+                    "documents": settings.tokenizer_docs,
+                    "megabytes": settings.tokenizer_mb,
+                    "unit": settings.tokenizer_unit,
+                    "on": "training documents",
+                }
+            }
+        return {
+            "sources": self._hash_sources(),
+            "key": settings.key,
+            "transform": settings.transform,
+            "tokenizer": tokenizer,
+            "shard_tokens": settings.shard_tokens,
+            "name": settings.name,
+            "sidecar": self.has_sidecar,
+            "duplicates": "kept" if settings.keep_duplicates else "left out",
+            "validation": {
+                "from": "separate files" if settings.val else "first documents",
+                "documents": documents,
+            },
+        }
 
     def _finished(self, recipe: dict) -> dict | None:
         """The manifest if a complete dataset of this recipe is there and all its files are unchanged."""
@@ -411,15 +477,21 @@ class Preparation:
         except (OSError, ValueError, KeyError, TypeError):
             same = unchanged = False
         if same and unchanged:
-            wrong = [name for name, facts in files.items() if not (self.out / name).is_file()
-                     or (self.out / name).stat().st_size != facts["size"]
-                     or sha256_file(self.out / name) != facts["sha256"]]
+            wrong = [
+                name
+                for name, facts in files.items()
+                if not (self.out / name).is_file()
+                or (self.out / name).stat().st_size != facts["size"]
+                or sha256_file(self.out / name) != facts["sha256"]
+            ]
             if not wrong:
                 (self.out / JOURNAL).unlink(missing_ok=True)
                 return manifest
             reason = f"its {wrong[0]} is missing or changed"
         else:
-            reason = "it holds another dataset" if unchanged else "its manifest.json was not made by this program"
+            reason = (
+                "it holds another dataset" if unchanged else "its manifest.json was not made by this program"
+            )
         if not self.settings.overwrite:
             raise DataError(f"{self.out}: {reason}; choose another --out, or give --overwrite to replace it")
         path.unlink()
@@ -429,7 +501,9 @@ class Preparation:
         # The journal first: without it, what a killed replacement leaves behind is taken for nothing it is not.
         ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
         ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
-        foreign = [path.name for path in sorted(self.out.iterdir()) if not any(path.match(name) for name in ours)]
+        foreign = [
+            path.name for path in sorted(self.out.iterdir()) if not any(path.match(name) for name in ours)
+        ]
         if foreign:
             raise DataError(f"{self.out}: holds other files ({foreign[0]}); choose another --out")
         started = any(path.name not in (".lock", JOURNAL + ".tmp") for path in self.out.iterdir())
@@ -439,12 +513,19 @@ class Preparation:
             if started and not self.settings.overwrite:
                 old = self.journal.get("recipe") or {}
                 differs = [name for name in recipe if old.get(name) != recipe[name]] or ["versions"]
-                raise DataError(f"{self.out}: holds an unfinished or unknown dataset that differs in "
-                                f"{', '.join(differs)}; choose another --out, or give --overwrite to replace it")
+                raise DataError(
+                    f"{self.out}: holds an unfinished or unknown dataset that differs in "
+                    f"{', '.join(differs)}; choose another --out, or give --overwrite to replace it"
+                )
             for pattern in ours[:-1]:
                 for path in self.out.glob(pattern):
                     path.unlink()
-            self.journal = {"recipe": recipe, "versions": self.versions, "seen": self.seen, "stage": "tokenizer"}
+            self.journal = {
+                "recipe": recipe,
+                "versions": self.versions,
+                "seen": self.seen,
+                "stage": "tokenizer",
+            }
             write_json(self.out / JOURNAL, self.journal)
 
     def _check_disk(self) -> None:
@@ -453,8 +534,10 @@ class Preparation:
         needed = int(text * OUTPUT_PER_TEXT) + MARGIN_BYTES - present
         free = shutil.disk_usage(self.out).free
         if free < needed:
-            raise DataError(f"{self.out}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
-                            "free some, choose another --out, or give --no-disk-check")
+            raise DataError(
+                f"{self.out}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+                "free some, choose another --out, or give --no-disk-check"
+            )
 
     # The stages.
 
@@ -474,8 +557,10 @@ class Preparation:
             known.texts.update(map(text_hash, texts))
             count, after, self.validation_end = count + len(texts), batch.after, batch.consumed
         if count == 0 or (limit is not None and count < limit):
-            raise DataError(f"{(self.settings.val or self.settings.sources)[0]}: {count} documents, but "
-                            f"{limit or 'some'} are wanted for validation; give a smaller --val-docs or a --val file")
+            raise DataError(
+                f"{(self.settings.val or self.settings.sources)[0]}: {count} documents, but "
+                f"{limit or 'some'} are wanted for validation; give a smaller --val-docs or a --val file"
+            )
         return known, Position() if self.settings.val else after
 
     def _training_texts(self, known: Known, start: Position, read: dict[str, int]) -> Iterator[str]:
@@ -487,7 +572,8 @@ class Preparation:
                 if text_hash(text) in known.texts:
                     continue
                 if (most_documents and read["documents"] >= most_documents) or (
-                        most_bytes and read["bytes"] >= most_bytes):
+                    most_bytes and read["bytes"] >= most_bytes
+                ):
                     return
                 read["documents"] += 1
                 code = encode(text)
@@ -507,13 +593,18 @@ class Preparation:
             else:
                 facts["trained"] = self._train_tokenizer(path, known, start)
             processor, model = load_model(path)
-            facts |= {"sha256": sha256_file(path), "vocab_size": processor.vocab_size(),
-                      "type": {1: "unigram", 2: "bpe"}.get(model.trainer_spec.model_type, "other")}
+            facts |= {
+                "sha256": sha256_file(path),
+                "vocab_size": processor.vocab_size(),
+                "type": {1: "unigram", 2: "bpe"}.get(model.trainer_spec.model_type, "other"),
+            }
             self._save(tokenizer=facts, stage="val")
         self.tokenizer = tokenizer_of(str(path), facts["sha256"])
         if self.tokenizer.refused:
-            say(f"tokenising with SentencePiece alone, the word table is not exact for this model: "
-                f"{self.tokenizer.refused}")
+            say(
+                f"tokenising with SentencePiece alone, the word table is not exact for this model: "
+                f"{self.tokenizer.refused}"
+            )
 
     def _train_tokenizer(self, path: Path, known: Known, start: Position) -> dict[str, int]:
         from sentencepiece import sentencepiece_model_pb2
@@ -522,33 +613,45 @@ class Preparation:
         read = {"documents": 0, "bytes": 0}
         began = time.monotonic()
         try:
-            trained = train_tokenizer(self._training_texts(known, start, read), self.out / "tokenizer",
-                                      self.settings.vocab_size, TRANSFORMS[self.settings.transform][2])
+            trained = train_tokenizer(
+                self._training_texts(known, start, read),
+                self.out / "tokenizer",
+                self.settings.vocab_size,
+                TRANSFORMS[self.settings.transform][2],
+            )
         except RuntimeError as error:
             if not read["documents"]:
                 raise self._no_training_documents() from None
-            raise DataError(f"--vocab-size {self.settings.vocab_size}: SentencePiece cannot train it on "
-                            f"{read['documents']} documents ({str(error).splitlines()[0][:200]}); give a smaller "
-                            "--vocab-size or more text") from None
+            raise DataError(
+                f"--vocab-size {self.settings.vocab_size}: SentencePiece cannot train it on "
+                f"{read['documents']} documents ({str(error).splitlines()[0][:200]}); give a smaller "
+                "--vocab-size or more text"
+            ) from None
         (self.out / "tokenizer.vocab").unlink(missing_ok=True)
         # SentencePiece stores the folder in the model; equal tokenizers must have equal hashes.
         model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())
         model.trainer_spec.model_prefix = "tokenizer"
         path.write_bytes(model.SerializeToString(deterministic=True))
-        say(f"tokenizer trained on {read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB) in "
-            f"{time.monotonic() - began:.1f} s")
+        say(
+            f"tokenizer trained on {read['documents']:,} documents ({read['bytes'] / 1e6:.1f} MB) in "
+            f"{time.monotonic() - began:.1f} s"
+        )
         return read
 
     def _no_training_documents(self) -> DataError:
-        return DataError(f"{self.settings.sources[0]}: no documents are left for training after "
-                         f"{self._validation_limit()} for validation; give a smaller --val-docs or more documents")
+        return DataError(
+            f"{self.settings.sources[0]}: no documents are left for training after "
+            f"{self._validation_limit()} for validation; give a smaller --val-docs or more documents"
+        )
 
     def _save(self, **changes) -> None:
         self.journal |= changes
         write_json(self.out / JOURNAL, self.journal)
         self.saved = time.monotonic()
 
-    def _stage(self, stage: str, job: Job, writers: list[ShardWriter], start: Position, limit: int | None) -> None:
+    def _stage(
+        self, stage: str, job: Job, writers: list[ShardWriter], start: Position, limit: int | None
+    ) -> None:
         """Run `job` over the documents from the journal's position on; all state goes into the journal's entry."""
         entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
         counts, position = dict(entry["counts"]), Position(**entry["position"])
@@ -560,8 +663,16 @@ class Preparation:
 
         def save() -> None:
             states = [writer.state() for writer in writers]
-            self._save(**{stage: {"position": asdict(position), "counts": counts, "writers": states,
-                                  "seconds": seconds + time.monotonic() - began}})
+            self._save(
+                **{
+                    stage: {
+                        "position": asdict(position),
+                        "counts": counts,
+                        "writers": states,
+                        "seconds": seconds + time.monotonic() - began,
+                    }
+                }
+            )
 
         source = () if limit == 0 else self._batches(job.validation, position, limit)
         for batch, result in run_in_order(job, source, self.settings.workers):
@@ -582,12 +693,20 @@ class Preparation:
 
     def _writers(self, stage: str, patterns: list[str]) -> list[ShardWriter]:
         states = (self.journal.get(stage) or {}).get("writers") or [None] * len(patterns)
-        return [ShardWriter(self.out, pattern, self.settings.shard_tokens, state)
-                for pattern, state in zip(patterns, states, strict=True)]
+        return [
+            ShardWriter(self.out, pattern, self.settings.shard_tokens, state)
+            for pattern, state in zip(patterns, states, strict=True)
+        ]
 
     def _job(self, validation: bool, known: Known | None = None) -> Job:
-        return Job(str(self.out / TOKENIZER), self.journal["tokenizer"]["sha256"], self.settings.transform,
-                   self.settings.key, validation, known)
+        return Job(
+            str(self.out / TOKENIZER),
+            self.journal["tokenizer"]["sha256"],
+            self.settings.transform,
+            self.settings.key,
+            validation,
+            known,
+        )
 
     def _validation_stage(self, train_start: Position) -> None:
         if self.journal["stage"] != "val":
@@ -604,12 +723,12 @@ class Preparation:
         for name in sorted(self.journal["val"]["writers"][0]["files"]):
             values = read_shard(self.out / name)
             for block in range(0, len(values), 1 << 22):
-                tokens = np.array(values[block:block + (1 << 22)])
+                tokens = np.array(values[block : block + (1 << 22)])
                 credited += table_bytes(processor, tokens, before)
                 before = int(tokens[-1])
                 tokens = np.concatenate([carry, tokens])
                 borders = np.flatnonzero(tokens == BOS)
-                carry = tokens[borders[-1]:] if len(borders) else tokens
+                carry = tokens[borders[-1] :] if len(borders) else tokens
                 self._learn(known, tokens, borders)
         self._learn(known, np.append(carry, np.uint16(BOS)), np.array([0, len(carry)]))
         self.table_bytes = credited
@@ -621,33 +740,49 @@ class Preparation:
         if self.settings.keep_duplicates:
             return
         for begin, end in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
-            known.tokens.add(token_hash(tokens[begin + 1:end]))
+            known.tokens.add(token_hash(tokens[begin + 1 : end]))
             if end - begin > OPENING_TOKENS:
-                known.openings.add(token_hash(tokens[begin + 1:begin + 1 + OPENING_TOKENS]))
+                known.openings.add(token_hash(tokens[begin + 1 : begin + 1 + OPENING_TOKENS]))
 
     def _finish(self, recipe: dict) -> dict:
         journal, settings = self.journal, self.settings
         val, train = journal["val"]["counts"], journal["train"]["counts"]
-        files = {name: facts for stage in ("train", "val") for writer in journal[stage]["writers"]
-                 for name, facts in writer["files"].items()}
-        tokens = {stage: sum(facts["tokens"] for facts in journal[stage]["writers"][0]["files"].values())
-                  for stage in ("train", "val")}
-        files[TOKENIZER] = {"size": (self.out / TOKENIZER).stat().st_size, "sha256": journal["tokenizer"]["sha256"]}
+        files = {
+            name: facts
+            for stage in ("train", "val")
+            for writer in journal[stage]["writers"]
+            for name, facts in writer["files"].items()
+        }
+        tokens = {
+            stage: sum(facts["tokens"] for facts in journal[stage]["writers"][0]["files"].values())
+            for stage in ("train", "val")
+        }
+        files[TOKENIZER] = {
+            "size": (self.out / TOKENIZER).stat().st_size,
+            "sha256": journal["tokenizer"]["sha256"],
+        }
         standard = recipe["validation"] == {"from": "first documents", "documents": STANDARD_VALIDATION}
         manifest = {
             "format": FORMAT,
             "name": settings.name or f"sp{journal['tokenizer']['vocab_size']}_{settings.transform}",
             "transform": settings.transform,
-            "lossless": TRANSFORMS[settings.transform][3], "bos": BOS,
+            "lossless": TRANSFORMS[settings.transform][3],
+            "bos": BOS,
             "tokenizer": journal["tokenizer"],
             "validation": recipe["validation"] | {"standard": standard},
-            "docs_val": val["documents"], "val_tokens": tokens["val"], "val_bytes": val["bytes"],
-            "val_uncounted_bytes": val["uncounted_bytes"], "val_sidecar": self.has_sidecar,
+            "docs_val": val["documents"],
+            "val_tokens": tokens["val"],
+            "val_bytes": val["bytes"],
+            "val_uncounted_bytes": val["uncounted_bytes"],
+            "val_sidecar": self.has_sidecar,
             "val_sidecar_bytes": val["bytes"] - val["uncounted_bytes"] if self.has_sidecar else None,
             "val_lut_bytes": self.table_bytes,
-            "docs_train": train["documents"], "train_tokens": tokens["train"], "train_bytes": train["bytes"],
+            "docs_train": train["documents"],
+            "train_tokens": tokens["train"],
+            "train_bytes": train["bytes"],
             "left_out": {name: train[name] for name in ("same_text", "same_tokens", "same_opening")},
-            "recipe": recipe, "files": dict(sorted(files.items())),
+            "recipe": recipe,
+            "files": dict(sorted(files.items())),
             "versions": self.versions | {"python": platform.python_version(), "numpy": version("numpy")},
         }
         manifest["checksum"] = checksum(manifest)
@@ -655,16 +790,24 @@ class Preparation:
         (self.out / JOURNAL).unlink()
         seconds = journal["train"]["seconds"]
         for stage, counts in (("val", val), ("train", train)):
-            say(f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {tokens[stage]:,} tokens "
-                f"({tokens[stage] / max(1, counts['bytes']):.5f} per byte)")
+            say(
+                f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {tokens[stage]:,} tokens "
+                f"({tokens[stage] / max(1, counts['bytes']):.5f} per byte)"
+            )
         if any(manifest["left_out"].values()):
-            say("left out of training: {same_text:,} documents equal to a validation document, {same_tokens:,} with "
-                "equal tokens, {same_opening:,} with an equal opening".format(**manifest["left_out"]))
+            say(
+                "left out of training: {same_text:,} documents equal to a validation document, {same_tokens:,} with "
+                "equal tokens, {same_opening:,} with an equal opening".format(**manifest["left_out"])
+            )
         if not self.has_sidecar and self.table_bytes != val["bytes"]:
-            say(f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} validation bytes; "
-                "give --sidecar to count the raw bytes exactly")
-        say(f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s for training documents with "
-            f"{settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}")
+            say(
+                f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} validation bytes; "
+                "give --sidecar to count the raw bytes exactly"
+            )
+        say(
+            f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s for training documents with "
+            f"{settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}"
+        )
         return manifest
 
 
@@ -675,8 +818,9 @@ def prepare(settings: Settings) -> dict:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(f"{settings.out}: another run is writing here; "
-                            "wait for it or choose another --out") from None
+            raise DataError(
+                f"{settings.out}: another run is writing here; wait for it or choose another --out"
+            ) from None
         manifest = Preparation(settings).run()
         (settings.out / ".lock").unlink(missing_ok=True)
     return manifest
@@ -688,53 +832,134 @@ def _positive(kind):
         if value <= 0:
             raise argparse.ArgumentTypeError(f"{text} is not positive")
         return value
+
     return parse
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line; exits with usage on a wrong one."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.")
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
+    )
     add = parser.add_argument
-    add("sources", nargs="+", help="documents: .jsonl, .gz, .xz, .zst, .parquet files or quoted globs, in this order")
-    add("--out", type=Path, required=True, help="folder for the dataset; a new one, or that of the run to go on with")
-    add("--key", default="text", help="key of the text in a JSON object, or parquet column (default %(default)s)")
-    add("--transform", choices=sorted(TRANSFORMS), default="none", help="applied before the tokenizer (default none)")
+    add(
+        "sources",
+        nargs="+",
+        help="documents: .jsonl, .gz, .xz, .zst, .parquet files or quoted globs, in this order",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the dataset; a new one, or that of the run to go on with",
+    )
+    add(
+        "--key",
+        default="text",
+        help="key of the text in a JSON object, or parquet column (default %(default)s)",
+    )
+    add(
+        "--transform",
+        choices=sorted(TRANSFORMS),
+        default="none",
+        help="applied before the tokenizer (default none)",
+    )
     group = parser.add_argument_group("validation set")
-    group.add_argument("--val", action="append", default=[], metavar="FILE",
-                       help="take the validation documents from these files instead of the sources (repeatable)")
-    group.add_argument("--val-docs", type=_positive(int), metavar="N",
-                       help=f"how many documents (default {STANDARD_VALIDATION:,}; with --val all of them)")
-    group.add_argument("--sidecar", action="store_true", help="write the byte sidecar for --transform none as well")
-    group.add_argument("--keep-duplicates", action="store_true",
-                       help="keep training documents that equal, or start like, a validation document (as the "
-                            "published exports do; verify_bytes.py will refuse the result)")
+    group.add_argument(
+        "--val",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="take the validation documents from these files instead of the sources (repeatable)",
+    )
+    group.add_argument(
+        "--val-docs",
+        type=_positive(int),
+        metavar="N",
+        help=f"how many documents (default {STANDARD_VALIDATION:,}; with --val all of them)",
+    )
+    group.add_argument(
+        "--sidecar", action="store_true", help="write the byte sidecar for --transform none as well"
+    )
+    group.add_argument(
+        "--keep-duplicates",
+        action="store_true",
+        help="keep training documents that equal, or start like, a validation document (as the "
+        "published exports do; verify_bytes.py will refuse the result)",
+    )
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
-    group.add_argument("--vocab-size", type=_positive(int), default=8192, help="for training one (default %(default)s)")
-    group.add_argument("--tokenizer-docs", type=int, default=0, metavar="N",
-                       help="train it on at most the first N training documents (default 0: no such limit)")
-    group.add_argument("--tokenizer-mb", type=float, default=100, metavar="MB",
-                       help="and at most the first MB megabytes; 0: no limit, needs much memory (default %(default)s)")
-    group.add_argument("--tokenizer-unit", choices=("line", "document"), default="line",
-                       help="what SentencePiece takes for one sentence; it skips those above 4,192 bytes, so with "
-                            "`document`, as the public tokenizers were made, it learns from short documents only and "
-                            "needs about 1.5 %% more tokens (default %(default)s)")
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)"
+    )
+    group.add_argument(
+        "--vocab-size", type=_positive(int), default=8192, help="for training one (default %(default)s)"
+    )
+    group.add_argument(
+        "--tokenizer-docs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train it on at most the first N training documents (default 0: no such limit)",
+    )
+    group.add_argument(
+        "--tokenizer-mb",
+        type=float,
+        default=100,
+        metavar="MB",
+        help="and at most the first MB megabytes; 0: no limit, needs much memory (default %(default)s)",
+    )
+    group.add_argument(
+        "--tokenizer-unit",
+        choices=("line", "document"),
+        default="line",
+        help="what SentencePiece takes for one sentence; it skips those above 4,192 bytes, so with "
+        "`document`, as the public tokenizers were made, it learns from short documents only and "
+        "needs about 1.5 %% more tokens (default %(default)s)",
+    )
     group = parser.add_argument_group("output and machine")
-    group.add_argument("--shard-tokens", type=_positive(int), default=STANDARD_SHARD, metavar="N",
-                       help=f"tokens for each shard (default {STANDARD_SHARD:,})")
-    group.add_argument("--name", default="", help="name in the manifest (default: vocabulary size and transform)")
+    group.add_argument(
+        "--shard-tokens",
+        type=_positive(int),
+        default=STANDARD_SHARD,
+        metavar="N",
+        help=f"tokens for each shard (default {STANDARD_SHARD:,})",
+    )
+    group.add_argument(
+        "--name", default="", help="name in the manifest (default: vocabulary size and transform)"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    group.add_argument("--workers", type=_positive(int), default=cores, metavar="N",
-                       help="processes (default: one for each core, here %(default)s)")
-    group.add_argument("--batch-mb", type=_positive(float), default=2, metavar="MB",
-                       help="text handed to a worker at once (default %(default)s)")
-    group.add_argument("--journal-seconds", type=float, default=5, metavar="S",
-                       help="how often progress is saved for a later run (default %(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace a dataset or unfinished run in --out")
-    group.add_argument("--no-disk-check", dest="disk_check", action="store_false",
-                       help="do not ask whether there is enough free space")
+    group.add_argument(
+        "--workers",
+        type=_positive(int),
+        default=cores,
+        metavar="N",
+        help="processes (default: one for each core, here %(default)s)",
+    )
+    group.add_argument(
+        "--batch-mb",
+        type=_positive(float),
+        default=2,
+        metavar="MB",
+        help="text handed to a worker at once (default %(default)s)",
+    )
+    group.add_argument(
+        "--journal-seconds",
+        type=float,
+        default=5,
+        metavar="S",
+        help="how often progress is saved for a later run (default %(default)s)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace a dataset or unfinished run in --out"
+    )
+    group.add_argument(
+        "--no-disk-check",
+        dest="disk_check",
+        action="store_false",
+        help="do not ask whether there is enough free space",
+    )
     values = vars(parser.parse_args(arguments))
     for name in ("sources", "val"):
         values[name] = expand(values[name])
@@ -749,8 +974,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"prepare: {error.filename or 'output'}: {error.strerror or error}; "
-              "check the path, its permissions and the free space", file=sys.stderr)
+        print(
+            f"prepare: {error.filename or 'output'}: {error.strerror or error}; "
+            "check the path, its permissions and the free space",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; give the same command again to go on", file=sys.stderr)

@@ -1,4 +1,5 @@
 """The shard format, and the tokenizer settings, shared by everything under data/ (the trainer has its own reader)."""
+
 from __future__ import annotations
 
 import hashlib
@@ -48,8 +49,14 @@ def read_shard(path: Path) -> np.ndarray:
     if version != VERSION:
         raise ShardError(f"{path}: format version {version}, expected {VERSION}; {remedy}")
     if count < 0 or size != HEADER_BYTES + 2 * count:
-        raise ShardError(f"{path}: {size} bytes, but {count} values need {HEADER_BYTES + 2 * count}; {remedy}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)) if count else np.zeros(0, "<u2")
+        raise ShardError(
+            f"{path}: {size} bytes, but {count} values need {HEADER_BYTES + 2 * count}; {remedy}"
+        )
+    return (
+        np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+        if count
+        else np.zeros(0, "<u2")
+    )
 
 
 def sha256_file(path: Path) -> str:
@@ -61,7 +68,9 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def train_tokenizer(texts: Iterable[str], prefix: Path, vocab_size: int, operators: Sequence[str] = ()) -> Path:
+def train_tokenizer(
+    texts: Iterable[str], prefix: Path, vocab_size: int, operators: Sequence[str] = ()
+) -> Path:
     """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
 
     The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte fallback, split
@@ -70,13 +79,27 @@ def train_tokenizer(texts: Iterable[str], prefix: Path, vocab_size: int, operato
     """
     import sentencepiece
 
-    model = io.BytesIO()  # a file written by SentencePiece itself would hold its own path, and differ between folders
+    model = (
+        io.BytesIO()
+    )  # a file written by SentencePiece itself would hold its own path, and differ between folders
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(stripped for text in texts if (stripped := text.replace("\0", " ").strip())),
-        model_writer=model, model_type="bpe", vocab_size=vocab_size, character_coverage=0.999,
-        byte_fallback=True, split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-        pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNKNOWN, hard_vocab_limit=False,
-        user_defined_symbols=list(operators), minloglevel=1)
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=PAD,
+        bos_id=BOS,
+        eos_id=EOS,
+        unk_id=UNKNOWN,
+        hard_vocab_limit=False,
+        user_defined_symbols=list(operators),
+        minloglevel=1,
+    )
     path = prefix.with_name(prefix.name + ".model")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())

@@ -1,4 +1,5 @@
 """How many bytes of raw text each token stands for: the sidecar rule, and the table rule it is compared with."""
+
 from __future__ import annotations
 
 import re
@@ -29,7 +30,9 @@ def encode_with_bytes(processor, transform: str, text: str) -> tuple[np.ndarray,
     if not len(ids):
         return ids, ids, length
     if transform in VERSIONS:
-        counts = np.asarray(original_byte_counts([piece.surface for piece in pieces], VERSIONS[transform]), np.int64)
+        counts = np.asarray(
+            original_byte_counts([piece.surface for piece in pieces], VERSIONS[transform]), np.int64
+        )
         dropped = pieces[0].begin + len(code.encode()) - pieces[-1].end
     else:
         ends = np.fromiter((piece.end for piece in pieces), dtype=np.int64, count=len(pieces))
@@ -40,7 +43,9 @@ def encode_with_bytes(processor, transform: str, text: str) -> tuple[np.ndarray,
         counts = ends - begins
         dropped = length - int(ends[-1] - begins[0])
     if int(counts.sum()) + dropped != length:
-        raise AssertionError(f"{counts.sum()} bytes in tokens and {dropped} dropped, of a document of {length}")
+        raise AssertionError(
+            f"{counts.sum()} bytes in tokens and {dropped} dropped, of a document of {length}"
+        )
     return ids, _fit(counts), dropped
 
 
@@ -72,7 +77,9 @@ def _fit(counts: np.ndarray) -> np.ndarray:
     """The counts as uint16; what one token cannot hold (a run of 65,536 spaces) goes to its neighbours."""
     if counts.max() > MOST:
         if counts.sum() > MOST * len(counts):
-            raise OverflowError("more bytes than the sidecar's 16 bits can hold for this document; split the document")
+            raise OverflowError(
+                "more bytes than the sidecar's 16 bits can hold for this document; split the document"
+            )
         for order in (range(len(counts)), range(len(counts) - 1, -1, -1)):
             excess = 0
             for index in order:

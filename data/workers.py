@@ -1,4 +1,5 @@
 """Work in several processes whose results come back in order; a killed parent leaves no worker behind."""
+
 from __future__ import annotations
 
 import contextlib
@@ -27,7 +28,9 @@ def _serve(connection: multiprocessing.connection.Connection, job: Callable) -> 
             connection.send((number, answer))
 
 
-def run_in_order(job: Callable[[Item], Any], source: Iterable[Item], workers: int) -> Iterator[tuple[Item, Any]]:
+def run_in_order(
+    job: Callable[[Item], Any], source: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Any]]:
     """Each item with the result of `job` for it, in order, from `workers` processes (1: this one).
 
     `job` is sent to the workers once and must be picklable. A DataError that it raises is raised here.
@@ -64,8 +67,10 @@ def run_in_order(job: Callable[[Item], Any], source: Iterable[Item], workers: in
                 try:
                     done, answer = connection.recv()
                 except (EOFError, OSError):
-                    raise DataError("a worker process died (was memory short?); give the command again to go on, "
-                                    "with fewer --workers or a smaller --batch-mb") from None
+                    raise DataError(
+                        "a worker process died (was memory short?); give the command again to go on, "
+                        "with fewer --workers or a smaller --batch-mb"
+                    ) from None
                 if isinstance(answer, DataError):
                     raise answer
                 ready[done] = answer

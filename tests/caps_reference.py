@@ -1,15 +1,61 @@
 """The text transforms of lossless_caps.py, one character at a time: slow, plain, and the oracle of its tests."""
+
 from __future__ import annotations
 
 TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001\ue002\ue003\ue004\ue005"
 OPERATORS = {1: TITLE + ALLCAPS + CAPNEXT + ESC, 3: TITLE + ALLCAPS + CAPNEXT + ESC + LOWER}
-WHITESPACE = "".join(map(chr, (9, 10, 12, 13, 32, 0xA0, 0x1680, *range(0x2000, 0x200D), 0x200E, 0x200F, 0x2028, 0x2029,
-                               0x202F, 0x205F, 0x2581, 0x3000, 0xFEFF, 0xFFFD)))
-SENTENCE_ENDS = ".!?" + "".join(map(chr, (*range(0x2024, 0x2027), 0x203C, *range(0x2047, 0x204A),
-                                          *range(0x2488, 0x249C), 0x33C2, 0x33C7, 0x33D8, 0xFE15, 0xFE16, 0xFE19,
-                                          0xFE30, 0xFE52, 0xFE56, 0xFE57, 0xFF01, 0xFF0E, 0xFF1F)))
-CLOSERS = "\"')]" + "".join(map(chr, (0x2019, 0x201D, 0x207E, 0x208E, 0xFE36, 0xFE48, 0xFE5A, 0xFF02, 0xFF07, 0xFF09,
-                                      0xFF3D)))
+WHITESPACE = "".join(
+    map(
+        chr,
+        (
+            9,
+            10,
+            12,
+            13,
+            32,
+            0xA0,
+            0x1680,
+            *range(0x2000, 0x200D),
+            0x200E,
+            0x200F,
+            0x2028,
+            0x2029,
+            0x202F,
+            0x205F,
+            0x2581,
+            0x3000,
+            0xFEFF,
+            0xFFFD,
+        ),
+    )
+)
+SENTENCE_ENDS = ".!?" + "".join(
+    map(
+        chr,
+        (
+            *range(0x2024, 0x2027),
+            0x203C,
+            *range(0x2047, 0x204A),
+            *range(0x2488, 0x249C),
+            0x33C2,
+            0x33C7,
+            0x33D8,
+            0xFE15,
+            0xFE16,
+            0xFE19,
+            0xFE30,
+            0xFE52,
+            0xFE56,
+            0xFE57,
+            0xFF01,
+            0xFF0E,
+            0xFF1F,
+        ),
+    )
+)
+CLOSERS = "\"')]" + "".join(
+    map(chr, (0x2019, 0x201D, 0x207E, 0x208E, 0xFE36, 0xFE48, 0xFE5A, 0xFF02, 0xFF07, 0xFF09, 0xFF3D))
+)
 
 
 class Malformed(ValueError):

@@ -3,6 +3,7 @@
 Large files answer a HEAD with a redirect to another host name, as the hub does for its storage, so that a token sent
 on to a foreign host would be seen. Faults are set per path and used up.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -53,7 +54,9 @@ class Hub:
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -77,8 +80,11 @@ class Hub:
 
     def downloads(self, path: str) -> list[Seen]:
         """The requests for the content of files whose path ends in `path`."""
-        return [seen for seen in self.seen if seen.method == "GET" and seen.path.endswith(path)
-                and "/api/" not in seen.path]
+        return [
+            seen
+            for seen in self.seen
+            if seen.method == "GET" and seen.path.endswith(path) and "/api/" not in seen.path
+        ]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -110,8 +116,15 @@ class Handler(BaseHTTPRequestHandler):
         """Route a request."""
         url = urlsplit(self.path)
         token = self.headers.get("Authorization")
-        self.hub.seen.append(Seen(self.command, unquote(url.path), self.headers.get("Range"), token,
-                                  self.headers["Host"].split(":")[0]))
+        self.hub.seen.append(
+            Seen(
+                self.command,
+                unquote(url.path),
+                self.headers.get("Range"),
+                token,
+                self.headers["Host"].split(":")[0],
+            )
+        )
         parts = unquote(url.path).strip("/").split("/")
         if parts[0] == "storage":
             return self._storage("/".join(parts[1:3]), "/".join(parts[3:]))
@@ -120,8 +133,11 @@ class Handler(BaseHTTPRequestHandler):
         repository = "/".join(parts[1:3])
         if self.hub.use_up(self.hub.busy, "api" if api else "/".join(parts[5:])):
             return self._answer(429, Retry_After=self.hub.retry_after)
-        if parts[0] != "datasets" or repository not in self.hub.repositories or (
-                self.hub.private_token and token != f"Bearer {self.hub.private_token}"):
+        if (
+            parts[0] != "datasets"
+            or repository not in self.hub.repositories
+            or (self.hub.private_token and token != f"Bearer {self.hub.private_token}")
+        ):
             return self._refuse(401, "RepoNotFound")
         if len(parts) > 4 and parts[4] not in ("main", COMMIT):
             return self._refuse(404, "RevisionNotFound")
@@ -137,26 +153,40 @@ class Handler(BaseHTTPRequestHandler):
     def _tree(self, repository: str, url) -> None:
         files = sorted(self.hub.repositories[repository].items())
         folders = sorted({path.rpartition("/")[0] for path, _ in files} - {""})
-        entries: list[dict] = [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
+        entries: list[dict] = [
+            {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders
+        ]
         for path, content in files:
             entry = {"type": "file", "path": path, "size": len(content), "oid": git_digest(content)}
             if path not in self.hub.small:
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+                entry["lfs"] = {
+                    "oid": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 134,
+                }
             entries.append(entry)
         start = int(parse_qs(url.query).get("cursor", ["0"])[0])
         link = {"Link": f'<{self.hub.url}{url.path}?recursive=true&cursor={start + PAGE}>; rel="next"'}
-        self._json(entries[start:start + PAGE], **(link if start + PAGE < len(entries) else {}))
+        self._json(entries[start : start + PAGE], **(link if start + PAGE < len(entries) else {}))
 
     def _resolve(self, repository: str, path: str) -> None:
         content = self.hub.repositories[repository].get(path)
         if content is None or path in self.hub.hidden:
             return self._answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         if path in self.hub.small:
-            return self._answer(200, self.hub.served_as.get(path, content), ETag=f'"{git_digest(content)}"',
-                                X_Repo_Commit=COMMIT)
-        return self._answer(302, X_Repo_Commit=COMMIT, X_Linked_Size=str(len(content)),
-                            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
-                            Location=f"http://localhost:{self.hub.port}/storage/{repository}/{quote(path)}")
+            return self._answer(
+                200,
+                self.hub.served_as.get(path, content),
+                ETag=f'"{git_digest(content)}"',
+                X_Repo_Commit=COMMIT,
+            )
+        return self._answer(
+            302,
+            X_Repo_Commit=COMMIT,
+            X_Linked_Size=str(len(content)),
+            X_Linked_Etag=f'"{hashlib.sha256(content).hexdigest()}"',
+            Location=f"http://localhost:{self.hub.port}/storage/{repository}/{quote(path)}",
+        )
 
     def _storage(self, repository: str, path: str) -> None:
         content = self.hub.served_as.get(path, self.hub.repositories[repository][path])
@@ -171,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(content[start:start + cut])
+        self.wfile.write(content[start : start + cut])
         self.close_connection = True
 
 

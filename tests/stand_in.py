@@ -11,8 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-DEFAULTS = {"SEED": "1337", "MATRIX_LR": "0.026", "QK_GAIN_INIT": "5.25", "EVAL_STRIDE": "64", "ITERATIONS": "10",
-            "LOADER": "packed", "WAIT_FOR": "", "STAGE": "all", "ARTIFACT": "", "RUN_ID": "", "OUT_DIR": "runs"}
+DEFAULTS = {
+    "SEED": "1337",
+    "MATRIX_LR": "0.026",
+    "QK_GAIN_INIT": "5.25",
+    "EVAL_STRIDE": "64",
+    "ITERATIONS": "10",
+    "LOADER": "packed",
+    "WAIT_FOR": "",
+    "STAGE": "all",
+    "ARTIFACT": "",
+    "RUN_ID": "",
+    "OUT_DIR": "runs",
+}
 
 
 def score(rate: float, gain: float, seed: int, stride: int = 64) -> float:
@@ -26,7 +37,9 @@ def nats(stride: int) -> Any:
     import numpy as np  # only here: most runs need not wait for it
 
     source = np.random.default_rng(0)
-    return 100 + 50 * source.random(200) + 1e-3 * stride * (1 + np.random.default_rng(stride).normal(0, 1, 200))
+    return (
+        100 + 50 * source.random(200) + 1e-3 * stride * (1 + np.random.default_rng(stride).normal(0, 1, 200))
+    )
 
 
 def main() -> None:
@@ -34,7 +47,11 @@ def main() -> None:
     settings = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
     if not settings["MATRIX_LR"].replace(".", "").isdecimal():
         raise SystemExit(f"MATRIX_LR={settings['MATRIX_LR']}: must be a number")
-    rate, gain, stride = float(settings["MATRIX_LR"]), float(settings["QK_GAIN_INIT"]), int(settings["EVAL_STRIDE"])
+    rate, gain, stride = (
+        float(settings["MATRIX_LR"]),
+        float(settings["QK_GAIN_INIT"]),
+        int(settings["EVAL_STRIDE"]),
+    )
     if sys.argv[1:] == ["--print-config"]:
         shown = settings | {"MATRIX_LR": str(rate), "QK_GAIN_INIT": str(gain)}
         print("\n".join(f"{name}={value}" for name, value in shown.items()))
@@ -54,15 +71,26 @@ def main() -> None:
     if settings["STAGE"] == "evaluate":
         import numpy as np
 
-        np.savez(folder / "documents.npz", tokens=np.full(200, 50), bytes=np.full(200, 180), nats=nats(stride))
+        np.savez(
+            folder / "documents.npz", tokens=np.full(200, 50), bytes=np.full(200, 180), nats=nats(stride)
+        )
         bpb = float(nats(stride).sum() / np.log(2) / (200 * 180))
     else:
         bpb = score(rate, gain, int(settings["SEED"]))
-    (folder / "metrics.jsonl").write_text("".join(
-        json.dumps({"kind": "train", "step": step, "train_loss": 3 / step, "rate": 1.0}) + "\n" for step in (1, 2, 3)))
+    (folder / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"kind": "train", "step": step, "train_loss": 3 / step, "rate": 1.0}) + "\n"
+            for step in (1, 2, 3)
+        )
+    )
     (folder / "train.log").write_text("log\n")
-    summary = {"val_bpb": bpb, "bpb": {"quantized": bpb, "sliding": bpb - 0.001}, "steps": 10, "overrides": {},
-               "compliance": {"legal": True, "limits": {}}}
+    summary = {
+        "val_bpb": bpb,
+        "bpb": {"quantized": bpb, "sliding": bpb - 0.001},
+        "steps": 10,
+        "overrides": {},
+        "compliance": {"legal": True, "limits": {}},
+    }
     (folder / "summary.json.tmp").write_text(json.dumps(summary))
     os.replace(folder / "summary.json.tmp", folder / "summary.json")
 

@@ -16,7 +16,11 @@ from conftest import ROOT, environment, launch, replace
 
 def legal(integers, states=64):
     """int32 with the parities that the trellis path of each column gives."""
-    after, state, out = t.trellis(states)[0], np.zeros(integers.size(1), np.int64), integers.numpy().astype(np.int32)
+    after, state, out = (
+        t.trellis(states)[0],
+        np.zeros(integers.size(1), np.int64),
+        integers.numpy().astype(np.int32),
+    )
     for row in out:
         row[:] = row & ~1 | (state & 1)
         state = after[state, row >> 1 & 1]
@@ -27,7 +31,9 @@ def tensors(seed=0, trellised=False):
     """Something like the contents of an artifact."""
     generator = torch.Generator().manual_seed(seed)
     numbers = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)
-    matrix = lambda r, c: t.Quantized(numbers(-31, 32, r, c).to(torch.int8), torch.rand(r, generator=generator).half())
+    matrix = lambda r, c: t.Quantized(
+        numbers(-31, 32, r, c).to(torch.int8), torch.rand(r, generator=generator).half()
+    )
     if trellised:
         exponents = lambda r, c: numbers(-20, 20, r + c).int()
         matrix = lambda r, c: t.Quantized(legal(numbers(-9, 9, r, c)), exponents(r, c), torch.tensor([0.1]))
@@ -105,7 +111,9 @@ def test_what_is_written_is_read_back_and_compared(config, tmp_path, monkeypatch
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_streams_of_any_shape_come_back(compressor):
     for dtype in ("float16", "int8", "float32"):
-        numbers = [np.random.default_rng(0).integers(-99, 99, shape) for shape in ((), (1,), (3, 5), (0,), (2, 1, 7))]
+        numbers = [
+            np.random.default_rng(0).integers(-99, 99, shape) for shape in ((), (1,), (3, 5), (0,), (2, 1, 7))
+        ]
         parts = [torch.from_numpy(np.asarray(n).astype(dtype)) for n in numbers]
         again = [torch.empty_like(part) for part in parts]
         t.code_stream(again, compressor, 64, t.code_stream(parts, compressor, 64))

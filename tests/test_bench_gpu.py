@@ -17,8 +17,23 @@ import train_gpt as t
 from bench import gpu_meter as m
 from conftest import ROOT, TINY
 
-KEYS = {"head", "device", "quick", "tiny", "ceilings", "kernels", "step", "optimiser", "evaluate", "quantiser",
-        "recompilations", "against", "skipped", "failed", "seconds"}
+KEYS = {
+    "head",
+    "device",
+    "quick",
+    "tiny",
+    "ceilings",
+    "kernels",
+    "step",
+    "optimiser",
+    "evaluate",
+    "quantiser",
+    "recompilations",
+    "against",
+    "skipped",
+    "failed",
+    "seconds",
+}
 STEP = """
 import torch
 def build(config_environment, device):
@@ -47,9 +62,23 @@ def gpu(monkeypatch) -> ModuleType:
 
 def test_the_whole_script_runs_without_a_gpu_and_times_another_step(tmp_path):
     (tmp_path / "other.py").write_text(STEP)
-    done = subprocess.run([sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--tiny", "--quick",
-                           "--against", str(tmp_path / "other.py")], capture_output=True, text=True, cwd=tmp_path,
-                          timeout=240, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "bench" / "gpu.py"),
+            "--device",
+            "cpu",
+            "--tiny",
+            "--quick",
+            "--against",
+            str(tmp_path / "other.py"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     result = json.loads(last.removeprefix("RESULT "))
@@ -64,28 +93,42 @@ def test_the_whole_script_runs_without_a_gpu_and_times_another_step(tmp_path):
     assert "step: pr1693 looped" in result["skipped"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "there is no GPU here"),
-    (["--device", "cpu"], "--device cpu: add --tiny"),
-    (["--device", "cpu", "--tiny", "--record"], "--record: only figures of a GPU"),
-    (["--device", "cpu", "--tiny", "--parts", "step,speed"], "--parts step,speed: speed is none of"),
-    (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be greater than 0"),
-    (["--fast"], "unrecognized arguments: --fast"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "there is no GPU here"),
+        (["--device", "cpu"], "--device cpu: add --tiny"),
+        (["--device", "cpu", "--tiny", "--record"], "--record: only figures of a GPU"),
+        (["--device", "cpu", "--tiny", "--parts", "step,speed"], "--parts step,speed: speed is none of"),
+        (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be greater than 0"),
+        (["--fast"], "unrecognized arguments: --fast"),
+    ],
+)
 def test_wrong_arguments_are_one_line_and_status_2(gpu, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         gpu.main(arguments)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("gpu.py: ") and message in error and error.count("\n") == 1
+    assert (
+        stopped.value.code == 2
+        and error.startswith("gpu.py: ")
+        and message in error
+        and error.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "no such Python file"),
-    ("x = 1\n", "it has no function build"),
-    ("import no_such_module\n", "No module named 'no_such_module'"),
-    ("def build(config_environment, device):\n    raise ValueError('needs\\nanother GPU')\n", "needs another GPU"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no such Python file"),
+        ("x = 1\n", "it has no function build"),
+        ("import no_such_module\n", "No module named 'no_such_module'"),
+        (
+            "def build(config_environment, device):\n    raise ValueError('needs\\nanother GPU')\n",
+            "needs another GPU",
+        ),
+    ],
+)
 def test_a_broken_step_is_one_line_before_anything_is_measured(gpu, tmp_path, capsys, text, message):
     path = tmp_path / "broken.py"
     if text is not None:
@@ -99,7 +142,9 @@ def test_a_broken_step_is_one_line_before_anything_is_measured(gpu, tmp_path, ca
 def test_a_part_that_fails_or_has_no_time_leaves_the_others(gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu.Bench, "ceilings", lambda self: 1 / 0)
     monkeypatch.setattr(gpu.Bench, "quantiser", lambda self: None)
-    status = gpu.main(["--device", "cpu", "--tiny", "--parts", "ceilings,quantiser,evaluate", "--budget", "2"])
+    status = gpu.main(
+        ["--device", "cpu", "--tiny", "--parts", "ceilings,quantiser,evaluate", "--budget", "2"]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert status == 1 and result["failed"] == {"ceilings": "ZeroDivisionError: division by zero"}
     late = [reason for name, reason in result["skipped"].items() if name.startswith("evaluate")]
@@ -110,10 +155,15 @@ def test_a_record_replaces_the_statement_that_nothing_was_measured(gpu, tmp_path
     path = tmp_path / "gpu_checks.md"
     path.write_bytes((ROOT / "records" / "gpu_checks.md").read_bytes())
     bench = gpu.Bench(gpu.parse(["--device", "cpu", "--tiny"]))
-    bench.tables = [gpu.Table("Times", ("what", "ms"), [("step", "1.00")]), gpu.Table("Empty", ("", "why"), [])]
+    bench.tables = [
+        gpu.Table("Times", ("what", "ms"), [("step", "1.00")]),
+        gpu.Table("Empty", ("", "why"), []),
+    ]
     bench.skipped["quantiser"] = "no time"
     for date in ("2026-01-01", "2026-01-02"):
-        gpu.record(path, bench, {"device": "H100", "date": date, "torch": "2.13"}, "python bench/gpu.py --record")
+        gpu.record(
+            path, bench, {"device": "H100", "date": date, "torch": "2.13"}, "python bench/gpu.py --record"
+        )
     text = path.read_text()
     assert gpu.NONE_MEASURED not in text and text.startswith("# GPU checks\n") and "Empty" not in text
     assert text.index("## H100, 2026-01-01") < text.index("## H100, 2026-01-02")
@@ -122,20 +172,27 @@ def test_a_record_replaces_the_statement_that_nothing_was_measured(gpu, tmp_path
 
 def test_recipes_that_take_the_same_step_are_measured_once(gpu):
     bench = gpu.Bench(gpu.parse(["--device", "cpu", "--tiny"]))
-    assert next(iter(gpu.recipes())) == "flagship" and {"pr1585", "pr1738", "pr1755", "pr1693"} < set(gpu.recipes())
+    assert next(iter(gpu.recipes())) == "flagship" and {"pr1585", "pr1738", "pr1755", "pr1693"} < set(
+        gpu.recipes()
+    )
     keys = {name: bench.same_step(bench.settings(name)) for name in gpu.recipes()}
     assert keys["pr1738"] == keys["pr1755"] and len(set(keys.values())) == len(keys) - 1
 
 
 @pytest.mark.parametrize("looped", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"HEAD_GATE": "none", "SMEAR_GATE": "0", "PARALLEL_RESIDUAL": "gptj"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"HEAD_GATE": "none", "SMEAR_GATE": "0", "PARALLEL_RESIDUAL": "gptj"}]
+)
 def test_the_count_of_operations_is_that_of_torch(looped, changes):
     """torch counts what the CPU's attention computes: all pairs of positions, not the causal half."""
     config = t.Config.from_env(TINY | {"VOCAB_SIZE": "320"} | changes)
     model = t.GPT(config)
     model.looped = looped
     ids = torch.randint(2, 320, (3, 33), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         loss = model(t.Batch(ids[:, :-1], ids[:, 1:])).mean()
         forward = counter.get_total_flops()
         loss.backward()

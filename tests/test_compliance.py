@@ -26,8 +26,15 @@ TOKENS, POSITIONS = 800, 1
 PLAIN = {"TTT_ENABLED": False, "SLIDING_WINDOW_ENABLED": False}
 CHUNKS = {"TTT_MODE": "chunk_sgd", "SLIDING_WINDOW_ENABLED": False, "TTT_LR": 0.05}
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
-CLOCK = [("start", 0.0), ("train_clock_start", 10.0), ("train_read_last", 300.0), ("artifact_sealed", 400.0),
-         ("eval_clock_start", 450.0), ("validation_read", 451.0), ("eval_clock_end", 900.0)]
+CLOCK = [
+    ("start", 0.0),
+    ("train_clock_start", 10.0),
+    ("train_read_last", 300.0),
+    ("artifact_sealed", 400.0),
+    ("eval_clock_start", 450.0),
+    ("validation_read", 451.0),
+    ("eval_clock_end", 900.0),
+]
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +57,13 @@ def caseops(tmp_path_factory) -> Path:
 def legal(caseops, tmp_path_factory) -> Path:
     """The folder of one finished run with every stage, from which all others here are copied."""
     out = tmp_path_factory.mktemp("legal")
-    changes = {"LOADER": "packed", "NUM_LOOPS": "0", "ITERATIONS": "4", "TTT_LORA_LR": "0.01", "RUN_ID": "legal"}
+    changes = {
+        "LOADER": "packed",
+        "NUM_LOOPS": "0",
+        "ITERATIONS": "4",
+        "TTT_LORA_LR": "0.01",
+        "RUN_ID": "legal",
+    }
     places = {"DATASETS_DIR": str(caseops), "VOCAB_SIZE": str(vocabulary(caseops)), "OUT_DIR": str(out)}
     result = launch(TINY | changes | places)
     assert result.returncode == 0, result.stderr
@@ -66,10 +79,18 @@ def folder(legal, tmp_path) -> Path:
 
 def record(folder: Path, events: list[tuple[str, float]]) -> None:
     """Replace the ledger in metrics.jsonl."""
-    path, digest = folder / "metrics.jsonl", json.loads((folder / "summary.json").read_text())["artifact_sha256"]
+    path, digest = (
+        folder / "metrics.jsonl",
+        json.loads((folder / "summary.json").read_text())["artifact_sha256"],
+    )
     lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "ledger"]
-    lines += [json.dumps({"kind": "ledger", "event": event, "time": 1e9 + at} |
-                         ({"sha256": digest} if event == "artifact_sealed" else {})) for event, at in events]
+    lines += [
+        json.dumps(
+            {"kind": "ledger", "event": event, "time": 1e9 + at}
+            | ({"sha256": digest} if event == "artifact_sealed" else {})
+        )
+        for event, at in events
+    ]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -109,12 +130,17 @@ def test_chunk_sgd_passes_every_probe(folder):
 
 def test_what_cannot_be_measured_is_said(folder):
     record(folder, [])
-    edit(folder / "summary.json", lambda summary: summary["versions"].update(source_sha256="of another version"))
+    edit(
+        folder / "summary.json",
+        lambda summary: summary["versions"].update(source_sha256="of another version"),
+    )
     (folder / "documents.npz").unlink()
     report = probed(folder, LOADER="shuffled", **PLAIN)
     unknown = {row.probe: row.evidence for row in report.rows if row.holds is None}
     assert "attend across documents" in unknown["quantized: previous document replaced"]
-    assert "is not here" in unknown["code of the run"] and "no documents.npz" in unknown["sums of the documents"]
+    assert (
+        "is not here" in unknown["code of the run"] and "no documents.npz" in unknown["sums of the documents"]
+    )
     assert unknown["calibration before the bell"] == "not recorded: metrics.jsonl has no ledger"
     assert report.legal
 
@@ -132,7 +158,10 @@ def test_a_cache_keyed_by_the_target_is_caught(folder, monkeypatch):
 
     monkeypatch.setattr(t.GPT, "forward", cached)
     found = broken(probed(folder, **PLAIN))
-    assert {"normalised: quantized: entry of the true token", "causal: quantized: token itself replaced"} <= found
+    assert {
+        "normalised: quantized: entry of the true token",
+        "causal: quantized: token itself replaced",
+    } <= found
 
 
 def test_logits_that_know_the_target_are_caught(folder, monkeypatch):
@@ -143,7 +172,11 @@ def test_logits_that_know_the_target_are_caught(folder, monkeypatch):
 
         def matmul(site, *rest, **adapt):
             y = head(site, *rest, **adapt)
-            return y + (batch.targets % 7 == 0)[..., None] * torch.linspace(0, 1, y.size(-1)) if site == "head" else y
+            return (
+                y + (batch.targets % 7 == 0)[..., None] * torch.linspace(0, 1, y.size(-1))
+                if site == "head"
+                else y
+            )
 
         with monkeypatch.context() as patch:
             patch.setattr(t.GPT, "matmul", staticmethod(matmul))
@@ -167,10 +200,15 @@ def test_a_look_at_the_next_token_is_caught(folder, monkeypatch):
 def test_a_mixture_that_does_not_sum_to_one_is_caught(folder, monkeypatch):
     """A cache's probability is added for the true token without taking it from the others."""
     real = t.softcapped_ce_reference
-    monkeypatch.setattr(t, "softcapped_ce_reference",
-                        lambda logits, targets, cap: -torch.log((-real(logits, targets, cap)).exp() + 1e-3))
+    monkeypatch.setattr(
+        t,
+        "softcapped_ce_reference",
+        lambda logits, targets, cap: -torch.log((-real(logits, targets, cap)).exp() + 1e-3),
+    )
     report = probed(folder, **PLAIN)
-    assert {"normalised: quantized: sums to 1", "normalised: quantized: entry of the true token"} <= broken(report)
+    assert {"normalised: quantized: sums to 1", "normalised: quantized: entry of the true token"} <= broken(
+        report
+    )
     assert any("sum to 1.34" in line for line in report.violations)
 
 
@@ -207,7 +245,9 @@ def test_recording_the_loss_after_the_step_is_caught(folder, monkeypatch):
     late = source.replace("if repeat == 0:", "if repeat == (1 if learning else 0):")
     assert late != source
     exec(compile("from __future__ import annotations\n" + late, "late", "exec"), space := dict(vars(t)))
-    monkeypatch.setattr(t, "adapt_documents", lambda *given, **named: space["adapt_documents"](*given, **named))
+    monkeypatch.setattr(
+        t, "adapt_documents", lambda *given, **named: space["adapt_documents"](*given, **named)
+    )
     with monkeypatch.context() as patch:  # the copy must call what the probes watch
         patch.setitem(space, "window_batch", lambda *given, **named: t.window_batch(*given, **named))
         report = probed(folder, TTT_GRAD_STEPS=2, **DOCUMENTS)
@@ -365,14 +405,21 @@ def test_calibration_after_the_bell_is_caught(folder):
 def test_the_training_clock_counts_what_a_killed_process_used(folder):
     """Seconds before a resumption count; between two processes the wall clock does not."""
     row = lambda: {r.probe: r for r in report.rows}["calibration before the bell"]
-    for events, holds in ((CLOCK[:3], True), ([*CLOCK[:2], ("start", 40.0), *CLOCK[2:3]], None), (CLOCK[:2], None)):
+    for events, holds in (
+        (CLOCK[:3], True),
+        ([*CLOCK[:2], ("start", 40.0), *CLOCK[2:3]], None),
+        (CLOCK[:2], None),
+    ):
         record(folder, events)
         report = compliance.Report(folder)
         compliance.probe_ledger(report, Run.read(folder))
         assert row().holds is holds
     with open(folder / "metrics.jsonl", "a") as file:
-        for event in ({"event": "start", "time": 1e9}, {"event": "train_clock_start", "time": 1e9, "seconds": 500.0},
-                      {"event": "train_read_last", "time": 1e9 + 101}):
+        for event in (
+            {"event": "start", "time": 1e9},
+            {"event": "train_clock_start", "time": 1e9, "seconds": 500.0},
+            {"event": "train_read_last", "time": 1e9 + 101},
+        ):
             file.write(json.dumps({"kind": "ledger"} | event) + "\n")
     report = compliance.Report(folder)
     compliance.probe_ledger(report, Run.read(folder))
@@ -382,12 +429,17 @@ def test_the_training_clock_counts_what_a_killed_process_used(folder):
 def test_validation_read_before_the_seal_is_caught(folder):
     record(folder, [*CLOCK[:2], ("validation_read", 20.0), *CLOCK[2:]])
     report = probed(folder, **PLAIN)
-    assert broken(report) == {"budgets: validation read after the seal"} and "before the seal" in report.violations[0]
+    assert (
+        broken(report) == {"budgets: validation read after the seal"}
+        and "before the seal" in report.violations[0]
+    )
 
 
 def test_other_weights_or_another_script_are_caught(folder, monkeypatch):
     real = t.assemble
-    monkeypatch.setattr(t, "assemble", lambda *given: {name: weight + 1e-3 for name, weight in real(*given).items()})
+    monkeypatch.setattr(
+        t, "assemble", lambda *given: {name: weight + 1e-3 for name, weight in real(*given).items()}
+    )
     stages = compliance.probe_stages
 
     def with_the_real(*given):
@@ -398,7 +450,9 @@ def test_other_weights_or_another_script_are_caught(folder, monkeypatch):
     with open(folder / "packed_train_gpt.py", "a") as file:
         file.write("# not what the run wrote\n")
     found = broken(probed(folder, **PLAIN))
-    assert found == {f"shipped bytes: {probe}" for probe in ("artifact scored", "code of the run", "weights scored")}
+    assert found == {
+        f"shipped bytes: {probe}" for probe in ("artifact scored", "code of the run", "weights scored")
+    }
 
 
 def test_a_script_that_reaches_beyond_its_folder_is_caught(folder, tmp_path):
@@ -410,7 +464,8 @@ def test_a_script_that_reaches_beyond_its_folder_is_caught(folder, tmp_path):
         f"open({str(compliance.ROOT / 'README.md')!r}).close()\n"
         "try:\n    socket.create_connection(('192.0.2.1', 80), 1)\nexcept OSError as error:\n    reason = str(error)\n"
         "os.makedirs('runs/alone')\n"
-        "json.dump({'reason': reason, 'train': os.listdir('data')}, open('runs/alone/summary.json', 'w'))\n")
+        "json.dump({'reason': reason, 'train': os.listdir('data')}, open('runs/alone/summary.json', 'w'))\n"
+    )
     sample = tmp_path / "sample"
     sample.mkdir()
     given = compliance.Sample(np.zeros(0), np.zeros(0), sample)

@@ -51,7 +51,12 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_its_value(name, value, wo
     with pytest.raises(t.Stop) as stop:
         t.Config.from_env({name: value})
     message = str(stop.value)
-    assert name in message and value.rstrip("0").rstrip(".") in message and words in message and "\n" not in message
+    assert (
+        name in message
+        and value.rstrip("0").rstrip(".") in message
+        and words in message
+        and "\n" not in message
+    )
 
 
 def test_a_misspelt_name_stops_the_program_within_a_second_and_leaves_nothing(tmp_path):
@@ -78,7 +83,9 @@ def test_integers_may_be_written_as_people_write_them(text, value):
     assert t.Config.from_env({"ITERATIONS": text}).iterations == value
 
 
-@pytest.mark.parametrize("text, value", [("1", True), ("true", True), ("ON", True), ("0", False), ("no", False)])
+@pytest.mark.parametrize(
+    "text, value", [("1", True), ("true", True), ("ON", True), ("0", False), ("no", False)]
+)
 def test_switches(text, value):
     assert t.Config.from_env({"LN_SCALE": text}).ln_scale is value
 

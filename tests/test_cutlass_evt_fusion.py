@@ -40,7 +40,9 @@ def no_compiler() -> str:
 def weights(dtype: torch.dtype, width: int = 16, hidden: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     """Differentiable up and down matrices."""
     source = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
+    draw = lambda *shape: (
+        torch.randn(*shape, generator=source, dtype=torch.float64).to(dtype).requires_grad_()
+    )
     return draw(hidden, width), draw(width, hidden)
 
 
@@ -55,7 +57,9 @@ def launches(monkeypatch) -> list[int]:
     """Plain torch in the place of the kernels; the list fills with the kernels that were launched."""
     seen: list[int] = []
 
-    def stand_in(kernel: int, a: torch.Tensor, b: torch.Tensor, others: tuple[torch.Tensor, ...], columns: int) -> None:
+    def stand_in(
+        kernel: int, a: torch.Tensor, b: torch.Tensor, others: tuple[torch.Tensor, ...], columns: int
+    ) -> None:
         seen.append(kernel)
         wide = torch.float64 if a.dtype == torch.float64 else torch.float32
         first, second = others
@@ -93,7 +97,9 @@ def test_gradients_are_those_of_the_reference(launches):
         leaves = inputs(torch.float64, 2, 5, 16), *weights(torch.float64)
         out = function(*leaves)
         gradients.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
-    assert all(torch.allclose(got, wanted, rtol=1e-12, atol=1e-12) for got, wanted in zip(*gradients, strict=True))
+    assert all(
+        torch.allclose(got, wanted, rtol=1e-12, atol=1e-12) for got, wanted in zip(*gradients, strict=True)
+    )
     assert launches == [fusion.FORWARD, fusion.BACKWARD]
 
 
@@ -115,19 +121,25 @@ def test_the_compiler_traces_both_directions_without_a_break(launches):
     from torch._dynamo.backends.common import aot_autograd
 
     leaves = inputs(torch.bfloat16, 2, 8, 16), *weights(torch.bfloat16)
-    compiled = torch.compile(fusion.leaky_relu_squared_mlp, fullgraph=True, backend=aot_autograd(fw_compiler=backend))
+    compiled = torch.compile(
+        fusion.leaky_relu_squared_mlp, fullgraph=True, backend=aot_autograd(fw_compiler=backend)
+    )
     out = compiled(*leaves)
     out.float().sin().sum().backward()
     eager = fusion.leaky_relu_squared_mlp(*leaves)
     assert torch.equal(out, eager) and all(leaf.grad is not None for leaf in leaves)
     forward, backward = graphs
-    assert "cutlass_evt.leaky_relu_squared_mlp.default" in forward and "cutlass_evt.gemm_mul.default" in backward
+    assert (
+        "cutlass_evt.leaky_relu_squared_mlp.default" in forward and "cutlass_evt.gemm_mul.default" in backward
+    )
     assert not any("zeros" in target for target in backward)  # no gradients are made up for act and slope
 
 
 def test_fake_tensors_pass_through_the_ops():
     with FakeTensorMode():
-        x, up, down = (torch.empty(*shape, dtype=torch.bfloat16) for shape in ((98304, 512), (2048, 512), (512, 2048)))
+        x, up, down = (
+            torch.empty(*shape, dtype=torch.bfloat16) for shape in ((98304, 512), (2048, 512), (512, 2048))
+        )
         act, slope = OPS.gemm_leaky_relu_squared(x, up)
         assert act.shape == slope.shape == (98304, 2048) and act.dtype == torch.bfloat16
         assert OPS.gemm_mul(x, down, slope).shape == (98304, 2048)
@@ -179,13 +191,22 @@ def test_an_older_gpu_and_a_missing_or_stale_library_are_named(monkeypatch, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, up, down: (x[:, :12], up[:, :12], down[:12]), r"x \(8, 12\) has rows of 12 elements; TMA needs"),
+        (
+            lambda x, up, down: (x[:, :12], up[:, :12], down[:12]),
+            r"x \(8, 12\) has rows of 12 elements; TMA needs",
+        ),
         (lambda x, up, down: (x, up[:20], down[:, :20]), r"act \(8, 20\) has rows of 20 elements"),
         (lambda x, up, down: (x, up.float(), down), r"up \(24, 16\) is torch.float32 .* convert it"),
-        (lambda x, up, down: (x, up.T.contiguous().T, down), r"up .* strides \(1, 24\); .* call .contiguous\(\)"),
+        (
+            lambda x, up, down: (x, up.T.contiguous().T, down),
+            r"up .* strides \(1, 24\); .* call .contiguous\(\)",
+        ),
         (lambda x, up, down: (x, up[:, :8].contiguous(), down), "D is 16 in one operand and 8 in another"),
         (lambda x, up, down: (x, up[None], down), r"up \(1, 24, 16\) has 3 dimensions"),
-        (lambda x, up, down: (x, up.flatten()[1:129].view(8, 16), down), r"starts at address .* call .clone\(\)"),
+        (
+            lambda x, up, down: (x, up.flatten()[1:129].view(8, 16), down),
+            r"starts at address .* call .clone\(\)",
+        ),
     ],
 )
 def test_operands_that_tma_cannot_address_are_refused(change, message):
@@ -215,10 +236,14 @@ def compiler(folder: Path, version: str) -> Path:
 def test_the_build_names_a_missing_or_old_compiler(monkeypatch, tmp_path, capsys):
     with pytest.raises(build.BuildError, match="nvcc is not on PATH and CUDA_HOME is not set; install"):
         build.find_nvcc({"PATH": str(tmp_path)})
-    with pytest.raises(build.BuildError, match=r"CUDA_HOME='/nowhere': there is no bin/nvcc in it; set CUDA_HOME"):
+    with pytest.raises(
+        build.BuildError, match=r"CUDA_HOME='/nowhere': there is no bin/nvcc in it; set CUDA_HOME"
+    ):
         build.find_nvcc({"CUDA_HOME": "/nowhere", "PATH": os.environ["PATH"]})
     nvcc = compiler(tmp_path, "Cuda compilation tools, release 12.2, V12.2.140")
-    assert build.find_nvcc({"PATH": str(nvcc.parent)}) == build.find_nvcc({"CUDA_HOME": str(tmp_path)}) == nvcc
+    assert (
+        build.find_nvcc({"PATH": str(nvcc.parent)}) == build.find_nvcc({"CUDA_HOME": str(tmp_path)}) == nvcc
+    )
     with pytest.raises(build.BuildError, match=r"is version 12.2.140; the kernels need 12.3 or newer"):
         build.nvcc_version(nvcc)
     compiler(tmp_path, "Cuda compilation tools, release 12.8, V12.8.93")
@@ -233,7 +258,9 @@ def test_the_build_names_a_missing_or_old_compiler(monkeypatch, tmp_path, capsys
 
 def test_the_build_names_missing_headers(monkeypatch, tmp_path):
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(build.BuildError, match="wheel is not installed .* pip install --no-deps nvidia-cutlass==4.2"):
+    with pytest.raises(
+        build.BuildError, match="wheel is not installed .* pip install --no-deps nvidia-cutlass==4.2"
+    ):
         build.find_wheel()
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: spec)
@@ -259,18 +286,27 @@ def test_the_build_is_repeated_only_if_something_changed(monkeypatch, tmp_path):
 
 
 def test_the_build_reads_registers_and_refuses_spills():
-    line = ("ptxas info    : Compiling entry function '_Z{}' for 'sm_90a'\nptxas info    : Function properties\n"
-            "    0 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
-            "ptxas info    : Used 168 registers, used 2 barriers\n")
+    line = (
+        "ptxas info    : Compiling entry function '_Z{}' for 'sm_90a'\nptxas info    : Function properties\n"
+        "    0 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 2 barriers\n"
+    )
     log = line.format("Sm90AuxStore", 0) + line.format("Sm90AuxLoad", 0)
-    assert build.read_ptxas(log)["forward"] == {"registers": 168, "stack": 0, "spill_stores": 0, "spill_loads": 0}
+    assert build.read_ptxas(log)["forward"] == {
+        "registers": 168,
+        "stack": 0,
+        "spill_stores": 0,
+        "spill_loads": 0,
+    }
     with pytest.raises(build.BuildError, match="the backward kernel spills 16 bytes"):
         build.read_ptxas(line.format("Sm90AuxStore", 0) + line.format("Sm90AuxLoad", 16))
     with pytest.raises(build.BuildError, match=r"the kernels \['forward'\] where"):
         build.read_ptxas(line.format("Sm90AuxStore", 0))
     with pytest.raises(build.BuildError, match="would be slow: .*wgmma"):
-        build.read_ptxas(log + "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
-                               "serialized due to x\n")
+        build.read_ptxas(
+            log + "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are "
+            "serialized due to x\n"
+        )
 
 
 def test_the_benchmark_says_why_it_cannot_run(monkeypatch, capsys):
@@ -285,21 +321,30 @@ def test_the_source_compiles_and_its_interface_answers(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "RECORD", tmp_path / "library.json")
     record, made = build.build()
     assert made and build.build() == (record, False)
-    assert all(kernel["shared_bytes"] <= 232448 and kernel["registers"] <= 168 for kernel in record["kernels"].values())
+    assert all(
+        kernel["shared_bytes"] <= 232448 and kernel["registers"] <= 168
+        for kernel in record["kernels"].values()
+    )
     fusion.load_library.cache_clear()
     library = fusion.load_library()
     fusion.load_library.cache_clear()
     assert library.cutlass_evt_error_text(0) == b"Success"
     assert library.cutlass_evt_workspace_bytes(fusion.FORWARD, 98304, 2048, 512) >= 0
-    refused = {(8, 20, 16, 16): b"Misaligned", (8, 24, 16, 24): b"Misaligned", (0, 24, 16, 16): b"Invalid Problem",
-               (8, 24, 2**31, 16): b"Invalid Problem"}  # rows, columns, depth, address
+    refused = {
+        (8, 20, 16, 16): b"Misaligned",
+        (8, 24, 16, 24): b"Misaligned",
+        (0, 24, 16, 16): b"Invalid Problem",
+        (8, 24, 2**31, 16): b"Invalid Problem",
+    }  # rows, columns, depth, address
     for (*extents, address), text in refused.items():
         pointers = [ctypes.c_void_p(address)] * 4
         for function in (library.cutlass_evt_gemm_mul, library.cutlass_evt_gemm_leaky_relu_squared):
             assert text in library.cutlass_evt_error_text(function(0, *pointers, *extents, None, 0, None))
     tool = next(Path(torch.__file__).parents[1].glob("triton/backends/nvidia/bin/cuobjdump"), None)
     if tool:
-        code = subprocess.run([tool, "-sass", build.LIBRARY], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run(
+            [tool, "-sass", build.LIBRARY], capture_output=True, text=True, check=True
+        ).stdout
         assert {"HGMMA", "UTMALDG", "UTMASTG"} <= set(re.findall(r"HGMMA|UTMALDG|UTMASTG", code))
         assert not re.search(r"\b(?:LDL|STL)\b", code)  # no local memory
 

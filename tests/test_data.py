@@ -23,7 +23,8 @@ def damaged(path, **change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"magic": 1}, {"version": 2}, {"count": 7}, {"count": -1}, {"size": 5000}, {"size": 100}, {"size": 0}]
+    "change",
+    [{"magic": 1}, {"version": 2}, {"count": 7}, {"count": -1}, {"size": 5000}, {"size": 100}, {"size": 0}],
 )
 def test_a_damaged_shard_is_refused_by_name(dataset, tmp_path, change):
     path = tmp_path / "fineweb_train_000000.bin"
@@ -40,7 +41,10 @@ def test_an_empty_folder_a_wrong_vocabulary_and_a_wrong_tokenizer_are_refused(co
     with pytest.raises(t.Stop, match=r"VOCAB_SIZE=8192: .*set VOCAB_SIZE=\d+"):
         t.Dataset(replace(config, vocab_size=8192))
     (tmp_path / "x.model").write_text("not a model")
-    for path, words in ((tmp_path / "x.model", "not a SentencePiece model"), (tmp_path / "y.model", "no such file")):
+    for path, words in (
+        (tmp_path / "x.model", "not a SentencePiece model"),
+        (tmp_path / "y.model", "no such file"),
+    ):
         with pytest.raises(t.Stop, match=f"TOKENIZER_PATH=.*{words}"):
             t.Dataset(replace(config, tokenizer_path=str(path)))
 
@@ -162,7 +166,9 @@ def test_joined_micro_batches_hold_the_same_rows_and_segments(config):
         assert torch.equal(whole.targets.flatten(), torch.cat([p.targets.flatten() for p in parts]))
         if loader_name == "packed":
             width = parts[0].inputs.size(1)
-            expected = [s + i * width for i, p in enumerate(parts) for s in torch.unique(p.starts)[:-1].tolist()]
+            expected = [
+                s + i * width for i, p in enumerate(parts) for s in torch.unique(p.starts)[:-1].tolist()
+            ]
             assert torch.unique(whole.starts).tolist() == [*expected, 4 * width]
 
 

@@ -1,4 +1,5 @@
 """The embedded corpus, built from a small made-up package tree: deterministic, disjoint, exact, reused, repaired."""
+
 from __future__ import annotations
 
 import json
@@ -18,10 +19,14 @@ from data import demo
 from data.shards import BOS, read_shard, sha256_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SPEECH = ("the value of this function depends on its first argument when a caller passes another list and returns "
-          "whether every element was found before we read more text from each open file or stream into memory")
+SPEECH = (
+    "the value of this function depends on its first argument when a caller passes another list and returns "
+    "whether every element was found before we read more text from each open file or stream into memory"
+)
 WORDS = SPEECH.split(" ")
-COPY = "Shared between two modules, so it must be counted once only: " + "a sentence about deduplication. " * 6
+COPY = (
+    "Shared between two modules, so it must be counted once only: " + "a sentence about deduplication. " * 6
+)
 
 
 def sentence(chooser: random.Random) -> str:
@@ -32,8 +37,10 @@ def package_tree(root: Path, modules: int = 120) -> Path:
     """Write packages with docstrings, comments, attached documentation, copies, and files that do not parse."""
     chooser = random.Random(7)
     for number in range(modules):
+
         def prose(lines: int, indent: str = "") -> str:
             return ("\n" + indent).join(sentence(chooser) for _ in range(lines))
+
         folder = root / f"package{number % 5}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"module{number}.py").write_text(
@@ -41,19 +48,27 @@ def package_tree(root: Path, modules: int = 120) -> Path:
             f'    async def work(self):\n        """{prose(3, "        ")}\n'
             '        Caf\u00e9 \ufb01ne \u00bd.\n        """\n'
             f'        if True:\n            def inner():\n                """{prose(2, " " * 16)}"""\n\n'
-            f'_add_docstr(Thing, """{prose(3)}""")\n', encoding="utf-8")
+            f'_add_docstr(Thing, """{prose(3)}""")\n',
+            encoding="utf-8",
+        )
     (root / "copy_one.py").write_text(f'"""{COPY}"""\n')
     (root / "copy_two.py").write_text(f'def copy():\n    """{COPY.replace(". ", ".  ")}"""\n')
-    (root / "broken.py").write_text('def broken(:\n    """' + "not read: the file does not parse " * 5 + '"""\n')
+    (root / "broken.py").write_text(
+        'def broken(:\n    """' + "not read: the file does not parse " * 5 + '"""\n'
+    )
     (root / "binary.py").write_bytes(b"\xff\xfe\0")
     (root / "table.py").write_text('"""' + "0.123, 4.567; " * 40 + '"""\n')
-    (root / "surrogate.py").write_text('"""\\ud800 ' + "a lone surrogate and \\0 a nul character " * 5 + '"""\n')
+    (root / "surrogate.py").write_text(
+        '"""\\ud800 ' + "a lone surrogate and \\0 a nul character " * 5 + '"""\n'
+    )
     (root / "dangling.py").symlink_to(root / "nowhere.py")
     (root / "tests").mkdir()
     (root / "tests" / "test_it.py").write_text('"""' + "text of a test is left out " * 10 + '"""\n')
     information = root / "package0-1.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Name: package0\nVersion: 1.0\n\n" + "A long description of it. " * 20)
+    (information / "METADATA").write_text(
+        "Name: package0\nVersion: 1.0\n\n" + "A long description of it. " * 20
+    )
     return root
 
 
@@ -131,7 +146,9 @@ def test_near_copies_of_validation_documents_are_left_out():
 def test_the_same_packages_give_the_same_bytes_anywhere(tree, built, tmp_path, monkeypatch):
     copy = package_tree(tmp_path / "elsewhere" / "tree")
     walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda root: ((at, folders, files[::-1]) for at, folders, files in walk(root)))
+    monkeypatch.setattr(
+        os, "walk", lambda root: ((at, folders, files[::-1]) for at, folders, files in walk(root))
+    )
     other = demo.build(tmp_path / "deeper" / "down" / "other", 512, [copy])
     assert digests(other) == digests(built)
 
@@ -156,7 +173,8 @@ DAMAGE = {
     "fineweb_val_000000.bin differs": lambda out: flip(out / "fineweb_val_000000.bin", 1100),
     "manifest.json is not readable": lambda out: os.truncate(out / "manifest.json", 100),
     "manifest.json was changed": lambda out: (out / "manifest.json").write_text(
-        (out / "manifest.json").read_text().replace('"val_bytes": ', '"val_bytes": 1')),
+        (out / "manifest.json").read_text().replace('"val_bytes": ', '"val_bytes": 1')
+    ),
     "no complete dataset": lambda out: (out / "manifest.json").unlink(),
     "fineweb_train_000099.bin is not in the manifest": lambda out: (out / "fineweb_train_000099.bin").touch(),
 }
@@ -194,12 +212,15 @@ def test_an_interrupted_build_leaves_the_old_dataset_and_nothing_half_made(tree,
 
 
 def test_what_a_killed_build_left_is_cleared_away(tree, tmp_path):
-    program = ("import sys, time; from pathlib import Path; from data import demo\n"
-               "demo.write_shard = lambda path, values: time.sleep(60)\n"
-               "demo.build(Path(sys.argv[1]), 512, [Path(sys.argv[2])])")
+    program = (
+        "import sys, time; from pathlib import Path; from data import demo\n"
+        "demo.write_shard = lambda path, values: time.sleep(60)\n"
+        "demo.build(Path(sys.argv[1]), 512, [Path(sys.argv[2])])"
+    )
     out = tmp_path / "demo"
-    process = subprocess.Popen([sys.executable, "-c", program, str(out), str(tree)], cwd=REPOSITORY,
-                               stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(out), str(tree)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+    )
     while not (tmp_path / ".demo.building" / "tokenizer.model").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -209,7 +230,9 @@ def test_what_a_killed_build_left_is_cleared_away(tree, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-@pytest.mark.parametrize("names", [["notes.txt"], ["fineweb_train_000000.bin"], ["manifest.json", "tokenizer.model"]])
+@pytest.mark.parametrize(
+    "names", [["notes.txt"], ["fineweb_train_000000.bin"], ["manifest.json", "tokenizer.model"]]
+)
 def test_a_folder_that_is_no_demo_dataset_is_never_replaced(tree, tmp_path, names):
     for name in names:
         (tmp_path / name).write_text('{"name": "mine"}')
@@ -227,7 +250,12 @@ def test_no_documentation_is_an_error(tmp_path):
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere/demo"])
 def test_an_unwritable_place_is_one_line_and_exit_code_2(tmp_path, out):
     (tmp_path / "file").touch()
-    result = subprocess.run([sys.executable, "data/demo.py", "--out", tmp_path / out], cwd=REPOSITORY,
-                            capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "data/demo.py", "--out", tmp_path / out],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ") and "--out" in result.stderr

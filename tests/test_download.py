@@ -1,4 +1,5 @@
 """data/download.py with the real hub client against a local server: happy path, faults, resuming, offline."""
+
 from __future__ import annotations
 
 import json
@@ -61,9 +62,14 @@ class Client:
         self._monkeypatch, self._capfd = monkeypatch, capfd
         resolve = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {
-                "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": resolve, "HF_HUB_CACHE": str(self.home / "hub"),
-                "HF_TOKEN_PATH": str(self.home / "token"), "HF_HUB_DISABLE_XET": True, "HF_HUB_OFFLINE": False,
-                "HF_HUB_DISABLE_TELEMETRY": True}.items():
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": resolve,
+            "HF_HUB_CACHE": str(self.home / "hub"),
+            "HF_TOKEN_PATH": str(self.home / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -72,11 +78,23 @@ class Client:
         """Exit code, standard output and standard error; `environment` makes it another process."""
         arguments = (*(arguments or ("caseops_v1",)), "--out", str(self.out))
         if environment:
-            clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))}
-            clean |= {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1",
-                      "HF_HUB_DISABLE_TELEMETRY": "1"}
-            result = subprocess.run([sys.executable, "data/download.py", *arguments], cwd=REPOSITORY, text=True,
-                                    env=clean | environment, capture_output=True, timeout=60)
+            clean = {
+                key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE"))
+            }
+            clean |= {
+                "HF_ENDPOINT": self.hub.url,
+                "HF_HOME": str(self.home),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+            }
+            result = subprocess.run(
+                [sys.executable, "data/download.py", *arguments],
+                cwd=REPOSITORY,
+                text=True,
+                env=clean | environment,
+                capture_output=True,
+                timeout=60,
+            )
             return result.returncode, result.stdout, result.stderr
         self._monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
         self._capfd.readouterr()
@@ -99,8 +117,11 @@ class Client:
     def check_complete(self, shards: int = 3) -> dict:
         """Assert that all files are there, as published, and described by the manifest, which is returned."""
         manifest = json.loads((self.folder / "manifest.json").read_text())
-        published = {path.rpartition("/")[2]: content
-                     for path, content in self.hub.repositories[CASEOPS.repository].items() if path.startswith(DOUBLED)}
+        published = {
+            path.rpartition("/")[2]: content
+            for path, content in self.hub.repositories[CASEOPS.repository].items()
+            if path.startswith(DOUBLED)
+        }
         names = sorted(set(published) - {f"fineweb_train_{number:06d}.bin" for number in range(shards, 3)})
         others = ["hub_manifest.json", "manifest.json", "tokenizer.model"]
         assert sorted(path.name for path in self.folder.iterdir()) == sorted([*names, *others])
@@ -268,11 +289,19 @@ def test_a_sidecar_of_another_length_is_refused(hub, client, tmp_path):
 
 
 def listing(hub: Hub) -> list[Entry]:
-    return [Entry(path, len(content), "0" * 64) for path, content in hub.repositories[CASEOPS.repository].items()]
+    return [
+        Entry(path, len(content), "0" * 64) for path, content in hub.repositories[CASEOPS.repository].items()
+    ]
 
 
-@pytest.mark.parametrize(("absent", "message"), [
-    ("_val_0", "lacks .*fineweb_val_"), ("_val_bytes", "lacks .*fineweb_val_bytes_"), (".model", "lacks .*model")])
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("_val_0", "lacks .*fineweb_val_"),
+        ("_val_bytes", "lacks .*fineweb_val_bytes_"),
+        (".model", "lacks .*model"),
+    ],
+)
 def test_a_repository_without_a_needed_file_is_refused(hub, tmp_path, absent, message):
     entries = [entry for entry in listing(hub) if absent not in entry.path]
     with pytest.raises(DownloadError, match=message):
@@ -284,10 +313,14 @@ def test_the_folder_is_found_by_name_or_if_it_is_the_only_one(hub, tmp_path):
     assert plan.folder == DOUBLED and plan.train_shards_there == 3 and len(plan.wanted) == 8
     renamed = [entry._replace(path=entry.path.replace(DOUBLED, "elsewhere")) for entry in listing(hub)]
     assert make_plan(CASEOPS, COMMIT, renamed, 2, tmp_path).folder == "elsewhere"
-    partial = [entry._replace(path=entry.path.replace("datasets/datasets", "datasets")) for entry in listing(hub)[:2]]
+    partial = [
+        entry._replace(path=entry.path.replace("datasets/datasets", "datasets")) for entry in listing(hub)[:2]
+    ]
     assert make_plan(CASEOPS, COMMIT, [*partial, *listing(hub)], 1, tmp_path).folder == DOUBLED
-    scattered = [entry._replace(path=f"{number}/{entry.path.rpartition('/')[2]}")
-                 for number, entry in enumerate(listing(hub))]
+    scattered = [
+        entry._replace(path=f"{number}/{entry.path.rpartition('/')[2]}")
+        for number, entry in enumerate(listing(hub))
+    ]
     with pytest.raises(DownloadError, match="has no folder"):
         make_plan(CASEOPS, COMMIT, scattered, 1, tmp_path)
     with pytest.raises(DownloadError, match="has 3; ask for at most"):
@@ -296,7 +329,10 @@ def test_the_folder_is_found_by_name_or_if_it_is_the_only_one(hub, tmp_path):
 
 def test_casefold_asks_for_its_tokenizer_and_refuses_another(hub, client, tmp_path):
     dataset = DATASETS["casefold_v2"]
-    hub.add(dataset.repository, {name: shard(tmp_path, 3, bos=False) for name in (FIRST, "fineweb_val_000000.bin")})
+    hub.add(
+        dataset.repository,
+        {name: shard(tmp_path, 3, bos=False) for name in (FIRST, "fineweb_val_000000.bin")},
+    )
     output = client.good("casefold_v2")
     assert dataset.tokenizer_sha256 in output
     folder = client.out / "datasets" / dataset.folder
@@ -311,9 +347,14 @@ def test_casefold_asks_for_its_tokenizer_and_refuses_another(hub, client, tmp_pa
     assert (folder / "tokenizer.model").read_bytes() == b"another"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["sp4096"], "sp8192, casefold_v2, caseops_v1"), (["sp8192", "--train-shards", "-1"], "0 or more"),
-    (["sp8192", "--workers", "0"], "1 or more")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sp4096"], "sp8192, casefold_v2, caseops_v1"),
+        (["sp8192", "--train-shards", "-1"], "0 or more"),
+        (["sp8192", "--workers", "0"], "1 or more"),
+    ],
+)
 def test_bad_input_is_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["download.py", *arguments])
     assert main() == 2
@@ -332,6 +373,8 @@ def test_what_the_hub_or_the_disk_refuse_is_one_line(hub, client):
 def test_a_full_disk_is_noticed_before_the_first_byte(hub, client, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5000))
     error = client.bad()
-    needed = sum(len(content) for path, content in hub.repositories[CASEOPS.repository].items() if path != "README.md")
+    needed = sum(
+        len(content) for path, content in hub.repositories[CASEOPS.repository].items() if path != "README.md"
+    )
     assert f"{needed:,} bytes needed" in error and "5,000 free" in error
     assert not any(seen.host == "localhost" for seen in hub.seen)

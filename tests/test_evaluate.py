@@ -36,7 +36,9 @@ def test_chunks_of_a_document_end_their_window(length, context, data):
     assert scored == list(range(1, length))
 
 
-@pytest.mark.parametrize("tokens, count", [(40_540_160, 633_409), (36_286_464, 566_945), (47_851_520, 747_649)])
+@pytest.mark.parametrize(
+    "tokens, count", [(40_540_160, 633_409), (36_286_464, 566_945), (47_851_520, 747_649)]
+)
 def test_window_counts_of_the_published_runs(tokens, count):
     assert len(t.windows(tokens + 1, 2048, 64)) == count
 
@@ -69,7 +71,9 @@ def ids_as_losses(batch):
 def test_scores_cover_the_tail_and_count_each_byte_once(config, loader, length):
     changed = replace(config, loader=loader, val_batch_tokens=8 * 4 * 32)
     run, random = t.Run(changed), np.random.default_rng(0)
-    validation = t.Validation(random.integers(0, 300, length).astype("<u2"), random.integers(0, 9, length), "test")
+    validation = t.Validation(
+        random.integers(0, 300, length).astype("<u2"), random.integers(0, 9, length), "test"
+    )
     for stride in (32, 8, 5):
         result = plain(run, ids_as_losses, validation, stride)
         assert result.nats == validation.tokens[1:].sum() and result.tokens == length - 1
@@ -94,7 +98,9 @@ def test_ranks_share_the_windows(config, world):
         parts.append(t.Tally(run, validation))
         t.slide(run, ids_as_losses, 8, parts[-1])
     assert torch.equal(sum(part.nats for part in parts), whole.nats)
-    assert torch.equal(sum(part.times for part in parts), whole.times) and all(part.times.any() for part in parts)
+    assert torch.equal(sum(part.times for part in parts), whole.times) and all(
+        part.times.any() for part in parts
+    )
 
 
 def test_documents_sum_to_the_score(config, tmp_path):
@@ -105,9 +111,14 @@ def test_documents_sum_to_the_score(config, tmp_path):
     assert len(found["nats"]) == (validation.tokens == t.BOS).sum() == 30
     assert found["tokens"].sum() == result.tokens and found["bytes"].sum() == result.bytes
     assert found["nats"].sum() == pytest.approx(result.nats) and found["nats"].dtype == np.float64
-    assert found["position_nats"].sum() == pytest.approx(result.nats) and found["position_bytes"].sum() == result.bytes
+    assert (
+        found["position_nats"].sum() == pytest.approx(result.nats)
+        and found["position_bytes"].sum() == result.bytes
+    )
     assert found["position_start"].tolist() == [2**k for k in range(len(found["position_nats"]))]
-    assert found["position_nats"][0] == pytest.approx(30 * math.log(config.vocab_size)), "one second token per document"
+    assert found["position_nats"][0] == pytest.approx(30 * math.log(config.vocab_size)), (
+        "one second token per document"
+    )
 
 
 def test_a_score_that_misses_a_token_is_not_reported(config, monkeypatch):

@@ -75,7 +75,9 @@ def test_the_operators_keep_the_rules_of_pytorch(keep_input, monkeypatch):
     x, up, down, grad = random((6, 5), (12, 5), (5, 12), (6, 5))
     leaves = [tensor.requires_grad_() for tensor in (x, up, down)]
     torch.library.opcheck(t.mlp_op, (*leaves, keep_input), test_utils=checks)
-    torch.library.opcheck(t.mlp_backward_op, (grad, down.detach(), torch.randn(6, 12), keep_input), test_utils=checks)
+    torch.library.opcheck(
+        t.mlp_backward_op, (grad, down.detach(), torch.randn(6, 12), keep_input), test_utils=checks
+    )
     torch.library.opcheck(t.symmetric_product_op, (torch.randn(2, 5, 7), 0.0, 1.0), test_utils=checks)
     fakes = torch._subclasses.FakeTensorMode()
     with fakes:
@@ -132,12 +134,15 @@ def test_a_whole_model_with_the_fused_mlp(config):
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert losses[0].isfinite().all() and distance(losses[1], losses[0]) < 1e-5
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 8
-    assert all(distance(gradients[1][name], value) < 1e-4 for name, value in gradients[0].items() if value.norm() > 0)
+    assert all(
+        distance(gradients[1][name], value) < 1e-4 for name, value in gradients[0].items() if value.norm() > 0
+    )
 
 
 def test_calibration_takes_the_plain_path(config):
     def never(*_):
         raise AssertionError
+
     model = t.GPT(config, feed_forward=never)
     tokens = torch.randint(2, config.vocab_size, (2, 9))
     batch, sites = t.Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), set()
@@ -162,7 +167,10 @@ def test_adapters_train_on_the_fused_mlp_while_the_weights_are_frozen(config):
         gradients.append({name: p.grad for name, p in lora.named_parameters()})
         assert used.call_count == config.num_layers and all(p.grad is None for p in model.parameters())
     assert distance(losses[1], losses[0]) < 1e-5
-    assert all(value.norm() > 0 and distance(gradients[1][name], value) < 1e-4 for name, value in gradients[0].items())
+    assert all(
+        value.norm() > 0 and distance(gradients[1][name], value) < 1e-4
+        for name, value in gradients[0].items()
+    )
 
 
 class Watched:
@@ -185,11 +193,16 @@ def test_the_choice_of_the_mlp_is_logged_with_the_reasons_against_the_better_one
     first, second, third, fourth = run.lines
     assert first.startswith("mlp: reference (not cutlass: the operands are torch.float32")
     assert first.endswith("not triton: KERNELS=auto chose the reference)")
-    assert second.startswith("mlp: triton (not cutlass: ") and (third, fourth) == ("mlp: triton", "mlp: reference")
+    assert second.startswith("mlp: triton (not cutlass: ") and (third, fourth) == (
+        "mlp: triton",
+        "mlp: reference",
+    )
 
 
 def test_an_mlp_that_cannot_be_had_stops_the_run(config, monkeypatch, tmp_path):
-    with pytest.raises(t.Stop, match="MLP_KERNEL=cutlass: the operands are torch.float32.*set MLP_KERNEL=auto"):
+    with pytest.raises(
+        t.Stop, match="MLP_KERNEL=cutlass: the operands are torch.float32.*set MLP_KERNEL=auto"
+    ):
         t.pick_mlp(replace(config, mlp_kernel="cutlass"), Watched(), fused=True)
     narrow = replace(config, mlp_kernel="cutlass", model_dim=36, mlp_mult=1.0)
     with pytest.raises(t.Stop, match="MLP_KERNEL=cutlass: MODEL_DIM"):
@@ -246,7 +259,9 @@ def test_the_kernel_compiles_for_hopper_and_blackwell_within_their_limits():
     variables = environment({})
     variables.pop("TRITON_INTERPRET")
     code = COMPILE.format(root=str(ROOT))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 8
 
@@ -267,8 +282,17 @@ def compiled_run(config, monkeypatch, **changes):
 
 @pytest.mark.parametrize("covered", [True, False])
 def test_what_is_compiled_inside_the_clock_is_counted(config, monkeypatch, tmp_path, covered):
-    run = compiled_run(config, monkeypatch, compile="on", iterations=3, num_layers=2, num_loops=0, checkpoint_every=0,
-                       parallel_residual="none", train_batch_tokens=1024)
+    run = compiled_run(
+        config,
+        monkeypatch,
+        compile="on",
+        iterations=3,
+        num_layers=2,
+        num_loops=0,
+        checkpoint_every=0,
+        parallel_residual="none",
+        train_batch_tokens=1024,
+    )
     run.folder = tmp_path
     data, load, torch._dynamo.config.recompile_limit = t.Dataset(run.config), t.Feed.load, 64
 

@@ -24,7 +24,9 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("rows, columns", [(1, 5), (3, 1024), (7, 1023), (2, 8192), (2, 8195), (4, 9000)])
 @pytest.mark.parametrize("cap", [5.0, 30.0])
 def test_softcapped_cross_entropy_and_its_gradient(poisoned, rows, columns, dtype, tolerance, cap):
@@ -36,7 +38,9 @@ def test_softcapped_cross_entropy_and_its_gradient(poisoned, rows, columns, dtyp
     ours, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
     loss = t.softcapped_ce_op(ours, targets, cap)[0]
     expected = F.cross_entropy(cap * torch.tanh(theirs / cap), targets, reduction="none")
-    assert torch.allclose(t.softcapped_ce_reference(logits, targets, cap).double(), expected, rtol=1e-5, atol=2e-5)
+    assert torch.allclose(
+        t.softcapped_ce_reference(logits, targets, cap).double(), expected, rtol=1e-5, atol=2e-5
+    )
     # Losses are fp32 whatever the logits' dtype: both sides start from the same rounded logits.
     assert loss.dtype == torch.float32 and torch.allclose(loss.double(), expected, rtol=1e-5, atol=2e-5)
     loss.backward(upstream)

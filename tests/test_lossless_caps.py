@@ -1,4 +1,5 @@
 """lossless_caps.py against its grammar, against plain implementations, and against the published tokenizer."""
+
 from __future__ import annotations
 
 import hashlib
@@ -44,7 +45,9 @@ VERSIONS = pytest.mark.parametrize("version", [1, 3])
 PLAIN_ENCODE = {1: reference.encode_v1, 3: reference.encode_v3}
 PLAIN_DECODE = {1: reference.decode_v1, 3: reference.decode_v3}
 # Every character that a rule names, a few that none does, and a third of the weight on the operators.
-ADVERSARIAL = "aAbBzZ   ..!?\u2026\n\t\u00a0\"')]\u201d\u20191-\0\u00e9\u00c9\u00df\u0130\uff21\U0001f600\ue000\ue006"
+ADVERSARIAL = (
+    "aAbBzZ   ..!?\u2026\n\t\u00a0\"')]\u201d\u20191-\0\u00e9\u00c9\u00df\u0130\uff21\U0001f600\ue000\ue006"
+)
 ADVERSARIAL += 3 * "".join(OPERATORS[3])
 adversarial = st.text(st.sampled_from(ADVERSARIAL), max_size=30)
 property_test = settings(max_examples=250, deadline=None, database=None)
@@ -76,11 +79,53 @@ def documents(path: Path, count: int) -> list[str]:
 def prose(seed: int, length: int) -> str:
     """English-looking text of about `length` characters with every habit of capitals, from a fixed random state."""
     chance = random.Random(seed)
-    words = ["the", "of", "and", "a", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with", "i"]
-    words += ["transformer", "caf\u00e9", "na\u00efve", "don't", "x2y", "e-mail", "\u4e2d", "\U0001f600", "3.14"]
+    words = [
+        "the",
+        "of",
+        "and",
+        "a",
+        "to",
+        "in",
+        "is",
+        "that",
+        "it",
+        "was",
+        "for",
+        "on",
+        "are",
+        "as",
+        "with",
+        "i",
+    ]
+    words += [
+        "transformer",
+        "caf\u00e9",
+        "na\u00efve",
+        "don't",
+        "x2y",
+        "e-mail",
+        "\u4e2d",
+        "\U0001f600",
+        "3.14",
+    ]
     styles = [str] * 24 + [str.capitalize] * 6 + [str.upper] * 2
     styles += [lambda word: "".join(chance.choice((str.upper, str.lower))(letter) for letter in word)]
-    ends = [" "] * 12 + [", ", ". ", ". ", "? ", "! ", '." ', ".) ", ".\u201d ", ".\n", "\n\n", "  ", " (", ' "', "/"]
+    ends = [" "] * 12 + [
+        ", ",
+        ". ",
+        ". ",
+        "? ",
+        "! ",
+        '." ',
+        ".) ",
+        ".\u201d ",
+        ".\n",
+        "\n\n",
+        "  ",
+        " (",
+        ' "',
+        "/",
+    ]
     out, size = [], 0
     while size < length:
         out.append(chance.choice(styles)(chance.choice(words)) + chance.choice(ends))
@@ -125,14 +170,14 @@ V3_EXAMPLES = {
     " hi": " <L>hi",
     "  Hi": "  hi",
     "x (The) 'End'": "<L>x (<T>the) '<T>end'",
-    "Ok!) Yes?\" No.\u2019 So.\u201d It.] Is": "ok!) yes?\" no.\u2019 so.\u201d it.] is",
-    "Ok.)\" Yes.  No.No ?no": "ok.)\"<T> yes.  no.<T>no ?no",
+    'Ok!) Yes?" No.\u2019 So.\u201d It.] Is': 'ok!) yes?" no.\u2019 so.\u201d it.] is',
+    'Ok.)" Yes.  No.No ?no': 'ok.)"<T> yes.  no.<T>no ?no',
     "iPhone OpenAI USAtoday": "<L>i<C>phone<T> open<C>a<C>i<T> u<C>s<C>atoday",
     "Mc, McD. McDonald. USAtoday. NASA. I": "mc,<T> mc<C>d. mc<C>donald. u<C>s<C>atoday.<A> nasa. i",
     "NASA I": "<A>nasa<T> i",
     "\u00c9COLE DON'T x2Y": "\u00c9<A>cole<A> don'<T>t x2<T>y",
     "<L>. A<T> B": "<E><L>. a<E><T><T> b",
-    ".<T>\" A": ".<E><T>\"<T> a",
+    '.<T>" A': '.<E><T>"<T> a',
     "": "",
 }
 
@@ -379,10 +424,16 @@ def test_characters_are_those_of_the_normaliser(processor):
         elif form != "" and form in "\"')]\u2019\u201d":
             closers.add(chr(number))
     for module in (lossless_caps, reference):
-        assert [set(module.WHITESPACE), set(module.SENTENCE_ENDS), set(module.CLOSERS)] == [blank, ends, closers]
+        assert [set(module.WHITESPACE), set(module.SENTENCE_ENDS), set(module.CLOSERS)] == [
+            blank,
+            ends,
+            closers,
+        ]
 
 
-@pytest.mark.parametrize(("path", "count", "lost"), [(VALIDATION, 451, 0), (WEB, 1500, 3)], ids=["validation", "web"])
+@pytest.mark.parametrize(
+    ("path", "count", "lost"), [(VALIDATION, 451, 0), (WEB, 1500, 3)], ids=["validation", "web"]
+)
 def test_tokens_of_real_documents_decode_to_the_normalised_documents(processor, path, count, lost):
     """Lost are only documents in which NFKC makes or unmakes letters beside a word (\u00ba becomes o)."""
     wrong = []
@@ -397,8 +448,15 @@ def test_tokens_of_real_documents_decode_to_the_normalised_documents(processor, 
     assert not [text for text, _ in wrong if plain.fullmatch(text)]
 
 
-@pytest.mark.parametrize(("code", "text"), [("cloroxTM<T> bleach", "CloroxTM Bleach"), ("3<A>dsTM", "3DSTM"),
-                                            ("93\u00b0C. x", "93\u00b0C. X"), ("<A>it TM. tM", "IT TM. TM")])
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("cloroxTM<T> bleach", "CloroxTM Bleach"),
+        ("3<A>dsTM", "3DSTM"),
+        ("93\u00b0C. x", "93\u00b0C. X"),
+        ("<A>it TM. tM", "IT TM. TM"),
+    ],
+)
 def test_capitals_that_the_normalisation_made_stay(code, text):
     assert decode_caseops(spell(code), 3, normalised=True) == text
     with pytest.raises(CaseOpsError, match="is a capital letter"):
@@ -514,7 +572,8 @@ def tokens():
     processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
     assert [processor.id_to_piece(number) for number in range(4, 8)] == list(OPERATORS[1])
     return lambda text: [
-        (piece.piece, piece.surface) for piece in processor.encode(encode_caseops(text), return_type="proto").pieces
+        (piece.piece, piece.surface)
+        for piece in processor.encode(encode_caseops(text), return_type="proto").pieces
     ]
 
 

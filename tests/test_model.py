@@ -86,7 +86,9 @@ def make(config: t.Config, seed: int = 0, **changes) -> t.GPT:
 
 def tokens(config: t.Config, rows: int = 2, length: int = 32, seed: int = 0) -> t.Batch:
     """Random ids without BOS."""
-    ids = torch.randint(4, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        4, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
     return t.Batch(ids[:, :-1], ids[:, 1:])
 
 
@@ -135,7 +137,9 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
                 unit = v[:, :, g] / v[:, :, g].norm(dim=-1, keepdim=True)
                 y = y - (y * unit).sum(-1, keepdim=True) * unit
             if c.head_gate != "none":
-                seen = {"residual": u, "proj": x, "q": raw}[c.gate_attn_src][..., :window] @ w["head_gate"][i, h]
+                seen = {"residual": u, "proj": x, "q": raw}[c.gate_attn_src][..., :window] @ w["head_gate"][
+                    i, h
+                ]
                 gate = (
                     2 / (1 + torch.exp(-seen))
                     if c.head_gate == "attn_out"
@@ -213,7 +217,14 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         {"parallel_residual": "gptj", "parallel_start_layer": 2},
         {"parallel_residual": "none"},
         {"skip_gates_enabled": False, "xsa_last_n": 2, "ln_scale": False},
-        {"num_layers": 7, "num_loops": 2, "loop_start": 2, "loop_end": 3, "parallel_start_layer": 4, "num_kv_heads": 1},
+        {
+            "num_layers": 7,
+            "num_loops": 2,
+            "loop_start": 2,
+            "loop_end": 3,
+            "parallel_start_layer": 4,
+            "num_kv_heads": 1,
+        },
         {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 16, "mlp_mult": 1.5},
         PLAIN,
         {"head_gate": "attn_out", "gate_attn_src": "residual", "smear_gate_bos_fix": False},  # #1693
@@ -233,7 +244,9 @@ def test_the_one_forward_equals_the_published_equations(config, changes):
     assert theirs.std() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_gate": "attn_out", "gate_attn_src": "q"}, {"ttt_lora_alpha": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_gate": "attn_out", "gate_attn_src": "q"}, {"ttt_lora_alpha": 0.0}]
+)
 def test_adapters_are_low_rank_deltas_of_each_document(config, changes):
     model = make(config, **changes)
     lora, batch = t.LoRA(model.config, 2, torch.device("cpu")), tokens(config)
@@ -259,7 +272,9 @@ def test_fresh_adapters_depend_on_the_seed_alone(config):
         assert read.abs().max() <= bound and read.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
     other.reset(6)
     assert not torch.equal(lora.read["q"], other.read["q"]) and not any(p.any() for p in other.write.values())
-    assert set(t.LoRA(replace(config, ttt_k_lora=False, ttt_mlp_lora=False), 3, torch.device("cpu")).read) == {
+    assert set(
+        t.LoRA(replace(config, ttt_k_lora=False, ttt_mlp_lora=False), 3, torch.device("cpu")).read
+    ) == {
         "q",
         "v",
         "o",
@@ -300,7 +315,9 @@ def test_a_loss_depends_on_the_past_only(config):
         changed = batch.inputs.clone()
         changed[:, place] = (changed[:, place] + 1) % config.vocab_size
         after = model(t.Batch(changed, batch.targets))
-        assert torch.equal(before[:, :place], after[:, :place]) and not torch.equal(before[:, place], after[:, place])
+        assert torch.equal(before[:, :place], after[:, :place]) and not torch.equal(
+            before[:, place], after[:, place]
+        )
 
 
 def test_packed_documents_do_not_see_each_other(config):
@@ -319,7 +336,9 @@ def test_the_tap_sees_the_input_of_every_matrix(config):
     model, batch, seen = make(config), tokens(config), {}
     model(batch, lambda site, layer, x, _: seen.setdefault((site, layer), []).append(x))
     keys = {m.key for m in t.matrices(model.table)}
-    assert set(seen) == keys | {(site, layer) for site in "kv" for layer in range(4)}  # whose input is that of q
+    assert set(seen) == keys | {
+        (site, layer) for site in "kv" for layer in range(4)
+    }  # whose input is that of q
     assert [len(seen["up", i]) for i in range(4)] == [1, 2, 2, 1]  # looped layers once per visit
     for m in t.matrices(model.table):
         weight = model.get_parameter(m.parameter)

@@ -43,7 +43,9 @@ def test_a_muon_update_is_the_published_one(rows):
             x = a * x + (b * gram + c * gram @ gram) @ x
         expected.append(x)
     result = t.muon_update(gradient, buffer, torch.tensor(mu), rows, torch.float32, coefficients)
-    assert torch.allclose(buffer, expected_buffer) and torch.allclose(result.double(), torch.stack(expected), atol=1e-5)
+    assert torch.allclose(buffer, expected_buffer) and torch.allclose(
+        result.double(), torch.stack(expected), atol=1e-5
+    )
 
 
 def one_step(config, seed=0, scale=1.0):
@@ -74,12 +76,18 @@ def test_matrices_follow_muon_and_the_rest_adam(config):
             expected = before[name] * (1 - rate * config.muon_wd) - rate * aspect * update
         else:
             rate, decay = (
-                (config.tied_embed_lr, config.embed_wd) if name == "embed" else (config.scalar_lr, config.adam_wd)
+                (config.tied_embed_lr, config.embed_wd)
+                if name == "embed"
+                else (config.scalar_lr, config.adam_wd)
             )
             expected = torch.nn.Parameter(before[name].clone())
             expected.grad = gradients[name]
             torch.optim.AdamW(
-                [expected], lr=0.5 * rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, weight_decay=decay
+                [expected],
+                lr=0.5 * rate,
+                betas=(config.beta1, config.beta2),
+                eps=config.adam_eps,
+                weight_decay=decay,
             ).step()
         assert torch.allclose(after, expected, atol=1e-6), name
         assert after.grad is None

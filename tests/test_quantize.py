@@ -37,7 +37,9 @@ def plain_gptq(weight, hessian, sigmas, bits, dampening):
 
 def clipped(weight, hessian, sigmas, bits):
     """Integers and row steps of SDClip."""
-    quantized = t.round_clipped(t.plan(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits)
+    quantized = t.round_clipped(
+        t.plan(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits
+    )
     return quantized.values, quantized.scales
 
 
@@ -95,7 +97,9 @@ def test_calibration_does_not_depend_on_the_ranks(config):
             parts.append(t.collect_moments(run, model, data))
         for key in whole:
             for kind in (0, 1):
-                assert torch.allclose(sum(part[key][kind] for part in parts), whole[key][kind], rtol=1e-4, atol=1e-6)
+                assert torch.allclose(
+                    sum(part[key][kind] for part in parts), whole[key][kind], rtol=1e-4, atol=1e-6
+                )
                 assert whole[key][kind].abs().sum() > 0
 
 
@@ -113,7 +117,10 @@ def perturbed(config):
 
 @pytest.mark.parametrize("quantizer", ["sdclip", "rate_distortion"])
 def test_quantised_weights_come_back_in_their_banks(config, quantizer):
-    wide = {f"{kind}_clip_sigmas": 5.0 for kind in ("attn", "mlp", "embed")} | {"matrix_bits": 8, "embed_bits": 8}
+    wide = {f"{kind}_clip_sigmas": 5.0 for kind in ("attn", "mlp", "embed")} | {
+        "matrix_bits": 8,
+        "embed_bits": 8,
+    }
     run = t.Run(replace(config, quantizer=quantizer, **wide))
     table, weights, moments = perturbed(config)
     tensors = t.quantize(run, table, weights, 1 << 30, False, moments)
@@ -136,14 +143,19 @@ def test_the_file_has_the_size_asked_for(config, bits, states):
 
 def test_a_model_that_cannot_fit_is_refused_before_training(config, tmp_path):
     count = sum(p.numel() for p in t.GPT(config).parameters())
-    for change, fits in [({"artifact_target_bytes": count // 8}, False), ({"artifact_target_bytes": count}, True),
-                         ({"quantizer": "sdclip", "matrix_bits": 8, "artifact_target_bytes": count // 2}, False)]:
+    for change, fits in [
+        ({"artifact_target_bytes": count // 8}, False),
+        ({"artifact_target_bytes": count}, True),
+        ({"quantizer": "sdclip", "matrix_bits": 8, "artifact_target_bytes": count // 2}, False),
+    ]:
         run = t.Run(replace(config, **change))
         run.folder = tmp_path
         if fits:
             t.preflight(run)
         else:
-            with pytest.raises(t.Stop, match=r"ARTIFACT_TARGET_BYTES=\d+: -?\d+ left .*, \d+ needed; lower MODEL_DIM"):
+            with pytest.raises(
+                t.Stop, match=r"ARTIFACT_TARGET_BYTES=\d+: -?\d+ left .*, \d+ needed; lower MODEL_DIM"
+            ):
                 t.preflight(run)
 
 

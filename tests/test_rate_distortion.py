@@ -88,7 +88,10 @@ def test_the_trellis_gains_decibels_on_a_gaussian(states, least_gain):
 
 @pytest.mark.parametrize("states", [0, *STATES])
 def test_two_threads_round_as_one_does(states):
-    plans = {f"{rows}x{columns}": make_plan(rows, columns) for rows, columns in [(40, 33), (7, 130), (64, 64), (1, 5)]}
+    plans = {
+        f"{rows}x{columns}": make_plan(rows, columns)
+        for rows, columns in [(40, 33), (7, 130), (64, 64), (1, 5)]
+    }
     one = t.round_all(plans, 0.02, states, 0.5, threads=1)
     two = t.round_all(plans, 0.02, states, 0.5, threads=2)
     assert list(one) == list(plans)
@@ -109,7 +112,9 @@ def test_error_under_the_inputs_falls_with_each_part():
     step = t.steps(*zeros, 0.25)
     nearest = np.rint(p.weight.numpy() / step).astype(np.int32)
     scalar = t.round_matrix(flat, step, 0)
-    trellised = t.round_matrix(flat, step, 64)  # twice the distance between the integers of a coset: a finer grid
+    trellised = t.round_matrix(
+        flat, step, 64
+    )  # twice the distance between the integers of a coset: a finer grid
     assert cost(trellised, *zeros, 0.25) > cost(scalar, *zeros, 0.25) < 0.9 * cost(nearest, *zeros, 0.25)
     half = t.steps(*zeros, 0.125)  # now as many bits as the scalar one
     assert cost(t.round_matrix(flat, half, 64), *zeros, 0.125) < 0.9 * cost(scalar, *zeros, 0.25)
@@ -132,8 +137,11 @@ def test_the_steps_of_a_matrix_are_its_sensitivities_to_the_powers():
 
 
 @settings(max_examples=40)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=3), st.sampled_from([0, *STATES]),
-       st.data())
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=3),
+    st.sampled_from([0, *STATES]),
+    st.data(),
+)
 def test_streams_come_back(shapes, states, data):
     values = lambda n: data.draw(st.lists(INT32 | st.integers(-3, 3), min_size=n, max_size=n))
     matrices = [np.array(values(a * b), np.int64).astype(np.int32).reshape(a, b) for a, b in shapes]
@@ -163,7 +171,9 @@ def test_carries_run_through_the_stream():
         assert np.array_equal(decode(t.code([integers], 0), [(64, 64)], 0)[0], integers)
 
 
-@pytest.mark.parametrize("curve", [lambda x: 1e6 * 2**-x, lambda x: 4e5 - 1.1e5 * x, lambda x: 1e6 / (1 + 2.0**x)])
+@pytest.mark.parametrize(
+    "curve", [lambda x: 1e6 * 2**-x, lambda x: 4e5 - 1.1e5 * x, lambda x: 1e6 / (1 + 2.0**x)]
+)
 def test_the_goal_is_met_from_below(curve):
     tried = []
 
@@ -207,12 +217,16 @@ def test_moments_are_those_of_inputs_and_of_gradients_of_drawn_labels(config, mo
         if key[0] != "head":
             assert torch.allclose(fisher, g.square().sum(0) / count, rtol=1e-3, atol=1e-12), key
     cap, y = config.logit_softcap, outputs["head", 0][0].flatten(0, 1)
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda y: F.log_softmax(cap * torch.tanh(y / cap), 0)))(y[:4])
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda y: F.log_softmax(cap * torch.tanh(y / cap), 0)))(
+        y[:4]
+    )
     chance = torch.softmax(cap * torch.tanh(y / cap), -1)
     exact = torch.einsum("nv,nvw->w", chance[:4].detach(), jacobian.square())
     slope = 1 - torch.tanh(y[:4] / cap).square()
     assert torch.allclose(exact, (chance[:4] * (1 - chance[:4]) * slope.square()).sum(0), rtol=1e-3)
-    assert torch.allclose(found["head", 0][1], (chance * (1 - chance) * (1 - torch.tanh(y / cap) ** 2) ** 2).mean(0))
+    assert torch.allclose(
+        found["head", 0][1], (chance * (1 - chance) * (1 - torch.tanh(y / cap) ** 2) ** 2).mean(0)
+    )
 
 
 def test_sdclip_needs_no_gradients(config):

@@ -28,7 +28,9 @@ def table() -> str:
             options = typing.get_args(types[field.name])
             kind, default = " \\| ".join(options) or types[field.name].__name__, t.show(field.default)
             meaning = field.metadata["meaning"].replace("|", "\\|")
-            lines.append(f"| `{field.name.upper()}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |")
+            lines.append(
+                f"| `{field.name.upper()}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -47,11 +49,27 @@ def test_every_file_and_command_of_the_readme_exists():
         assert name in known, name
 
 
-@pytest.mark.parametrize("script", ["bench/data.py", "bench/full_shape.py", "bench/gpu.py", "bench/transforms.py",
-                                    "data/prepare.py", "data/download.py", "data/demo.py", "verify_bytes.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "bench/data.py",
+        "bench/full_shape.py",
+        "bench/gpu.py",
+        "bench/transforms.py",
+        "data/prepare.py",
+        "data/download.py",
+        "data/demo.py",
+        "verify_bytes.py",
+    ],
+)
 def test_every_command_starts_from_any_folder(script, tmp_path):
-    done = subprocess.run([sys.executable, str(README.parent / script), "--help"], cwd=tmp_path, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(README.parent / script), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 

@@ -31,7 +31,9 @@ def recipe(name: str) -> dict[str, str]:
 
 def published(name: str) -> dict[str, str]:
     """The effective settings of the logged run of a system, by the names its script declares."""
-    head, *rows = (line.split("\t") for line in (ROOT / "tests/published_settings.tsv").read_text().splitlines()[1:])
+    head, *rows = (
+        line.split("\t") for line in (ROOT / "tests/published_settings.tsv").read_text().splitlines()[1:]
+    )
     column = head.index(name)
     return {row[0]: row[column].strip("'") for row in rows if row[column] != "-"}
 
@@ -94,7 +96,10 @@ def test_variables_with_one_value_and_aliases():
         t.Config.from_env({"PHASED_TTT_ENABLED": "0"})
     with pytest.raises(t.Stop, match="EMBEDDING_DIM=256: every published run has 512"):
         t.Config.from_env({"EMBEDDING_DIM": "256"})
-    assert t.Config.from_env({"EMBEDDING_DIM": "256", "MODEL_DIM": "256", "VAL_DOC_FRACTION": "1.0"}).model_dim == 256
+    assert (
+        t.Config.from_env({"EMBEDDING_DIM": "256", "MODEL_DIM": "256", "VAL_DOC_FRACTION": "1.0"}).model_dim
+        == 256
+    )
     clips = t.Config.from_env({"MATRIX_CLIP_SIGMAS": "12"})
     assert (clips.attn_clip_sigmas, clips.mlp_clip_sigmas) == (12.0, 12.0)
     with pytest.raises(t.Stop, match="sets PARALLEL_START_LAYER to another value"):

@@ -64,13 +64,34 @@ def page_of(folder: Path) -> Page:
 
 def test_the_figures_are_those_of_the_summary(run):
     page, summary = page_of(run), json.loads((run / "summary.json").read_text())
-    for name in ("val_bpb", "val_loss", "total_bytes", "train_seconds", "eval_seconds", "steps", "step_ms",
-                 "tokens_per_second", "hessian_seconds", "gptq_seconds", "pack_seconds", "code_bytes"):
+    for name in (
+        "val_bpb",
+        "val_loss",
+        "total_bytes",
+        "train_seconds",
+        "eval_seconds",
+        "steps",
+        "step_ms",
+        "tokens_per_second",
+        "hessian_seconds",
+        "gptq_seconds",
+        "pack_seconds",
+        "code_bytes",
+    ):
         assert summary[name] in page.numbers, name
     assert set(summary["bpb"].values()) <= set(page.numbers)
     text = " ".join(page.words)
-    for title in ("Training loss", "Validation during training", "Learning rate", "Score by stage", "Time by part",
-                  "Bytes of the artifact", "Compliance", "Settings that differ from the defaults", "loops on"):
+    for title in (
+        "Training loss",
+        "Validation during training",
+        "Learning rate",
+        "Score by stage",
+        "Time by part",
+        "Bytes of the artifact",
+        "Compliance",
+        "Settings that differ from the defaults",
+        "loops on",
+    ):
         assert title in text, title
     assert "✓ legal" in text and summary["compliance"]["reason"] in text
     for name, value in summary["overrides"].items():
@@ -93,7 +114,9 @@ def test_records_that_a_resumption_made_void_are_not_drawn(run):
     (run / "documents.npz").unlink()  # its positions are numbers, too
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "resume", "step": 6, "seconds": 1.0}) + "\n")
-        file.write(json.dumps({"kind": "train", "step": 7, "train_loss": 9.75, "rate": 0.5}) + '\n{"kind": "tra')
+        file.write(
+            json.dumps({"kind": "train", "step": 7, "train_loss": 9.75, "rate": 0.5}) + '\n{"kind": "tra'
+        )
     text = " ".join(page_of(run).words)
     assert "7: 9.7500" in text and "6: " in text and not re.search(r"\b8: \d\.\d{4}", text)
 
@@ -103,7 +126,9 @@ def test_the_areas_are_the_bytes_of_the_artifact_and_the_code(run):
     assert sum(part.bytes for part in parts) == (run / "final_model.ptz").stat().st_size
     assert len(parts) > 3 and all(part.bytes > 0 for part in parts)
     drawn = report.treemap(parts)
-    boxes = re.findall(r'class="role" style="left:([\d.]+)%;top:([\d.]+)%;width:([\d.]+)%;height:([\d.]+)%', drawn)
+    boxes = re.findall(
+        r'class="role" style="left:([\d.]+)%;top:([\d.]+)%;width:([\d.]+)%;height:([\d.]+)%', drawn
+    )
     areas = sorted(float(w) * float(h) / 1e4 for _, _, w, h in boxes)
     total = sum(part.bytes for part in parts)
     assert areas == pytest.approx(sorted(part.bytes / total for part in parts), abs=1e-4)
@@ -126,8 +151,15 @@ def test_text_from_a_run_is_escaped(run):
 def test_length_and_position_are_drawn_from_the_sums(run):
     tokens, size = np.array([5, 6, 100, 120]), np.array([10, 20, 300, 500])
     nats = np.array([20.0, 30.0, 400.0, 450.0])
-    np.savez(run / "documents.npz", tokens=tokens, bytes=size, nats=nats, position_start=[0, 8, 64],
-             position_bytes=[100, 200, 0], position_nats=[150.0, 220.0, 0.0])
+    np.savez(
+        run / "documents.npz",
+        tokens=tokens,
+        bytes=size,
+        nats=nats,
+        position_start=[0, 8, 64],
+        position_bytes=[100, 200, 0],
+        position_nats=[150.0, 220.0, 0.0],
+    )
     text = " ".join(page_of(run).words)
     assert f"4: {50 / math.log(2) / 30:.4f}" in text and f"64: {850 / math.log(2) / 800:.4f}" in text
     assert f"0: {1.5 / math.log(2):.4f}" in text and f"8: {1.1 / math.log(2):.4f}" in text
@@ -150,8 +182,16 @@ def test_an_unfinished_run_a_damaged_artifact_and_a_missing_folder(run, tmp_path
 
 
 def test_a_sweep_has_a_page_with_its_table_and_one_for_each_run(tmp_path, dataset):
-    words = ["MATRIX_LR=0.02,0.03,9", "SEED=1,2", "--script", str(ROOT / "tests" / "stand_in.py"), "--out",
-             str(tmp_path), "--name", "s"]
+    words = [
+        "MATRIX_LR=0.02,0.03,9",
+        "SEED=1,2",
+        "--script",
+        str(ROOT / "tests" / "stand_in.py"),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "s",
+    ]
     with pytest.raises(SystemExit):
         sweep.main(words)
     for seed in (1, 2):  # one with the files of a real run
@@ -169,6 +209,11 @@ def test_a_sweep_has_a_page_with_its_table_and_one_for_each_run(tmp_path, datase
 
 
 def test_it_runs_as_a_command_from_any_folder(run, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "report.py"), "--help"], cwd=tmp_path, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "report.py"), "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "usage:" in done.stdout

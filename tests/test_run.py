@@ -27,7 +27,9 @@ def artifact_hash(folder: Path) -> str:
 def losses(folder: Path) -> list[float]:
     """Training losses of a run in full precision."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["train_loss"] for record in records if record["kind"] == "train" and "train_loss" in record]
+    return [
+        record["train_loss"] for record in records if record["kind"] == "train" and "train_loss" in record
+    ]
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -100,7 +102,8 @@ def test_scoring_the_artifact_again_gives_the_same_number(finished, tmp_path):
     copy = tmp_path / "copy.ptz"
     shutil.copy(folder / "final_model.ptz", copy)
     again = launch(
-        settings | {"STAGE": "evaluate", "ARTIFACT": str(copy), "RUN_ID": "", "OUT_DIR": str(tmp_path / "other")}
+        settings
+        | {"STAGE": "evaluate", "ARTIFACT": str(copy), "RUN_ID": "", "OUT_DIR": str(tmp_path / "other")}
     )
     assert again.returncode == 0, again.stderr
     summary = json.loads(next((tmp_path / "other").glob("*/summary.json")).read_text())
@@ -115,7 +118,9 @@ def test_a_finished_run_is_not_overwritten(finished):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_the_same_seed_gives_the_same_artifact_stage_by_stage_too_and_another_seed_another(finished, tmp_path):
+def test_the_same_seed_gives_the_same_artifact_stage_by_stage_too_and_another_seed_another(
+    finished, tmp_path
+):
     settings, folder = finished
     apart = settings | {"OUT_DIR": str(tmp_path), "RUN_ID": "b"}
     for stage in ("train", "quantize", "evaluate"):
@@ -244,7 +249,10 @@ def test_a_checkpoint_of_other_settings_or_damaged_is_refused_and_kept(finished,
     before = (mine / "checkpoint.pt").read_bytes()
     again = settings | {"OUT_DIR": str(tmp_path)}
     refused(
-        launch(again | {"MATRIX_LR": "0.01"}), "checkpoint.pt", "MATRIX_LR=0.026 there, 0.01 here", "another RUN_ID"
+        launch(again | {"MATRIX_LR": "0.01"}),
+        "checkpoint.pt",
+        "MATRIX_LR=0.026 there, 0.01 here",
+        "another RUN_ID",
     )
     assert (mine / "checkpoint.pt").read_bytes() == before
     for data in (before[: len(before) // 2], b"", b"nonsense" * 100):
@@ -292,7 +300,9 @@ def test_the_wall_clock_stops_a_run(settings):
     }
     result = launch(capped)
     assert (
-        result.returncode == 0 and "stopped by MAX_WALLCLOCK_SECONDS" in result.stdout and "loops on" in result.stdout
+        result.returncode == 0
+        and "stopped by MAX_WALLCLOCK_SECONDS" in result.stdout
+        and "loops on" in result.stdout
     )
     stages = json.loads((Path(settings["OUT_DIR"]) / "capped" / "stages.json").read_text())
     assert 3.0 <= stages["train"]["train_seconds"] < 10
@@ -323,15 +333,43 @@ def test_packed_documents_train_and_score_too(settings):
     assert summary["bpb"]["sliding"] <= summary["bpb"]["quantized"] * 1.01
 
 
-@pytest.mark.parametrize("shape", [
-    {"NUM_LAYERS": "1", "NUM_LOOPS": "0"},
-    {"NUM_LAYERS": "2", "LOOP_START": "0", "LOOP_END": "1", "PARALLEL_START_LAYER": "8"},
-    {"NUM_LAYERS": "3", "NUM_LOOPS": "0", "NUM_HEADS": "1", "NUM_KV_HEADS": "1", "ROPE_DIMS": "0", "MLP_MULT": "1.5"},
-    {"NUM_LAYERS": "4", "PARALLEL_RESIDUAL": "gptj", "PARALLEL_START_LAYER": "0", "SKIP_GATES_ENABLED": "0",
-     "XSA_LAST_N": "0", "GRAD_CLIP_SCOPE": "local", "MUON_COEFFICIENTS": "classic", "MATRIX_BITS": "5"},
-    {"NUM_LAYERS": "3", "LOOP_START": "0", "LOOP_END": "0", "NUM_LOOPS": "4", "PARALLEL_START_LAYER": "1",
-     "EVAL_SEQ_LEN": "57", "EVAL_STRIDE": "13", "COMPRESSOR": "lzma", "LOADER": "packed", "TRAIN_SEQ_LEN": "19"},
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"NUM_LAYERS": "1", "NUM_LOOPS": "0"},
+        {"NUM_LAYERS": "2", "LOOP_START": "0", "LOOP_END": "1", "PARALLEL_START_LAYER": "8"},
+        {
+            "NUM_LAYERS": "3",
+            "NUM_LOOPS": "0",
+            "NUM_HEADS": "1",
+            "NUM_KV_HEADS": "1",
+            "ROPE_DIMS": "0",
+            "MLP_MULT": "1.5",
+        },
+        {
+            "NUM_LAYERS": "4",
+            "PARALLEL_RESIDUAL": "gptj",
+            "PARALLEL_START_LAYER": "0",
+            "SKIP_GATES_ENABLED": "0",
+            "XSA_LAST_N": "0",
+            "GRAD_CLIP_SCOPE": "local",
+            "MUON_COEFFICIENTS": "classic",
+            "MATRIX_BITS": "5",
+        },
+        {
+            "NUM_LAYERS": "3",
+            "LOOP_START": "0",
+            "LOOP_END": "0",
+            "NUM_LOOPS": "4",
+            "PARALLEL_START_LAYER": "1",
+            "EVAL_SEQ_LEN": "57",
+            "EVAL_STRIDE": "13",
+            "COMPRESSOR": "lzma",
+            "LOADER": "packed",
+            "TRAIN_SEQ_LEN": "19",
+        },
+    ],
+)
 def test_odd_shapes_run_through_every_stage(settings, shape):
     result = launch(settings | {"ITERATIONS": "3", "RUN_ID": "odd"} | shape)
     assert result.returncode == 0, result.stderr
@@ -359,7 +397,10 @@ def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
 def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
     _settings, folder = finished
     saved = json.loads((folder / "config.json").read_text())
-    assert set(saved) == {"data", *(f.name.upper() for f in dataclasses.fields(t.Config))} and saved["NUM_LAYERS"] == 4
+    assert (
+        set(saved) == {"data", *(f.name.upper() for f in dataclasses.fields(t.Config))}
+        and saved["NUM_LAYERS"] == 4
+    )
 
 
 def test_a_setting_that_the_chosen_mode_does_not_read_is_named(settings):

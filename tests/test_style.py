@@ -31,7 +31,9 @@ def test_the_file_stays_short_and_narrow():
 
 def test_the_sections_are_those_of_the_contents_in_order():
     assert re.findall(r"^# === (\w+) ===$", SOURCE, re.M) == SECTIONS
-    assert re.findall(r"^    ([A-Z]+)  +\w", ast.get_docstring(ast.parse(SOURCE), clean=False), re.M) == SECTIONS
+    assert (
+        re.findall(r"^    ([A-Z]+)  +\w", ast.get_docstring(ast.parse(SOURCE), clean=False), re.M) == SECTIONS
+    )
 
 
 def test_public_functions_have_docstrings_and_annotations():

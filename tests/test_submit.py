@@ -25,13 +25,31 @@ FACTORS = {1: 1.0, 2: 0.999, 3: 1.0005}
 @pytest.fixture
 def runs(dataset, tmp_path) -> list[Path]:
     """Three runs that differ in their seed only."""
-    return [copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed, FACTORS[seed]) for seed in FACTORS]
+    return [
+        copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed, FACTORS[seed]) for seed in FACTORS
+    ]
 
 
 def call(runs: list[Path], tmp_path: Path, *more: str, track: str = "demo") -> Path:
     """Make a record folder from the runs; returns it."""
-    submit.main([*map(str, runs), "--name", "Test", "--track", track, "--out", str(tmp_path / "records"), "--date",
-                 "2026-01-02", "--author", "someone", "--github-id", "someone", *more])
+    submit.main(
+        [
+            *map(str, runs),
+            "--name",
+            "Test",
+            "--track",
+            track,
+            "--out",
+            str(tmp_path / "records"),
+            "--date",
+            "2026-01-02",
+            "--author",
+            "someone",
+            "--github-id",
+            "someone",
+            *more,
+        ]
+    )
     return tmp_path / "records" / track / "2026-01-02_Test"
 
 
@@ -51,8 +69,15 @@ def bpb(run: Path) -> float:
 def test_three_seeds_become_a_complete_folder(runs, tmp_path, capsys):
     folder = call([runs[2], runs[0], runs[1]], tmp_path)
     assert {path.name for path in folder.iterdir()} == {
-        "README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizer.model", "train_seed1.log",
-        "train_seed2.log", "train_seed3.log"}
+        "README.md",
+        "submission.json",
+        "train_gpt.py",
+        "requirements.txt",
+        "tokenizer.model",
+        "train_seed1.log",
+        "train_seed2.log",
+        "train_seed3.log",
+    }
     facts = json.loads((folder / "submission.json").read_text())
     scores = [bpb(run) for run in runs]
     assert facts["val_bpb"] == np.mean(scores) and facts["val_bpb_std"] == np.std(scores, ddof=1)
@@ -73,13 +98,20 @@ def test_the_command_of_the_readme_gives_the_recorded_settings(runs, tmp_path):
     text = (call(runs, tmp_path) / "README.md").read_text()
     command = re.search(r"```bash\n(.*?)```", text, re.S)[1]
     assert str(tmp_path) not in text and "for seed in 1 2 3; do" in command
-    command = command.replace("python train_gpt.py", f"{sys.executable} {ROOT / 'train_gpt.py'} --print-config")
-    shown = subprocess.run(["bash", "-c", command], env=environment({}), capture_output=True, text=True, check=True)
-    first = dict(line.split("=", 1) for line in shown.stdout.splitlines()[:len(shown.stdout.splitlines()) // 3])
+    command = command.replace(
+        "python train_gpt.py", f"{sys.executable} {ROOT / 'train_gpt.py'} --print-config"
+    )
+    shown = subprocess.run(
+        ["bash", "-c", command], env=environment({}), capture_output=True, text=True, check=True
+    )
+    first = dict(
+        line.split("=", 1) for line in shown.stdout.splitlines()[: len(shown.stdout.splitlines()) // 3]
+    )
     recorded = json.loads((runs[0] / "config.json").read_text())
     apart = {"DATASETS_DIR", "RUN_ID", "OUT_DIR", "data"}
     assert {n: v for n, v in first.items() if n not in apart} == {
-        n: t.show(v) for n, v in recorded.items() if n not in apart}
+        n: t.show(v) for n, v in recorded.items() if n not in apart
+    }
     assert Path(first["DATASETS_DIR"]).name == Path(recorded["DATASETS_DIR"]).name
 
 
@@ -147,13 +179,23 @@ def test_a_seed_that_a_sweep_planned_but_never_started_is_named(runs, tmp_path):
 
 
 def test_an_illegal_run_is_refused_with_its_reason(runs, tmp_path):
-    edit(runs[0] / "summary.json", lambda s: s["compliance"].update(legal=False, reason="trained on validation"))
+    edit(
+        runs[0] / "summary.json",
+        lambda s: s["compliance"].update(legal=False, reason="trained on validation"),
+    )
     assert "trained on validation" in refused(runs, tmp_path)
 
 
 def test_a_broken_condition_is_refused_even_if_the_run_calls_itself_legal(runs, tmp_path):
-    edit(runs[0] / "summary.json", lambda s: s["compliance"].update(
-        conditions={"causal": {"holds": True, "flips": 64}, "single pass": {"holds": False, "scored twice": 7}}))
+    edit(
+        runs[0] / "summary.json",
+        lambda s: s["compliance"].update(
+            conditions={
+                "causal": {"holds": True, "flips": 64},
+                "single pass": {"holds": False, "scored twice": 7},
+            }
+        ),
+    )
     message = refused(runs, tmp_path)
     assert "single pass" in message and "scored twice 7" in message
     edit(runs[0] / "summary.json", lambda s: s["compliance"]["conditions"]["single pass"].update(holds=True))
@@ -215,14 +257,18 @@ def test_the_record_track_wants_the_contest(runs, tmp_path):
         s["val_bytes"] = 151_080_891
 
     assert "50000" in refused(runs, tmp_path, track=submit.RECORD_TRACK)
-    assert "3 seeds" in refused(runs[:1], tmp_path, *(f"--leave-out={run}=lost" for run in runs[1:]),
-                                track=submit.RECORD_TRACK)
+    assert "3 seeds" in refused(
+        runs[:1], tmp_path, *(f"--leave-out={run}=lost" for run in runs[1:]), track=submit.RECORD_TRACK
+    )
     loaded = [results.Run.read(run) for run in runs]
     for run in runs:
         edit(run / "summary.json", contest)
     with pytest.raises(results.Stop, match="8 x H100"):
         submit.check_record_track(loaded[0])
-    edit(runs[0] / "summary.json", lambda s: s.update(world_size=8, versions=s["versions"] | {"device": "H100 SXM"}))
+    edit(
+        runs[0] / "summary.json",
+        lambda s: s.update(world_size=8, versions=s["versions"] | {"device": "H100 SXM"}),
+    )
     submit.check_record_track(loaded[0])
     edit(runs[0] / "config.json", lambda c: c.update(EVAL_BUDGET_SECONDS=700.0))
     with pytest.raises(results.Stop, match="EVAL_BUDGET_SECONDS 700"):
@@ -232,7 +278,9 @@ def test_the_record_track_wants_the_contest(runs, tmp_path):
 def test_the_welch_test_is_scipys(runs, tmp_path, capsys):
     ours, theirs = [bpb(run) for run in runs], [bpb(runs[0]) * f for f in (1.001, 1.003, 1.004, 1.0015)]
     moments = ",".join(map(repr, (float(np.mean(theirs)), float(np.std(theirs, ddof=1)), 4)))
-    comparison = json.loads((call(runs, tmp_path, "--baseline", moments) / "submission.json").read_text())["comparison"]
+    comparison = json.loads((call(runs, tmp_path, "--baseline", moments) / "submission.json").read_text())[
+        "comparison"
+    ]
     expected = stats.ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue
     assert comparison["p_lower"] == pytest.approx(expected, rel=1e-9)
     summary = json.loads((runs[0] / "summary.json").read_text())
@@ -257,7 +305,9 @@ def test_a_record_folder_is_a_baseline(runs, tmp_path):
     assert (mean, count) == (np.mean([bpb(run) for run in runs]), 3) and std > 0
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "submission.json").write_text(json.dumps({"val_bpb": 1.2, "val_bpb_std": 0.1, "seeds": [1, 2]}))
+    (foreign / "submission.json").write_text(
+        json.dumps({"val_bpb": 1.2, "val_bpb_std": 0.1, "seeds": [1, 2]})
+    )
     assert submit.read_baseline(None, foreign) == (1.2, 0.1, 2)
     (foreign / "submission.json").write_text(json.dumps({"val_bpb": 1.2}))
     with pytest.raises(results.Stop, match="--baseline mean,std,n"):
@@ -300,7 +350,9 @@ def test_a_broken_compliance_probe_stops_the_submission(runs, monkeypatch):
     report.add("causal", "future replaced", True, "")
     report.add("budgets", "evaluation clock", False, "700 of 600 s")
     monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
-    assert "1 of 2 compliance probes hold" in submit.probe(run, "demo"), "another track has budgets of its own"
+    assert "1 of 2 compliance probes hold" in submit.probe(run, "demo"), (
+        "another track has budgets of its own"
+    )
     with pytest.raises(results.Stop, match="budgets: evaluation clock: 700 of 600 s"):
         submit.probe(run, submit.RECORD_TRACK)
     report.add("single pass", "scored once", False, "target 7 twice")

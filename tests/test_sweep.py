@@ -61,7 +61,9 @@ def test_a_grid_runs_every_combination_once_and_sorts_them(tmp_path, capsys):
         rate, gain = float(row.settings["MATRIX_LR"]), float(row.settings["QK_GAIN_INIT"])
         assert row.values == {str(seed): stand_in.score(rate, gain, seed) for seed in (1, 2)}
     shown = capsys.readouterr().out
-    assert f"{rows[0].mean:.6f}" in shown and "MATRIX_LR=0.03 QK_GAIN_INIT=6" in shown and "Bonferroni" in shown
+    assert (
+        f"{rows[0].mean:.6f}" in shown and "MATRIX_LR=0.03 QK_GAIN_INIT=6" in shown and "Bonferroni" in shown
+    )
     assert (folder / "table.txt").read_text() in shown
     sliding = sweep.rows_of(folder, "bpb.sliding")
     assert sliding[0].mean == pytest.approx(rows[0].mean - 0.001)
@@ -94,7 +96,9 @@ def test_a_frozen_artifact_is_compared_document_by_document(tmp_path):
     assert best.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, rel=1e-9)
     config = json.loads((folder / "EVAL_STRIDE-32" / "config.json").read_text())
     assert config["STAGE"] == "evaluate" and config["ARTIFACT"] == str(tmp_path / "a.ptz")
-    np.savez(folder / "EVAL_STRIDE-32" / "documents.npz", tokens=np.ones(3), bytes=np.ones(3), nats=np.ones(3))
+    np.savez(
+        folder / "EVAL_STRIDE-32" / "documents.npz", tokens=np.ones(3), bytes=np.ones(3), nats=np.ones(3)
+    )
     with pytest.raises(results.Stop, match="other documents"):
         sweep.rows_of(folder, "val_bpb")
     (tmp_path / "a.ptz").write_bytes(b"another")
@@ -126,13 +130,28 @@ def test_a_failed_run_is_reported_with_its_error_and_tried_again(tmp_path, capsy
     assert "not finished: MATRIX_LR-9_SEED-2: train_loss is not finite" in shown
     assert len(list(folder.glob("*/summary.json"))) == 4
     call(tmp_path, "MATRIX_LR=0.02,9,0.03", "SEED=1,2", status=1)
-    assert starts(folder) == {f"MATRIX_LR-{rate}_SEED-{seed}": 2 if rate == "9" else 1
-                              for rate in ("0.02", "9", "0.03") for seed in (1, 2)}
+    assert starts(folder) == {
+        f"MATRIX_LR-{rate}_SEED-{seed}": 2 if rate == "9" else 1
+        for rate in ("0.02", "9", "0.03")
+        for seed in (1, 2)
+    }
 
 
 def test_after_kill_9_the_same_command_goes_on(tmp_path):
-    words = [sys.executable, str(ROOT / "sweep.py"), "MATRIX_LR=0.02,0.03", "SEED=1,2,3", "--script", str(SCRIPT),
-             "--out", str(tmp_path), "--name", "s", "--jobs", "2"]
+    words = [
+        sys.executable,
+        str(ROOT / "sweep.py"),
+        "MATRIX_LR=0.02,0.03",
+        "SEED=1,2,3",
+        "--script",
+        str(SCRIPT),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "s",
+        "--jobs",
+        "2",
+    ]
     folder, environment = tmp_path / "s", os.environ | {"WAIT_FOR": str(tmp_path / "go")}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -192,28 +211,33 @@ def test_an_edit_of_the_script_changes_no_run_and_is_noticed(tmp_path):
     sweep.main([*words, "--script", str(tmp_path / "s" / "train_gpt.py")])
 
 
-@pytest.mark.parametrize("words, message", [
-    (["MATRIX_LR=abc"], "MATRIX_LR=abc: must be a number"),
-    (["MATRIX_LX=0.1"], "MATRIX_LX: not a setting"),
-    (["MATRIX_LR=0.02,0.020"], "MATRIX_LR=0.02,0.020: these are the same value"),
-    (["MATRIX_LR=0.02,0.02"], "has a value twice"),
-    (["MATRIX_LR=0.02", "MATRIX_LR=0.03"], "is given twice"),
-    (["MATRIX_LR"], "MATRIX_LR: give NAME=value"),
-    (["MATRIX_LR=0.02,"], "give NAME=value"),
-    (["RUN_ID=a,b"], "RUN_ID: the sweep sets it"),
-    (["SEED=1", "--greedy", "--random", "2"], "no --random"),
-    (["SEED=1", "--random", "-1"], "--random -1"),
-    (["SEED=1", "--gpus-per-run", "3"], "--gpus-per-run 3"),
-    (["SEED=1", "--recipe", "nothing.env"], "nothing.env"),
-    (["SEED=1", "--stage", "evaluate"], "--artifact FILE"),
-    (["SEED=1", "--stage", "evaluate", "--artifact", "nothing.ptz"], "nothing.ptz: no such file"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["MATRIX_LR=abc"], "MATRIX_LR=abc: must be a number"),
+        (["MATRIX_LX=0.1"], "MATRIX_LX: not a setting"),
+        (["MATRIX_LR=0.02,0.020"], "MATRIX_LR=0.02,0.020: these are the same value"),
+        (["MATRIX_LR=0.02,0.02"], "has a value twice"),
+        (["MATRIX_LR=0.02", "MATRIX_LR=0.03"], "is given twice"),
+        (["MATRIX_LR"], "MATRIX_LR: give NAME=value"),
+        (["MATRIX_LR=0.02,"], "give NAME=value"),
+        (["RUN_ID=a,b"], "RUN_ID: the sweep sets it"),
+        (["SEED=1", "--greedy", "--random", "2"], "no --random"),
+        (["SEED=1", "--random", "-1"], "--random -1"),
+        (["SEED=1", "--gpus-per-run", "3"], "--gpus-per-run 3"),
+        (["SEED=1", "--recipe", "nothing.env"], "nothing.env"),
+        (["SEED=1", "--stage", "evaluate"], "--artifact FILE"),
+        (["SEED=1", "--stage", "evaluate", "--artifact", "nothing.ptz"], "nothing.ptz: no such file"),
+    ],
+)
 def test_what_is_wrong_is_refused_before_anything_starts(tmp_path, words, message):
     assert message in refused(tmp_path, *words)
 
 
 def test_a_metric_that_no_summary_holds_is_named_after_the_runs(tmp_path):
-    with pytest.raises(results.Stop, match="bpb.ttt: .*there are: val_bpb, steps, bpb.quantized, bpb.sliding"):
+    with pytest.raises(
+        results.Stop, match="bpb.ttt: .*there are: val_bpb, steps, bpb.quantized, bpb.sliding"
+    ):
         call(tmp_path, "SEED=1", "--metric", "bpb.ttt")
     assert sweep.rows_of(call(tmp_path, "SEED=1"), "val_bpb")[0].values
 
@@ -236,15 +260,23 @@ def test_ray_tasks_are_started_and_a_lost_one_is_a_failure(tmp_path, monkeypatch
 
     def remote(**resources):
         def wrap(function):
-            lost = lambda command, settings, console, folder: RayError("node lost") if settings["SEED"] == "2" else \
-                function(command, settings, console, folder)
+            lost = lambda command, settings, console, folder: (
+                RayError("node lost")
+                if settings["SEED"] == "2"
+                else function(command, settings, console, folder)
+            )
             return types.SimpleNamespace(remote=lost)
+
         return wrap
 
     chosen = {}
-    fake = types.SimpleNamespace(init=lambda **options: chosen.update(options), remote=remote, get=get,
-                                 wait=lambda references, timeout: (references, []),
-                                 exceptions=types.SimpleNamespace(RayError=RayError))
+    fake = types.SimpleNamespace(
+        init=lambda **options: chosen.update(options),
+        remote=remote,
+        get=get,
+        wait=lambda references, timeout: (references, []),
+        exceptions=types.SimpleNamespace(RayError=RayError),
+    )
     monkeypatch.setitem(sys.modules, "ray", fake)
     folder = call(tmp_path, "SEED=1,2,3", "--launcher", "ray", "--launcher-option", "address=auto", status=1)
     assert chosen == {"address": "auto"} and len(starts(folder)) == 2
@@ -253,16 +285,27 @@ def test_ray_tasks_are_started_and_a_lost_one_is_a_failure(tmp_path, monkeypatch
 
 def test_submitits_own_executor_runs_a_sweep(tmp_path):
     pytest.importorskip("submitit")
-    folder = call(tmp_path, "MATRIX_LR=0.03,9", "--launcher", "slurm", "--launcher-option", "cluster=local",
-                  "--launcher-option", "gpus_per_node=0", status=1)
+    folder = call(
+        tmp_path,
+        "MATRIX_LR=0.03,9",
+        "--launcher",
+        "slurm",
+        "--launcher-option",
+        "cluster=local",
+        "--launcher-option",
+        "gpus_per_node=0",
+        status=1,
+    )
     failed, finished = sorted(sweep.rows_of(folder, "val_bpb"), key=lambda row: len(row.values))
     assert finished.settings == {"MATRIX_LR": "0.03"} and "not finite" in failed.failed["default"]
 
 
 def test_torchruns_report_is_not_the_error(tmp_path):
     console = tmp_path / "console.log"
-    console.write_text("step 1\nSEED=x: must be a number\nE1121 08:00:00.1 12 torch/distributed/elastic/x.py:1] no\n"
-                       "Traceback\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n")
+    console.write_text(
+        "step 1\nSEED=x: must be a number\nE1121 08:00:00.1 12 torch/distributed/elastic/x.py:1] no\n"
+        "Traceback\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+    )
     assert sweep.last_line(console) == "SEED=x: must be a number"
 
 
@@ -272,8 +315,19 @@ def test_the_trainer_itself_is_swept_over_one_artifact(dataset, tmp_path, monkey
 
     run = original(dataset)
     monkeypatch.setitem(sweep.LAUNCHERS, "local", lambda options: (start, 1))
-    sweep.main(["EVAL_STRIDE=8", "--stage", "evaluate", "--artifact", str(run / "final_model.ptz"), "--out",
-                str(tmp_path), "--name", "s"])
+    sweep.main(
+        [
+            "EVAL_STRIDE=8",
+            "--stage",
+            "evaluate",
+            "--artifact",
+            str(run / "final_model.ptz"),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "s",
+        ]
+    )
     (row,) = sweep.rows_of(tmp_path / "s", "val_bpb")
     assert row.mean == pytest.approx(json.loads((run / "summary.json").read_text())["val_bpb"], rel=1e-9)
     documents = results.read_documents(row.runs["default"])

@@ -36,7 +36,15 @@ class Service(types.ModuleType):
 
 
 RECORDS = [
-    {"kind": "train", "time": 1.0, "step": 1, "train_loss": 6.5, "rate": 1.0, "step_ms": 120.0, "speed": 5000},
+    {
+        "kind": "train",
+        "time": 1.0,
+        "step": 1,
+        "train_loss": 6.5,
+        "rate": 1.0,
+        "step_ms": 120.0,
+        "speed": 5000,
+    },
     {"kind": "score", "time": 2.0, "stage": "step1", "val_loss": 4.0, "val_bpb": 2.5, "tokens": 9},
     {"kind": "train", "time": 3.0, "steps": 2, "train_seconds": 7.5, "peak_memory_mib": 100},
     {"kind": "score", "time": 4.0, "stage": "sliding", "val_loss": 3.0, "val_bpb": 2.0, "seconds": 1.5},
@@ -80,15 +88,22 @@ def test_a_finished_run_is_sent_once(folder, monkeypatch, name):
 
 def test_tensorboard_gets_scalars(folder, monkeypatch):
     scalars = []
-    writer = types.SimpleNamespace(add_text=lambda *_: None, close=lambda: scalars.append("closed"),
-                                   add_scalar=lambda name, value, step: scalars.append((name, value, step)))
+    writer = types.SimpleNamespace(
+        add_text=lambda *_: None,
+        close=lambda: scalars.append("closed"),
+        add_scalar=lambda name, value, step: scalars.append((name, value, step)),
+    )
     places = []
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = lambda log_dir: places.append(log_dir) or writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setenv("TRACKER", "tensorboard")
     track.main([str(folder)])
-    assert ("train/loss", 6.5, 1) in scalars and ("val/bpb_sliding", 2.0, 2) in scalars and scalars[-1] == "closed"
+    assert (
+        ("train/loss", 6.5, 1) in scalars
+        and ("val/bpb_sliding", 2.0, 2) in scalars
+        and scalars[-1] == "closed"
+    )
     assert places == [str(folder / "tensorboard")]
 
 
@@ -152,5 +167,7 @@ def test_nothing_is_tracked_unless_asked_and_an_unknown_tracker_is_refused(folde
     track.main([str(folder)])
     assert not fake.started
     monkeypatch.setenv("TRACKER", "wandbb")
-    with pytest.raises(results.Stop, match="TRACKER=wandbb: must be one of none, tensorboard, wandb, trackio"):
+    with pytest.raises(
+        results.Stop, match="TRACKER=wandbb: must be one of none, tensorboard, wandb, trackio"
+    ):
         track.main([str(folder)])

@@ -12,7 +12,18 @@ import torch
 import train_gpt as t
 from conftest import launch, replace
 
-DOCUMENTS = [40, 9, 75, 2, 33, 60, 17, 90, 25, 51]  # targets; one shorter than a chunk, most longer than the context
+DOCUMENTS = [
+    40,
+    9,
+    75,
+    2,
+    33,
+    60,
+    17,
+    90,
+    25,
+    51,
+]  # targets; one shorter than a chunk, most longer than the context
 
 
 @pytest.fixture
@@ -24,7 +35,9 @@ def tiny(config):
 def stream(config, seed=0):
     """Validation tokens of DOCUMENTS."""
     random = np.random.default_rng(seed)
-    tokens = np.concatenate([np.append(t.BOS, random.integers(4, config.vocab_size, size)) for size in DOCUMENTS])
+    tokens = np.concatenate(
+        [np.append(t.BOS, random.integers(4, config.vocab_size, size)) for size in DOCUMENTS]
+    )
     return tokens.astype("<u2")
 
 
@@ -71,7 +84,9 @@ def tally_of(config, tokens, prepare=None):
     if config.hash_embed_enabled:
         model.hash_embed = torch.nn.Parameter(torch.zeros(config.hash_embed_size, config.model_dim))
     if not config.ttt_enabled:
-        t.slide(run, model, config.eval_stride if config.sliding_window_enabled else config.eval_seq_len, tally)
+        t.slide(
+            run, model, config.eval_stride if config.sliding_window_enabled else config.eval_seq_len, tally
+        )
     elif config.ttt_mode == "chunk_sgd":
         t.chunk_sgd(run, model, model, tally)
     else:
@@ -83,7 +98,9 @@ def tally_of(config, tokens, prepare=None):
 def earlier(config, tokens, place):
     """Which targets are scored before, or side by side with, the target `place`; its own document only up to it."""
     before = np.arange(len(tokens)) <= place
-    if config.ttt_enabled and config.ttt_mode == "doc_lora":  # documents have an order of their own, phase by phase
+    if (
+        config.ttt_enabled and config.ttt_mode == "doc_lora"
+    ):  # documents have an order of their own, phase by phase
         documents = t.find_documents(tokens)
         own = int(np.searchsorted(documents[:, 0], place) - 1)
         before &= np.arange(len(tokens)) > documents[own, 0]
@@ -132,7 +149,9 @@ def test_no_score_depends_on_what_comes_later(tiny, mode, monkeypatch):
         inputs = before | (np.arange(len(tokens)) == 0) | (tokens == t.BOS)
         changed = np.where(inputs, tokens, random.integers(4, config.vocab_size, len(tokens))).astype("<u2")
         second = tally_of(config, changed)
-        assert torch.equal(first.nats[before], second.nats[before]) and not torch.equal(first.nats, second.nats)
+        assert torch.equal(first.nats[before], second.nats[before]) and not torch.equal(
+            first.nats, second.nats
+        )
         changed[place] = 4 + (changed[place] - 3) % (config.vocab_size - 4)  # now the token itself, too
         assert changed[place] != tokens[place]
         third = tally_of(config, changed)
@@ -157,7 +176,9 @@ def test_without_learning_chunks_score_like_sliding_windows(tiny, loader):
     config = replace(tiny, **MODES["chunk_sgd"] | {"ttt_lr": 0.0, "loader": loader})
     sliding = replace(config, ttt_enabled=False, sliding_window_enabled=True)
     scores, expected = tally_of(config, stream(config)).nats, tally_of(sliding, stream(config)).nats
-    assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5)  # batches of other windows round differently
+    assert torch.allclose(
+        scores, expected, rtol=1e-5, atol=1e-5
+    )  # batches of other windows round differently
 
 
 def test_without_learning_documents_score_like_their_windows(tiny):
@@ -170,7 +191,9 @@ def test_without_learning_documents_score_like_their_windows(tiny):
         ):
             ids = torch.from_numpy(tokens[a + start : a + end].astype(np.int64))[None]
             with torch.no_grad():
-                expected[a + first : a + end] = model(t.Batch(ids[:, :-1], ids[:, 1:]))[0, first - 1 - start :]
+                expected[a + first : a + end] = model(t.Batch(ids[:, :-1], ids[:, 1:]))[
+                    0, first - 1 - start :
+                ]
     assert torch.allclose(tally_of(config, tokens).nats, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -204,13 +227,20 @@ def test_chunk_sgd_equals_its_description(tiny):
     scores = tally_of(config, tokens).nats
     assert torch.allclose(scores, expected, rtol=1e-3, atol=1e-3)
     still = replace(config, ttt_enabled=False, sliding_window_enabled=True)
-    assert (scores - tally_of(still, tokens).nats).abs().max() > 0.05, "learning must matter for this to be a test"
+    assert (scores - tally_of(still, tokens).nats).abs().max() > 0.05, (
+        "learning must matter for this to be a test"
+    )
 
 
 def test_document_adapters_equal_their_description(tiny):
     """One document alone: score a chunk, one AdamW step (betas 0 and .99) on its mean loss, next chunk (5.6)."""
     config = replace(tiny, ttt_lora_lr=0.02, ttt_batch_size=2, phased_ttt_num_phases=0)
-    tokens, model, context, size = stream(config), build(config).requires_grad_(False), 32, config.ttt_chunk_size
+    tokens, model, context, size = (
+        stream(config),
+        build(config).requires_grad_(False),
+        32,
+        config.ttt_chunk_size,
+    )
     documents = t.find_documents(tokens)[[5, 9]]
     lora = t.LoRA(config, 2, torch.device("cpu"))
     lora.reset(3)
@@ -233,7 +263,8 @@ def test_document_adapters_equal_their_description(tiny):
             squares[name] = config.ttt_beta2 * squares.get(name, 0) + (1 - config.ttt_beta2) * p.grad**2
             denominator = (squares[name] / (1 - config.ttt_beta2**steps)).sqrt() + 1e-10
             p.data = (
-                p.data * (1 - config.ttt_lora_lr * config.ttt_weight_decay) - config.ttt_lora_lr * p.grad / denominator
+                p.data * (1 - config.ttt_lora_lr * config.ttt_weight_decay)
+                - config.ttt_lora_lr * p.grad / denominator
             )
     run = t.Run(config)
     tally = t.Tally(run, t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
@@ -244,7 +275,9 @@ def test_document_adapters_equal_their_description(tiny):
 
 
 def test_a_phase_learns_its_shortest_documents_shortest_first(tiny, monkeypatch):
-    config = replace(tiny, **MODES["doc_lora phased"] | {"global_ttt_warmup_chunks": 1, "global_ttt_epochs": 2})
+    config = replace(
+        tiny, **MODES["doc_lora phased"] | {"global_ttt_warmup_chunks": 1, "global_ttt_epochs": 2}
+    )
     monkeypatch.setattr(t, "STREAMS", 2)
     tokens, learnt, rates = stream(config), [], []
     learn = t.Learner.learn
@@ -274,7 +307,13 @@ def test_documents_cover_every_target_once():
     tokens = np.array([1, 5, 6, 1, 7, 1, 1, 8, 9], "<u2")
     found = t.find_documents(tokens)
     assert found.tolist() == [[0, 4], [3, 6], [5, 7], [6, 9]]  # the next BOS is the last target
-    for stream_ in (tokens, tokens[1:], np.append(tokens, 1), np.full(5000, 7, "<u2"), np.array([1, 2], "<u2")):
+    for stream_ in (
+        tokens,
+        tokens[1:],
+        np.append(tokens, 1),
+        np.full(5000, 7, "<u2"),
+        np.array([1, 2], "<u2"),
+    ):
         covered = np.zeros(len(stream_), int)
         for a, b in t.find_documents(stream_.astype("<u2")):
             covered[a + 1 : b] += 1
@@ -338,7 +377,9 @@ def test_frozen_parameters_of_the_published_run(monkeypatch):
 
 
 def test_prequant_epochs_follow_the_published_rates(tiny, monkeypatch):
-    config = replace(tiny, prequant_ttt_enabled=True, prequant_ttt_chunk_tokens=256, prequant_ttt_freeze_blocks=0)
+    config = replace(
+        tiny, prequant_ttt_enabled=True, prequant_ttt_chunk_tokens=256, prequant_ttt_freeze_blocks=0
+    )
     rates = []
     monkeypatch.setattr(
         t.Learner, "learn", lambda learner, tokens, first, last, rate: rates.append((rate, first, last))
@@ -346,7 +387,12 @@ def test_prequant_epochs_follow_the_published_rates(tiny, monkeypatch):
     tokens = stream(config)
     t.prequant_ttt(t.Run(config), build(config), t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
     assert len(rates) == 21 * 2 and rates[0][1:] == (0, 256) and rates[1][1:] == (256, len(tokens) - 1)
-    assert [f"{rates[2 * e][0]:.2e}" for e in (0, 1, 2, 20)] == ["5.00e-04", "4.97e-04", "4.90e-04", "5.25e-05"]
+    assert [f"{rates[2 * e][0]:.2e}" for e in (0, 1, 2, 20)] == [
+        "5.00e-04",
+        "4.97e-04",
+        "4.90e-04",
+        "5.25e-05",
+    ]
 
 
 def test_the_rehearsal_sees_random_tokens_and_leaves_no_trace(tiny):
@@ -371,7 +417,12 @@ def test_two_processes_adapt_like_one(settings, mode, tmp_path):
     assert launch(settings | changes | {"RUN_ID": "one"}).returncode == 0
     artifact = f"{settings['OUT_DIR']}/one/final_model.ptz"
     for processes in (0, 2):
-        again = {"STAGE": "evaluate", "ARTIFACT": artifact, "RUN_ID": f"again{processes}", "EVAL_PREQUANT": "0"}
+        again = {
+            "STAGE": "evaluate",
+            "ARTIFACT": artifact,
+            "RUN_ID": f"again{processes}",
+            "EVAL_PREQUANT": "0",
+        }
         done = launch(settings | changes | again, processes)
         assert done.returncode == 0, done.stderr
         summary = t.read_json(t.Path(settings["OUT_DIR"]) / f"again{processes}" / "summary.json")

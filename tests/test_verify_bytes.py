@@ -1,4 +1,5 @@
 """verify_bytes.py: a right dataset is proved, and each way of being wrong is found and named."""
+
 from __future__ import annotations
 
 import json
@@ -19,15 +20,38 @@ from data.shards import BOS, HEADER_BYTES, ShardError, read_shard, sha256_file, 
 from lossless_caps import TRANSFORMS
 
 SHARED = ROOT.parent / "shared" / "data"
-WORDS = ["the", "The", "of", "NASA", "iPhone", "house", "river", "Time", "don't", "naïve", "3,141", "(see", "below)",
-         "science.", "Why?", "McDonald", "a", "I", "\ue001", "\n", "\n\n"]
+WORDS = [
+    "the",
+    "The",
+    "of",
+    "NASA",
+    "iPhone",
+    "house",
+    "river",
+    "Time",
+    "don't",
+    "naïve",
+    "3,141",
+    "(see",
+    "below)",
+    "science.",
+    "Why?",
+    "McDonald",
+    "a",
+    "I",
+    "\ue001",
+    "\n",
+    "\n\n",
+]
 
 
 def corpus(count: int) -> list[str]:
     """Random documents of 60 to 200 words."""
     generator = random.Random(count)
-    return [f"Document {number} " + " ".join(generator.choices(WORDS, k=generator.randint(60, 200))) + " end"
-            for number in range(count)]
+    return [
+        f"Document {number} " + " ".join(generator.choices(WORDS, k=generator.randint(60, 200))) + " end"
+        for number in range(count)
+    ]
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
@@ -49,9 +73,30 @@ class Data:
 
     def make(self, out: Path, val_docs: int, *options: object) -> Path:
         """A dataset with the first `val_docs` documents for validation."""
-        assert prepare.main([str(argument) for argument in (
-            self.source, "--out", out, "--val-docs", val_docs, "--transform", self.transform, "--tokenizer",
-            self.tokenizer, "--shard-tokens", 9000, "--workers", 1, *options)]) == 0
+        assert (
+            prepare.main(
+                [
+                    str(argument)
+                    for argument in (
+                        self.source,
+                        "--out",
+                        out,
+                        "--val-docs",
+                        val_docs,
+                        "--transform",
+                        self.transform,
+                        "--tokenizer",
+                        self.tokenizer,
+                        "--shard-tokens",
+                        9000,
+                        "--workers",
+                        1,
+                        *options,
+                    )
+                ]
+            )
+            == 0
+        )
         return out
 
 
@@ -100,16 +145,28 @@ def change(path: Path, edit) -> None:
 
 # === RIGHT DATASETS ===
 
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_right_dataset_is_proved_against_its_documents(made, capsys, workers):
-    assert verify_bytes.main([str(made.folder), "--documents", str(made.source), "--json", "--workers",
-                              str(workers)]) == 0
+    assert (
+        verify_bytes.main(
+            [str(made.folder), "--documents", str(made.source), "--json", "--workers", str(workers)]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "proved" and report["not_proved"] == []
-    assert sum(report["documents"]["val"].values()) == 20 and sum(report["documents"]["train"].values()) == 100
+    assert (
+        sum(report["documents"]["val"].values()) == 20 and sum(report["documents"]["train"].values()) == 100
+    )
     assert report["documents"]["val"]["case_lost"] == 0
     assert report["counts"]["val_bytes"] == sum(len(text.encode()) for text in made.texts[:20])
-    assert report["overlap"]["equal"] == report["overlap"]["same_opening"] == report["overlap"]["found_inside"] == 0
+    assert (
+        report["overlap"]["equal"]
+        == report["overlap"]["same_opening"]
+        == report["overlap"]["found_inside"]
+        == 0
+    )
 
 
 def test_without_documents_it_says_what_it_could_not_prove(made, capsys):
@@ -142,7 +199,10 @@ def test_capitals_lost_by_the_normalisation(tmp_path, capsys, monkeypatch, trans
     monkeypatch.setattr(sys.modules[__name__], "WORDS", [*words, "Intel\u2122", "\uff21\uff23", "so\u2026"])
     data = Data(tmp_path, transform)
     code, report = verify(capsys, data.folder, "--documents", data.source)
-    assert code == 0 and report["documents"]["val"]["case_lost"] == report["documents"]["train"]["case_lost"] == 0
+    assert (
+        code == 0
+        and report["documents"]["val"]["case_lost"] == report["documents"]["train"]["case_lost"] == 0
+    )
     data.texts[7] = "It is 45\u00baC " + data.texts[7]
     write_lines(data.source, data.texts)
     odd = data.make(tmp_path / "odd", 20)
@@ -166,8 +226,24 @@ def test_official_validation_documents_are_recovered_exactly(tmp_path, capsys):
     source = SHARED / "fineweb_val_head.jsonl.xz"
     model = SHARED / "tokenizers" / "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model"
     out = tmp_path / "out"
-    assert prepare.main([str(source), "--out", str(out), "--val-docs", "400", "--transform", "caseops_v1",
-                         "--tokenizer", str(model), "--workers", "1"]) == 0
+    assert (
+        prepare.main(
+            [
+                str(source),
+                "--out",
+                str(out),
+                "--val-docs",
+                "400",
+                "--transform",
+                "caseops_v1",
+                "--tokenizer",
+                str(model),
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     code, report = verify(capsys, out, "--documents", source)
     assert code == 0
     assert report["documents"]["val"] == {"exact": 400, "normalised": 0, "case_lost": 0, "lossy": 0}
@@ -178,6 +254,7 @@ def test_official_validation_documents_are_recovered_exactly(tmp_path, capsys):
 
 
 # === WRONG BYTES ===
+
 
 def charge_operators(folder: Path) -> int:
     """Give every operator its 3 UTF-8 bytes in the sidecar; the bytes added."""
@@ -249,6 +326,7 @@ def test_bytes_for_bos_are_caught(copy, capsys):
 
 # === WRONG TOKENS ===
 
+
 def test_one_wrong_token_is_caught(made, copy, capsys):
     path = copy / "fineweb_train_000001.bin"
 
@@ -271,8 +349,10 @@ def test_ids_beyond_the_vocabulary_and_missing_bos(made, copy, capsys):
     change(path, too_large)
     sign(copy)
     assert "token 77 is 5000" in refuted(capsys, copy)
-    write_shard(path, np.where(np.arange(len(original)) == np.flatnonzero(original == BOS)[3], 300,
-                               original).astype("<u2"))
+    write_shard(
+        path,
+        np.where(np.arange(len(original)) == np.flatnonzero(original == BOS)[3], 300, original).astype("<u2"),
+    )
     sign(copy)
     assert "19 documents (BOS), the manifest says 20" in refuted(capsys, copy)
 
@@ -290,14 +370,17 @@ def test_missing_and_added_files(made, copy, capsys):
 
 def test_other_documents_are_refuted(made, tmp_path, capsys):
     for name, texts in {
-            "fewer": made.texts[:-1], "more": [*made.texts, "One more"],
-            "case": [*made.texts[:50], made.texts[50].replace("NASA", "Nasa"), *made.texts[51:]],
-            "swapped": [*made.texts[1::-1], *made.texts[2:]]}.items():
+        "fewer": made.texts[:-1],
+        "more": [*made.texts, "One more"],
+        "case": [*made.texts[:50], made.texts[50].replace("NASA", "Nasa"), *made.texts[51:]],
+        "swapped": [*made.texts[1::-1], *made.texts[2:]],
+    }.items():
         source = write_lines(tmp_path / f"{name}.jsonl", texts)
         refuted(capsys, made.folder, "--documents", source)
 
 
 # === OVERLAP ===
+
 
 def test_the_trap_of_a_smaller_split_is_refused(made, tmp_path, capsys):
     """Training shards exported with fewer validation documents hold the rest of the validation set."""
@@ -310,7 +393,12 @@ def test_the_trap_of_a_smaller_split_is_refused(made, tmp_path, capsys):
         if manifest:
             full = json.loads((made.folder / "manifest.json").read_text())
             files = {path.name: {} for path in leaky.iterdir() if path.name != "manifest.json"}
-            sign(leaky, files=files, docs_val=20, **{name: full[name] for name in full if name.startswith("val_")})
+            sign(
+                leaky,
+                files=files,
+                docs_val=20,
+                **{name: full[name] for name in full if name.startswith("val_")},
+            )
         else:
             (leaky / "manifest.json").unlink()
         assert "15 training documents equal a validation document" in refuted(capsys, leaky)
@@ -321,8 +409,10 @@ def test_the_trap_of_a_smaller_split_is_refused(made, tmp_path, capsys):
 def test_validation_text_without_bos_across_a_shard_border_is_found(made, tmp_path, capsys):
     document = np.array(read_shard(made.folder / "fineweb_val_000000.bin"))
     starts = np.flatnonzero(document == BOS)
-    hidden = next(document[begin + 1:end] for begin, end in pairwise(starts) if end - begin > 200)
-    train = np.concatenate([np.array(read_shard(path)) for path in sorted(made.folder.glob("fineweb_train_*.bin"))])
+    hidden = next(document[begin + 1 : end] for begin, end in pairwise(starts) if end - begin > 200)
+    train = np.concatenate(
+        [np.array(read_shard(path)) for path in sorted(made.folder.glob("fineweb_train_*.bin"))]
+    )
     train = np.concatenate([train[:5000], hidden, train[5000:]]).astype("<u2")
     folder = tmp_path / "hidden"
     shutil.copytree(made.folder, folder, ignore=shutil.ignore_patterns("fineweb_train*", "manifest.json"))
@@ -342,6 +432,7 @@ def test_a_copy_with_another_ending_is_found(made, copy, capsys):
 
 # === NAMES AND COMMAND LINE ===
 
+
 def test_a_canonical_name_needs_the_published_numbers(made, copy, capsys):
     assert "20 validation documents instead of 50,000" in refuted(capsys, copy, "--name", "caseops_v1")
     assert "whose transform is none" in refuted(capsys, copy, "--name", "sp8192")
@@ -353,8 +444,13 @@ def test_a_canonical_name_needs_the_published_numbers(made, copy, capsys):
 
 
 def test_errors_of_use(tmp_path, made, capsys):
-    for arguments in ([tmp_path / "none"], [made.folder, "--documents", tmp_path / "none.jsonl"], [tmp_path],
-                      [made.folder, "--workers", 0], [made.folder, "--tokenizer", made.source]):
+    for arguments in (
+        [tmp_path / "none"],
+        [made.folder, "--documents", tmp_path / "none.jsonl"],
+        [tmp_path],
+        [made.folder, "--workers", 0],
+        [made.folder, "--tokenizer", made.source],
+    ):
         capsys.readouterr()
         code = verify_bytes.main([str(argument) for argument in arguments])
         error = capsys.readouterr().err
@@ -366,6 +462,7 @@ def test_errors_of_use(tmp_path, made, capsys):
 
 # === MUTANTS ===
 
+
 def mutate(content: bytes, generator: random.Random) -> bytes:
     """One random change: bytes replaced, removed, added, or the end cut off."""
     result = bytearray(content)
@@ -374,13 +471,13 @@ def mutate(content: bytes, generator: random.Random) -> bytes:
     if kind == 0:
         result[place] ^= 1 << generator.randrange(8)
     elif kind == 1:
-        result[place:place + generator.randrange(1, 9)] = generator.randbytes(generator.randrange(1, 9))
+        result[place : place + generator.randrange(1, 9)] = generator.randbytes(generator.randrange(1, 9))
     elif kind == 2:
-        del result[place:place + generator.randrange(1, 9)]
+        del result[place : place + generator.randrange(1, 9)]
     elif kind == 3:
         result[place:place] = generator.randbytes(generator.randrange(1, 9))
     else:
-        del result[-generator.randrange(1, 2000):]
+        del result[-generator.randrange(1, 2000) :]
     return bytes(result)
 
 

@@ -43,7 +43,9 @@ SMALL = MEDIUM | {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--dry."""
-    parser.addoption("--dry", action="store_true", help="tests/gpu: on the CPU, small, kernels in the interpreter")
+    parser.addoption(
+        "--dry", action="store_true", help="tests/gpu: on the CPU, small, kernels in the interpreter"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

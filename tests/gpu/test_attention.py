@@ -19,18 +19,25 @@ def test_backend(backend, packed, dry, meter, dtype):
         pytest.skip(str(reason))
     length, longest = (96, 32) if dry else (4096, 1024)
     rows, heads, groups, size = (1 if packed else 2), 8, 4, 64
-    q, k, v = (m.random_tensor((rows, length, n, size), i, meter.device, dtype).requires_grad_()
-               for i, n in enumerate((heads, groups, groups)))
+    q, k, v = (
+        m.random_tensor((rows, length, n, size), i, meter.device, dtype).requires_grad_()
+        for i, n in enumerate((heads, groups, groups))
+    )
     starts = None
     if packed:
-        tokens = m.random_text(m.document_lengths(200, seed=0) // (20 if dry else 2) + 2, 320, seed=1)[:length]
+        tokens = m.random_text(m.document_lengths(200, seed=0) // (20 if dry else 2) + 2, 320, seed=1)[
+            :length
+        ]
         starts = t.segment_starts(tokens, longest).to(meter.device)
         assert len(torch.unique(starts)) > 4
     upstream = m.random_tensor(q.shape, 7, meter.device, dtype)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     ours, wanted = attend(q, k, v, starts, longest), t.attend_sdpa(*wide, starts, longest)
     assert ours.shape == wanted.shape and ours.dtype == dtype
-    pairs = zip([ours, *torch.autograd.grad(ours, (q, k, v), upstream)],
-                [wanted, *torch.autograd.grad(wanted, wide, upstream.float())], strict=True)
+    pairs = zip(
+        [ours, *torch.autograd.grad(ours, (q, k, v), upstream)],
+        [wanted, *torch.autograd.grad(wanted, wide, upstream.float())],
+        strict=True,
+    )
     for one, other in pairs:
         assert (one.float() - other).norm() < 2e-2 * other.norm()

@@ -32,7 +32,9 @@ def make(name: str, config: t.Config, meter: m.Meter, dtype: torch.dtype, rows: 
 
 @pytest.mark.parametrize("name, form", FORMS)
 @pytest.mark.parametrize("rows", [1, 131, 8192])
-def test_results_and_gradients_are_as_exact_as_the_plain_form(name, form, rows, dry, meter, dtype, environment):
+def test_results_and_gradients_are_as_exact_as_the_plain_form(
+    name, form, rows, dry, meter, dtype, environment
+):
     if rows > 1 and name == "newton-schulz":
         pytest.skip("its size is that of the model")
     config = t.Config.from_env(environment if dry else {})
@@ -71,7 +73,9 @@ def test_cross_entropy_of_saturated_logits(meter, dtype, cap):
     targets = torch.tensor([0, 1, 2], device=meter.device)
     loss = t.softcapped_ce_op(logits, targets, cap)[0]
     loss.sum().backward()
-    assert torch.allclose(loss, t.softcapped_ce_reference(logits.detach(), targets, cap), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(
+        loss, t.softcapped_ce_reference(logits.detach(), targets, cap), rtol=1e-4, atol=1e-4
+    )
     assert torch.isfinite(logits.grad).all()
 
 

@@ -17,7 +17,9 @@ def test_a_training_run_has_the_losses_of_the_cpu(monkeypatch, meter):
         patch.setattr(torch.cuda, "is_available", lambda: False)
         theirs = TrainStep(settings, torch.device("cpu"))
     theirs.model.load_state_dict(ours.model.state_dict())  # the CPU draws other initial weights
-    theirs.average = {name: weight.detach().float().clone() for name, weight in theirs.model.named_parameters()}
+    theirs.average = {
+        name: weight.detach().float().clone() for name, weight in theirs.model.named_parameters()
+    }
     loader = t.LOADERS["shuffled"](ours.config, m.Synthetic(ours.config, 20_000))
     losses = []
     for step in range(8):
@@ -35,7 +37,9 @@ def test_compiled_and_eager_agree(trainer):
         for batch in feed.get(0)[:1]:
             loss = forward(batch)
             loss.mean().backward()
-        gradients = torch.cat([p.grad.float().flatten() for p in step.model.parameters() if p.grad is not None])
+        gradients = torch.cat(
+            [p.grad.float().flatten() for p in step.model.parameters() if p.grad is not None]
+        )
         step.model.zero_grad()
         found.append((loss.detach(), gradients))
     (loss, gradient), (plain, other) = found
@@ -54,15 +58,18 @@ def test_nothing_is_compiled_again_in_20_steps_of_packed_documents(trainer):
 
 
 def test_an_artifact_of_the_gpu_is_the_same_model_on_the_cpu(meter, tmp_path):
-    config = t.Config.from_env(TINY | {"VOCAB_SIZE": "320", "COMPILE": "off", "ATTENTION": "sdpa",
-                                       "COMPRESSOR": "lzma"})
+    config = t.Config.from_env(
+        TINY | {"VOCAB_SIZE": "320", "COMPILE": "off", "ATTENTION": "sdpa", "COMPRESSOR": "lzma"}
+    )
     run = t.Run(config)
     run.folder = tmp_path
     model, data = t.build(run).model, m.Synthetic(config, 20_000)
     model.looped = True
     moments = t.collect_moments(run, model, data)
     weights = {name: weight.detach().float() for name, weight in model.named_parameters()}
-    tensors = t.quantize(run, model.table, weights, sum(w.numel() for w in weights.values()) // 2, True, moments)
+    tensors = t.quantize(
+        run, model.table, weights, sum(w.numel() for w in weights.values()) // 2, True, moments
+    )
     t.seal_artifact(run, tensors, looped=True)
     manifest, read, _ = t.decode_artifact(tmp_path / "final_model.ptz")
     restored = t.assemble(model.table, read)
