@@ -26,7 +26,7 @@ def table() -> str:
         lines += [f"**{section.title}**", "", "| variable | type | default | meaning |", "|---|---|---|---|"]
         for field in fields:
             options = typing.get_args(types[field.name])
-            kind, default = " \\| ".join(options) or types[field.name].__name__, t.show(field.default)
+            kind, default = " \\| ".join(options) or types[field.name].__name__, t.format_value(field.default)
             meaning = field.metadata["meaning"].replace("|", "\\|")
             lines.append(
                 f"| `{field.name.upper()}` | {kind} | {f'`{default}`' if default else ''} | {meaning} |"
