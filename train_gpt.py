@@ -2602,18 +2602,18 @@ def pack_source(source: str) -> tuple[str, str]:
 
 
 # === EVALUATE ===
-# In: the model with the weights of the artifact, and the validation tokens. Out: the loss of every target, entered exactly
-# once into a Tally, the only place where losses become bits per byte. All modes score in windows (`plan_windows`). What
-# learns at test time learns only from targets that the Tally has seen (`Tally.require`), so score-before-update is
-# checked while it happens. To try another mode, write a function `mode(run, ..., tally)` and give it a name in
-# `evaluation_modes` (section MAIN).
+# In: the model with the weights of the artifact, and the validation tokens. Out: the loss of every target,
+# entered exactly once into a Tally, the only place where losses become bits per byte. All modes score in
+# windows (`plan_windows`). What learns at test time learns only from targets that the Tally has seen
+# (`Tally.require`), so score-before-update is checked while it happens. To try another mode, write a function
+# `mode(run, ..., tally)` and give it a name in `evaluation_modes` (section MAIN).
 
 
 def plan_windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
     """A plan that scores every target 1 ... length-1 once: (W, 3) int64 rows of windows.
 
-    A row holds the first input, the end of the targets and the first target to score. The first window scores `first`
-    targets (0: as many as it sees), every later one `stride`; none has more than `context` inputs.
+    A row holds the first input, the end of the targets and the first target to score. The first window scores
+    `first` targets (0: as many as it sees), every later one `stride`; none has more than `context` inputs.
     """
     first = first or context
     last = length - 1
@@ -2643,7 +2643,7 @@ class Score(NamedTuple):
 
 
 class Tally:
-    """The loss of every validation target, written exactly once: the one place where scores are summed (fp64)."""
+    """The loss of every validation target, written once: the one place where scores are summed (fp64)."""
 
     def __init__(self, run: Run, validation: Validation):
         self.run = run
@@ -2657,7 +2657,7 @@ class Tally:
         self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
     def require(self, first: int, last: int) -> None:
-        """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
+        """Stop unless every target from `first` to `last` was scored: nothing else may be learnt."""
         times = self.run.sum_over_ranks(self.times[first : last + 1].clone())
         if (times != 1).any():
             raise Stop(
@@ -2696,7 +2696,7 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
 
 
 def save_document_sums(path: Path, tally: Tally) -> None:
-    """Write the tokens, bytes and nats of every document, and those of every octave of positions in a document."""
+    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document."""
     documents = find_documents(tally.validation.tokens)
     if len(documents) == 0:
         return
@@ -2715,10 +2715,10 @@ def save_document_sums(path: Path, tally: Tally) -> None:
 def window_batch(
     tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool
 ) -> tuple[Batch, Tensor, Tensor]:
-    """The windows of `plan` as one batch of `rows` rows of `context` tokens; rows without a window hold zeros.
+    """The windows of `plan` as one batch of `rows` rows of `context` tokens; rows without a window are zeros.
 
-    With `packed` the rows lie one behind the other and attention stays within documents. Also returns the mask of the
-    scored targets (rows, context) and their places (N,) in `tokens`.
+    With `packed` the rows lie one behind the other and attention stays within documents. Also returns the
+    mask of the scored targets (rows, context) and their places (N,) in `tokens`.
     """
     place = plan[:, :1] + np.arange(context + 1)
     inside = place < plan[:, 1:2]
@@ -2753,7 +2753,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
 
 
 def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
-    """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
+    """Score in windows of EVAL_SEQ_LEN with `stride` new targets each (all of them: plain evaluation)."""
     plan = plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
     score_windows(run, forward, tally, plan)
 
@@ -2770,7 +2770,7 @@ def hash_weights(model: GPT) -> str:
 
 
 def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
-    """The rows of each parameter that belong to the first `blocks` layers, and the embedding if there are any."""
+    """The rows of each parameter that belong to the first `blocks` layers, with the embedding if any do."""
     if blocks == 0:
         return []
     layers = model.config.num_layers
@@ -2784,7 +2784,7 @@ def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
 
 
 class Learner:
-    """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
+    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
 
     def __init__(
         self,
@@ -2854,10 +2854,10 @@ class Learner:
 
 
 def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
-    """Chunk by chunk but the last: score its targets in sliding windows, then train all weights on it (#1413, #1493).
+    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
 
-    A window belongs to the chunk of the first target that it scores, so all targets of a chunk are scored before any of
-    them is learnt.
+    The last chunk is not learnt. A window belongs to the chunk of the first target that it scores, so all
+    targets of a chunk are scored before any of them is learnt.
     """
     config = run.config
     tokens = tally.validation.tokens
@@ -2883,7 +2883,10 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
 
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
-    """(D, 2): first token and one past the last target (the next BOS) of each document; no BOS: every 2,048 (#1670)."""
+    """The documents of a token stream as (D, 2): first token, and one past the last target (the next BOS).
+
+    A stream without BOS is cut every 2,048 tokens (#1670).
+    """
     starts = np.unique(np.append(0, np.flatnonzero(tokens == BOS)))
     if len(starts) == 1:
         starts = np.arange(0, len(tokens), 2048)
@@ -2894,8 +2897,8 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
 def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
     """Per phase, the batches of document numbers in the order of scoring, longest first (#1530, #1626).
 
-    Phase p ends at PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for any number
-    of ranks.
+    Phase p ends at PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for
+    any number of ranks.
     """
     phases = config.phased_ttt_num_phases
     size = config.ttt_batch_size
@@ -2921,7 +2924,7 @@ def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int) -> tupl
 def adapt_documents(
     run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int
 ) -> None:
-    """Score the `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each chunk (#1530)."""
+    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530)."""
     config = run.config
     lora = LoRA(config, len(documents), run.device)
     lora.reset(seed)
@@ -2959,7 +2962,10 @@ def adapt_documents(
 
 
 def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
-    """One phase of SGD of all weights on the joined `documents` (N, 2), all scored; the last chunk is left (#1610)."""
+    """One phase of SGD of all weights on the joined `documents` (N, 2), which are scored (#1610).
+
+    The last chunk is left out.
+    """
     config = run.config
     text = np.concatenate([tokens[first:end] for first, end in documents])
     optimizer = torch.optim.SGD(model.parameters(), momentum=config.global_ttt_momentum)
@@ -2979,7 +2985,7 @@ def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndar
 
 
 def phase_rate(config: Config, chunk: int, count: int) -> float:
-    """The SGD step of a phase at `chunk` of `count`: linear over GLOBAL_TTT_WARMUP_CHUNKS, then a cosine to 0."""
+    """The learning rate of a phase at `chunk` of `count`: a linear warm-up, then a cosine to 0."""
     warmup = config.global_ttt_warmup_chunks
     if chunk >= warmup:
         return config.global_ttt_lr * cosine_decay(chunk - warmup, count - warmup)
@@ -2988,7 +2994,7 @@ def phase_rate(config: Config, chunk: int, count: int) -> float:
 
 
 def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
-    """Score documents with adapters of their own; between phases all weights learn the shortest scored (#1626)."""
+    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626)."""
     tokens = tally.validation.tokens
     documents = find_documents(tokens)
     phases = schedule_documents(run.config, documents[:, 1] - documents[:, 0])
@@ -3016,8 +3022,10 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
 
 
 def stream_of_batch(place: int) -> int:
-    """The stream that takes the batch at `place` of a phase: dealt back and forth, for batches fall in length and no
-    stream shall get the longest of every round."""
+    """The stream that takes the batch at `place` of a phase.
+
+    Batches are dealt back and forth: they fall in length, and no stream shall get the longest of every round.
+    """
     turn = place % (2 * STREAMS)
     return min(turn, 2 * STREAMS - 1 - turn)
 
@@ -3029,7 +3037,7 @@ def learnt_prefix(config: Config, scored: list[np.ndarray], phase: int) -> np.nd
 
 
 def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
-    """Train on the validation tokens before they are scored (#1735), averaging ranks after each pass. Not legal."""
+    """Train on the validation tokens before scoring (#1735), averaging ranks after each pass. Not legal."""
     config = run.config
     tokens = validation.tokens
     last = len(tokens) - 1
@@ -3060,7 +3068,10 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
 
 
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
-    """Run the stages on random tokens, so that nothing is compiled on the clock; the caller loads the weights again."""
+    """Run `stages` on random tokens, so that nothing is compiled on the clock.
+
+    The weights change: the caller loads them again.
+    """
     began = run.now()
     config = run.config
     document = 3 * config.ttt_chunk_size
@@ -3074,14 +3085,15 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 
 
 # === TRAIN ===
-# In: the data and a freshly built model. Out: checkpoint.pt in the run folder with the averaged weights. The clock starts
-# after `warm_up` and stops at MAX_WALLCLOCK_SECONDS less the reserve for calibration; everything that follows the
-# progress of the run (learning rate, loops, weight decay) reads one number between 0 and 1. A killed run goes on from
-# its last checkpoint with the same data and the same schedule. What happens in one step is `train_step`.
+# In: the data and a freshly built model. Out: checkpoint.pt in the run folder with the averaged weights. The
+# clock starts after `warm_up` and stops at MAX_WALLCLOCK_SECONDS less the reserve for calibration; everything
+# that follows the progress of the run (learning rate, loops, weight decay) reads one number between 0 and 1.
+# A killed run goes on from its last checkpoint with the same data and the same schedule. What happens in one
+# step is `train_step`.
 
 
 class Built(NamedTuple):
-    """The model with the initial weights of SEED, its possibly compiled forward, and whether it is compiled."""
+    """The model with the initial weights of SEED, its forward, and whether that is compiled."""
 
     model: GPT
     forward: Callable[[Batch], Tensor]
@@ -3120,7 +3132,7 @@ def train_step(
     progress: float,
     step: int,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; returns their mean loss (0-d, on the device)."""
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
     config = run.config
     total = torch.zeros((), device=run.device)
     for batch in batches:
@@ -3138,7 +3150,7 @@ def train_step(
 class Agreement:
     """What the ranks must decide alike after each step: is the budget spent, is a loss not finite.
 
-    On a GPU the answer is that of the step before, so that the host never waits for the step it has just queued.
+    On a GPU the answer is that of the step before, so that the host does not wait for the step just queued.
     """
 
     def __init__(self, run: Run):
@@ -3146,7 +3158,10 @@ class Agreement:
         self.waiting: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def reach(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
-        """(most elapsed seconds, is a loss not finite) over ranks; `late`: a GPU may answer for the step before."""
+        """(most elapsed seconds, is a loss not finite) over ranks.
+
+        `late`: a GPU may answer for the step before.
+        """
         run = self.run
         seconds = torch.tensor(elapsed, dtype=torch.float64, device=run.device)
         facts = torch.stack([seconds, (~loss.isfinite()).double()])
@@ -3170,7 +3185,10 @@ class Agreement:
 
 
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
-    """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
+    """checkpoint.pt of the run folder, None if there is none.
+
+    Stop if it is damaged or of other settings or data.
+    """
     path = run.folder / "checkpoint.pt"
     shards = data.fingerprint["shards"]
     if not path.exists():
@@ -3204,7 +3222,7 @@ def to_cpu(state: Any) -> Any:
 
 
 def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Batch]:
-    """A packed batch with every number of segment starts that training may meet: each is a shape to be compiled.
+    """A packed batch with every number of segment starts that training may meet: shapes to be compiled.
 
     From the fewest starts that a batch can have to one size (64) more than the first WARMUP_STEPS steps have.
     """
@@ -3221,7 +3239,7 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
 
 
 def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
-    """Compile and allocate before the clock: WARMUP_STEPS full steps per loop state; then put all state back."""
+    """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
     model, forward, compiled = built
@@ -3419,8 +3437,8 @@ class Training:
         run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
         limit = "ITERATIONS" if self.step >= config.iterations else "MAX_WALLCLOCK_SECONDS"
         run.log(
-            f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, peak memory {mebibytes} MiB, "
-            f"stopped by {limit}"
+            f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
+            f"peak memory {mebibytes} MiB, stopped by {limit}"
         )
         place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
         content = {**self.identity, "complete": True, **place, "average": to_cpu(self.average)}
@@ -3437,7 +3455,7 @@ def peak_memory_mebibytes(run: Run) -> int:
 
 
 def train(run: Run, data: Dataset, built: Built) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the budget; leaves averaged weights on disk."""
+    """Train from the last checkpoint, or the start, to the end of the budget; averaged weights go to disk."""
     saved = load_checkpoint(run, data)
     if saved and saved["complete"]:
         path = run.folder / "checkpoint.pt"
@@ -3453,8 +3471,9 @@ def train(run: Run, data: Dataset, built: Built) -> None:
 
 
 # === MAIN ===
-# The stages train -> quantise -> evaluate, each of which leaves its result in the run folder and its facts in stages.json,
-# from which `summarize` makes summary.json. Whatever can be refused is refused by `preflight`, in the first seconds.
+# The stages train -> quantise -> evaluate, each of which leaves its result in the run folder and its facts in
+# stages.json, from which `summarize` makes summary.json. Whatever can be refused is refused by `preflight`,
+# in the first seconds.
 
 
 def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
@@ -3509,9 +3528,9 @@ def pack_run(
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
     times: dict[str, float],
 ) -> dict[str, Any]:
-    """Write the packed script and the artifact that fills what it leaves of the cap; returns their facts with `times`.
+    """Write the packed script and the artifact that fills what it leaves of the cap.
 
-    Rank 0 only.
+    Returns the facts of both together with `times`. Rank 0 only.
     """
     config = run.config
     began = run.now()
@@ -3527,9 +3546,9 @@ def pack_run(
     sealed = run.now()
     matrices = sum(tensor.scales is not None for tensor in tensors.values())
     run.log(
-        f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: calibration "
-        f"{times['hessian_seconds']:.1f}s, rounding {rounded - began:.1f}s, sealing {sealed - rounded:.1f}s; read back, "
-        f"all equal; code {how}"
+        f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: "
+        f"calibration {times['hessian_seconds']:.1f}s, rounding {rounded - began:.1f}s, "
+        f"sealing {sealed - rounded:.1f}s; read back, all equal; code {how}"
     )
     limit = config.max_wallclock_seconds
     run.log(f"training and calibration: {times['budgeted_seconds']:.1f}s of {limit:g}s")
@@ -3547,7 +3566,7 @@ def pack_run(
 
 
 def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None]]:
-    """The scores that the settings ask for, in order, the last being the one that counts: name -> what fills a Tally."""
+    """The scores that the settings ask for, name -> what fills a Tally; the last is the one that counts."""
     config = run.config
     model, forward, compiled = built
     modes: dict[str, Callable[[Tally], None]] = {
@@ -3565,7 +3584,7 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
 
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
-    """Score the sealed artifact from its bytes on disk: plain, sliding, test-time training; writes summary.json."""
+    """Score the sealed artifact from its bytes on disk in every mode that is set; writes summary.json."""
     config = run.config
     model = built.model
     path = Path(config.artifact or run.folder / "final_model.ptz")
@@ -3614,7 +3633,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
 def score_unquantized(
     run: Run, data: Dataset, model: GPT, validation: Validation, how: Callable[[Tally], None]
 ) -> dict[str, Score]:
-    """The score of the weights before quantisation, if this run has them: what the artifact loses against them."""
+    """The score of the weights before quantisation, if this run has them, to compare the artifact with."""
     saved = None if run.config.artifact else load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
@@ -3624,7 +3643,7 @@ def score_unquantized(
 
 
 def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bool) -> dict[str, Any]:
-    """What the run can say about its own compliance: the limits, the four conditions, and whether all hold."""
+    """What the run itself can say about its compliance: limits, the four conditions, and whether all hold."""
     limits = {
         "train": (facts.get("budgeted_seconds"), config.max_wallclock_seconds),
         "size": (facts["total_bytes"], config.artifact_cap_bytes),
@@ -3682,8 +3701,9 @@ def summarize(run: Run, data: Dataset) -> None:
     )
     run.log(f"compliance: {'legal' if verdict['legal'] else 'NOT LEGAL'} ({verdict['reason']})")
     run.log(
-        f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} total_bytes:{facts['total_bytes']} "
-        f"train_time:{facts.get('train_seconds', math.nan):.1f}s eval_time:{facts['eval_seconds']:.1f}s"
+        f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} "
+        f"total_bytes:{facts['total_bytes']} train_time:{facts.get('train_seconds', math.nan):.1f}s "
+        f"eval_time:{facts['eval_seconds']:.1f}s"
     )
 
 
@@ -3699,7 +3719,7 @@ def check_compressor(compressor: str) -> None:
 
 
 def preflight(run: Run) -> None:
-    """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
+    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
     config = run.config
     check_compressor(config.compressor)
     counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
@@ -3716,8 +3736,9 @@ def preflight(run: Run) -> None:
     limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
     if not config.artifact and least > limit:
         raise Stop(
-            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: "
-            f"{limit} left with the packed code, {least:.0f} needed; lower MODEL_DIM"
+            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
+            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
+            f"{least:.0f} needed; lower MODEL_DIM"
         )
 
 
