@@ -1415,15 +1415,15 @@ def gemm(
     backward = mode.startswith("times")
     matrices, rows, depth = a.shape
     columns = b.size(2 if backward else 1)
-    height, width, step = gemm_tile(mode, a.dtype)
+    height, width, inner = gemm_tile(mode, a.dtype)
     align = 16 // a.element_size()
     out = torch.empty((matrices, rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
     kept = torch.empty_like(out) if aux is None else aux
     # In shared memory smaller than an H100's, half the stages have to do.
     large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
     gemm_kernel[-(-rows // height) * -(-columns // width), matrices](
-        describe_tiles(a, height, step),
-        describe_tiles(b, step, width) if backward else describe_tiles(b, width, step),
+        describe_tiles(a, height, inner),
+        describe_tiles(b, inner, width) if backward else describe_tiles(b, width, inner),
         describe_tiles(kept, height, width),
         describe_tiles(out, height, width),
         rows,
@@ -1434,7 +1434,7 @@ def gemm(
         mode,
         height,
         width,
-        step,
+        inner,
         GROUP=8,
         num_warps=8,
         num_stages=4 if large else 2,
