@@ -786,110 +786,158 @@ def versions(run: Run) -> dict[str, str]:
 
 
 # === DATA ===
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1
+# From a dataset folder to what training and evaluation read. In: shards of tokens (fineweb_train_*.bin and
+# fineweb_val_*.bin), a SentencePiece tokenizer and, if there are any, the bytes of each validation token
+# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Batch` for each (step, stream), and the `Validation`
+# tokens with the bytes they stand for. The global batch is always STREAMS micro-batches, whatever the number
+# of ranks, so a run has the same data on one GPU and on eight. A new loader is a class with `get(step,
+# stream)` and a line in LOADERS.
+
+# A shard is a header of 256 int32 (magic, version, number of values, zeros) and then that many uint16 values,
+# all little-endian.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+BOS = 1  # the token that begins every document
+WORD_START = "\u2581"  # SentencePiece's character for the space before a word
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
+    """Map the values (N,) uint16 of one shard; Stop if magic, version or size are not as the format says."""
     remedy = "delete it and prepare or download the data again"
     try:
-        size, words = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3)
+        size = path.stat().st_size
+        words = np.fromfile(path, dtype="<i4", count=3)
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    magic, version, count = map(int, words) if size >= SHARD_HEADER_BYTES else (SHARD_MAGIC, SHARD_VERSION, 0)
-    stop_if(
-        (magic, version) != (SHARD_MAGIC, SHARD_VERSION),
-        f"{path}: starts with {magic}, {version} instead of "
-        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}: not a token shard; {remedy}",
-    )
-    stop_if(
-        count < 1 or size != SHARD_HEADER_BYTES + 2 * count,
-        f"{path}: {size} bytes, but a shard "
-        f"of {count} values has {SHARD_HEADER_BYTES + 2 * count}: truncated or empty; {remedy}",
-    )
+
+    # A file shorter than a header is called truncated, not one of another kind.
+    has_header = size >= SHARD_HEADER_BYTES
+    magic, version, count = words.tolist() if has_header else (SHARD_MAGIC, SHARD_VERSION, 0)
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise Stop(
+            f"{path}: starts with {magic}, {version} instead of "
+            f"magic {SHARD_MAGIC}, version {SHARD_VERSION}: not a token shard; {remedy}"
+        )
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if count < 1 or size != expected:
+        raise Stop(
+            f"{path}: {size} bytes, but a shard of {count} values has {expected}: "
+            f"truncated or empty; {remedy}"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The SentencePieceProcessor of a model file; Stop if it is none, or has not `vocab_size` entries."""
+    import sentencepiece  # not at the top: who makes tokens without it (bench/gpu.py) need not install it
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        reason = "not a SentencePiece model" if path.exists() else "no such file"
+        raise Stop(f"TOKENIZER_PATH={path}: {reason}; set it to that of the dataset") from None
+    size = pieces.vocab_size()
+    if size != vocab_size:
+        raise Stop(
+            f"VOCAB_SIZE={vocab_size}: {path} has {size} entries; "
+            f"set VOCAB_SIZE={size} or another TOKENIZER_PATH"
+        )
+    return pieces
+
+
+def short_digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 class Dataset:
-    """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
+    """The shards, tokenizer and manifest of a dataset folder, checked against the settings."""
 
     def __init__(self, config: Config, need_training: bool = True):
-        self.folder = Path(
-            config.datasets_dir or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}"
-        )
-        shared = Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
-        beside = self.folder / "tokenizer.model"
-        self.tokenizer = Path(config.tokenizer_path or (beside if beside.exists() else shared))
         self.vocab_size = config.vocab_size
-        self.train_files, self.val_files, self.sidecar_files = (
-            sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val", "val_bytes")
-        )
-        for pattern, found in (
-            ("fineweb_val_*.bin", self.val_files),
-            ("fineweb_train_*.bin", self.train_files),
-        ):
-            stop_if(
-                not found and (need_training or found is self.val_files),
-                f"DATASETS_DIR={self.folder}: no "
-                f"{pattern} there; set it, or make data with data/demo.py, data/prepare.py or data/download.py",
-            )
-        self.train = [read_shard(path) for path in self.train_files]
-        self.manifest = read_json(self.folder / "manifest.json")
-        import sentencepiece
+        if config.datasets_dir:
+            self.folder = Path(config.datasets_dir)
+        else:
+            self.folder = Path(f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
+        self.tokenizer = self.find_tokenizer(config)
 
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
-        except (RuntimeError, OSError):
-            reason = "not a SentencePiece model" if self.tokenizer.exists() else "no such file"
-            raise Stop(f"TOKENIZER_PATH={self.tokenizer}: {reason}; set it to that of the dataset") from None
-        stop_if(
-            (size := self.pieces.vocab_size()) != self.vocab_size,
-            f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer}"
-            f" has {size} entries; set VOCAB_SIZE={size} or another TOKENIZER_PATH",
-        )
+        self.val_files = self.find_shards("val")
+        self.train_files = self.find_shards("train", required=need_training)
+        self.sidecar_files = self.find_shards("val_bytes", required=False)
+        self.train = [read_shard(path) for path in self.train_files]
+
+        self.manifest = read_json(self.folder / "manifest.json")
+        self.pieces = load_tokenizer(self.tokenizer, self.vocab_size)
+
+    def find_tokenizer(self, config: Config) -> Path:
+        """TOKENIZER_PATH, else the tokenizer beside the shards, else the shared one of VOCAB_SIZE."""
+        if config.tokenizer_path:
+            return Path(config.tokenizer_path)
+        beside = self.folder / "tokenizer.model"
+        if beside.exists():
+            return beside
+        return Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
+
+    def find_shards(self, kind: str, required: bool = True) -> list[Path]:
+        """The files of one kind in order; Stop if they are required and there are none."""
+        found = sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        if required and not found:
+            raise Stop(
+                f"DATASETS_DIR={self.folder}: no fineweb_{kind}_*.bin there; set it, "
+                "or make data with data/demo.py, data/prepare.py or data/download.py"
+            )
+        return found
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
+        """What data this is, for the log, checkpoints and compliance.py.
+
+        Hashes of shards, manifest and tokenizer, whether the validation set is the contest's, and the counts
+        of the manifest and of the shard headers.
+        """
+        manifest_path = self.folder / "manifest.json"
+        counted = ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
+        counts = {key: self.manifest[key] for key in counted if key in self.manifest}
+        # The contest's validation set is the first 50,000 documents of FineWeb.
+        contest_size = counts.get("docs_val") == 50_000
+        return {
+            "shards": self.shards_digest(),
+            "manifest": short_digest(manifest_path) if manifest_path.exists() else None,
+            "standard": self.manifest.get("validation", {}).get("standard", contest_size),
+            "tokenizer": short_digest(self.tokenizer),
+            "train_shards": len(self.train_files),
+            "train_tokens": sum(map(len, self.train)),
+            **counts,
+        }
+
+    def shards_digest(self) -> str:
+        """A hash of the names and sizes of all shards and of the first 64 KiB of those for training."""
         digest = hashlib.sha256()
         for path in [*self.train_files, *self.val_files, *self.sidecar_files]:
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
         for path in self.train_files:  # only these: no validation token is read before the artifact is sealed
             with open(path, "rb") as file:
                 digest.update(file.read(1 << 16))
-        manifest, short = (
-            self.folder / "manifest.json",
-            lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        )
-        counts = {
-            key: self.manifest[key]
-            for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
-            if key in self.manifest
-        }
-        # Whether validation is the contest's: the first 50,000 documents.
-        standard = self.manifest.get("validation", {}).get("standard", counts.get("docs_val") == 50_000)
-        return {
-            "shards": digest.hexdigest()[:16],
-            "manifest": short(manifest) if manifest.exists() else None,
-            "standard": standard,
-            "tokenizer": short(self.tokenizer),
-            "train_shards": len(self.train_files),
-            "train_tokens": sum(map(len, self.train)),
-            **counts,
-        }
+        return digest.hexdigest()[:16]
 
     def check_ids(self, tokens: np.ndarray, where: object) -> np.ndarray:
-        """`tokens`, or Stop if one of them is not in the vocabulary."""
-        stop_if(
-            (largest := tokens.max(initial=0)) >= self.vocab_size,
-            f"{where}: holds token {largest}, but VOCAB_SIZE"
-            f"={self.vocab_size}: the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE",
-        )
+        """`tokens`, or Stop naming `where` they are from if one of them is not in the vocabulary."""
+        largest = tokens.max(initial=0)
+        if largest >= self.vocab_size:
+            raise Stop(
+                f"{where}: holds token {largest}, but VOCAB_SIZE={self.vocab_size}: "
+                "the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE"
+            )
         return tokens
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T) int64 and, for packed documents (B = 1), the int32 segment starts with the total as padding."""
+    """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
+
+    `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
+    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -898,88 +946,120 @@ class Batch(NamedTuple):
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
-    """pad_starts of the attention segments in a packed row (T,): at every BOS and break, at most `longest` long."""
-    starts = np.flatnonzero(tokens == BOS)
-    starts = np.unique(np.concatenate([[0], starts, *([] if breaks is None else [breaks])]))
+    """The segments that attention keeps apart in a packed row (T,), as pad_starts gives them.
+
+    One starts at 0, at every BOS and at every place in `breaks`; none is longer than `longest`.
+    """
+    borders = [[0], np.flatnonzero(tokens == BOS)]
+    if breaks is not None:
+        borders.append(breaks)
+    starts = np.unique(np.concatenate(borders))
     lengths = np.diff(np.append(starts, len(tokens)))
+
+    # A segment longer than `longest` is cut into pieces; `within` numbers the pieces of each segment from 0.
     pieces = -(-lengths // longest)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
 
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64: few shapes (#1530)."""
+    """`starts` in int32, padded with `total` (at least once) to a multiple of 64, for few shapes (#1530)."""
     padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
     padded[: len(starts)] = starts
     return torch.from_numpy(padded)
 
 
 class ShuffledLoader:
-    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394). Stream s draws from files s, s+8,
-    ... (fewer than 8: its share of one). The order follows from the epoch alone: a resumed run has the same data."""
+    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394).
+
+    Stream s draws from files s, s+8, ...; with fewer than 8 files, it has its share of one. The order follows
+    from the epoch alone: a resumed run has the same data.
+    """
 
     def __init__(self, config: Config, data: Dataset):
-        self.data, self.length, self.plans = data, config.train_seq_len, {}
+        self.data = data
+        self.length = config.train_seq_len
         self.rows = config.train_batch_tokens // STREAMS // self.length
-        stop_if(
-            min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0,
-            f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
-            f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN",
-        )
+        self.orders: dict[tuple[int, int], np.ndarray] = {}
+        # Windows of each stream, as many in every epoch.
+        self.windows = [len(self.window_order(stream, 0)) for stream in range(STREAMS)]
+        if min(self.windows) == 0:
+            raise Stop(
+                f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
+                f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN"
+            )
 
-    def plan(self, stream: int, epoch: int) -> np.ndarray:
-        """(windows, 2): file index and first token of each window, in the order they are used."""
-        if (stream, epoch) not in self.plans:
-            self.plans = {
-                key: plan for key, plan in self.plans.items() if key[0] != stream or key[1] >= epoch - 1
-            }
-            generator = lambda *seed: np.random.Generator(np.random.PCG64(seed))
-            shards, parts = len(self.data.train), []
-            for file in range(stream % shards, shards, STREAMS):
-                windows = (len(self.data.train[file]) - self.length) // self.length  # the same in every epoch
-                phase = generator(epoch, file).integers(self.length)
-                mine = np.arange(stream // shards, max(windows, 0), max(1, len(range(file, STREAMS, shards))))
-                parts.append(np.stack([np.full(len(mine), file), phase + mine * self.length], 1))
-            windows = np.concatenate(parts)
-            self.plans[stream, epoch] = windows[generator(epoch, stream, 1).permutation(len(windows))]
-        return self.plans[stream, epoch]
+    def window_order(self, stream: int, epoch: int) -> np.ndarray:
+        """(windows, 2): file index and first token of each window, in the order they are used.
+
+        Kept for two epochs, as a micro-batch may hold the last windows of one and the first of the next.
+        """
+        if (stream, epoch) not in self.orders:
+            outdated = [key for key in self.orders if key[0] == stream and key[1] < epoch - 1]
+            for key in outdated:
+                del self.orders[key]
+            self.orders[stream, epoch] = self.shuffle_windows(stream, epoch)
+        return self.orders[stream, epoch]
+
+    def shuffle_windows(self, stream: int, epoch: int) -> np.ndarray:
+        """What window_order gives: files cut into windows from a random token on, and these shuffled."""
+        files = len(self.data.train)
+        parts = []
+        for file in range(stream % files, files, STREAMS):
+            windows = max(0, len(self.data.train[file]) // self.length - 1)
+            phase = seeded_generator(epoch, file).integers(self.length)
+            sharers = max(1, len(range(file, STREAMS, files)))  # streams that deal the windows of this file
+            share = np.arange(stream // files, windows, sharers)
+            parts.append(np.stack([np.full(len(share), file), phase + share * self.length], 1))
+        dealt = np.concatenate(parts)
+        return dealt[seeded_generator(epoch, stream, 1).permutation(len(dealt))]
 
     def get(self, step: int, stream: int) -> Batch:
-        """The micro-batch of `stream` at `step`: (rows, TRAIN_SEQ_LEN)."""
-        out = np.empty((self.rows, self.length + 1), dtype=np.int64)
-        size = len(self.plan(stream, 0))
+        """The micro-batch of `stream` at `step`: (TRAIN_BATCH_TOKENS / 8 / TRAIN_SEQ_LEN, TRAIN_SEQ_LEN)."""
+        tokens = np.empty((self.rows, self.length + 1), dtype=np.int64)
         for row in range(self.rows):
-            epoch, place = divmod(step * self.rows + row, size)
-            file, start = self.plan(stream, epoch)[place]
-            out[row] = self.data.train[file][start : start + self.length + 1]
-        tokens = torch.from_numpy(self.data.check_ids(out, self.data.folder))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            epoch, place = divmod(step * self.rows + row, self.windows[stream])
+            file, start = self.window_order(stream, epoch)[place]
+            tokens[row] = self.data.train[file][start : start + self.length + 1]
+        rows = torch.from_numpy(self.data.check_ids(tokens, self.data.folder))
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+def seeded_generator(*seed: int) -> np.random.Generator:
+    """A random generator that is the same on every machine for the same numbers."""
+    return np.random.Generator(np.random.PCG64(seed))
 
 
 class PackedLoader:
-    """Consecutive tokens of the shards, 8 adjacent slices a step, without remainders; attention by document (#1530)."""
+    """Consecutive tokens of the shards, 8 adjacent slices a step, with attention by document (#1530).
+
+    What is left at the end of a shard, less than a step, is not used.
+    """
 
     def __init__(self, config: Config, data: Dataset):
-        self.data, self.longest = data, config.train_seq_len
-        self.slice = config.train_batch_tokens // STREAMS + 1
-        first_bos = [int(np.argmax(shard[: 1 << 20] == BOS)) for shard in data.train]
-        sizes = [len(shard) - first for shard, first in zip(data.train, first_bos, strict=True)]
-        self.first, self.ends = first_bos, np.cumsum([size // (STREAMS * self.slice) for size in sizes])
-        stop_if(
-            self.ends[-1] == 0,
-            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in "
-            f"{data.folder} has {max(sizes)} tokens; use a smaller batch or more data",
-        )
+        self.data = data
+        self.longest = config.train_seq_len
+        self.slice_size = config.train_batch_tokens // STREAMS + 1  # with the target of the last input
+        # A shard is read from its first document on; without a BOS in the first million tokens, from its
+        # first token.
+        self.firsts = [int(np.argmax(shard[: 1 << 20] == BOS)) for shard in data.train]
+        sizes = [len(shard) - first for shard, first in zip(data.train, self.firsts, strict=True)]
+        # Shard s holds the steps from ends[s - 1] up to ends[s].
+        self.ends = np.cumsum([size // (STREAMS * self.slice_size) for size in sizes])
+        if self.ends[-1] == 0:
+            raise Stop(
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in "
+                f"{data.folder} has {max(sizes)} tokens; use a smaller batch or more data"
+            )
 
     def get(self, step: int, stream: int) -> Batch:
-        """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS/8)."""
+        """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS / 8)."""
         step %= int(self.ends[-1])
         shard = int(np.searchsorted(self.ends, step, side="right"))
-        local = step - (int(self.ends[shard - 1]) if shard else 0)
-        start = self.first[shard] + (local * STREAMS + stream) * self.slice
-        tokens = self.data.check_ids(
-            self.data.train[shard][start : start + self.slice], self.data.train_files[shard]
-        )
+        step_in_shard = step - (int(self.ends[shard - 1]) if shard else 0)
+        start = self.firsts[shard] + (step_in_shard * STREAMS + stream) * self.slice_size
+        tokens = self.data.train[shard][start : start + self.slice_size]
+        self.data.check_ids(tokens, self.data.train_files[shard])
         row = torch.from_numpy(tokens.astype(np.int64))
         return Batch(row[None, :-1], row[None, 1:], segment_starts(tokens[:-1], self.longest), self.longest)
 
@@ -989,52 +1069,67 @@ LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
 
 def join_batches(batches: list[Batch]) -> Batch:
     """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
+    first = batches[0]
     if len(batches) == 1:
-        return batches[0]
-    packed, size = batches[0].starts is not None, batches[0].inputs.size(1)
-    inputs, targets = (torch.cat([batch[side] for batch in batches], int(packed)) for side in range(2))
+        return first
+    packed = first.starts is not None
+    inputs = torch.cat([batch.inputs for batch in batches], int(packed))
+    targets = torch.cat([batch.targets for batch in batches], int(packed))
     if not packed:
         return Batch(inputs, targets)
-    starts = np.concatenate([np.unique(b.starts.numpy())[:-1] + i * size for i, b in enumerate(batches)])
-    return Batch(inputs, targets, pad_starts(starts, inputs.numel()), batches[0].longest)
+    starts = []
+    for place, batch in enumerate(batches):
+        unpadded = np.unique(batch.starts.numpy())[:-1]
+        starts.append(unpadded + place * first.inputs.size(1))
+    return Batch(inputs, targets, pad_starts(np.concatenate(starts), inputs.numel()), first.longest)
 
 
 class Feed:
-    """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
+    """The micro-batches of this rank, step by step.
+
+    A thread prepares the next step while the present one computes.
+    """
 
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
-        self.run, self.loader, self.worker, self.step, self.ahead = (
-            run,
-            loader,
-            ThreadPoolExecutor(1),
-            -1,
-            None,
-        )
+        self.run = run
+        self.loader = loader
+        self.worker = ThreadPoolExecutor(1)
+        self.next_step: int | None = None
+        self.next_batches = None  # a Future of those of next_step
 
     def get(self, step: int) -> list[Batch]:
         """The micro-batches of `step` on the device."""
-        ready = self.ahead if step == self.step else self.worker.submit(self.load, step)
-        self.step, self.ahead = step + 1, self.worker.submit(self.load, step + 1)
-        return [to_device(batch, self.run) for batch in ready.result()]
+        if step == self.next_step:
+            batches = self.next_batches
+        else:
+            batches = self.worker.submit(self.load, step)
+        self.next_step = step + 1
+        self.next_batches = self.worker.submit(self.load, self.next_step)
+        return [to_device(batch, self.run) for batch in batches.result()]
 
     def load(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` in host memory."""
-        c, batches = self.run.config, [self.loader.get(step, stream) for stream in self.run.streams]
-        group = max(1, c.micro_batch_tokens * STREAMS // c.train_batch_tokens)
-        group = max(
-            n for n in range(1, len(batches) + 1) if len(batches) % n == 0 and n <= group
-        )  # equal parts
-        joined = [join_batches(batches[i : i + group]) for i in range(0, len(batches), group)]
-        return tree_map_only(Tensor, Tensor.pin_memory, joined) if self.run.is_cuda else joined
+        """The micro-batches of `step` in host memory.
+
+        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream).
+        """
+        config = self.run.config
+        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        count = len(batches)
+        most = max(1, config.micro_batch_tokens * STREAMS // config.train_batch_tokens)
+        group = max(size for size in range(1, count + 1) if count % size == 0 and size <= most)
+        joined = [join_batches(batches[first : first + group]) for first in range(0, count, group)]
+        if self.run.is_cuda:
+            return tree_map_only(Tensor, Tensor.pin_memory, joined)
+        return joined
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
     """`batch` on the device of `run`, without waiting for the copy."""
-    return tree_map_only(Tensor, lambda t: t.to(run.device, non_blocking=True), batch)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), batch)
 
 
 class Validation(NamedTuple):
-    """All validation tokens (N,) uint16, the original bytes each accounts for (N,), and where those come from."""
+    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
 
     tokens: np.ndarray
     bytes: np.ndarray
@@ -1042,67 +1137,100 @@ class Validation(NamedTuple):
 
 
 def load_validation(data: Dataset) -> Validation:
-    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text. If no
-    sidecar holds them, the bytes are the UTF-8 length of the piece, and one for the space before it unless
-    the token before is a control token. Case operators (private-use code points) are no bytes and need the sidecar."""
-    tokens = data.check_ids(np.concatenate([read_shard(path) for path in data.val_files]), data.val_files[0])
+    """The whole validation set; Stop rather than count a byte that is not in the text.
+
+    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for.
+    """
+    tokens = np.concatenate([read_shard(path) for path in data.val_files])
+    data.check_ids(tokens, data.val_files[0])
     if data.sidecar_files:
-        sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
-        stop_if(
-            len(sizes) < len(tokens),
+        return Validation(tokens, read_sidecar(data, len(tokens)), "byte_sidecar")
+    return Validation(tokens, count_bytes(data, tokens), "lut")
+
+
+def read_sidecar(data: Dataset, count: int) -> np.ndarray:
+    """The bytes (count,) int32 of the validation tokens from the sidecar; Stop if it holds fewer values."""
+    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
+    if len(sizes) < count:
+        raise Stop(
             f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for "
-            f"{len(tokens)} validation tokens; prepare or download it again",
+            f"{count} validation tokens; prepare or download it again"
         )
-        return Validation(tokens, sizes[: len(tokens)].astype(np.int32), "byte_sidecar")
-    sp, size = data.pieces, data.vocab_size
-    pieces = [sp.id_to_piece(i) for i in range(size)]
-    operators = [i for i, piece in enumerate(pieces) if re.search("[\ue000-\uf8ff]", piece)]
-    stop_if(
-        operators,
-        f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), which "
-        "are no bytes of the text, and there is no fineweb_val_bytes_*.bin; prepare or download this sidecar",
-    )
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
-    lead = np.array([piece.startswith("\u2581") for piece in pieces]) & ~special
-    length = np.array(
-        [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
-    )
-    length[special] = 0
-    credit = length[tokens].astype(np.int32)
-    credit[1:] += lead[tokens[1:]] & ~special[tokens[:-1]]
-    return Validation(tokens, credit, "lut")
+    return sizes[:count].astype(np.int32)
+
+
+def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
+    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
+
+    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
+    Case operators (private-use code points) are no bytes of the text: Stop, as they need the sidecar.
+    """
+    pieces = data.pieces
+    ids = range(data.vocab_size)
+    texts = [pieces.id_to_piece(i) for i in ids]
+    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
+    if operators:
+        raise Stop(
+            f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), "
+            "which are no bytes of the text, and there is no fineweb_val_bytes_*.bin; "
+            "prepare or download this sidecar"
+        )
+
+    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
+    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
+    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
+    lengths[[pieces.is_byte(i) for i in ids]] = 1
+    lengths[special] = 0
+
+    counts = lengths[tokens].astype(np.int32)
+    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
+    return counts
 
 
 # === KERNELS ===
-# Per kernel: the plain reference, the Triton code, the launcher. Kernels take their dtype from the data and compute in
-# fp32. The CPU tests run them in Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
-OPERATORS = "golf_" + __name__.strip(
-    "_"
-)  # a second copy of this file in the process must not free these operators
+# Fused GPU kernels: the cross-entropy under the logit softcap, and one matrix product with several epilogues
+# that serves the MLP and Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the
+# operators that launch it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a
+# size as x.size(0): len(x) would fix it, and each number of rows would be compiled anew. At the end, the
+# functions that choose. Kernels take their dtype from the data and compute in fp32. The CPU tests run them in
+# Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+
+# The namespace of the operators; a second copy of this file in the process must not free those of the first.
+OPERATORS = "golf_" + __name__.strip("_")
 
 
 def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Cross-entropy in nats (N,) fp32 of raw `logits` (N, V) under cap*tanh(logits/cap), for `targets` (N,)."""
+    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
+
+    In nats, (N,) fp32.
+    """
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
 @triton_jit
+def softcap(raw, cap):
+    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
+    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
+
+
+@triton_jit
 def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program: streaming log-sum-exp of the capped logits; tanh as 2 sigmoid(2x) - 1."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row per program: streaming log-sum-exp of the capped logits."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
     line = logits + row * columns
-    largest, total = -float("inf"), 0.0
+    largest = -float("inf")
+    total = 0.0  # of exp(capped - largest) over the columns so far
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         live = column < columns
         raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        capped = tl.where(live, cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0), -float("inf"))
+        capped = tl.where(live, softcap(raw, cap), -float("inf"))
         larger = tl.maximum(largest, tl.max(capped, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
         largest = larger
     normalizer = largest + tl.log(total)
     chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, normalizer - cap * (2.0 * tl.sigmoid(2.0 * chosen / cap) - 1.0))
+    tl.store(losses + row, normalizer - softcap(chosen, cap))
     tl.store(normalizers + row, normalizer)
 
 
@@ -1115,20 +1243,21 @@ def softcapped_ce_backward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < columns
     raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    rising, falling = tl.sigmoid(2.0 * raw / cap), tl.sigmoid(-2.0 * raw / cap)
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
     probability = tl.exp(cap * (2.0 * rising - 1.0) - tl.load(normalizers + row))
     hit = (column == tl.load(targets + row)).to(tl.float32)
-    slope = (
-        tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
-    )  # 1 - tanh^2, exact when saturated
+    # The last factor is 1 - tanh^2, exact when saturated.
+    slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
 
 @torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
 def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference."""
+    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
     rows, columns = logits.shape
-    losses, normalizers = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    normalizers = torch.empty_like(losses)
     block = min(triton.next_power_of_2(columns), 8192)
     softcapped_ce_forward_kernel[(rows,)](
         logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
@@ -1136,28 +1265,36 @@ def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     return losses, normalizers
 
 
+@softcapped_ce_op.register_fake
+def _softcapped_ce_fake(logits, targets, cap):
+    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
 @torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
 def softcapped_ce_backward_op(
     logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
 ) -> Tensor:
-    """The gradient of the losses with respect to `logits`, in their dtype."""
+    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
     rows, columns = logits.shape
-    gradient, block = torch.empty_like(logits), 1024
+    gradient = torch.empty_like(logits)
+    block = 1024
     softcapped_ce_backward_kernel[(rows, -(-columns // block))](
         logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
     )
     return gradient
 
 
-softcapped_ce_backward_op.register_fake(lambda logits, *_: torch.empty_like(logits))
-softcapped_ce_op.register_fake(
-    lambda x, *_: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-)
+@softcapped_ce_backward_op.register_fake
+def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
+    return torch.empty_like(logits)
 
 
 def _softcapped_ce_save(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.cap = inputs[2]
+    logits, targets, cap = inputs
+    _, normalizers = output
+    ctx.cap = cap
+    ctx.save_for_backward(logits, targets, normalizers)
 
 
 def _softcapped_ce_gradient(ctx, upstream, _):
@@ -1166,6 +1303,13 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
+
+
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """LeakyReLU(x up^T, 1/2)^2 down^T."""
+    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
 @triton_jit
@@ -1185,93 +1329,135 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A tile of a (N, M, K) times b (N, C, K) transposed, or b (N, K, C) in backward, and what follows elementwise."""
+    """One tile (BLOCK_M, BLOCK_N) of one product per program, with the epilogue of MODE: see gemm."""
     BACKWARD: tl.constexpr = MODE == "times_slope" or MODE == "times_input"
     SYMMETRIC: tl.constexpr = MODE == "gram" or MODE == "polynomial"
-    # Programs near in time share rows of a and of b, so that L2 serves them.
-    tile, n, across = tl.program_id(0), tl.program_id(1), tl.cdiv(columns, BLOCK_N)
-    first, within = tile // (GROUP * across) * GROUP, tile % (GROUP * across)
-    height = min(tl.cdiv(rows, BLOCK_M) - first, GROUP)
-    i, j = (first + within % height) * BLOCK_M, within // height * BLOCK_N
-    if not SYMMETRIC or i <= j:
+
+    # Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a
+    # and of b, so that L2 serves them.
+    tile = tl.program_id(0)
+    matrix = tl.program_id(1)
+    across = tl.cdiv(columns, BLOCK_N)
+    band = tile // (GROUP * across) * GROUP
+    within = tile % (GROUP * across)
+    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
+    row = (band + within % height) * BLOCK_M
+    column = within // height * BLOCK_N
+
+    if not SYMMETRIC or row <= column:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, depth, BLOCK_K):
-            left = a.load([n, i, k]).reshape(BLOCK_M, BLOCK_K)
+            left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
             if BACKWARD:
-                right = b.load([n, k, j]).reshape(BLOCK_K, BLOCK_N)
+                right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
             else:
-                right = b.load([n, j, k]).reshape(BLOCK_N, BLOCK_K).T
+                right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
             total = tl.dot(left, right, total)
+
         if BACKWARD or MODE == "polynomial":
-            other = aux.load([n, i, j]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+            other = aux.load([matrix, row, column]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if MODE == "polynomial":
                 total = linear * other + square * total
             elif MODE == "times_slope":
                 total *= other
             else:
                 total *= tl.where(other > 0, 2.0, 0.5) * other
-        elif (
-            not SYMMETRIC
-        ):  # two expressions without a common part: more than one tile alive would spill registers
+        elif not SYMMETRIC:
+            # Two expressions without a common part: more than one tile alive would spill registers.
             kept = tl.where(total > 0, 2.0, 0.5) * total if MODE == "act_and_slope" else total
-            aux.store([n, i, j], kept.to(aux.dtype).reshape(1, BLOCK_M, BLOCK_N))
+            aux.store([matrix, row, column], kept.to(aux.dtype).reshape(1, BLOCK_M, BLOCK_N))
             total = tl.where(total > 0, 1.0, 0.25) * total * total
-        out.store([n, i, j], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
-        if SYMMETRIC and i < j:
-            out.store([n, j, i], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
+
+        out.store([matrix, row, column], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        if SYMMETRIC and row < column:
+            out.store([matrix, column, row], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
+
+
+def gemm_tile(mode: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel.
+
+    The tiles of the MLP fill the shared memory of an H100. Those of the symmetric modes are square, as each
+    is stored again as its mirror image.
+    """
+    if dtype == torch.float32:
+        return 128, 128, 32
+    return 128, 128 if mode in ("gram", "polynomial") else 256, 64
+
+
+def describe_tiles(matrices: Tensor, height: int, width: int) -> Any:
+    """A TMA descriptor of `matrices` (N, M, C) by tiles; rows are padded to the whole 16 bytes it needs."""
+    missing = -matrices.size(2) % (16 // matrices.element_size())
+    padded = F.pad(matrices, (0, missing)) if missing else matrices.contiguous()
+    return TensorDescriptor.from_tensor(padded, [1, height, width])
 
 
 def gemm(
     mode: str, a: Tensor, b: Tensor, aux: Tensor | None = None, linear: float = 0.0, square: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(out, aux) of gemm_kernel for whole matrices, (N, M, C) each; an aux that is not given is what the mode keeps."""
+    """(out, aux), both (N, M, C): N matrix products z and what follows elementwise, in one kernel.
+
+    mode           a          b          z      out                        aux
+    act_and_slope  (N, M, K)  (N, C, K)  a b^T  LeakyReLU(z, 1/2)^2        stored: its derivative
+    act_and_input  (N, M, K)  (N, C, K)  a b^T  LeakyReLU(z, 1/2)^2        stored: z
+    times_slope    (N, M, K)  (N, K, C)  a b    z * aux                    read: the derivative
+    times_input    (N, M, K)  (N, K, C)  a b    z * derivative at aux      read: the input
+    gram           (N, M, K)  as a       a b^T  z                          not touched
+    polynomial     (N, M, M)  as a       a b^T  linear * aux + square * z  read: symmetric
+
+    An aux is given unless the mode stores it. The last two modes want b = a; they compute the tiles on and
+    above the diagonal and store each twice, so polynomial needs a symmetric aux.
+    """
     if a.dtype == torch.bfloat16 and not a.is_cuda:  # Triton's interpreter would multiply the bits
-        found = gemm(mode, a.float(), b.float(), aux if aux is None else aux.float(), linear, square)
-        return found[0].bfloat16(), found[1].bfloat16()
-    wide, align, backward = a.dtype == torch.float32, 16 // a.element_size(), mode.startswith("times")
-    m, n, k = 128, 128 if wide or mode in ("gram", "polynomial") else 256, 32 if wide else 64
-    rows, depth, columns = *a.shape[1:], b.size(2 if backward else 1)
-    out = torch.empty((len(a), rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
+        wide_aux = None if aux is None else aux.float()
+        out, kept = gemm(mode, a.float(), b.float(), wide_aux, linear, square)
+        return out.bfloat16(), kept.bfloat16()
+
+    backward = mode.startswith("times")
+    matrices, rows, depth = a.shape
+    columns = b.size(2 if backward else 1)
+    height, width, inner = gemm_tile(mode, a.dtype)
+    align = 16 // a.element_size()
+    out = torch.empty((matrices, rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
     kept = torch.empty_like(out) if aux is None else aux
-    crop = lambda t: t[..., :columns].contiguous()
-    fill = lambda t: (
-        F.pad(t, (0, -t.size(2) % align)) if t.size(2) % align else t.contiguous()
-    )  # TMA: whole 16 bytes
-    describe = lambda t, *block: TensorDescriptor.from_tensor(fill(t), [1, *block])
-    # The MLP's tiles fill the shared memory of an H100; in a smaller one half the stages have to do.
+    # In shared memory smaller than an H100's, half the stages have to do.
     large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
-    gemm_kernel[-(-rows // m) * -(-columns // n), len(a)](
-        describe(a, m, k),
-        describe(b, *((k, n) if backward else (n, k))),
-        describe(kept, m, n),
-        describe(out, m, n),
+    gemm_kernel[-(-rows // height) * -(-columns // width), matrices](
+        describe_tiles(a, height, inner),
+        describe_tiles(b, inner, width) if backward else describe_tiles(b, width, inner),
+        describe_tiles(kept, height, width),
+        describe_tiles(out, height, width),
         rows,
         columns,
         depth,
         linear,
         square,
         mode,
-        m,
-        n,
-        k,
+        height,
+        width,
+        inner,
         GROUP=8,
         num_warps=8,
         num_stages=4 if large else 2,
     )
-    return crop(out), crop(kept) if aux is None else aux
-
-
-@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
-def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
-    """linear x + square x x^T of the matrices of x (N, R, C), symmetric if linear is not 0, from half of the tiles."""
-    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+    out = out[..., :columns].contiguous()
+    return out, kept[..., :columns].contiguous() if aux is None else aux
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp", mutates_args=())
 def mlp_op(x: Tensor, up: Tensor, down: Tensor, keep_input: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mlp_reference of x (M, D); to keep, (M, H): the activation, and its derivative (#1523) or its input (#1530)."""
+    """mlp_reference of x (M, D), up (H, D), down (D, H), and two (M, H) that its backward needs.
+
+    These are the activation and its derivative (#1523) or, with `keep_input`, its input (#1530).
+    """
     act, aux = gemm("act_and_input" if keep_input else "act_and_slope", x[None], up[None])
     return act[0] @ down.T, act[0], aux[0]
+
+
+@mlp_op.register_fake
+def _mlp_fake(x, up, down, keep_input):
+    rows = x.size(0)
+    hidden = up.size(0)
+    return x.new_empty(rows, down.size(0)), x.new_empty(rows, hidden), x.new_empty(rows, hidden)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_backward", mutates_args=())
@@ -1280,70 +1466,103 @@ def mlp_backward_op(upstream: Tensor, down: Tensor, aux: Tensor, keep_input: boo
     return gemm("times_input" if keep_input else "times_slope", upstream[None], down[None], aux[None])[0][0]
 
 
-symmetric_product_op.register_fake(lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
-mlp_op.register_fake(lambda x, up, down, _: tuple(x.new_empty(len(x), len(w)) for w in (down, up, up)))
-mlp_backward_op.register_fake(lambda upstream, down, *_: upstream.new_empty(len(upstream), down.size(1)))
+@mlp_backward_op.register_fake
+def _mlp_backward_fake(upstream, down, aux, keep_input):
+    return upstream.new_empty(upstream.size(0), down.size(1))
 
 
 def _mlp_save(ctx, inputs, output):
-    ctx.keep_input = inputs[3]
-    ctx.mark_non_differentiable(*output[1:])
+    x, up, down, keep_input = inputs
+    _, act, aux = output
+    ctx.keep_input = keep_input
+    ctx.mark_non_differentiable(act, aux)
     ctx.set_materialize_grads(False)  # else the backward would fill two (M, H) blocks with zeros
-    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.save_for_backward(x, up, down, act, aux)
 
 
 def _mlp_gradients(ctx, upstream, *_):
-    (x, up, down, act, aux), need = ctx.saved_tensors, ctx.needs_input_grad
+    x, up, down, act, aux = ctx.saved_tensors
+    _, needs_up, needs_down, _ = ctx.needs_input_grad  # false where adapters train on frozen weights
     hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep_input)
-    return hidden @ up, hidden.T @ x if need[1] else None, upstream.T @ act if need[2] else None, None
+    x_gradient = hidden @ up
+    up_gradient = hidden.T @ x if needs_up else None
+    down_gradient = upstream.T @ act if needs_down else None
+    return x_gradient, up_gradient, down_gradient, None
 
 
 mlp_op.register_autograd(_mlp_gradients, setup_context=_mlp_save)
-MLP = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """LeakyReLU(x up^T, 1/2)^2 down^T."""
-    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
 def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep_input: bool = False) -> Tensor:
     """mlp_reference with all that is elementwise in the epilogues of two products, x (..., D)."""
-    return mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)[0].view(*x.shape[:-1], -1)
+    out, _, _ = mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
+def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
+    """linear x + square x x^T of the matrices of x (N, R, C), from half of the tiles; without a gradient.
+
+    With linear other than 0, x must be symmetric. The plain form stands in orthogonalize, which uses it.
+    """
+    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+
+
+@symmetric_product_op.register_fake
+def _symmetric_product_fake(x, linear, square):
+    return x.new_empty(x.size(0), x.size(1), x.size(1))
 
 
 def missing_triton(run: Run) -> str:
     """Why no Triton kernel can run here; empty if one can."""
-    interpreted = run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton is not installed" if triton is None else "" if interpreted else "there is no GPU"
+    if triton is None:
+        return "triton is not installed"
+    if run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "there is no GPU"
 
 
 def pick_kernels(config: Config, run: Run) -> bool:
-    """Whether the Triton kernels are used; logs the choice and its reason, Stop if KERNELS=triton cannot be had."""
-    missing, kind, wanted = missing_triton(run), run.device.type, config.kernels
-    stop_if(
-        wanted == "triton" and missing,
-        f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)",
-    )
+    """Whether the Triton kernels are used; logs the reason, Stop if KERNELS=triton cannot be had."""
+    missing = missing_triton(run)
+    wanted = config.kernels
+    if wanted == "triton" and missing:
+        raise Stop(
+            f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)"
+        )
     chosen = wanted == "triton" or (wanted == "auto" and run.is_cuda and not missing)
-    reason = missing or ("interpreted" if chosen and not run.is_cuda else f"KERNELS={wanted}, {kind}")
+    if missing:
+        reason = missing
+    elif chosen and not run.is_cuda:
+        reason = "interpreted"
+    else:
+        reason = f"KERNELS={wanted}, {run.device.type}"
     run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
     return chosen
 
 
 def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
-    """What the function of the wanted backend gives, with auto the first to give no string: the reason against it."""
+    """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
+
+    A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
+    the reasons against the backends before it.
+    """
     refused = []
-    for name in order if wanted == "auto" else (wanted,):
-        if not isinstance(found := order[name](), str):
-            run.log(f"{what}: {name}" + (f" (not {'; not '.join(refused)})" if refused else ""))
+    for name in order if wanted == "auto" else [wanted]:
+        found = order[name]()
+        if not isinstance(found, str):
+            reasons = f" (not {'; not '.join(refused)})" if refused else ""
+            run.log(f"{what}: {name}{reasons}")
             return found
         refused.append(f"{name}: {found}")
     raise Stop(f"{variable}={wanted}: {found}; install it (requirements-gpu.txt) or set {variable}=auto")
 
 
 def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
-    """The MLP of all layers: MLP_KERNEL, or the first usable one; `fused`: whether KERNELS are the Triton ones."""
+    """The MLP of all layers: MLP_KERNEL, or with auto the first that can be used; logs which and why.
+
+    `fused`: whether KERNELS are the Triton ones.
+    """
 
     def cutlass() -> MLP | str:
         if not (Path(__file__).resolve().parent / "cutlass_evt_fusion").is_dir():
@@ -1351,21 +1570,24 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
         if config.model_dim % 8 or config.mlp_mult * config.model_dim % 8:
             return "MODEL_DIM and MLP_MULT*MODEL_DIM must be multiples of 8"
         library = importlib.import_module("cutlass_evt_fusion")
-        return library.available(run.dtype, run.device) or library.leaky_relu_squared_mlp
+        reason = library.available(run.dtype, run.device)
+        return reason if reason else library.leaky_relu_squared_mlp
 
-    kept = "" if fused or config.mlp_kernel == "triton" else f"KERNELS={config.kernels} chose the reference"
-    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %, others: not).
-    return first_usable(
-        run,
-        "mlp",
-        "MLP_KERNEL",
-        config.mlp_kernel,
-        {
-            "cutlass": cutlass,
-            "triton": lambda: missing_triton(run) or kept or mlp_triton,
-            "reference": lambda: mlp_reference,
-        },
-    )
+    def fused_triton() -> MLP | str:
+        missing = missing_triton(run)
+        if missing:
+            return missing
+        if not fused and config.mlp_kernel != "triton":
+            return f"KERNELS={config.kernels} chose the reference"
+        return mlp_triton
+
+    def reference() -> MLP:
+        return mlp_reference
+
+    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %,
+    # others: not).
+    order = {"cutlass": cutlass, "triton": fused_triton, "reference": reference}
+    return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
 # === MODEL ===
