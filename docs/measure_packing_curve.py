@@ -27,8 +27,6 @@ from typing import Any
 sys.path.insert(0, str(ROOT / "bench"))
 import packing
 
-import train_gpt
-
 BITS = (2.50, 2.75, 3.00, 3.25, 3.50, 3.75)  # bits per weight of the points
 GOAL = 3.3  # bits per weight at which the public packer is tuned
 CLIPS = {
@@ -56,7 +54,7 @@ class Public:
         subject = self.packers.subject
         tensors, bits = self.size(clip)
         self.octaves += bits - GOAL
-        weights = train_gpt.assemble(subject.model.table, tensors)
+        weights = self.packers.read(self.packers.write(tensors))
         return math.log2(subject.divergence(weights, range(subject.tuning))[0].mean()) + 2 * (bits - GOAL)
 
     def factor(self, bits: float) -> float:
