@@ -205,7 +205,7 @@ def quiet() -> contextlib.redirect_stdout:
 def settings_of(trainer: ModuleType, run: Run, **changes: Any) -> dict[str, str]:
     """The run's settings as environment variables, with some of them changed."""
     kept = {name: value for name, value in run.config.items() if name not in NAMES}
-    return {name: trainer.show(value) for name, value in (kept | changes).items()}
+    return {name: trainer.format_value(value) for name, value in (kept | changes).items()}
 
 
 def config_of(trainer: ModuleType, run: Run, **changes: Any) -> Any:
@@ -872,7 +872,7 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
     )
     if first := next(iter(stages.start.values()), None):
         manifest, tensors, digest = stages.trainer.decode_artifact(Path(stages.config.artifact))
-        weights = stages.trainer.assemble(stages.model.table, tensors)
+        weights = stages.trainer.assemble_weights(stages.model.table, tensors)
         equal = all(torch.equal(weights[name].to(first[name].dtype), first[name].cpu()) for name in weights)
         report.add(
             "shipped bytes",
@@ -1266,7 +1266,7 @@ def check(
     probe_ledger(report, run)
     with tempfile.TemporaryDirectory(prefix="compliance-") as name:
         place = Path(name)
-        parameters = sum(math.prod(spec.shape) for spec in trainer.param_table(config).values())
+        parameters = sum(math.prod(spec.shape) for spec in trainer.parameter_table(config).values())
         most = SAMPLE_TOKENS if torch.cuda.is_available() else min(SAMPLE_TOKENS, CPU_WORK // parameters)
         sample = take_sample(
             data, stream, sizes, max(tokens or most, 2 * config.eval_seq_len + 1), place / "sample"

@@ -390,7 +390,7 @@ class Config:
             if name in known or name in ALIASES:
                 names, meanings = ALIASES.get(name, (name, {}))
                 for target in names.split():
-                    value = parse(target, meanings.get(text, text), types[known[target]])
+                    value = parse_value(target, meanings.get(text, text), types[known[target]])
                     if values.setdefault(known[target], value) not in (value,):  # `in`: nan is itself
                         raise Stop(
                             f"{name}={text}: another variable sets {target} to another value; unset one"
@@ -401,7 +401,7 @@ class Config:
                 raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
         config = cls(**values)
         for name in FIXED.keys() & environment.keys():
-            only = show(getattr(config, FIXED[name].lower(), FIXED[name]))
+            only = format_value(getattr(config, FIXED[name].lower(), FIXED[name]))
             if environment[name] not in (only, only + ".0"):
                 raise Stop(
                     f"{name}={environment[name]}: every published run has {only}; nothing else is implemented"
@@ -442,7 +442,7 @@ class Config:
             yield f"\n{section.title}"
             for f in fields:
                 options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
-                yield f"  {f.name.upper():<32} {show(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
+                yield f"  {f.name.upper():<32} {format_value(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
 
 
 STREAMS = (
@@ -487,12 +487,12 @@ REFUSED = {
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A setting's value in the form `parse` reads back."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def parse(name: str, text: str, kind: Any) -> Any:
+def parse_value(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
     truth = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(
         ("1", "true", "yes", "on"), True
@@ -522,7 +522,10 @@ def command_line(arguments: list[str]) -> Config:
     elif arguments == ["--print-config"]:
         config = Config.from_env(os.environ)
         print(
-            "\n".join(f"{f.name.upper()}={show(getattr(config, f.name))}" for f in dataclasses.fields(config))
+            "\n".join(
+                f"{f.name.upper()}={format_value(getattr(config, f.name))}"
+                for f in dataclasses.fields(config)
+            )
         )
     else:
         raise Stop(
@@ -551,10 +554,10 @@ try:
     import triton, triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    jit = triton.jit
+    triton_jit = triton.jit
 except ImportError:  # there is no triton for macOS and Windows; pick_kernels says so where it is asked for
     triton = tl = None
-    jit = lambda function: function
+    triton_jit = lambda function: function
 
 
 # === RUN ===
@@ -563,12 +566,12 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         stop_if(
-            STREAMS % self.world,
-            f"WORLD_SIZE={self.world}: launch torchrun with --nproc_per_node 1, 2, 4 or 8",
+            STREAMS % self.world_size,
+            f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8",
         )
-        self.main = self.rank == 0  # the rank that logs and writes
+        self.is_main = self.rank == 0  # the rank that logs and writes
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
         self.is_cuda = self.device.type == "cuda"
@@ -577,13 +580,13 @@ class Run:
             config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if native else "float32"
         )
         self.dtype = getattr(torch, dtype)
-        self.streams = range(self.rank, STREAMS, self.world)
+        self.streams = range(self.rank, STREAMS, self.world_size)
         self.folder, self.lock, self.sink, self.metrics = Path(), None, None, None
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if self.world > 1:
+        if self.world_size > 1:
             dist.init_process_group(
                 "nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None
             )
@@ -608,7 +611,7 @@ class Run:
 
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
-        if self.main and console:
+        if self.is_main and console:
             print(line, flush=True)
         if self.sink:
             self.sink.write(line + "\n")
@@ -618,33 +621,35 @@ class Run:
         if self.metrics:
             self.metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
 
-    def note(self, event: str, **values: Any) -> None:
+    def ledger(self, event: str, **values: Any) -> None:
         """Write to the ledger when data were read, clocks ran and the artifact was sealed, for compliance.py."""
         self.metric("ledger", event=event, **values)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def guarded(self, action: Callable[[], Any]) -> Any:
+    def on_main_rank(self, action: Callable[[], Any]) -> Any:
         """`action` on rank 0 alone; the others get its value or its Stop, so nobody waits in a collective for ever."""
         outcome = ["", None]  # the message of a Stop, the value
-        if self.main:
+        if self.is_main:
             try:
                 outcome[1] = action()
             except Stop as stop:
                 outcome[0] = str(stop)
-        if self.world > 1:
+        if self.world_size > 1:
             dist.broadcast_object_list(outcome, device=self.device)
         if outcome[0]:
-            raise Stop(outcome[0] if self.main else 1)
+            raise Stop(outcome[0] if self.is_main else 1)
         return outcome[1]
 
-    def track(self, what: str, items: Sequence) -> Iterator:
+    def progress(self, what: str, items: Sequence) -> Iterator:
         """The items one by one, with a bar on a terminal, otherwise a line at most every 10 s. Rank 0 only."""
-        bar = tqdm(items, what, leave=False, file=sys.stdout, disable=not (self.main and sys.stdout.isatty()))
+        bar = tqdm(
+            items, what, leave=False, file=sys.stdout, disable=not (self.is_main and sys.stdout.isatty())
+        )
         total, start = len(items), (last := time.monotonic())
         for done, item in enumerate(bar):
             if bar.disable and (now := time.monotonic()) - last >= 10:
@@ -662,7 +667,7 @@ class Run:
         """Release the log files and the lock of the run folder; with several ranks, end this process."""
         for file in filter(None, (self.sink, self.metrics, self.lock)):
             file.close()
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
             sys.stdout.flush()
             os._exit(
@@ -701,7 +706,7 @@ def find_run_folder(config: Config, shards: str) -> Path:
         (path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True
     ):
         if (
-            differences(read_json(folder / "config.json"), same | {"data": shards})
+            describe_differences(read_json(folder / "config.json"), same | {"data": shards})
             or not (folder / wanted).exists()
         ):
             continue
@@ -719,7 +724,7 @@ def find_run_folder(config: Config, shards: str) -> Path:
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
     found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
@@ -982,7 +987,7 @@ class PackedLoader:
 LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
 
 
-def join(batches: list[Batch]) -> Batch:
+def join_batches(batches: list[Batch]) -> Batch:
     """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
     if len(batches) == 1:
         return batches[0]
@@ -1019,7 +1024,7 @@ class Feed:
         group = max(
             n for n in range(1, len(batches) + 1) if len(batches) % n == 0 and n <= group
         )  # equal parts
-        joined = [join(batches[i : i + group]) for i in range(0, len(batches), group)]
+        joined = [join_batches(batches[i : i + group]) for i in range(0, len(batches), group)]
         return tree_map_only(Tensor, Tensor.pin_memory, joined) if self.run.is_cuda else joined
 
 
@@ -1081,7 +1086,7 @@ def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tens
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
-@jit
+@triton_jit
 def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
     """One row per program: streaming log-sum-exp of the capped logits; tanh as 2 sigmoid(2x) - 1."""
     row = tl.program_id(0).to(tl.int64)
@@ -1101,7 +1106,7 @@ def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, 
     tl.store(normalizers + row, normalizer)
 
 
-@jit
+@triton_jit
 def softcapped_ce_backward_kernel(
     logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
 ):
@@ -1163,7 +1168,7 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
 
 
-@jit
+@triton_jit
 def gemm_kernel(
     a,
     b,
@@ -1326,7 +1331,7 @@ def pick_kernels(config: Config, run: Run) -> bool:
     return chosen
 
 
-def pick(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
+def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
     """What the function of the wanted backend gives, with auto the first to give no string: the reason against it."""
     refused = []
     for name in order if wanted == "auto" else (wanted,):
@@ -1350,7 +1355,7 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
     kept = "" if fused or config.mlp_kernel == "triton" else f"KERNELS={config.kernels} chose the reference"
     # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %, others: not).
-    return pick(
+    return first_usable(
         run,
         "mlp",
         "MLP_KERNEL",
@@ -1364,7 +1369,7 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
 
 # === MODEL ===
-class Step(NamedTuple):
+class Visit(NamedTuple):
     """One visit of a layer."""
 
     layer: int  # whose weights
@@ -1374,7 +1379,7 @@ class Step(NamedTuple):
     kind: Literal["serial", "gptj", "two_lane"]
 
 
-def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
+def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
     """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
     once, again = range(config.num_layers), range(config.loop_start, config.loop_end + 1)
     repeats = config.num_loops if looped else 0
@@ -1390,19 +1395,19 @@ def make_route(config: Config, looped: bool) -> tuple[Step, ...]:
         )
 
     return tuple(
-        Step(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
+        Visit(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
         for i, layer in enumerate(order)
     )
 
 
-def show_route(route: tuple[Step, ...]) -> str:
+def show_route(route: tuple[Visit, ...]) -> str:
     """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
     words = [str(s.layer) + {"serial": "", "gptj": "+", "two_lane": "="}[s.kind] for s in route]
     half = sum(s.push for s in route)
     return " ".join([*words[:half], "|", *words[half:]])
 
 
-class Spec(NamedTuple):
+class ParameterSpec(NamedTuple):
     """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
 
     shape: tuple[int, ...]
@@ -1415,7 +1420,7 @@ class Spec(NamedTuple):
     layered: bool = True  # dim 0 counts layers
 
 
-def param_table(config: Config) -> dict[str, Spec]:
+def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
     c, layers, width = config, config.num_layers, config.model_dim
     kv, hidden = c.num_kv_heads * width // c.num_heads, int(c.mlp_mult * width)
@@ -1423,7 +1428,7 @@ def param_table(config: Config) -> dict[str, Spec]:
     zero, one, constant = nn.init.zeros_, nn.init.ones_, lambda v: lambda t: nn.init.constant_(t, v)
     orthogonal = lambda t: [nn.init.orthogonal_(matrix) for matrix in t]
     table = {
-        "embed": Spec(
+        "embed": ParameterSpec(
             (c.vocab_size, width),
             lambda t: nn.init.normal_(t, std=c.tied_embed_init_std),
             "embed",
@@ -1431,32 +1436,38 @@ def param_table(config: Config) -> dict[str, Spec]:
             (("tok_emb.weight", "head"),),
             False,
         ),
-        "qo": Spec(
+        "qo": ParameterSpec(
             (2 * layers, width, width),
             lambda t: (orthogonal(t[:layers]), zero(t[layers:])),
             "muon",
             "attn",
             (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o")),
         ),
-        "kv": Spec(
+        "kv": ParameterSpec(
             (2 * layers, kv, width),
             orthogonal,
             "muon",
             "attn",
             (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
         ),
-        "up": Spec((layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)),
-        "down": Spec((layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)),
-        "q_gain": Spec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
-        **dict.fromkeys(("attn_scale", "mlp_scale"), Spec((layers, width), one, "scalar", "fp16")),
-        "resid_mix": Spec((layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"),
-        "head_gate": Spec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
-        "skip_weights": Spec((skips, width), one, "scalar", "fp16", layered=False),
-        "skip_gates": Spec((skips, width), zero, "scalar", "fp16", layered=False),
-        "smear_w": Spec((1, c.gate_width or width), zero, "scalar", "fp16", layered=False),
-        "smear_lambda": Spec((1,), zero, "scalar", "fp16", layered=False),
-        "parallel_post_lambdas": Spec((layers, 2, 2), one, "scalar", "fp16"),
-        "parallel_resid_lambdas": Spec((layers, 2), constant(1.1), "scalar", "fp16"),
+        "up": ParameterSpec(
+            (layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)
+        ),
+        "down": ParameterSpec(
+            (layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)
+        ),
+        "q_gain": ParameterSpec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
+        **dict.fromkeys(("attn_scale", "mlp_scale"), ParameterSpec((layers, width), one, "scalar", "fp16")),
+        "resid_mix": ParameterSpec(
+            (layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"
+        ),
+        "head_gate": ParameterSpec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
+        "skip_weights": ParameterSpec((skips, width), one, "scalar", "fp16", layered=False),
+        "skip_gates": ParameterSpec((skips, width), zero, "scalar", "fp16", layered=False),
+        "smear_w": ParameterSpec((1, c.gate_width or width), zero, "scalar", "fp16", layered=False),
+        "smear_lambda": ParameterSpec((1,), zero, "scalar", "fp16", layered=False),
+        "parallel_post_lambdas": ParameterSpec((layers, 2, 2), one, "scalar", "fp16"),
+        "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
     lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
     used = {
@@ -1479,7 +1490,7 @@ class Matrix(NamedTuple):
     quantizer: str
 
 
-def matrices(table: dict[str, Spec]) -> list[Matrix]:
+def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
     for parameter, spec in table.items():
@@ -1554,10 +1565,10 @@ def pick_attention(config: Config, run: Run) -> Attend:
     order = {name: functools.partial(usable, name) for name in ("fa3", "fa2", "varlen")} | {
         "sdpa": lambda: attend_sdpa
     }
-    return pick(run, "attention", "ATTENTION", config.attention, order)
+    return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
-def norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor) -> Tensor:
     """RMS normalisation over the last dimension, without gain."""
     return F.rms_norm(x, (x.size(-1),))
 
@@ -1597,7 +1608,7 @@ class LoRA(nn.Module):
             read.uniform_(-(read.size(-1) ** -0.5), read.size(-1) ** -0.5, generator=generator)
             write.zero_()
 
-    def visits(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    def per_visit(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """site -> (A, B) of each visit, (documents, rank, in) and (documents, out, rank), in `dtype`, A scaled."""
         parts = lambda t: t.to(dtype).unbind(0)
         return {
@@ -1612,13 +1623,13 @@ class Hooks(NamedTuple):
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-    def adapt(self, site: str, step: Step, x: Tensor, y: Tensor) -> Tensor:
+    def adapt(self, site: str, step: Visit, x: Tensor, y: Tensor) -> Tensor:
         """y plus what the site's adapter makes of x on this visit, if there is one."""
         pairs = (self.lora or {}).get(site)
         return y if pairs is None else y + x @ pairs[step.slot][0].mT @ pairs[step.slot][1].mT
 
 
-HEAD = Step(0, 0, False, None, "serial")
+HEAD_VISIT = Visit(0, 0, False, None, "serial")
 
 
 class GPT(nn.Module):
@@ -1640,7 +1651,7 @@ class GPT(nn.Module):
             dtype,
             feed_forward,
         )
-        self.table, self.looped = param_table(config), False
+        self.table, self.looped = parameter_table(config), False
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
@@ -1667,7 +1678,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def matmul(
-        site: str, weight: Tensor, x: Tensor, step: Step, hooks: Hooks, adapt: Tensor | None = None
+        site: str, weight: Tensor, x: Tensor, step: Visit, hooks: Hooks, adapt: Tensor | None = None
     ) -> Tensor:
         """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` where that is not x itself."""
         y = F.linear(x, weight)
@@ -1679,7 +1690,7 @@ class GPT(nn.Module):
         self,
         x: Tensor,
         residual: Tensor,
-        step: Step,
+        step: Visit,
         banks: dict[str, Any],
         batch: Batch,
         rotation: tuple[Tensor, Tensor],
@@ -1692,8 +1703,8 @@ class GPT(nn.Module):
         k = self.matmul("k", banks["kv"][layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
         v = self.matmul("v", banks["kv"][c.num_layers + layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
         q, k = (
-            self.rotate(norm(q), rotation) * banks["q_gain"][layer][:, None],
-            self.rotate(norm(k), rotation),
+            self.rotate(rms_norm(q), rotation) * banks["q_gain"][layer][:, None],
+            self.rotate(rms_norm(k), rotation),
         )
         y = self.attend(q, k, v, batch.starts, batch.longest)
         if layer >= c.num_layers - c.xsa_last_n:
@@ -1708,7 +1719,7 @@ class GPT(nn.Module):
             y = y * (outside * torch.sigmoid(inside * opening))[..., None]
         return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
 
-    def mlp(self, x: Tensor, step: Step, banks: dict[str, Any], hooks: Hooks) -> Tensor:
+    def mlp(self, x: Tensor, step: Visit, banks: dict[str, Any], hooks: Hooks) -> Tensor:
         """LeakyReLU(x up^T, 1/2)^2 down^T, and an adapter's delta; in one unless calibration looks inside."""
         up, down = banks["up"][step.layer], banks["down"][step.layer]
         if not hooks.tap:
@@ -1719,7 +1730,7 @@ class GPT(nn.Module):
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         c, ids = self.config, batch.inputs
-        x = norm(F.embedding(ids, self.embed))
+        x = rms_norm(F.embedding(ids, self.embed))
         opens = torch.zeros(
             ids.size(1) + 1, dtype=torch.bool, device=ids.device
         )  # where a packed row starts a segment
@@ -1740,8 +1751,8 @@ class GPT(nn.Module):
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores, calibration and TTT."""
-        hooks = Hooks(tap, lora and lora.visits(self.dtype))
-        logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD, hooks).flatten(0, 1)
+        hooks = Hooks(tap, lora and lora.per_visit(self.dtype))
+        logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
         targets, cap = batch.targets.flatten(), self.config.logit_softcap
         fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
         return (fused if self.fused else softcapped_ce_reference)(logits, targets, cap).view_as(batch.targets)
@@ -1765,16 +1776,16 @@ class GPT(nn.Module):
                 lane = before if c.parallel_first_skip == "lane0" else x
             keep, mix = banks["resid_mix"][layer]
             read = keep * x + mix * x0
-            normed = norm(read) * depth
+            normed = rms_norm(read) * depth
             attended = banks["attn_scale"][layer] * self.attention(
                 normed, read, step, banks, batch, rotation, hooks
             )
             # The three kinds of residual differ in what the MLP reads and where the two outputs go.
             if step.kind == "serial":
                 read = read + attended
-                normed = norm(read) * depth
+                normed = rms_norm(read) * depth
             elif step.kind == "two_lane":
-                normed = norm(lane) * depth
+                normed = rms_norm(lane) * depth
             transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, hooks)
             if step.kind == "serial":
                 x = read + transformed
@@ -1788,7 +1799,7 @@ class GPT(nn.Module):
                 )
             if step.push:
                 skips.append(x)
-        return norm(x if lane is None else 0.5 * (x + lane))
+        return rms_norm(x if lane is None else 0.5 * (x + lane))
 
 
 # === OPTIMIZERS ===
@@ -1852,16 +1863,16 @@ class Muon:
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
         self.dtype, self.shards, self.momenta, self.pending = run.dtype, {}, {}, {}
         for name, bank in self.banks.items():
-            count = -(-len(bank) // run.world)
+            count = -(-len(bank) // run.world_size)
             self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
 
     def reduce(self) -> None:
         """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
         for name, bank in self.banks.items():
             self.shards[name] = gradient = bank.grad.to(self.dtype)
-            if self.run.world > 1:
-                padded = gradient.new_zeros((len(self.momenta[name]) * self.run.world, *bank.shape[1:]))
-                padded[: len(bank)] = gradient / self.run.world
+            if self.run.world_size > 1:
+                padded = gradient.new_zeros((len(self.momenta[name]) * self.run.world_size, *bank.shape[1:]))
+                padded[: len(bank)] = gradient / self.run.world_size
                 self.shards[name] = torch.empty_like(self.momenta[name])
                 self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
 
@@ -1889,9 +1900,9 @@ class Muon:
 
     def gather(self, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """The shards of all ranks as one tensor, and how to wait for it."""
-        if self.run.world == 1:
+        if self.run.world_size == 1:
             return shard, lambda: None
-        whole = shard.new_empty((len(shard) * self.run.world, *shard.shape[1:]))
+        whole = shard.new_empty((len(shard) * self.run.world_size, *shard.shape[1:]))
         return whole, all_gather(whole, shard.contiguous(), async_op=True).wait
 
     @staticmethod
@@ -1938,7 +1949,7 @@ class Optimizers:
 
     def step(self, rate_scale: float, momentum: float, decay: float) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
-        c, world = self.run.config, self.run.world
+        c, world = self.run.config, self.run.world_size
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
                 parameter.grad = torch.zeros_like(parameter)
@@ -1947,7 +1958,7 @@ class Optimizers:
         self.muon.reduce()
         for dtype in {p.dtype for p in self.replicated} if world > 1 else ():  # one flat all-reduce each
             gradients = [p.grad for p in self.replicated if p.dtype == dtype]
-            flat = self.run.sum(torch.cat([g.flatten() for g in gradients]) / world)
+            flat = self.run.sum_over_ranks(torch.cat([g.flatten() for g in gradients]) / world)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
         scale = None
@@ -1956,7 +1967,9 @@ class Optimizers:
                 handle.wait()
             self.muon.pending.clear()
             norms = lambda tensors: sum(tensor.float().square().sum() for tensor in tensors)
-            square = self.run.sum(norms(self.muon.shards.values())) + norms(p.grad for p in self.replicated)
+            square = self.run.sum_over_ranks(norms(self.muon.shards.values())) + norms(
+                p.grad for p in self.replicated
+            )
             scale = (c.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([p.grad for p in self.replicated], scale)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
@@ -1977,20 +1990,20 @@ class Optimizers:
 
 
 @torch.no_grad()
-def move_average(average: dict[str, Tensor], model: GPT, decay: float) -> None:
+def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     """Move the fp32 `average` of all parameters towards the live ones by 1 - decay, in two fused calls (#1585)."""
     torch._foreach_mul_(list(average.values()), decay)
     live = [model.get_parameter(name).detach().float() for name in average]
     torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
 
 
-def rate_scale(config: Config, progress: float) -> float:
+def learning_rate_scale(config: Config, progress: float) -> float:
     """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
     warmdown = config.warmdown_frac
     return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
 
 
-def matrix_decay(config: Config, progress: float) -> float:
+def muon_weight_decay(config: Config, progress: float) -> float:
     """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
     taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
     return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
@@ -2007,29 +2020,29 @@ def muon_momentum(config: Config, step: int) -> float:
 # delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that the file is full. Going
 # down a column, the state of a trellis gives the parity of each integer: only integer >> 1 is coded.
 
-TRELLISES = {
+TRELLIS_POLYNOMIALS = {
     8: (0o13, 0o4),
     64: (0o103, 0o24),
     256: (0o515, 0o362),
 }  # parity polynomials of Ungerboeck's codes
-OCTAVE = 8  # steps are 2^(n/OCTAVE)
-POWERS, RATE = (
+STEPS_PER_OCTAVE = 8  # steps are 2^(n/OCTAVE)
+SENSITIVITY_POWERS, BIT_PRICE = (
     (1.0, 1.0, 1.0),
     0.5,
 )  # of the sensitivities between matrices, of rows, of columns; weight of the bits
-SYMBOLS, CLASSES, GAIN, LIMIT, MASK = (
+SYMBOLS, SIZE_CLASSES, COUNT_GAIN, COUNT_LIMIT, INTERVAL_MASK = (
     256,
     40,
     32,
     1 << 18,
     (1 << 56) - 1,
 )  # of the entropy coder: counts, interval
-compiled = numba.njit(
+numba_jit = numba.njit(
     nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename)
 )  # packed: it has no file
 
 
-def spread(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
+def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
     """[work(job)] on as many threads as there are cores, or on `threads`."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return list(pool.map(work, jobs))
@@ -2056,7 +2069,11 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number changes
     nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher diagonal (SDClip: 0)."""
-    c, cap, keys = run.config, run.config.logit_softcap, {m.key: m.parameter for m in matrices(model.table)}
+    c, cap, keys = (
+        run.config,
+        run.config.logit_softcap,
+        {m.key: m.parameter for m in list_matrices(model.table)},
+    )
     rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
     part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
     count, tokens = c.gptq_calibration_batches * rows // part, part * c.train_seq_len
@@ -2079,7 +2096,7 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
             batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
 
     with torch.set_grad_enabled(sensitive):
-        for index in run.track("calibration", range(run.rank, count, run.world)):
+        for index in run.progress("calibration", range(run.rank, count, run.world_size)):
             generator = torch.Generator(run.device).manual_seed(index)
             batch = to_device(loader.get(index // STREAMS, index % STREAMS), run)
             batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
@@ -2087,10 +2104,13 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
             if sensitive:
                 loss.backward()
     model.zero_grad()
-    return {key: tuple(run.sum(total) / (tokens * count) for total in pair) for key, pair in sums.items()}
+    return {
+        key: tuple(run.sum_over_ranks(total) / (tokens * count) for total in pair)
+        for key, pair in sums.items()
+    }
 
 
-class Plan(NamedTuple):
+class RoundingProblem(NamedTuple):
     """A matrix ready to be rounded."""
 
     weight: Tensor  # fp32 (R, C)
@@ -2100,9 +2120,9 @@ class Plan(NamedTuple):
     columns: np.ndarray  # int32 (C,)
 
 
-def plan(
+def rounding_problem(
     weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]
-) -> Plan:
+) -> RoundingProblem:
     """Steps by reverse water-filling: outputs^(-1/2) times the diagonal of GPTQ's factor, to powers. The first of the
     `powers` is for the geometric means of whole matrices, the others for rows and columns within."""
     inputs, outputs = inputs.double().cpu().clone(), outputs.double().cpu()
@@ -2118,14 +2138,14 @@ def plan(
     column = torch.log2(factor.diagonal())[torch.argsort(order)]
     level, bend = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
     exponents = (powers[0] * level + bend(row, powers[1]), bend(column, powers[2]))
-    rows, columns = ((OCTAVE * x).round().int().numpy() for x in exponents)
-    return Plan(weight, order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
+    rows, columns = ((STEPS_PER_OCTAVE * x).round().int().numpy() for x in exponents)
+    return RoundingProblem(weight, order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
 
 
-def steps(rows: np.ndarray, columns: np.ndarray, delta: float) -> np.ndarray:
+def step_sizes(rows: np.ndarray, columns: np.ndarray, delta: float) -> np.ndarray:
     """The fp32 step delta 2^(row/8) 2^(column/8) of every weight (R, C), the same bits on every machine."""
-    roots = np.array([2.0 ** (n / OCTAVE) for n in range(OCTAVE)], np.float32)
-    scale = lambda n: np.ldexp(roots[n % OCTAVE], n // OCTAVE).astype(np.float32)
+    roots = np.array([2.0 ** (n / STEPS_PER_OCTAVE) for n in range(STEPS_PER_OCTAVE)], np.float32)
+    scale = lambda n: np.ldexp(roots[n % STEPS_PER_OCTAVE], n // STEPS_PER_OCTAVE).astype(np.float32)
     return (np.float32(delta) * scale(rows))[:, None] * scale(columns)
 
 
@@ -2133,12 +2153,12 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
     """(S, 2) state after s by the integer's second bit (its first is s & 1), (2, S) state before; of 0 states: none."""
     if states == 0:
         return np.zeros((1, 2), np.int64), np.zeros((2, 0), np.uint8)
-    (h0, h1), s, bit = TRELLISES[states], np.arange(states)[:, None], np.arange(2)
+    (h0, h1), s, bit = TRELLIS_POLYNOMIALS[states], np.arange(states)[:, None], np.arange(2)
     after = (s >> 1) ^ (h0 >> 1) * (s & 1) ^ (h1 >> 1) * bit
     return after, np.argsort(after, axis=0).T.astype(np.uint8)  # column `bit` of `after` is a permutation
 
 
-@compiled
+@numba_jit
 def viterbi(goal, price, before):
     """Integers (R,) on a trellis path from state 0 with the least sum of price (goal - integer)^2, all fp32 (R,)."""
     rows, states = len(goal), before.shape[1]
@@ -2167,7 +2187,7 @@ def viterbi(goal, price, before):
     return integers
 
 
-@compiled
+@numba_jit
 def round_columns(w, step, factor, price, before, largest):
     """Integers (C, R) of the columns w (C, R) in turn, the error of one going to the later ones; the errors stay in w.
     No BLAS: its sums depend on the number of threads."""
@@ -2189,7 +2209,7 @@ def round_columns(w, step, factor, price, before, largest):
 
 
 def round_matrix(
-    p: Plan, step: np.ndarray, states: int, rate: float = 0.0, largest: int = 1 << 30
+    p: RoundingProblem, step: np.ndarray, states: int, rate: float = 0.0, largest: int = 1 << 30
 ) -> np.ndarray:
     """Integers int32 (R, C), so that integers*step has little error under the inputs: column by column, the error of
     one goes to those not yet rounded (GPTQ). `rate` is how much of the price of its bits an integer pays: in units of
@@ -2217,13 +2237,13 @@ class Quantized(NamedTuple):
         """The fp32 tensor this stands for."""
         if self.delta is not None:
             rows, columns = np.split(self.scales.numpy(), [len(self.values)])
-            return self.values * torch.from_numpy(steps(rows, columns, self.delta.item()))
+            return self.values * torch.from_numpy(step_sizes(rows, columns, self.delta.item()))
         return (
             self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
         )
 
 
-def round_clipped(p: Plan, sigmas: float, bits: int) -> Quantized:
+def round_clipped(p: RoundingProblem, sigmas: float, bits: int) -> Quantized:
     """int8 integers of at most `bits` bits and fp16 row steps: `sigmas` standard deviations of the row over the largest
     integer, what lies beyond is clipped (SDClip, #1394)."""
     largest = 2 ** (bits - 1) - 1
@@ -2232,12 +2252,12 @@ def round_clipped(p: Plan, sigmas: float, bits: int) -> Quantized:
     return Quantized(torch.from_numpy(integers.astype(np.int8)), scales)
 
 
-def round_all(
-    plans: dict[str, Plan], delta: float, states: int, rate: float, threads: int = 0
+def round_matrices(
+    plans: dict[str, RoundingProblem], delta: float, states: int, rate: float, threads: int = 0
 ) -> dict[str, Quantized]:
     """Every matrix on its trellis with steps of `delta`, the same for any number of threads."""
-    integers = spread(
-        lambda p: round_matrix(p, steps(p.rows, p.columns, delta), states, rate), plans.values(), threads
+    integers = parallel_map(
+        lambda p: round_matrix(p, step_sizes(p.rows, p.columns, delta), states, rate), plans.values(), threads
     )
     parts = lambda p, m: (
         torch.from_numpy(m),
@@ -2247,14 +2267,14 @@ def round_all(
     return {name: Quantized(*parts(p, m)) for (name, p), m in zip(plans.items(), integers, strict=True)}
 
 
-def guess_delta(plans: dict[str, Plan], goal: float, states: int) -> float:
+def guess_delta(plans: dict[str, RoundingProblem], goal: float, states: int) -> float:
     """The delta that makes about `goal` bytes: a Gaussian of deviation s costs log2(s/step) + 2.05 bits."""
     bits = [
         p.weight.numel()
         * (
             2.05
             - (states > 0)
-            - (p.rows.mean() + p.columns.mean()) / OCTAVE
+            - (p.rows.mean() + p.columns.mean()) / STEPS_PER_OCTAVE
             + float(torch.log2(p.weight.std() + 1e-9))
         )
         for p in plans.values()
@@ -2282,7 +2302,7 @@ def fit_delta(
 
 def quantize(
     run: Run,
-    table: dict[str, Spec],
+    table: dict[str, ParameterSpec],
     weights: dict[str, Tensor],
     goal: int,
     looped: bool,
@@ -2290,16 +2310,18 @@ def quantize(
 ) -> dict[str, Quantized]:
     """Every tensor of `weights` as the artifact holds it, by flat name in table order; rate_distortion makes a file of
     `goal` bytes. Rank 0 only: the matrices are spread over its threads."""
-    c, todo = run.config, matrices(table)
+    c, todo = run.config, list_matrices(table)
     small = {
         name: Quantized(weights[name].half().cpu())
         for name, spec in table.items()
         if spec.quantizer == "fp16"
     }
     pick = lambda m: weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
-    powers = POWERS if c.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+    powers = SENSITIVITY_POWERS if c.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
     try:
-        made = spread(lambda m: plan(pick(m), *moments[m.key], c.gptq_dampening, powers), todo)
+        made = parallel_map(
+            lambda m: rounding_problem(pick(m), *moments[m.key], c.gptq_dampening, powers), todo
+        )
     except torch.linalg.LinAlgError:
         raise Stop(
             f"GPTQ_DAMPENING={c.gptq_dampening}: the second moments of a matrix's inputs are not positive "
@@ -2307,23 +2329,23 @@ def quantize(
         ) from None
     plans = {m.name: p for m, p in zip(todo, made, strict=True)}
     if c.quantizer == "sdclip":
-        rounded = spread(lambda m: round_clipped(plans[m.name], *clip_and_bits(c, m.quantizer)), todo)
+        rounded = parallel_map(lambda m: round_clipped(plans[m.name], *clip_and_bits(c, m.quantizer)), todo)
         return dict(zip(plans, rounded, strict=True)) | small
     count, found = sum(p.weight.numel() for p in plans.values()), {}
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
 
     def size_of(delta: float) -> int:
-        found[delta] = round_all(plans, delta, c.trellis_states, RATE) | small
+        found[delta] = round_matrices(plans, delta, c.trellis_states, BIT_PRICE) | small
         return len(encode_artifact(c, found[delta], looped))
 
     return found[fit_delta(guess_delta(plans, goal, c.trellis_states), goal, count / 8, size_of, run.log)]
 
 
-def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
     """The fp32 parameters, banks put together again, from the tensors of an artifact."""
     weights = {name: tensors[name].restore() for name, spec in table.items() if spec.quantizer == "fp16"}
     parts: dict[str, list[Tensor]] = {}
-    for m in matrices(table):
+    for m in list_matrices(table):
         parts.setdefault(m.parameter, []).append(tensors[m.name].restore())
     return weights | {
         name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()
@@ -2335,7 +2357,7 @@ def assemble(table: dict[str, Spec], tensors: dict[str, Quantized]) -> dict[str,
 ARTIFACT_MAGIC, ARTIFACT_HEADER = b"GOLFPAK2", struct.Struct("<8s8sIQ32s")
 
 
-@compiled
+@numba_jit
 def code_symbol(symbol, counts, coder, buffer, decoding):
     """Code one symbol by its `counts`, the last of which is their sum, and count it; `coder` is low, span, position."""
     unit, start, s = coder[1] // counts[SYMBOLS], 0, 0
@@ -2344,30 +2366,30 @@ def code_symbol(symbol, counts, coder, buffer, decoding):
         s += 1
     coder[0] += -start * unit if decoding else start * unit
     coder[1] = unit * counts[s]
-    if coder[0] > MASK:
+    if coder[0] > INTERVAL_MASK:
         place = coder[2] - 1
         while buffer[place] == 255:  # a carry
             buffer[place] = 0
             place -= 1
         buffer[place] += 1
-        coder[0] &= MASK
-    while coder[1] <= MASK >> 8:
+        coder[0] &= INTERVAL_MASK
+    while coder[1] <= INTERVAL_MASK >> 8:
         if decoding:
             coder[0] = coder[0] << 8 | buffer[coder[2]]
         else:
             buffer[coder[2]] = coder[0] >> 48
-            coder[0] = coder[0] << 8 & MASK
+            coder[0] = coder[0] << 8 & INTERVAL_MASK
         coder[1] <<= 8
         coder[2] += 1
-    counts[s] += GAIN
-    counts[SYMBOLS] += GAIN
-    if counts[SYMBOLS] > LIMIT:
+    counts[s] += COUNT_GAIN
+    counts[SYMBOLS] += COUNT_GAIN
+    if counts[SYMBOLS] > COUNT_LIMIT:
         counts[:SYMBOLS] = (counts[:SYMBOLS] + 1) >> 1
         counts[SYMBOLS] = counts[:SYMBOLS].sum()
     return s
 
 
-@compiled
+@numba_jit
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
     """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
     (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, its row's mean times its
@@ -2383,7 +2405,7 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
                 while size >= 8:  # quarters of an octave
                     size >>= 1
                     context += 4
-                context = min(context + max(size - 4, 0), CLASSES - 1) + odd * CLASSES
+                context = min(context + max(size - 4, 0), SIZE_CLASSES - 1) + odd * SIZE_CLASSES
                 k = np.int64(values[place]) >> halving
                 rest = k << 1 if k >= 0 else ~k << 1 | 1  # 0, -1, 1, -2, 2 ...
                 index = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
@@ -2391,7 +2413,7 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
                     index = 0
                     for i in range(0, 32, 8):
                         byte = code_symbol(
-                            rest >> i & 255, counts[2 * CLASSES + i // 8], coder, buffer, decoding
+                            rest >> i & 255, counts[2 * SIZE_CLASSES + i // 8], coder, buffer, decoding
                         )
                         index |= byte << i
                 k = index >> 1 ^ -(index & 1)
@@ -2406,11 +2428,11 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
         begin += rows * columns
 
 
-def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
+def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
     """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
     values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
     # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
-    mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(CLASSES)]), np.arange(SYMBOLS)
+    mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(SIZE_CLASSES)]), np.arange(SYMBOLS)
     decay = itertools.accumulate(
         range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40)
     )
@@ -2419,12 +2441,14 @@ def code(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> 
         .transpose(0, 2, 1)
         .reshape(-1, SYMBOLS)
     )
-    counts = np.ones((2 * CLASSES + 4, SYMBOLS + 1), np.int64)
-    counts[: 2 * CLASSES, :SYMBOLS] += 128 * GAIN * weight // weight.sum(1, keepdims=True)
+    counts = np.ones((2 * SIZE_CLASSES + 4, SYMBOLS + 1), np.int64)
+    counts[: 2 * SIZE_CLASSES, :SYMBOLS] += 128 * COUNT_GAIN * weight // weight.sum(1, keepdims=True)
     counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
     buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
     coder = np.array(
-        [0, MASK + 1, 0] if data is None else [int.from_bytes(buffer[:7].tobytes(), "big"), MASK + 1, 7]
+        [0, INTERVAL_MASK + 1, 0]
+        if data is None
+        else [int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7]
     )
     code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
     for m, part in zip(matrices, np.split(values, np.cumsum(shapes.prod(1))[:-1]), strict=True):
@@ -2445,7 +2469,9 @@ def code_stream(parts: list[Tensor], compressor: str, states: int, data: bytes |
     """One stream of the artifact; with `data`, its parts are filled from it. int32 goes through `code` (matrices lie on
     trellis paths, vectors do not), the rest through `compressor`, all low bytes before all high ones: these repeat."""
     if parts[0].dtype == torch.int32:
-        return code([part.view(len(part), -1).numpy() for part in parts], states * (parts[0].dim() > 1), data)
+        return code_matrices(
+            [part.view(len(part), -1).numpy() for part in parts], states * (parts[0].dim() > 1), data
+        )
     planes = lambda part: part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
     if data is None:
         return compress(b"".join(planes(part).tobytes() for part in parts), compressor)
@@ -2477,7 +2503,7 @@ def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool)
         for stream, part in streams_of(name, tensor):
             streams.setdefault(stream, []).append(part)
     coder, states = config.compressor, config.trellis_states
-    packed = spread(
+    packed = parallel_map(
         lambda parts: code_stream(parts, coder, states), streams.values()
     )  # coders run without the lock
     what = lambda part: [str(part.dtype).removeprefix("torch."), list(part.shape)]
@@ -2522,7 +2548,7 @@ def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], s
     for stream, size in manifest["streams"]:
         jobs.append((streams[stream], coder.decode(), manifest["states"], data[end : end + size]))
         end += size
-    spread(lambda job: code_stream(*job), jobs)
+    parallel_map(lambda job: code_stream(*job), jobs)
     return manifest, tensors, hashlib.sha256(data).hexdigest()
 
 
@@ -2576,7 +2602,7 @@ def pack_source(source: str) -> tuple[str, str]:
 
 
 # === EVALUATE ===
-def windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
+def plan_windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
     """(W, 3) int64 rows (first input, end of the targets, first target to score): every target 1..length-1 is scored
     once, `first` by the first window (0: as many as it sees), `stride` by each later one, with <= `context` inputs."""
     first = first or context
@@ -2621,13 +2647,13 @@ class Tally:
     def require(self, first: int, last: int) -> None:
         """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
         stop_if(
-            (self.run.sum(self.times[first : last + 1].clone()) != 1).any(),
+            (self.run.sum_over_ranks(self.times[first : last + 1].clone()) != 1).any(),
             f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug",
         )
 
     def total(self, stage: str) -> Score:
         """The sums over all ranks; Stop if a target was left out or scored twice."""
-        self.run.sum(self.nats), self.run.sum(self.times)
+        self.run.sum_over_ranks(self.nats), self.run.sum_over_ranks(self.times)
         wrong = int((self.times[1:] != 1).sum())
         stop_if(wrong, f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
         return Score(
@@ -2643,7 +2669,7 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
     facts = {"val_loss": result.loss, "val_bpb": result.bpb, "tokens": result.tokens, "bytes": result.bytes}
     run.metric("score", stage=stage, seconds=seconds, **facts)
     run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
-    if run.main and len(documents := find_documents(validation.tokens)):
+    if run.is_main and len(documents := find_documents(validation.tokens)):
         sizes, nats = documents[:, 1] - documents[:, 0] - 1, tally.nats[1:].double().cpu().numpy()
         octave = np.log2(np.arange(1, len(nats) + 1) - np.repeat(documents[:, 0], sizes)).astype(
             int
@@ -2680,8 +2706,8 @@ def window_batch(
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
     """Score the targets of the windows `plan`, split over the ranks."""
     c, rows = run.config, max(1, run.config.val_batch_tokens // STREAMS // run.config.eval_seq_len)
-    plan = plan[len(plan) * run.rank // run.world : len(plan) * (run.rank + 1) // run.world]
-    for first in run.track("windows", range(0, len(plan), rows)):
+    plan = plan[len(plan) * run.rank // run.world_size : len(plan) * (run.rank + 1) // run.world_size]
+    for first in run.progress("windows", range(0, len(plan), rows)):
         batch, chosen, places = window_batch(
             tally.validation.tokens, plan[first : first + rows], rows, c.eval_seq_len, c.loader == "packed"
         )
@@ -2689,12 +2715,14 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         tally.add(losses[chosen.to(run.device)], places.to(run.device))
 
 
-def slide(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
+def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
     """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
-    score_windows(run, forward, tally, windows(len(tally.validation.tokens), run.config.eval_seq_len, stride))
+    score_windows(
+        run, forward, tally, plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
+    )
 
 
-def cosine(place: int, count: int) -> float:
+def cosine_decay(place: int, count: int) -> float:
     """1 at place 0, falling to 0 at place count - 1 along half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * place / max(count - 1, 1)))
 
@@ -2747,13 +2775,13 @@ class Learner:
             group["lr"] = rate
         size = self.batch_seqs * (STREAMS if self.shared else 1)
         for rows in [plan[i : i + size] for i in range(0, len(plan), size)] * epochs:
-            mine = rows[run.rank :: run.world] if self.shared else rows
+            mine = rows[run.rank :: run.world_size] if self.shared else rows
             if len(mine):  # else this rank only takes part in the sum
                 batch = to_device(window_batch(tokens, mine, len(mine), length, self.packed)[0], run)
                 (self.model(batch).sum() / (len(rows) * length)).backward()
             self.step()
         before, self.weights = self.weights, hash_weights(self.model)
-        run.note("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
+        run.ledger("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -2761,7 +2789,7 @@ class Learner:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self.shared:
-                self.run.sum(parameter.grad)
+                self.run.sum_over_ranks(parameter.grad)
         for parameter, rows in self.frozen:
             parameter.grad[rows] = 0
         nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
@@ -2776,7 +2804,7 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
     """Chunk by chunk but the last: score its targets in sliding windows, then train all weights on it (#1413, #1493). A
     window belongs to the chunk of the first target that it scores, so all of a chunk are scored before it is learnt."""
     c, tokens, size = run.config, tally.validation.tokens, run.config.ttt_chunk_tokens
-    plan = windows(len(tokens), c.eval_seq_len, c.eval_stride)
+    plan = plan_windows(len(tokens), c.eval_seq_len, c.eval_stride)
     chunk_of = (plan[:, 2] - 1) // size
     count = int(chunk_of[-1]) + 1
     optimizer = (
@@ -2785,13 +2813,13 @@ def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: T
         else torch.optim.SGD(model.parameters(), momentum=c.ttt_momentum)
     )
     learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks)
-    for chunk in run.track("val:ttt chunks", range(count)):
+    for chunk in run.progress("val:ttt chunks", range(count)):
         score_windows(run, forward, tally, plan[chunk_of == chunk])
-        run.note("scored", chunk=chunk, weights=learner.weights)
+        run.ledger("scored", chunk=chunk, weights=learner.weights)
         if chunk + 1 < count:
             tally.require(chunk * size + 1, (chunk + 1) * size)
             learner.learn(
-                tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine(chunk, count), c.ttt_epochs
+                tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine_decay(chunk, count), c.ttt_epochs
             )
 
 
@@ -2804,7 +2832,7 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
     return np.stack([starts, ends], 1)[ends - starts > 1]
 
 
-def plan_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
+def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
     """Per phase, the batches of document numbers in the order of scoring, longest first (#1530, #1626). Phase p ends at
     PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for any number of ranks."""
     order, size = np.argsort(lengths, kind="stable"), config.ttt_batch_size
@@ -2831,7 +2859,9 @@ def adapt_documents(
         c.ttt_weight_decay,
         fused=run.is_cuda,
     )
-    plans = [windows(b - a, c.ttt_eval_seq_len, c.ttt_chunk_size, c.ttt_chunk_size) + a for a, b in documents]
+    plans = [
+        plan_windows(b - a, c.ttt_eval_seq_len, c.ttt_chunk_size, c.ttt_chunk_size) + a for a, b in documents
+    ]
     for chunk in range(max(map(len, plans))):
         plan = np.stack([rows[chunk] if chunk < len(rows) else np.zeros(3, np.int64) for rows in plans])
         context = int((plan[:, 1] - plan[:, 0]).max()) - 1
@@ -2867,7 +2897,7 @@ def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndar
     count = -(-(len(text) - 1) // size)
     for chunk in range(count - 1):
         rate = (
-            c.global_ttt_lr * cosine(chunk - ramp, count - ramp)
+            c.global_ttt_lr * cosine_decay(chunk - ramp, count - ramp)
             if chunk >= ramp
             else c.global_ttt_warmup_start_lr
             + (c.global_ttt_lr - c.global_ttt_warmup_start_lr) * chunk / ramp
@@ -2879,10 +2909,10 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     """Score documents with adapters of their own; between phases all weights learn the shortest scored (#1626)."""
     c, tokens = run.config, tally.validation.tokens
     documents = find_documents(tokens)
-    phases, done, number = plan_documents(c, documents[:, 1] - documents[:, 0]), [], 0
+    phases, done, number = schedule_documents(c, documents[:, 1] - documents[:, 0]), [], 0
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        for place, batch in enumerate(run.track(f"val:ttt phase {phase + 1}", batches)):
+        for place, batch in enumerate(run.progress(f"val:ttt phase {phase + 1}", batches)):
             turn = place % (
                 2 * STREAMS
             )  # dealt back and forth, so that no stream gets the longest of every round
@@ -2890,7 +2920,7 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
                 adapt_documents(run, forward, tally, documents[batch], seed=number + place)
             done.append(batch)
         number += len(batches)
-        run.note("scored", phase=phase, documents=sum(map(len, done)), weights=hash_weights(model))
+        run.ledger("scored", phase=phase, documents=sum(map(len, done)), weights=hash_weights(model))
         if phase + 1 < len(phases):
             prefix = np.concatenate(done[::-1])[
                 : c.phased_ttt_prefix_docs * (phase + 1) // c.phased_ttt_num_phases
@@ -2912,13 +2942,13 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
     freeze = c.prequant_ttt_freeze_blocks
     learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), freeze, shared=False)
     average = [parameter.detach().clone() for parameter in learner.parameters]
-    for epoch in run.track("prequant_ttt", range(c.prequant_ttt_epochs)):
-        rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine(epoch, c.prequant_ttt_epochs + 1))
-        for first in range(run.rank * size, len(tokens) - 1, run.world * size):
+    for epoch in run.progress("prequant_ttt", range(c.prequant_ttt_epochs)):
+        rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine_decay(epoch, c.prequant_ttt_epochs + 1))
+        for first in range(run.rank * size, len(tokens) - 1, run.world_size * size):
             learner.learn(tokens, first, min(first + size, len(tokens) - 1), rate)
         with torch.no_grad():
             for parameter, mean in zip(learner.parameters, average, strict=True):
-                run.sum(parameter.data).div_(run.world)
+                run.sum_over_ranks(parameter.data).div_(run.world_size)
                 mean.lerp_(parameter, 1 - c.ttt_ema_decay if c.ttt_ema_enabled else 1.0)
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
@@ -2959,7 +2989,7 @@ def build(run: Run) -> Built:
     for looped in (False, True) if c.num_loops else (False,):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
     run.log(
-        f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(matrices(model.table))}"
+        f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(list_matrices(model.table))}"
     )
     return Built(model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled)
 
@@ -2979,16 +3009,18 @@ def train_step(
         loss = forward(batch).mean() / len(batches)
         loss.backward()
         total += loss.detach()
-    optimizers.step(rate_scale(c, progress), muon_momentum(c, step), matrix_decay(c, progress))
+    optimizers.step(learning_rate_scale(c, progress), muon_momentum(c, step), muon_weight_decay(c, progress))
     return total
 
 
-def agree(run: Run, waiting: list, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
+def agree_on_progress(
+    run: Run, waiting: list, elapsed: float, loss: Tensor, late: bool
+) -> tuple[float, bool]:
     """(most elapsed seconds, is a loss not finite) over ranks; if `late`, a GPU's of a step before, from `waiting`."""
     facts = torch.stack(
         [torch.tensor(elapsed, dtype=torch.float64, device=run.device), (~loss.isfinite()).double()]
     )
-    if run.world > 1:
+    if run.world_size > 1:
         dist.all_reduce(facts, dist.ReduceOp.MAX)
     if run.is_cuda:
         waiting.append((torch.empty(2, dtype=torch.float64, pin_memory=True), torch.cuda.Event()))
@@ -3021,7 +3053,7 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
         raise Stop(
             f"{path}: cannot be read ({type(error).__name__}); delete it or choose another RUN_ID"
         ) from None
-    different = differences(settings, run.config.chosen("training"))
+    different = describe_differences(settings, run.config.chosen("training"))
     stop_if(
         different, f"{path}: made with other settings ({different}); set them back or choose another RUN_ID"
     )
@@ -3096,19 +3128,21 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         "unique_graphs"
     ]  # torch.compile makes one per shape
     first, elapsed, start, ready = step, before, run.now(), graphs()
-    run.note("train_clock_start", seconds=before)
+    run.ledger("train_clock_start", seconds=before)
     if validation:
-        run.note("validation_read")
+        run.ledger("validation_read")
     while step < c.iterations and elapsed < budget:
         progress = step / c.iterations if c.schedule == "steps" else elapsed / budget
         if not model.looped and c.num_loops and progress >= c.enable_looping_at:
             model.looped = True
             run.log(f"loops on at step {step} after {elapsed:.1f}s")
         loss = train_step(run, forward, optimizers, feed.get(step), progress, step)
-        move_average(average, model, c.ema_decay)
+        update_ema(average, model, c.ema_decay)
         step += 1
         checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
-        elapsed, broken = agree(run, waiting, before + time.monotonic() - start, loss, late=not checkpoint)
+        elapsed, broken = agree_on_progress(
+            run, waiting, before + time.monotonic() - start, loss, late=not checkpoint
+        )
         stop_if(
             broken,
             f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
@@ -3116,9 +3150,9 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         )
         if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
             mean, here, rate = (
-                run.sum(loss.double()).item() / run.world,
+                run.sum_over_ranks(loss.double()).item() / run.world_size,
                 run.now() - start,
-                rate_scale(c, progress),
+                learning_rate_scale(c, progress),
             )
             seconds, each = before + here, here / (step - first)  # the average is of this process
             left, speed = (
@@ -3133,7 +3167,9 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             run.metric("train", step=step, train_loss=mean, rate=rate, **times)
         if validation and step % c.val_loss_every == 0:
             paused, made = run.now(), graphs()
-            measure(run, validation, f"step{step}", functools.partial(slide, run, forward, c.eval_seq_len))
+            measure(
+                run, validation, f"step{step}", functools.partial(score_sliding, run, forward, c.eval_seq_len)
+            )
             start, ready = start + run.now() - paused, ready + graphs() - made
         if checkpoint:
             content = {
@@ -3146,7 +3182,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             }
             writing.result()
             save = functools.partial(torch.save, content)
-            writing = writer.submit(write_atomically, path, save) if run.main else writing
+            writing = writer.submit(write_atomically, path, save) if run.is_main else writing
     seconds = before + run.now() - start
     writing.result()
     kib = (
@@ -3154,7 +3190,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         if run.is_cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     )
-    late = int(run.sum(torch.tensor(graphs() - ready, device=run.device)))
+    late = int(run.sum_over_ranks(torch.tensor(graphs() - ready, device=run.device)))
     facts = {
         "steps": step,
         "train_seconds": seconds,
@@ -3176,7 +3212,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
         "looped": model.looped,
         "average": to_cpu(average),
     }
-    run.guarded(lambda: write_atomically(path, functools.partial(torch.save, content)))
+    run.on_main_rank(lambda: write_atomically(path, functools.partial(torch.save, content)))
     record_stage(run, "train", facts)
 
 
@@ -3184,7 +3220,7 @@ def train(run: Run, data: Dataset, built: Built) -> None:
 def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     """Keep the facts of a finished stage in stages.json, from which summary.json is made. Rank 0 only."""
     run.metric(stage, **facts)
-    if run.main:
+    if run.is_main:
         path = run.folder / "stages.json"
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
@@ -3201,8 +3237,8 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     model.looped = saved["looped"]
     if c.prequant_ttt_enabled:
         begin, validation = run.now(), load_validation(data)
-        run.note("validation_read")
-        plain = functools.partial(slide, run, model, c.eval_seq_len)
+        run.ledger("validation_read")
+        plain = functools.partial(score_sliding, run, model, c.eval_seq_len)
         before = measure(run, validation, "before prequant_ttt", plain)
         prequant_ttt(run, model, validation)
         after = measure(run, validation, "prequant_ttt", plain)
@@ -3214,7 +3250,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         )
     times, moments = [run.now()], collect_moments(run, model, data)
     times.append(run.now())
-    run.note("train_read_last")
+    run.ledger("train_read_last")
 
     def seal() -> dict[str, Any]:
         packed, how = pack_source(Path(__file__).read_text())
@@ -3225,7 +3261,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         tensors = quantize(run, model.table, weights, goal, model.looped, moments)
         times.append(run.now())
         size, digest = seal_artifact(run, tensors, model.looped)
-        run.note("artifact_sealed", sha256=digest)
+        run.ledger("artifact_sealed", sha256=digest)
         hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
         code, count = len(packed.encode()), sum(t.scales is not None for t in tensors.values())
         run.log(
@@ -3249,7 +3285,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
             "budgeted_seconds": saved["train_seconds"] + hessian,
         }
 
-    record_stage(run, "quantize", run.guarded(seal))
+    record_stage(run, "quantize", run.on_main_rank(seal))
 
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
@@ -3261,13 +3297,13 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     )
     manifest, tensors, digest = decode_artifact(path)
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
-    if different := differences(manifest["model"], c.chosen("Model")):
+    if different := describe_differences(manifest["model"], c.chosen("Model")):
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     stages: dict[str, Callable[[Tally], None]] = {
-        "quantized": functools.partial(slide, run, forward, c.eval_seq_len)
+        "quantized": functools.partial(score_sliding, run, forward, c.eval_seq_len)
     }
     if c.sliding_window_enabled:
-        stages["sliding"] = functools.partial(slide, run, forward, c.eval_stride)
+        stages["sliding"] = functools.partial(score_sliding, run, forward, c.eval_stride)
     if c.ttt_enabled and c.ttt_mode == "chunk_sgd":
         stages["ttt"] = functools.partial(chunk_sgd, run, model, forward)
     elif c.ttt_enabled:
@@ -3277,8 +3313,8 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     if compiled:
         rehearse(run, stages)
     start = run.now()
-    run.note("eval_clock_start")
-    run.note("validation_read")
+    run.ledger("eval_clock_start")
+    run.ledger("validation_read")
     scores, validation = {}, load_validation(data)
     run.log(
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
@@ -3291,12 +3327,12 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
             scores["prequant"] = measure(run, validation, "prequant", stages["quantized"])
         else:
             run.log("val:prequant not measured: the unquantised weights are not here")
-    model.load_state_dict(assemble(model.table, tensors))
+    model.load_state_dict(assemble_weights(model.table, tensors))
     for stage, how in stages.items():
         if stage == "ttt" and c.hash_embed_enabled:
             model.hash_embed = nn.Parameter(torch.zeros(c.hash_embed_size, c.model_dim, device=run.device))
         scores[stage] = measure(run, validation, stage, how)
-    run.note("eval_clock_end")
+    run.ledger("eval_clock_end")
     final = list(scores.values())[-1]
     record_stage(
         run,
@@ -3312,7 +3348,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
             "artifact_sha256": digest,
         },
     )
-    run.guarded(lambda: summarize(run, data))
+    run.on_main_rank(lambda: summarize(run, data))
 
 
 def summarize(run: Run, data: Dataset) -> None:
@@ -3350,7 +3386,7 @@ def summarize(run: Run, data: Dataset) -> None:
     reason = "; ".join(broken) or "training, evaluation and size are within their limits"
     facts |= {
         "seed": c.seed,
-        "world_size": run.world,
+        "world_size": run.world_size,
         "overrides": c.overrides(),
         "versions": versions(run),
         "data": data.fingerprint,
@@ -3381,7 +3417,7 @@ def preflight(run: Run) -> None:
         raise Stop(
             f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma"
         ) from None
-    counts = [(math.prod(spec.shape), spec.quantizer) for spec in param_table(c).values()]
+    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(c).values()]
     needed, free = 24 * sum(count for count, _ in counts) + 2**26, shutil.disk_usage(run.folder).free
     stop_if(
         free < needed,
@@ -3401,7 +3437,7 @@ def preflight(run: Run) -> None:
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""
     c, pairs = run.config, lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
-    run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world} micro_steps:{len(run.streams)}")
+    run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world_size} micro_steps:{len(run.streams)}")
     run.log(f"versions: {pairs(versions(run))}")
     run.log(f"data: {pairs(data.fingerprint)}")
     if not data.fingerprint["standard"]:
@@ -3409,9 +3445,10 @@ def log_header(run: Run, data: Dataset) -> None:
             f"warning: these {data.manifest.get('docs_val', '')} validation documents are not the contest's 50,000"
         )
     run.log(
-        "overrides: " + (" ".join(f"{name}={show(value)}" for name, value in c.overrides().items()) or "none")
+        "overrides: "
+        + (" ".join(f"{name}={format_value(value)}" for name, value in c.overrides().items()) or "none")
     )
-    for name, spec in param_table(c).items():
+    for name, spec in parameter_table(c).items():
         run.log(
             f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}",
             console=False,
@@ -3439,11 +3476,13 @@ def main(config: Config) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score") | {
         "data": data.fingerprint["shards"]
     }
-    run.folder = run.guarded(lambda: run.open(find_run_folder(config, settings["data"])))
-    run.note("start")
-    run.guarded(lambda: preflight(run))
+    run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, settings["data"])))
+    run.ledger("start")
+    run.on_main_rank(lambda: preflight(run))
     log_header(run, data)
-    run.guarded(lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode()))
+    run.on_main_rank(
+        lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
+    )
     built = build(run)
     for stage, work in (("train", train), ("quantize", quantize_stage), ("evaluate", evaluate_stage)):
         if config.stage in ("all", stage):

@@ -98,7 +98,10 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
     with contextlib.redirect_stdout(io.StringIO()):
         model, forward, _ = t.build(run)
         model.looped = True
-        assert sum(p.numel() for p in model.parameters()) == parameters and len(t.matrices(model.table)) == 67
+        assert (
+            sum(p.numel() for p in model.parameters()) == parameters
+            and len(t.list_matrices(model.table)) == 67
+        )
         assert t.show_route(model.routes[True]) == route
         mark("build")
         optimizers = t.Optimizers(run, model, compiled=False)
@@ -106,7 +109,7 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         loader = t.ShuffledLoader(config, data)
         batches = [loader.get(0, stream) for stream in range(max(1, tokens // 2048))]
         t.train_step(run, forward, optimizers, batches, progress=0.0, step=0)
-        t.move_average(average, model, 0.5)
+        t.update_ema(average, model, 0.5)
         mark("train_step")
         model.load_state_dict(average)
         moments = t.collect_moments(run, model, data)
@@ -116,11 +119,11 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
         size, _ = t.seal_artifact(run, tensors, looped=True)
         mark("pack_and_verify")
         _, again, _ = t.decode_artifact(folder / "final_model.ptz")
-        model.load_state_dict(t.assemble(model.table, again))
+        model.load_state_dict(t.assemble_weights(model.table, again))
         mark("reload")
         whole = t.load_validation(data)
         part = t.Validation(whole.tokens[: tokens + 1], whole.bytes[: tokens + 1], "lut")
-        result = t.measure(run, part, "plain", functools.partial(t.slide, run, forward, 2048))
+        result = t.measure(run, part, "plain", functools.partial(t.score_sliding, run, forward, 2048))
         mark("score")
     assert 7.0 < result.loss < 11.0, "one step on random tokens must stay near ln 8192 = 9.01"
     seconds = {name: round(b - a, 2) for name, a, b in zip(names, marks, marks[1:], strict=False)}

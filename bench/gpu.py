@@ -612,7 +612,9 @@ class Bench:
         total = lambda found: sum(value for name, value in found.items() if name != "kernels")
         whole = total(
             self.meter.classes(
-                lambda: step.optimizers.step(t.rate_scale(c, 0.5), c.muon_momentum, t.matrix_decay(c, 0.5))
+                lambda: step.optimizers.step(
+                    t.learning_rate_scale(c, 0.5), c.muon_momentum, t.muon_weight_decay(c, 0.5)
+                )
             )
         )
 
@@ -788,7 +790,7 @@ class Bench:
 
         def work() -> int:
             one = self.tally(run, lengths)
-            t.slide(run, built.forward, run.config.eval_seq_len, one)
+            t.score_sliding(run, built.forward, run.config.eval_seq_len, one)
             return len(one.nats) - 1
 
         return self.twice(work)

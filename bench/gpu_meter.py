@@ -245,7 +245,7 @@ def mlp(device: torch.device, dtype: torch.dtype, rows: int, width: int, hidden:
 
 def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) -> Kernel:
     """Newton-Schulz on all banks of matrices; the fewest operations make symmetric products by halves."""
-    shapes = [spec.shape for spec in t.param_table(config).values() if spec.optimizer == "muon"]
+    shapes = [spec.shape for spec in t.parameter_table(config).values() if spec.optimizer == "muon"]
     banks = [random_tensor(shape, i, device, dtype) for i, shape in enumerate(shapes)]
     table, iterations = t.NEWTON_SCHULZ[config.muon_coefficients], config.muon_backend_steps
     coefficients = tuple(table[min(i, len(table) - 1)] for i in range(iterations))

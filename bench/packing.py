@@ -55,7 +55,7 @@ class Subject:
     def __init__(self, folder: Path, tuning: int, tokens: int, compressor: str):
         settings = json.loads((folder / "config.json").read_text())
         known = {field.name.upper() for field in dataclasses.fields(t.Config)}
-        settings = {name: t.show(value) for name, value in settings.items() if name in known}
+        settings = {name: t.format_value(value) for name, value in settings.items() if name in known}
         self.config = t.Config.from_env(settings | {"STAGE": "quantize", "COMPRESSOR": compressor})
         self.run, self.data = t.Run(self.config), t.Dataset(self.config)
         self.model = t.GPT(self.config)
@@ -63,7 +63,7 @@ class Subject:
         self.weights = {name: weight.float() for name, weight in saved["average"].items()}
         self.model.load_state_dict(self.weights)
         self.model.looped = saved["looped"]
-        self.todo = t.matrices(self.model.table)
+        self.todo = t.list_matrices(self.model.table)
         self.count = sum(self.weight(m).numel() for m in self.todo)
         validation = t.load_validation(self.data)
         self.tuning = tuning // CHUNK
@@ -165,10 +165,12 @@ class Form(NamedTuple):
     """Our packer's settings."""
 
     states: int = 64
-    between: float = t.POWERS[0]  # exponents of the sensitivities between matrices, of rows and of columns
-    rows: float = t.POWERS[1]
-    columns: float = t.POWERS[2]
-    rate: float = t.RATE  # weight of the rate term
+    between: float = t.SENSITIVITY_POWERS[
+        0
+    ]  # exponents of the sensitivities between matrices, of rows and of columns
+    rows: float = t.SENSITIVITY_POWERS[1]
+    columns: float = t.SENSITIVITY_POWERS[2]
+    rate: float = t.BIT_PRICE  # weight of the rate term
 
 
 class Packers:
@@ -187,20 +189,22 @@ class Packers:
             sigmas = factor * getattr(c, m.quantizer) * (2 ** (bits - 1) - 1)
             return m.name, t.round_clipped(self.flat[m.name], sigmas, bits)
 
-        return dict(t.spread(one, self.subject.todo)) | self.subject.small()
+        return dict(t.parallel_map(one, self.subject.todo)) | self.subject.small()
 
-    def plans(self, f: Form) -> dict[str, t.Plan]:
+    def plans(self, f: Form) -> dict[str, t.RoundingProblem]:
         """What our packer rounds."""
-        one = lambda m: t.plan(
+        one = lambda m: t.rounding_problem(
             self.subject.weight(m), *self.moments[m.key], 0.01, (f.between, f.rows, f.columns)
         )
-        return dict(zip((m.name for m in self.subject.todo), t.spread(one, self.subject.todo), strict=True))
+        return dict(
+            zip((m.name for m in self.subject.todo), t.parallel_map(one, self.subject.todo), strict=True)
+        )
 
     def trellised(
-        self, plans: dict[str, t.Plan], f: Form, delta: float
+        self, plans: dict[str, t.RoundingProblem], f: Form, delta: float
     ) -> tuple[dict[str, t.Quantized], bytes]:
         """All tensors by our packer, and the file."""
-        tensors = t.round_all(plans, delta, f.states, f.rate) | self.subject.small()
+        tensors = t.round_matrices(plans, delta, f.states, f.rate) | self.subject.small()
         return tensors, self.write(tensors, f.states)
 
     def write(self, tensors: dict[str, t.Quantized], states: int = 0) -> bytes:
@@ -212,7 +216,7 @@ class Packers:
         """The parameters in an artifact."""
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "x").write_bytes(data)
-            return t.assemble(self.subject.model.table, t.decode_artifact(Path(folder) / "x")[1])
+            return t.assemble_weights(self.subject.model.table, t.decode_artifact(Path(folder) / "x")[1])
 
 
 def tune(start: Any, choices: dict[str, list], trials: int, score: Callable[[Any], float], log: str) -> Any:
@@ -313,7 +317,7 @@ class Report:
             began = time.perf_counter()
             weights = self.packers.read(data)
             back = time.perf_counter() - began
-            exact = t.assemble(self.subject.model.table, tensors)
+            exact = t.assemble_weights(self.subject.model.table, tensors)
             assert all(torch.equal(weights[name], exact[name]) for name in exact)
             result = self.judge(weights, whole)
             row = {"scheme": name, "setting": f"{len(files)} tries", "bytes": len(data), "encode": seconds}
@@ -337,13 +341,13 @@ def overhead(tensors: dict[str, t.Quantized], states: int) -> float:
     )
     real, bits = 0, 0.0
     for parts in by_role(tensors).values():
-        counts = np.zeros((2 * t.CLASSES + 4, t.SYMBOLS + 1), np.int64)
+        counts = np.zeros((2 * t.SIZE_CLASSES + 4, t.SYMBOLS + 1), np.int64)
         values, shapes = np.concatenate([m.ravel() for m in parts]), np.array([m.shape for m in parts])
         nothing = np.zeros(64, np.uint8)
         counting(values, shapes, t.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         bits -= float((counts * np.log2(np.where(share > 0, share, 1))).sum())
-        real += len(t.code(parts, states))
+        real += len(t.code_matrices(parts, states))
     return 8 * real / bits - 1
 
 
@@ -376,34 +380,34 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     }
     moments = {width: x.T @ x for width, x in inputs.items()}
     outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
-    one = lambda n: t.plan(
+    one = lambda n: t.rounding_problem(
         weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns)
     )
     first = one("k.0")
     t.code_stream(
-        [t.round_all({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states
+        [t.round_matrices({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states
     )  # compiles
     began = time.perf_counter()
-    plans = dict(zip(shapes, t.spread(one, shapes), strict=True))
+    plans = dict(zip(shapes, t.parallel_map(one, shapes), strict=True))
     times = [time.perf_counter() - began]
     count = sum(math.prod(shape) for shape in shapes.values())
-    mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / t.OCTAVE
+    mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / t.STEPS_PER_OCTAVE
     delta = 2 ** (math.log2(0.02) - mean + 2.05 - 3.3 - (form.states > 0))
     roles: dict[str, list[str]] = {}
     for name in shapes:
         roles.setdefault(role(name), []).append(name)
     groups = sorted(roles.values(), key=lambda names: -sum(math.prod(shapes[n]) for n in names))
     began = time.perf_counter()
-    tensors = t.round_all(plans, delta, form.states, form.rate)
+    tensors = t.round_matrices(plans, delta, form.states, form.rate)
     integers = {name: tensor.values.numpy() for name, tensor in tensors.items()}
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
-    streams = t.spread(lambda names: t.code([integers[n] for n in names], form.states), groups)
+    streams = t.parallel_map(lambda names: t.code_matrices([integers[n] for n in names], form.states), groups)
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
     again = {name: np.empty(shape, np.int32) for name, shape in shapes.items()}
-    fill = lambda job: t.code([again[n] for n in job[1]], form.states, job[0])
-    t.spread(fill, list(zip(streams, groups, strict=True)))
+    fill = lambda job: t.code_matrices([again[n] for n in job[1]], form.states, job[0])
+    t.parallel_map(fill, list(zip(streams, groups, strict=True)))
     times.append(time.perf_counter() - began)
     assert all(np.array_equal(again[name], integers[name]) for name in shapes)
     facts = dict(
@@ -463,7 +467,7 @@ def main() -> None:
         tensors = packers.sdclip(clip, 2 ** shift["SDClip"])
         bits = symbol_bits(tensors)
         shift["SDClip"] += bits / subject.count - goal
-        return at_goal(t.assemble(subject.model.table, tensors), bits)
+        return at_goal(t.assemble_weights(subject.model.table, tensors), bits)
 
     def score_ours(form: Form) -> float:
         plans = packers.plans(form)

@@ -48,7 +48,7 @@ def low_rank(packers: Packers, tensors: dict[str, t.Quantized], rank: int, count
         right = torch.linalg.solve_triangular(root, v[:rank], upper=False, left=False)
         gain = float(s[:rank].square().sum() * outputs.mean())
         found.append((gain, m, u[:, :rank] * s[:rank], right))
-    weights, spent = t.assemble(packers.subject.model.table, tensors), 0
+    weights, spent = t.assemble_weights(packers.subject.model.table, tensors), 0
     for _, m, left, right in sorted(found, key=lambda item: -item[0])[:count]:
         factors = []
         for factor in (left.T, right):
@@ -164,7 +164,7 @@ def ours(packers: Packers, form: Form, goal: int) -> tuple[dict[str, t.Quantized
 def estimates(packers: Packers, options: argparse.Namespace, tensors: dict) -> Iterator[tuple[str, dict]]:
     """Other moments by name; `tensors` are the quantised ones."""
     subject, base = packers.subject, packers.moments
-    subject.model.load_state_dict(t.assemble(subject.model.table, tensors))
+    subject.model.load_state_dict(t.assemble_weights(subject.model.table, tensors))
     later = subject.moments(options.calibration)
     subject.model.load_state_dict(subject.weights)
     yield "inputs of the quantised model", {key: (later[key][0], base[key][1]) for key in base}
@@ -188,9 +188,9 @@ def public_rows(packers: Packers, table: Table, clip: Clip) -> None:
     subject, model = packers.subject, packers.subject.model.table
     tensors = packers.sdclip(clip)
     size = len(packers.write(tensors))
-    public = table.add("SDClip", size, t.assemble(model, tensors))
+    public = table.add("SDClip", size, t.assemble_weights(model, tensors))
     wide = packers.sdclip(clip, 2**0.25)
-    table.add("SDClip, steps x 2^(1/4)", len(packers.write(wide)), t.assemble(model, wide), public)
+    table.add("SDClip, steps x 2^(1/4)", len(packers.write(wide)), t.assemble_weights(model, wide), public)
     flat = np.concatenate([tensors[m.name].values.numpy().ravel() for m in subject.todo])
     entropy = lambda values: (
         -sum(c * np.log2(c / len(values)) for c in np.unique(values, return_counts=True)[1]) / 8
@@ -201,7 +201,10 @@ def public_rows(packers: Packers, table: Table, clip: Clip) -> None:
         moved = entropy(np.concatenate([pair[1].ravel() for pair in scaled.values()])) - entropy(flat)
         columns = sum(scaled[m.name][1].shape[1] for m in subject.todo)
         table.add(
-            f"SDClip + AWQ-lite, power {power:g}", size + moved + columns, t.assemble(model, weights), public
+            f"SDClip + AWQ-lite, power {power:g}",
+            size + moved + columns,
+            t.assemble_weights(model, weights),
+            public,
         )
     for rank, count in ((4, 3), (4, len(subject.todo))):
         weights, spent = low_rank(packers, tensors, rank, count)
@@ -215,11 +218,11 @@ def our_rows(
     subject, model, size = packers.subject, packers.subject.model.table, mine[0]
     for bits in (3.2, 3.4):
         other, other_size = ours(packers, form, int(bits / 8 * subject.count))
-        table.add(f"ours at {bits:g} bit", other_size, t.assemble(model, other), mine)
+        table.add(f"ours at {bits:g} bit", other_size, t.assemble_weights(model, other), mine)
     for rank, count in ((4, 3), (4, len(subject.todo))):
         weights, spent = low_rank(packers, tensors, rank, count)
         table.add(f"ours + LQER, rank {rank}, {count} matrices", size + spent, weights, mine)
-    weights, saved = t.assemble(model, tensors), 0
+    weights, saved = t.assemble_weights(model, tensors), 0
     for name, tensor in subject.small().items():
         if tensor.values.dim() > 1:
             rows = tensor.values.float().flatten(0, -2)
@@ -257,14 +260,14 @@ def main() -> None:
     if not options.estimates:
         public_rows(packers, table, Clip())
     tensors, size = ours(packers, form, goal)
-    mine = table.add("ours", size, t.assemble(model, tensors))
+    mine = table.add("ours", size, t.assemble_weights(model, tensors))
     if not options.estimates:
         our_rows(packers, table, form, tensors, mine)
     base = packers.moments
     for name, moments in estimates(packers, options, tensors):
         packers.moments = moments
         other, other_size = ours(packers, form, goal)
-        table.add(f"ours, {name}", other_size, t.assemble(model, other), mine)
+        table.add(f"ours, {name}", other_size, t.assemble_weights(model, other), mine)
         packers.moments = base
     print("RESULT " + json.dumps({"tokens": options.tokens, "quick": options.quick, "ratios": table.rows}))
 

@@ -61,7 +61,7 @@ class TrainStep:
         momentum_is_final = self.config.muon_momentum_warmup_steps
         batches = [self.batch(inputs, targets)]
         loss = t.train_step(self.run, self.forward, self.optimizers, batches, PROGRESS, momentum_is_final)
-        t.move_average(self.average, self.model, self.config.ema_decay)
+        t.update_ema(self.average, self.model, self.config.ema_decay)
         return loss
 
 

@@ -40,7 +40,7 @@ def render() -> str:
         for field in fields:
             options = typing.get_args(types[field.name])
             kind = " \\| ".join(options) or types[field.name].__name__
-            default = train_gpt.show(field.default)
+            default = train_gpt.format_value(field.default)
             meaning = field.metadata["meaning"].replace("|", "\\|")
             cell = f"`{default}`" if default else "(empty)"
             lines.append(f"| `{field.name.upper()}` | {kind} | {cell} | {meaning} |")

@@ -217,7 +217,7 @@ def test_learning_a_chunk_before_scoring_it_is_caught(folder, monkeypatch):
         tokens = tally.validation.tokens
         learner = t.Learner(run, model, torch.optim.SGD(model.parameters()), 1.0, 32, packed=True)
         learner.learn(tokens, 0, len(tokens) - 1, 0.1)
-        t.slide(run, forward, run.config.eval_stride, tally)
+        t.score_sliding(run, forward, run.config.eval_stride, tally)
 
     monkeypatch.setattr(t, "chunk_sgd", learn_first)
     report = probed(folder, **CHUNKS)
@@ -232,7 +232,7 @@ def test_learning_what_cannot_be_named_is_caught(folder, monkeypatch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 0.1 * parameter.grad
-        t.slide(run, forward, run.config.eval_stride, tally)
+        t.score_sliding(run, forward, run.config.eval_stride, tally)
 
     monkeypatch.setattr(t, "chunk_sgd", by_hand)
     report = probed(folder, **CHUNKS)
@@ -304,8 +304,8 @@ def test_scoring_twice_and_touching_a_score_are_caught(folder, monkeypatch):
     monkeypatch.setattr(t.Tally, "total", better_of_two)
     assert broken(probed(folder, **PLAIN)) == {"single pass: quantized: sum of the records"}
     monkeypatch.setattr(t.Tally, "total", real)
-    slide = t.slide
-    monkeypatch.setattr(t, "slide", lambda *given: (slide(*given), slide(*given)))
+    slide = t.score_sliding
+    monkeypatch.setattr(t, "score_sliding", lambda *given: (slide(*given), slide(*given)))
     assert "single pass: quantized: scored once" in broken(probed(folder))
 
 
@@ -436,14 +436,14 @@ def test_validation_read_before_the_seal_is_caught(folder):
 
 
 def test_other_weights_or_another_script_are_caught(folder, monkeypatch):
-    real = t.assemble
+    real = t.assemble_weights
     monkeypatch.setattr(
-        t, "assemble", lambda *given: {name: weight + 1e-3 for name, weight in real(*given).items()}
+        t, "assemble_weights", lambda *given: {name: weight + 1e-3 for name, weight in real(*given).items()}
     )
     stages = compliance.probe_stages
 
     def with_the_real(*given):
-        monkeypatch.setattr(t, "assemble", real)
+        monkeypatch.setattr(t, "assemble_weights", real)
         stages(*given)
 
     monkeypatch.setattr(compliance, "probe_stages", with_the_real)

@@ -162,7 +162,7 @@ def test_joined_micro_batches_hold_the_same_rows_and_segments(config):
         changed = replace(config, loader=loader_name, train_seq_len=16)
         loader = t.LOADERS[loader_name](changed, t.Dataset(changed))
         parts = [loader.get(2, stream) for stream in range(4)]
-        whole = t.join(parts)
+        whole = t.join_batches(parts)
         assert torch.equal(whole.targets.flatten(), torch.cat([p.targets.flatten() for p in parts]))
         if loader_name == "packed":
             width = parts[0].inputs.size(1)
@@ -187,7 +187,7 @@ def test_the_feed_gives_every_rank_its_streams_of_the_same_step(config, monkeypa
         for rank in range(world):
             monkeypatch.setenv("RANK", str(rank))
             run = t.Run(replace(config, micro_batch_tokens=1))
-            run.world, run.rank, run.streams = world, rank, range(rank, t.STREAMS, world)
+            run.world_size, run.rank, run.streams = world, rank, range(rank, t.STREAMS, world)
             feed = t.Feed(run, t.ShuffledLoader(config, t.Dataset(config)))
             out += [row.tolist() for step in (0, 1) for batch in feed.get(step) for row in batch.inputs]
         return sorted(out)

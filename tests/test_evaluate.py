@@ -17,7 +17,7 @@ from conftest import replace
 @given(st.integers(2, 500), st.integers(1, 64), st.data())
 def test_every_target_is_scored_exactly_once_with_full_context(length, context, data):
     stride = data.draw(st.integers(1, context))
-    plan, scored = t.windows(length, context, stride), []
+    plan, scored = t.plan_windows(length, context, stride), []
     for start, end, first in plan.tolist():
         assert 0 <= start < first < end <= length and end - 1 - start <= context
         # All but the first window leave at least context - stride tokens before the first target they score.
@@ -29,7 +29,7 @@ def test_every_target_is_scored_exactly_once_with_full_context(length, context, 
 @given(st.integers(2, 500), st.integers(1, 64), st.data())
 def test_chunks_of_a_document_end_their_window(length, context, data):
     chunk, scored = data.draw(st.integers(1, context)), []
-    for start, end, first in t.windows(length, context, chunk, chunk).tolist():
+    for start, end, first in t.plan_windows(length, context, chunk, chunk).tolist():
         assert 0 <= start < first < end <= length and end - 1 - start <= context and end - first <= chunk
         assert start == 0 or first - 1 - start == context - chunk
         scored += range(first, end)
@@ -40,7 +40,7 @@ def test_chunks_of_a_document_end_their_window(length, context, data):
     "tokens, count", [(40_540_160, 633_409), (36_286_464, 566_945), (47_851_520, 747_649)]
 )
 def test_window_counts_of_the_published_runs(tokens, count):
-    assert len(t.windows(tokens + 1, 2048, 64)) == count
+    assert len(t.plan_windows(tokens + 1, 2048, 64)) == count
 
 
 def test_score_units():
@@ -54,7 +54,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def plain(run, forward, validation, stride):
-    return t.measure(run, validation, "test", lambda tally: t.slide(run, forward, stride, tally))
+    return t.measure(run, validation, "test", lambda tally: t.score_sliding(run, forward, stride, tally))
 
 
 def uniform(size):
@@ -91,12 +91,12 @@ def test_a_uniform_model_has_the_entropy_of_the_vocabulary(config):
 def test_ranks_share_the_windows(config, world):
     validation = t.load_validation(t.Dataset(config))
     whole, parts = t.Tally(t.Run(config), validation), []
-    t.slide(t.Run(config), ids_as_losses, 8, whole)
+    t.score_sliding(t.Run(config), ids_as_losses, 8, whole)
     for rank in range(world):
         run = t.Run(config)
-        run.rank, run.world = rank, world
+        run.rank, run.world_size = rank, world
         parts.append(t.Tally(run, validation))
-        t.slide(run, ids_as_losses, 8, parts[-1])
+        t.score_sliding(run, ids_as_losses, 8, parts[-1])
     assert torch.equal(sum(part.nats for part in parts), whole.nats)
     assert torch.equal(sum(part.times for part in parts), whole.times) and all(
         part.times.any() for part in parts
@@ -122,8 +122,8 @@ def test_documents_sum_to_the_score(config, tmp_path):
 
 
 def test_a_score_that_misses_a_token_is_not_reported(config, monkeypatch):
-    validation, real = t.load_validation(t.Dataset(config)), t.windows
-    monkeypatch.setattr(t, "windows", lambda *arguments: real(*arguments)[:-1])
+    validation, real = t.load_validation(t.Dataset(config)), t.plan_windows
+    monkeypatch.setattr(t, "plan_windows", lambda *arguments: real(*arguments)[:-1])
     with pytest.raises(t.Stop, match="no score is reported"):
         plain(t.Run(config), ids_as_losses, validation, 8)
 
@@ -138,7 +138,7 @@ def test_sliding_scores_equal_those_of_single_windows(config, loader):
     whole = t.load_validation(t.Dataset(changed))
     validation = t.Validation(whole.tokens[:300], whole.bytes[:300], "test")
     nats = 0.0
-    for start, end, first in t.windows(300, 32, 8).tolist():
+    for start, end, first in t.plan_windows(300, 32, 8).tolist():
         ids = torch.from_numpy(validation.tokens[start:end].astype(np.int64))[None]
         batch = t.Batch(ids[:, :-1], ids[:, 1:])
         if loader == "packed":

@@ -55,7 +55,7 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
             assert depth >= 0
         assert depth == 0
         pops = [step.pop for step in route if step.pop is not None]
-        rows = t.param_table(config)["skip_weights"].shape[0] if pops else 0
+        rows = t.parameter_table(config)["skip_weights"].shape[0] if pops else 0
         assert pops == list(range(len(pops))) and len(pops) <= rows
 
 
@@ -68,9 +68,9 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
     ],
 )
 def test_parameter_counts_of_the_published_systems(changes, count):
-    table = t.param_table(replace(FULL, **changes))
+    table = t.parameter_table(replace(FULL, **changes))
     assert sum(math.prod(spec.shape) for spec in table.values()) == count
-    assert len(t.matrices(table)) == 67 and len({m.key for m in t.matrices(table)}) == 67
+    assert len(t.list_matrices(table)) == 67 and len({m.key for m in t.list_matrices(table)}) == 67
     assert all(math.prod(spec.shape) <= 65_536 for spec in table.values() if spec.quantizer == "fp16")
 
 
@@ -335,12 +335,12 @@ def test_packed_documents_do_not_see_each_other(config):
 def test_the_tap_sees_the_input_of_every_matrix(config):
     model, batch, seen = make(config), tokens(config), {}
     model(batch, lambda site, layer, x, _: seen.setdefault((site, layer), []).append(x))
-    keys = {m.key for m in t.matrices(model.table)}
+    keys = {m.key for m in t.list_matrices(model.table)}
     assert set(seen) == keys | {
         (site, layer) for site in "kv" for layer in range(4)
     }  # whose input is that of q
     assert [len(seen["up", i]) for i in range(4)] == [1, 2, 2, 1]  # looped layers once per visit
-    for m in t.matrices(model.table):
+    for m in t.list_matrices(model.table):
         weight = model.get_parameter(m.parameter)
         assert seen[m.key][0].size(-1) == (weight if m.index is None else weight[m.index]).size(-1)
 
@@ -366,8 +366,8 @@ def test_initial_values(config):
             assert torch.allclose(small @ small.T, torch.eye(len(small)), atol=1e-5)
     # With zero output projections every block is the identity, so the head sees skip mixes of x0 alone.
     batch = tokens(config)
-    x0 = t.norm(F.embedding(batch.inputs, model.embed))
-    assert torch.allclose(model.trunk(batch, t.Hooks()), t.norm(x0), atol=1e-5)
+    x0 = t.rms_norm(F.embedding(batch.inputs, model.embed))
+    assert torch.allclose(model.trunk(batch, t.Hooks()), t.rms_norm(x0), atol=1e-5)
 
 
 def test_gradients_match_finite_differences(config):

@@ -136,7 +136,7 @@ def test_average_is_exponential(config):
     start = model.q_gain.detach().clone()
     model.q_gain.data += 1.0
     for _ in range(2):
-        t.move_average(average, model, 0.9)
+        t.update_ema(average, model, 0.9)
     assert torch.allclose(average["q_gain"], start + (1 - 0.81))
 
 
@@ -148,13 +148,17 @@ def test_schedules():
         muon_momentum=0.97,
         muon_momentum_warmup_steps=100,
     )
-    assert [t.rate_scale(c, f) for f in (0, 0.5, 0.75, 0.98, 1.0)] == pytest.approx([1, 1, 0.5, 0.1, 0.1])
-    assert t.rate_scale(replace(c, warmdown_frac=0.0), 1.0) == 1.0
+    assert [t.learning_rate_scale(c, f) for f in (0, 0.5, 0.75, 0.98, 1.0)] == pytest.approx(
+        [1, 1, 0.5, 0.1, 0.1]
+    )
+    assert t.learning_rate_scale(replace(c, warmdown_frac=0.0), 1.0) == 1.0
     assert [t.muon_momentum(c, s) for s in (0, 50, 100, 1000)] == pytest.approx([0.9, 0.935, 0.97, 0.97])
     assert t.muon_momentum(replace(c, muon_momentum_warmup_steps=0), 0) == 0.97
     taper = replace(c, muon_wd=0.1, wd_taper_start_frac=0.7, wd_taper_final_mult=0.5)  # #1729
-    assert [t.matrix_decay(taper, f) for f in (0, 0.7, 0.85, 1.0)] == pytest.approx([0.1, 0.1, 0.075, 0.05])
-    assert t.matrix_decay(replace(c, muon_wd=0.1), 1.0) == 0.1
+    assert [t.muon_weight_decay(taper, f) for f in (0, 0.7, 0.85, 1.0)] == pytest.approx(
+        [0.1, 0.1, 0.075, 0.05]
+    )
+    assert t.muon_weight_decay(replace(c, muon_wd=0.1), 1.0) == 0.1
 
 
 TWO_RANKS = """
@@ -172,7 +176,7 @@ for step in range(3):
         (model(tokens(config, seed=8 * step + stream)).mean() / len(run.streams)).backward()
     optimizers.step(1.0, 0.9, 0.095)
 state = optimizers.state()
-if run.main:
+if run.is_main:
     torch.save((model.state_dict(), state), {target!r})
 run.close()
 """

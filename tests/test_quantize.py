@@ -38,7 +38,7 @@ def plain_gptq(weight, hessian, sigmas, bits, dampening):
 def clipped(weight, hessian, sigmas, bits):
     """Integers and row steps of SDClip."""
     quantized = t.round_clipped(
-        t.plan(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits
+        t.rounding_problem(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits
     )
     return quantized.values, quantized.scales
 
@@ -93,7 +93,7 @@ def test_calibration_does_not_depend_on_the_ranks(config):
         parts = []
         for rank in range(world):
             run = t.Run(config)
-            run.rank, run.world, run.sum = rank, world, lambda x: x
+            run.rank, run.world_size, run.sum_over_ranks = rank, world, lambda x: x
             parts.append(t.collect_moments(run, model, data))
         for key in whole:
             for kind in (0, 1):
@@ -109,7 +109,7 @@ def perturbed(config):
     model = t.GPT(config)
     weights = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
     moments = {}
-    for m in t.matrices(model.table):
+    for m in t.list_matrices(model.table):
         rows, columns = model.get_parameter(m.parameter).shape[-2:]
         moments[m.key] = torch.eye(columns), torch.rand(rows) + 0.5
     return model.table, weights, moments
@@ -124,7 +124,7 @@ def test_quantised_weights_come_back_in_their_banks(config, quantizer):
     run = t.Run(replace(config, quantizer=quantizer, **wide))
     table, weights, moments = perturbed(config)
     tensors = t.quantize(run, table, weights, 1 << 30, False, moments)
-    back = t.assemble(table, tensors)
+    back = t.assemble_weights(table, tensors)
     assert set(back) == set(weights)
     for name, weight in weights.items():
         assert back[name].shape == weight.shape

@@ -23,13 +23,13 @@ def make_plan(rows, columns, seed=0):
     """A plan of a random matrix with correlated inputs and uneven outputs."""
     weight, inputs = problem(rows, columns, seed)
     outputs = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.1
-    return t.plan(weight, inputs, outputs, 0.01, (0.5, 0.5, 1.0))
+    return t.rounding_problem(weight, inputs, outputs, 0.01, (0.5, 0.5, 1.0))
 
 
 def decode(data, shapes, states):
     """The matrices in a stream."""
     matrices = [np.zeros(shape, np.int32) for shape in shapes]
-    t.code(matrices, states, data)
+    t.code_matrices(matrices, states, data)
     return matrices
 
 
@@ -92,8 +92,8 @@ def test_two_threads_round_as_one_does(states):
         f"{rows}x{columns}": make_plan(rows, columns)
         for rows, columns in [(40, 33), (7, 130), (64, 64), (1, 5)]
     }
-    one = t.round_all(plans, 0.02, states, 0.5, threads=1)
-    two = t.round_all(plans, 0.02, states, 0.5, threads=2)
+    one = t.round_matrices(plans, 0.02, states, 0.5, threads=1)
+    two = t.round_matrices(plans, 0.02, states, 0.5, threads=2)
     assert list(one) == list(plans)
     assert all(torch.equal(a, b) for name in plans for a, b in zip(one[name], two[name], strict=True))
     assert states == 0 or all(is_legal(quantized.values.numpy(), states) for quantized in one.values())
@@ -104,25 +104,25 @@ def test_error_under_the_inputs_falls_with_each_part():
     inputs = problem(256, 96)[1]
 
     def cost(integers, rows, columns, delta):
-        error = p.weight - torch.from_numpy(integers * t.steps(rows, columns, delta)).float()
+        error = p.weight - torch.from_numpy(integers * t.step_sizes(rows, columns, delta)).float()
         return float(torch.einsum("ri,ij,rj->", error, inputs, error))
 
     zeros = p.rows * 0 + int(p.rows.mean()), p.columns * 0
     flat = p._replace(rows=zeros[0], columns=zeros[1])
-    step = t.steps(*zeros, 0.25)
+    step = t.step_sizes(*zeros, 0.25)
     nearest = np.rint(p.weight.numpy() / step).astype(np.int32)
     scalar = t.round_matrix(flat, step, 0)
     trellised = t.round_matrix(
         flat, step, 64
     )  # twice the distance between the integers of a coset: a finer grid
     assert cost(trellised, *zeros, 0.25) > cost(scalar, *zeros, 0.25) < 0.9 * cost(nearest, *zeros, 0.25)
-    half = t.steps(*zeros, 0.125)  # now as many bits as the scalar one
+    half = t.step_sizes(*zeros, 0.125)  # now as many bits as the scalar one
     assert cost(t.round_matrix(flat, half, 64), *zeros, 0.125) < 0.9 * cost(scalar, *zeros, 0.25)
 
 
 def test_scales_are_powers_of_two_and_eight_constants():
     exponents = np.arange(-400, 400, dtype=np.int32)
-    scale = t.steps(np.zeros(1, np.int32), exponents, 1.0)[0]
+    scale = t.step_sizes(np.zeros(1, np.int32), exponents, 1.0)[0]
     assert np.allclose(scale, 2.0 ** (exponents / 8), rtol=1e-7, atol=0)
     assert np.array_equal(scale[8:], 2 * scale[:-8])
 
@@ -130,10 +130,15 @@ def test_scales_are_powers_of_two_and_eight_constants():
 def test_the_steps_of_a_matrix_are_its_sensitivities_to_the_powers():
     weight, inputs = problem(12, 7)
     outputs = torch.arange(1.0, 13)
-    means = [t.plan(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1)).rows.mean() for scale in (1, 16)]
-    assert means[0] - means[1] == t.OCTAVE  # half of the four halvings that a 16-fold sensitivity means
-    p = t.plan(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
-    assert np.allclose(t.steps(p.rows, p.columns, 1.0), 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
+    means = [
+        t.rounding_problem(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1)).rows.mean()
+        for scale in (1, 16)
+    ]
+    assert (
+        means[0] - means[1] == t.STEPS_PER_OCTAVE
+    )  # half of the four halvings that a 16-fold sensitivity means
+    p = t.rounding_problem(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
+    assert np.allclose(t.step_sizes(p.rows, p.columns, 1.0), 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
 
 
 @settings(max_examples=40)
@@ -146,7 +151,7 @@ def test_streams_come_back(shapes, states, data):
     values = lambda n: data.draw(st.lists(INT32 | st.integers(-3, 3), min_size=n, max_size=n))
     matrices = [np.array(values(a * b), np.int64).astype(np.int32).reshape(a, b) for a, b in shapes]
     matrices = [make_legal(m, states) if states else m for m in matrices]
-    again = decode(t.code(matrices, states), shapes, states)
+    again = decode(t.code_matrices(matrices, states), shapes, states)
     assert all(np.array_equal(a, b) for a, b in zip(matrices, again, strict=True))
 
 
@@ -159,7 +164,7 @@ def test_streams_are_little_longer_than_their_entropy(states):
     for part in [integers[(integers & 1) == parity] for parity in (0, 1)] if states else [integers.ravel()]:
         counts = np.unique(part, return_counts=True)[1]
         bits -= (counts * np.log2(counts / counts.sum())).sum()
-    assert len(t.code([integers], states)) < 1.01 * bits / 8
+    assert len(t.code_matrices([integers], states)) < 1.01 * bits / 8
 
 
 def test_carries_run_through_the_stream():
@@ -168,7 +173,7 @@ def test_carries_run_through_the_stream():
     for _ in range(20):
         integers = np.where(generator.random((64, 64)) < 0.02, -99, 0).astype(np.int32)
         integers[:, ::7] = 3
-        assert np.array_equal(decode(t.code([integers], 0), [(64, 64)], 0)[0], integers)
+        assert np.array_equal(decode(t.code_matrices([integers], 0), [(64, 64)], 0)[0], integers)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ def test_moments_are_those_of_inputs_and_of_gradients_of_drawn_labels(config, mo
             model.get_parameter(name).add_(0.3 * torch.randn_like(model.get_parameter(name)))
     model.looped = True
     found = t.collect_moments(run, model, data)
-    assert set(found) == {m.key for m in t.matrices(model.table)} and model.qo.grad is None
+    assert set(found) == {m.key for m in t.list_matrices(model.table)} and model.qo.grad is None
     batch = t.ShuffledLoader(config, data).get(0, 0)
     batch = batch._replace(targets=batch.targets.clone())
     given, inputs, outputs = batch.inputs.clone(), {}, {}

@@ -110,7 +110,7 @@ def test_the_command_of_the_readme_gives_the_recorded_settings(runs, tmp_path):
     recorded = json.loads((runs[0] / "config.json").read_text())
     apart = {"DATASETS_DIR", "RUN_ID", "OUT_DIR", "data"}
     assert {n: v for n, v in first.items() if n not in apart} == {
-        n: t.show(v) for n, v in recorded.items() if n not in apart
+        n: t.format_value(v) for n, v in recorded.items() if n not in apart
     }
     assert Path(first["DATASETS_DIR"]).name == Path(recorded["DATASETS_DIR"]).name
 

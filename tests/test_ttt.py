@@ -84,7 +84,7 @@ def tally_of(config, tokens, prepare=None):
     if config.hash_embed_enabled:
         model.hash_embed = torch.nn.Parameter(torch.zeros(config.hash_embed_size, config.model_dim))
     if not config.ttt_enabled:
-        t.slide(
+        t.score_sliding(
             run, model, config.eval_stride if config.sliding_window_enabled else config.eval_seq_len, tally
         )
     elif config.ttt_mode == "chunk_sgd":
@@ -104,7 +104,7 @@ def earlier(config, tokens, place):
         documents = t.find_documents(tokens)
         own = int(np.searchsorted(documents[:, 0], place) - 1)
         before &= np.arange(len(tokens)) > documents[own, 0]
-        for batches in t.plan_documents(config, documents[:, 1] - documents[:, 0]):
+        for batches in t.schedule_documents(config, documents[:, 1] - documents[:, 0]):
             numbers = np.concatenate(batches)
             if own in numbers:
                 break
@@ -186,7 +186,7 @@ def test_without_learning_documents_score_like_their_windows(tiny):
     tokens, model = stream(config), build(config)
     expected = torch.zeros(len(tokens))
     for a, b in t.find_documents(tokens):
-        for start, end, first in t.windows(
+        for start, end, first in t.plan_windows(
             b - a, config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size
         ):
             ids = torch.from_numpy(tokens[a + start : a + end].astype(np.int64))[None]
@@ -207,7 +207,7 @@ def test_chunk_sgd_equals_its_description(tiny):
     """Score the chunk's windows, then whole rows of the chunk: SGD with momentum, clip 1, cosine over chunks (5.4)."""
     config = replace(tiny, **MODES["chunk_sgd"])
     tokens, model, length = stream(config), build(config), config.eval_seq_len
-    plan, count = t.windows(len(tokens), length, config.eval_stride), math.ceil((len(tokens) - 1) / 64)
+    plan, count = t.plan_windows(len(tokens), length, config.eval_stride), math.ceil((len(tokens) - 1) / 64)
     expected, momentum = torch.zeros(len(tokens)), {}
     for chunk in range(count):
         for start, end, first in plan.tolist():
@@ -325,15 +325,15 @@ def test_the_plan_of_the_published_run():
     """50,000 documents in batches of 64, phases at 666, 1,333 and 2,000 (5.6, 5.7), whole rounds of 8 batches."""
     config = t.Config(phased_ttt_num_phases=3, phased_ttt_prefix_docs=2000)
     lengths = np.random.default_rng(0).geometric(1 / 800, 50_000) + 1
-    phases = t.plan_documents(config, lengths)
+    phases = t.schedule_documents(config, lengths)
     batches = [batch for phase in phases for batch in phase]
     assert len(batches) == 782 and [len(b) for b in batches[:2]] == [16, 64]
     assert [sum(map(len, phase)) for phase in phases] == [976, 512, 512, 48_000]
     assert sorted(np.concatenate(batches)) == list(range(50_000))
     longest = [lengths[batch].max() for batch in batches]
     assert longest == sorted(longest, reverse=True) and (np.diff(lengths[batches[9]]) >= 0).all()
-    assert [len(p) for p in t.plan_documents(replace(config, phased_ttt_num_phases=0), lengths)] == [782]
-    few = t.plan_documents(config, lengths[:500])
+    assert [len(p) for p in t.schedule_documents(replace(config, phased_ttt_num_phases=0), lengths)] == [782]
+    few = t.schedule_documents(config, lengths[:500])
     assert len(few) == 1, "a phase after which nothing is left to score would be for nothing"
 
 
@@ -341,7 +341,7 @@ def test_the_plan_of_the_published_run():
     "scored, chunks", [(40_540_160, 1238), (36_286_464, 1108), (36_335_616, 1109), (47_851_520, 1461)]
 )
 def test_chunk_counts_of_the_published_runs(scored, chunks):
-    chunk_of = (t.windows(scored + 1, 2048, 64)[:, 2] - 1) // 32_768
+    chunk_of = (t.plan_windows(scored + 1, 2048, 64)[:, 2] - 1) // 32_768
     assert chunk_of[-1] + 1 == chunks and (np.bincount(chunk_of)[1:-1] == 512).all()
     assert np.bincount(chunk_of)[0] == 1 + (32_768 - 2048) // 64
 
@@ -447,7 +447,7 @@ def test_the_ledger_chains_scores_and_updates(tiny, mode, monkeypatch):
     """Each update starts from the weights of the record before it, and each score has those of the last update."""
     monkeypatch.setattr(t, "STREAMS", 2)
     events = []
-    monkeypatch.setattr(t.Run, "note", lambda run, event, **values: events.append((event, values)))
+    monkeypatch.setattr(t.Run, "ledger", lambda run, event, **values: events.append((event, values)))
     tally_of(replace(tiny, **MODES[mode]), stream(tiny))
     weights = events[0][1]["weights"]
     assert events[0][0] == "scored" and {event for event, _ in events} == {"scored", "update"}

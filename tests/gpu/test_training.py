@@ -72,7 +72,7 @@ def test_an_artifact_of_the_gpu_is_the_same_model_on_the_cpu(meter, tmp_path):
     )
     t.seal_artifact(run, tensors, looped=True)
     manifest, read, _ = t.decode_artifact(tmp_path / "final_model.ptz")
-    restored = t.assemble(model.table, read)
+    restored = t.assemble_weights(model.table, read)
     assert manifest["looped"] and all(weight.device.type == "cpu" for weight in restored.values())
     there = t.GPT(config)
     there.looped = True
