@@ -20,12 +20,34 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     TRAIN       warm-up, the training loop, checkpoints
     MAIN        stages
 
-Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file stays under 2,400 lines."""
+Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
-import base64, ctypes, dataclasses, difflib, fcntl, functools, hashlib, importlib.util, itertools, json, lzma, math
-import os, pickle, platform, re, resource, shutil, signal, struct, subprocess, sys, time, typing
+import base64
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import lzma
+import math
+import os
+import pickle
+import platform
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +56,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # === CONFIG ===
-# Only the standard library up to here: a wrong setting stops the run before the seconds that loading torch takes.
+# In: the environment variables. Out: one frozen Config, which everything below reads and nothing changes.
+#
+# A new setting is one row of Config, under the Section whose result it shapes; its name in capitals is its
+# variable. A rule between settings is one row of `model_rules` or `run_rules`. Only the standard library is
+# loaded before the end of this section: a wrong setting stops the run before the seconds that torch takes.
 
 
 class Stop(SystemExit):
@@ -47,23 +73,33 @@ def stop_if(wrong: object, message: str) -> None:
         raise Stop(message)
 
 
-Check = tuple[Callable[[Any], bool], str]
-finite: Check = (lambda v: not isinstance(v, float) or math.isfinite(v), "must be finite")
-positive: Check = (lambda v: v > 0, "must be greater than 0")
-not_negative: Check = (lambda v: v >= 0, "must not be negative")
-fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
-below_one: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
-bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
-trellis_size: Check = (lambda v: v in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
-bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
-file_name: Check = (
-    lambda v: re.fullmatch(r"(?!\.*$)[\w.-]+|", v, re.ASCII),
+class Check(NamedTuple):
+    """What a value must satisfy, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    rule: str
+
+
+finite = Check(lambda value: not isinstance(value, float) or math.isfinite(value), "must be finite")
+positive = Check(lambda value: value > 0, "must be greater than 0")
+not_negative = Check(lambda value: value >= 0, "must not be negative")
+above_one = Check(lambda value: value > 1, "must be greater than 1")
+below_one = Check(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
+fraction = Check(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
+vocabulary_size = Check(lambda value: 5 <= value <= 65_536, "must be 5 to 65536")
+trellis_size = Check(lambda value: value in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
+bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
+bit_width_or_default = Check(
+    lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
+)
+file_name = Check(
+    lambda value: re.fullmatch(r"(?!\.*$)[\w.-]+|", value, re.ASCII) is not None,
     "may hold letters, digits and ._- only",
 )
 
 
 def knob(default: Any, meaning: str, check: Check = finite) -> Any:
-    """One setting: default, meaning in one line, and what its value must satisfy."""
+    """One setting: default, meaning in one line, and what its value must satisfy besides being finite."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
 
 
@@ -76,7 +112,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting, read from the environment variable of its name in capitals, as #1585, #1738, #1755, #1693 do."""
+    """Every setting; read, as in #1585, #1738, #1755 and #1693, from the variable of its name in capitals."""
 
     _run = Section("Run", "nothing")
     stage: Literal["all", "train", "quantize", "evaluate"] = knob(
@@ -130,18 +166,14 @@ class Config:
         2048, "tokens per window, and the longest document segment when packed", positive
     )
     _model = Section("Model", "training")
-    vocab_size: int = knob(
-        8192, "entries of the tokenizer", (lambda v: 4 < v <= 65_536, "must be 5 to 65536")
-    )
+    vocab_size: int = knob(8192, "entries of the tokenizer", vocabulary_size)
     num_layers: int = knob(11, "layers with weights of their own", positive)
     model_dim: int = knob(512, "width of the residual stream", positive)
     num_heads: int = knob(8, "query heads", positive)
     num_kv_heads: int = knob(4, "key and value heads (grouped-query attention)", positive)
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", positive)
     rope_dims: int = knob(16, "leading dimensions of each head that are rotated", not_negative)
-    rope_base: float = knob(
-        10_000.0, "base of the rotation frequencies", (lambda v: v > 1, "must be greater than 1")
-    )
+    rope_base: float = knob(10_000.0, "base of the rotation frequencies", above_one)
     rope_yarn: bool = knob(
         False, "raise the base for rows longer than TRAIN_SEQ_LEN (NTK), as #1585, #1738, #1755 do"
     )
@@ -328,105 +360,59 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, meaning = getattr(self, field.name), field.metadata["meaning"]
-            for holds, rule in (finite, field.metadata["check"]):
-                stop_if(not holds(value), f"{field.name.upper()}={value}: {rule} ({meaning})")
-        c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
-        stop_if(c.model_dim % c.num_heads, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}")
-        stop_if(
-            c.num_heads % c.num_kv_heads,
-            f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}",
-        )
-        stop_if(
-            c.rope_dims % 2 or c.rope_dims > head_dim,
-            f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}",
-        )
-        stop_if(
-            not (c.mlp_mult * c.model_dim).is_integer(),
-            f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number",
-        )
-        stop_if(
-            c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
-            f"LOOP_START={c.loop_start}, LOOP_END="
-            f"{c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers} (or NUM_LOOPS=0)",
-        )
-        stop_if(
-            c.gate_width > c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
-        )
-        stop_if(
-            c.train_batch_tokens % (STREAMS if c.loader == "packed" else micro),
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, with LOADER=shuffled of "
-            f"{STREAMS} x TRAIN_SEQ_LEN = {micro}",
-        )
-        stop_if(
-            c.eval_stride > c.eval_seq_len,
-            f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped",
-        )
-        stop_if(
-            c.gptq_reserve_seconds >= c.max_wallclock_seconds,
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: "
-            f"must be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
-        )
-        stop_if(
-            c.ttt_optimizer not in ("auto", "adamw", "sgd" if c.ttt_mode == "chunk_sgd" else "adam"),
-            f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto",
-        )
-        stop_if(
-            c.hash_embed_enabled and c.ttt_mode == "doc_lora" and c.phased_ttt_num_phases == 0,
-            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
-        )
-        stop_if(c.artifact and c.stage != "evaluate", f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it")
+            value = getattr(self, field.name)
+            for check in (finite, field.metadata["check"]):
+                if not check.holds(value):
+                    raise Stop(f"{field.name.upper()}={value}: {check.rule} ({field.metadata['meaning']})")
+        for holds, message in model_rules(self) + run_rules(self):
+            if not holds:
+                raise Stop(message)
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Config:
-        """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
-        types, known, values = (
-            typing.get_type_hints(cls),
-            {f.name.upper(): f.name for f in dataclasses.fields(cls)},
-            {},
-        )
+        """The settings in `environment`; Stop if one is misspelt, of the wrong type or out of range."""
+        types = typing.get_type_hints(cls)
+        known = cls.variables()
+        values: dict[str, Any] = {}
         for name, text in environment.items():
-            stop_if(name in REFUSED, f"{name}={text}: {REFUSED.get(name)}; unset {name}")
-            if name in known or name in ALIASES:
-                names, meanings = ALIASES.get(name, (name, {}))
-                for target in names.split():
-                    value = parse_value(target, meanings.get(text, text), types[known[target]])
-                    if values.setdefault(known[target], value) not in (value,):  # `in`: nan is itself
-                        raise Stop(
-                            f"{name}={text}: another variable sets {target} to another value; unset one"
-                        )
-            elif name not in NOT_OURS | FIXED.keys() and (
-                near := difflib.get_close_matches(name, known, 1, 0.85)
-            ):
-                raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+            if name not in known and name not in ALIASES:
+                refuse_variable(name, text, known)
+                continue
+            targets, meanings = ALIASES.get(name, (name, {}))
+            for target in targets.split():
+                setting = target.lower()
+                value = parse_value(target, meanings.get(text, text), types[setting])
+                if setting in values and values[setting] != value:
+                    raise Stop(f"{name}={text}: another variable sets {target} to another value; unset one")
+                values[setting] = value
         config = cls(**values)
-        for name in FIXED.keys() & environment.keys():
-            only = format_value(getattr(config, FIXED[name].lower(), FIXED[name]))
-            if environment[name] not in (only, only + ".0"):
-                raise Stop(
-                    f"{name}={environment[name]}: every published run has {only}; nothing else is implemented"
-                )
+        refuse_other_values(environment, config)
         return config
+
+    @classmethod
+    def variables(cls) -> list[str]:
+        """The environment variables of the settings, in order of declaration."""
+        return [field.name.upper() for field in dataclasses.fields(cls)]
 
     def overrides(self) -> dict[str, Any]:
         """The settings that differ from their defaults, by variable name."""
-        return {
-            f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default
-        }
+        settings = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name.upper(): value for field, value in settings.items() if value != field.default}
 
     def chosen(self, *which: str) -> dict[str, Any]:
         """The settings of the sections with these titles, or that shape these results, by variable name."""
         return {
-            f.name.upper(): getattr(self, f.name)
+            field.name.upper(): getattr(self, field.name)
             for section, fields in self.sections()
-            for f in fields
-            if {section.title, section.shapes} & set(which)
+            for field in fields
+            if section.title in which or section.shapes in which
         }
 
     @classmethod
     def sections(cls) -> list[tuple[Section, list[dataclasses.Field]]]:
         """The settings under their headings, in order of declaration."""
-        fields, table = {f.name: f for f in dataclasses.fields(cls)}, []
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        table: list[tuple[Section, list[dataclasses.Field]]] = []
         for name, value in vars(cls).items():
             if isinstance(value, Section):
                 table.append((value, []))
@@ -440,15 +426,91 @@ class Config:
         types = typing.get_type_hints(cls)
         for section, fields in cls.sections():
             yield f"\n{section.title}"
-            for f in fields:
-                options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
-                yield f"  {f.name.upper():<32} {format_value(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
+            for field in fields:
+                options = typing.get_args(types[field.name])
+                suffix = f" [{', '.join(options)}]" if options else ""
+                default = format_value(field.default) or "(empty)"
+                yield f"  {field.name.upper():<32} {default:<14} {field.metadata['meaning']}{suffix}"
 
 
-STREAMS = (
-    8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
-)
-# Of the four submissions: other names of settings and values, names of one value (or that of a setting), names unread.
+# Streams of data: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same.
+STREAMS = 8
+TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
+
+
+def model_rules(config: Config) -> list[tuple[bool, str]]:
+    """(holds, what to say if not) of every rule between settings of the model."""
+    head_dim = config.model_dim // config.num_heads
+    hidden = config.mlp_mult * config.model_dim
+    return [
+        (
+            config.model_dim % config.num_heads == 0,
+            f"NUM_HEADS={config.num_heads}: must divide MODEL_DIM={config.model_dim}",
+        ),
+        (
+            config.num_heads % config.num_kv_heads == 0,
+            f"NUM_KV_HEADS={config.num_kv_heads}: must divide NUM_HEADS={config.num_heads}",
+        ),
+        (
+            config.rope_dims % 2 == 0 and config.rope_dims <= head_dim,
+            f"ROPE_DIMS={config.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}",
+        ),
+        (
+            hidden.is_integer(),
+            f"MLP_MULT={config.mlp_mult}: MLP_MULT*MODEL_DIM={hidden} must be a whole number",
+        ),
+        (
+            config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers,
+            f"LOOP_START={config.loop_start}, LOOP_END={config.loop_end}: "
+            f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
+        ),
+        (
+            config.gate_width <= config.model_dim,
+            f"GATE_WIDTH={config.gate_width}: must not exceed MODEL_DIM={config.model_dim}",
+        ),
+    ]
+
+
+def run_rules(config: Config) -> list[tuple[bool, str]]:
+    """(holds, what to say if not) of every other rule between settings."""
+    windows = STREAMS * config.train_seq_len
+    return [
+        (
+            config.train_batch_tokens % (STREAMS if config.loader == "packed" else windows) == 0,
+            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: must be a multiple of {STREAMS}, "
+            f"with LOADER=shuffled of {STREAMS} x TRAIN_SEQ_LEN = {windows}",
+        ),
+        (
+            config.eval_stride <= config.eval_seq_len,
+            f"EVAL_STRIDE={config.eval_stride}: must not exceed EVAL_SEQ_LEN={config.eval_seq_len}, "
+            "tokens would be skipped",
+        ),
+        (
+            config.gptq_reserve_seconds < config.max_wallclock_seconds,
+            f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
+            f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
+            f"TTT_OPTIMIZER={config.ttt_optimizer}: not an optimiser of TTT_MODE={config.ttt_mode}; "
+            "set TTT_OPTIMIZER=auto",
+        ),
+        (
+            not config.hash_embed_enabled
+            or config.ttt_mode == "chunk_sgd"
+            or config.phased_ttt_num_phases > 0,
+            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
+        ),
+        (
+            not config.artifact or config.stage == "evaluate",
+            f"ARTIFACT={config.artifact}: only STAGE=evaluate reads it",
+        ),
+    ]
+
+
+# The four submissions have variables that this program has not.
+#
+# Other names of settings: the settings (one or two), and what values mean here, if not the same.
 ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two_lane"}),
     "PARALLEL_RESIDUAL_START": ("PARALLEL_START_LAYER", {}),
@@ -456,6 +518,7 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "ARTIFACT_DIR": ("OUT_DIR", {"": "runs"}),
     "MATRIX_CLIP_SIGMAS": ("ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", {}),
 }
+# One value in every published run, and nothing else is implemented: that value, or the setting that has it.
 FIXED = {
     "TIE_EMBEDDINGS": "1",
     "EMBEDDING_DIM": "MODEL_DIM",
@@ -470,63 +533,116 @@ FIXED = {
     "PHASED_TTT_ENABLED": "1",
     "GPTQ_BLOCKSIZE": "128",
 }
+# Variables that would be ignored or must not be used, and why.
+UNREAD = "declared in the published scripts, read by no code"
+SLOT = "SLOT fits a correction to the tokens it scores, which is not legal"
+UNTIED = "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)"
 REFUSED = {
-    name: reason
-    for reason, names in {
-        "declared in the published scripts, read by no code": "ROPE_TRAIN_SEQ_LEN MUON_BETA2 GPTQ_ENABLED SWA_ENABLED "
-        "SWA_EVERY LAWA_ENABLED LAWA_K LAWA_FREQ QAT_ENABLED LATE_QAT_THRESHOLD MTP_NUM_HEADS MTP_LOSS_WEIGHT BIGRAM_DIM "
-        "BIGRAM_VOCAB_SIZE DTG_ENABLED VE_ENABLED VE_DIM VE_LAYERS GATED_ATTENTION VALUE_RESIDUAL ETLB_ENABLED ETLB_LR "
-        "ETLB_STEPS ETLB_CLIP",
-        "SLOT fits a correction to the tokens it scores, which is not legal": "LBFGS_SLOT_ENABLED "
-        "LBFGS_SLOT_ITERS LBFGS_SLOT_HISTORY LBFGS_SLOT_FOCAL LBFGS_SLOT_CLAMP LBFGS_SLOT_LR",
-        "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)": "EMBED_LR HEAD_LR",
-        "the parameter table decides what stays in fp16": "CONTROL_TENSOR_NAME_PATTERNS",
-    }.items()
-    for name in names.split()
+    "ROPE_TRAIN_SEQ_LEN": UNREAD,
+    "MUON_BETA2": UNREAD,
+    "GPTQ_ENABLED": UNREAD,
+    "SWA_ENABLED": UNREAD,
+    "SWA_EVERY": UNREAD,
+    "LAWA_ENABLED": UNREAD,
+    "LAWA_K": UNREAD,
+    "LAWA_FREQ": UNREAD,
+    "QAT_ENABLED": UNREAD,
+    "LATE_QAT_THRESHOLD": UNREAD,
+    "MTP_NUM_HEADS": UNREAD,
+    "MTP_LOSS_WEIGHT": UNREAD,
+    "BIGRAM_DIM": UNREAD,
+    "BIGRAM_VOCAB_SIZE": UNREAD,
+    "DTG_ENABLED": UNREAD,
+    "VE_ENABLED": UNREAD,
+    "VE_DIM": UNREAD,
+    "VE_LAYERS": UNREAD,
+    "GATED_ATTENTION": UNREAD,
+    "VALUE_RESIDUAL": UNREAD,
+    "ETLB_ENABLED": UNREAD,
+    "ETLB_LR": UNREAD,
+    "ETLB_STEPS": UNREAD,
+    "ETLB_CLIP": UNREAD,
+    "LBFGS_SLOT_ENABLED": SLOT,
+    "LBFGS_SLOT_ITERS": SLOT,
+    "LBFGS_SLOT_HISTORY": SLOT,
+    "LBFGS_SLOT_FOCAL": SLOT,
+    "LBFGS_SLOT_CLAMP": SLOT,
+    "LBFGS_SLOT_LR": SLOT,
+    "EMBED_LR": UNTIED,
+    "HEAD_LR": UNTIED,
+    "CONTROL_TENSOR_NAME_PATTERNS": "the parameter table decides what stays in fp16",
 }
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
+SWITCHES = {
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+    "no": False,
+    "yes": True,
+    "off": False,
+    "on": True,
+}
+
+
+def refuse_variable(name: str, text: str, known: Sequence[str]) -> None:
+    """Stop if `name`, which sets nothing, is a refused variable or one of the `known` misspelt."""
+    if name in REFUSED:
+        raise Stop(f"{name}={text}: {REFUSED[name]}; unset {name}")
+    if name in NOT_OURS or name in FIXED:
+        return
+    near = difflib.get_close_matches(name, known, 1, 0.85)
+    if near:
+        raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+
+
+def refuse_other_values(environment: Mapping[str, str], config: Config) -> None:
+    """Stop if a variable of FIXED has another value."""
+    for name, fixed in FIXED.items():
+        if name not in environment:
+            continue
+        only = format_value(getattr(config, fixed.lower(), fixed))
+        if environment[name] not in (only, only + ".0"):
+            raise Stop(
+                f"{name}={environment[name]}: every published run has {only}; nothing else is implemented"
+            )
 
 
 def format_value(value: Any) -> str:
-    """A setting's value in the form `parse` reads back."""
+    """A setting's value in the form that `parse_value` reads back."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def parse_value(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
-    truth = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(
-        ("1", "true", "yes", "on"), True
-    )
     options = typing.get_args(kind)
-    stop_if(options and text not in options, f"{name}={text}: must be one of {', '.join(options)}")
-    if kind is bool:
-        stop_if(text.lower() not in truth, f"{name}={text}: must be 0 or 1")
-        return truth[text.lower()]
+    if options and text not in options:
+        raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
     if options or kind is str:
         return text
+    if kind is bool:
+        if text.lower() not in SWITCHES:
+            raise Stop(f"{name}={text}: must be 0 or 1")
+        return SWITCHES[text.lower()]
     try:
-        return kind(number if (number := float(text)).is_integer() else text)
+        number = float(text)
+        return kind(number if number.is_integer() else text)
     except ValueError:
         raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
 
 
 def command_line(arguments: list[str]) -> Config:
-    """The settings of this process; ends it after serving --help or --print-config, Stop for any other argument."""
+    """The settings of this process; ends it after --help or --print-config, Stop for any other argument."""
     if not arguments:
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
-        print(
-            (__doc__ or "").split("\n\nContents")[0], "\nSettings (environment)", *Config.describe(), sep="\n"
-        )
+        summary = (__doc__ or "").split("\n\nContents")[0]
+        print(summary, "\nSettings (environment)", *Config.describe(), sep="\n")
     elif arguments == ["--print-config"]:
         config = Config.from_env(os.environ)
-        print(
-            "\n".join(
-                f"{f.name.upper()}={format_value(getattr(config, f.name))}"
-                for f in dataclasses.fields(config)
-            )
-        )
+        for name in config.variables():
+            print(f"{name}={format_value(getattr(config, name.lower()))}")
     else:
         raise Stop(
             f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
@@ -539,67 +655,81 @@ if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     if importlib.util.find_spec("torch") is None:
         raise Stop(
-            f"{sys.executable}: torch is not installed there; use ./run.sh, or pip install -r requirements.txt"
+            f"{sys.executable}: torch is not installed there; "
+            "use ./run.sh, or pip install -r requirements.txt"
         )
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that spin while idle starve a busy machine 20-fold
+    # Threads that spin while idle starve a busy machine 20-fold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numba, numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+import numba
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 try:
-    import triton, triton.language as tl
+    import triton
+    import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     triton_jit = triton.jit
 except ImportError:  # there is no triton for macOS and Windows; pick_kernels says so where it is asked for
-    triton = tl = None
-    triton_jit = lambda function: function
+    triton = None
+    tl = None
+
+    def triton_jit(function: Callable) -> Callable:
+        return function
 
 
 # === RUN ===
+# In: the settings, and what torchrun says of the ranks. Out: a Run, which knows where this process is and
+# speaks for it, and the run folder, which one launch at a time may write. Only rank 0 writes: `log` for people,
+# `metric` for programs, `ledger` for compliance.py, whole files through `write_atomically`. A reader may send
+# the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
+
+
 class Run:
-    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks: if any)."""
+    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks)."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        stop_if(
-            STREAMS % self.world_size,
-            f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8",
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if STREAMS % self.world_size:
+            raise Stop(f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
         self.is_main = self.rank == 0  # the rank that logs and writes
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        self.is_cuda = self.device.type == "cuda"
-        native = self.is_cuda or torch.cpu._is_avx512_bf16_supported()
-        dtype = (
-            config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if native else "float32"
-        )
-        self.dtype = getattr(torch, dtype)
         self.streams = range(self.rank, STREAMS, self.world_size)
-        self.folder, self.lock, self.sink, self.metrics = Path(), None, None, None
+
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.is_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
+        self.dtype = choose_dtype(config, self.is_cuda)
+
+        # Set by `open`, on the main rank alone.
+        self.folder = Path()
+        self.lock: typing.TextIO | None = None
+        self.sink: typing.TextIO | None = None
+        self.metrics: typing.TextIO | None = None
+
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            dist.init_process_group(
-                "nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None
-            )
+            backend = "nccl" if self.is_cuda else "gloo"
+            dist.init_process_group(backend, device_id=self.device if self.is_cuda else None)
 
     def open(self, folder: Path) -> Path:
-        """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
+        """Make `folder` the run folder, locked against a second run; Stop if it is in use or not writable."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            append = lambda name: open(folder / name, "a", buffering=1)  # noqa: SIM115
-            self.sink, self.metrics = append("train.log"), append("metrics.jsonl")
-            return folder
+            self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         except BlockingIOError:
             raise Stop(
                 f"{folder}: another process is writing this run; wait for it or choose another RUN_ID"
@@ -608,6 +738,7 @@ class Run:
             raise Stop(
                 f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder"
             ) from None
+        return folder
 
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
@@ -622,7 +753,7 @@ class Run:
             self.metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
 
     def ledger(self, event: str, **values: Any) -> None:
-        """Write to the ledger when data were read, clocks ran and the artifact was sealed, for compliance.py."""
+        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
         self.metric("ledger", event=event, **values)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -632,29 +763,33 @@ class Run:
         return tensor
 
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
-        """`action` on rank 0 alone; the others get its value or its Stop, so nobody waits in a collective for ever."""
-        outcome = ["", None]  # the message of a Stop, the value
+        """`action` on rank 0 alone; the others get its value or its Stop, so none waits for ever."""
+        message = ""  # of a Stop
+        value = None
         if self.is_main:
             try:
-                outcome[1] = action()
+                value = action()
             except Stop as stop:
-                outcome[0] = str(stop)
+                message = str(stop)
         if self.world_size > 1:
+            outcome = [message, value]
             dist.broadcast_object_list(outcome, device=self.device)
-        if outcome[0]:
-            raise Stop(outcome[0] if self.is_main else 1)
-        return outcome[1]
+            message, value = outcome
+        if message:
+            raise Stop(message if self.is_main else 1)  # one rank prints it, all exit with status 1
+        return value
 
     def progress(self, what: str, items: Sequence) -> Iterator:
-        """The items one by one, with a bar on a terminal, otherwise a line at most every 10 s. Rank 0 only."""
-        bar = tqdm(
-            items, what, leave=False, file=sys.stdout, disable=not (self.is_main and sys.stdout.isatty())
-        )
-        total, start = len(items), (last := time.monotonic())
-        for done, item in enumerate(bar):
-            if bar.disable and (now := time.monotonic()) - last >= 10:
-                left, last = (now - start) * (total - done) / max(done, 1), now
-                self.log(f"{what}: {100 * done / total:.0f}% left:{left:.0f}s")
+        """The items one by one; rank 0 shows a bar on a terminal, otherwise a line at most every 10 s."""
+        has_bar = self.is_main and sys.stdout.isatty()
+        start = time.monotonic()
+        last = start
+        for done, item in enumerate(tqdm(items, what, leave=False, file=sys.stdout, disable=not has_bar)):
+            now = time.monotonic()
+            if not has_bar and now - last >= 10:
+                last = now
+                left = (now - start) * (len(items) - done) / max(done, 1)
+                self.log(f"{what}: {100 * done / len(items):.0f}% left:{left:.0f}s")
             yield item
 
     def now(self) -> float:
@@ -665,68 +800,87 @@ class Run:
 
     def close(self) -> None:
         """Release the log files and the lock of the run folder; with several ranks, end this process."""
-        for file in filter(None, (self.sink, self.metrics, self.lock)):
-            file.close()
+        for file in (self.sink, self.metrics, self.lock):
+            if file:
+                file.close()
         if self.world_size > 1:
             dist.barrier()
             sys.stdout.flush()
-            os._exit(
-                0
-            )  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
+            # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8).
+            os._exit(0)
+
+
+def choose_dtype(config: Config, is_cuda: bool) -> torch.dtype:
+    """The data type of products; auto: bfloat16 if it is native."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    return torch.bfloat16 if is_cuda or torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+# Without a GPU: glibc keeps freed blocks instead of returning them, which saves half of a step's time.
+MALLOC_OPTIONS = (
+    (-3, 2**30),  # M_MMAP_THRESHOLD
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+    (-2, 2**26),  # M_TOP_PAD
+)
 
 
 def tune_process(is_cuda: bool) -> None:
-    """Linux: die with torchrun, leaving no orphan. glibc without a GPU: keep freed blocks, which saves half a step."""
+    """Let this process die with torchrun, and keep memory that it will need again."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left
     if not is_cuda and platform.libc_ver()[0] == "glibc":
-        for parameter, value in (
-            (-3, 2**30),
-            (-1, 2**31 - 1),
-            (-2, 2**26),
-        ):  # M_MMAP_THRESHOLD, M_TRIM_..., M_TOP_PAD
-            ctypes.CDLL(None).mallopt(parameter, value)
+        for option, value in MALLOC_OPTIONS:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID, else the newest that this stage can go on from (same data, `shards`, and settings
-    up to what it still decides; with all and train neither finished nor being written), else a new name."""
+    """The folder of this run: RUN_ID's, else the newest to go on from (of the data `shards`), else a new one."""
     root = Path(config.out_dir)
+    trains = config.stage in ("all", "train")
     if config.run_id:
         folder = root / config.run_id
-        stop_if(
-            config.stage in ("all", "train") and (folder / "summary.json").exists(),
-            f"RUN_ID={config.run_id}: "
-            f"{folder} holds a finished run; choose another RUN_ID, or STAGE=evaluate to score it again",
-        )
+        if trains and (folder / "summary.json").exists():
+            raise Stop(
+                f"RUN_ID={config.run_id}: {folder} holds a finished run; choose another RUN_ID, "
+                "or STAGE=evaluate to score it again"
+            )
         return folder
-    kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
-    wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.chosen(*kinds)
-    for folder in sorted(
-        (path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True
-    ):
-        if (
-            describe_differences(read_json(folder / "config.json"), same | {"data": shards})
-            or not (folder / wanted).exists()
-        ):
-            continue
-        if config.stage in ("quantize", "evaluate") or not (
-            is_locked(folder) or (folder / "summary.json").exists()
-        ):
+
+    needed = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt"
+    for folder in matching_folders(config, shards, needed):
+        # Training goes on in a run that is neither being written nor finished; later stages may be repeated.
+        if not trains or not (is_locked(folder) or (folder / "summary.json").exists()):
             return folder
-    stop_if(
-        config.stage in ("quantize", "evaluate") and not config.artifact,
-        f"STAGE={config.stage}: no run under "
-        f"{root}/ with these settings has a {wanted}; set RUN_ID"
-        + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"),
-    )
+    if not trains and not config.artifact:
+        raise Stop(
+            f"STAGE={config.stage}: no run under {root}/ with these settings has a {needed}; set RUN_ID"
+            + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first")
+        )
+
     digest = hashlib.sha256(json.dumps(config.chosen("training", "artifact")).encode()).hexdigest()
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
 
+def matching_folders(config: Config, shards: str, needed: str) -> Iterator[Path]:
+    """The run folders, newest first, with a file `needed` from the same data and settings."""
+    # STAGE=quantize starts from the trained model, so the settings of the quantiser may be others.
+    kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
+    ours = config.chosen(*kinds) | {"data": shards}
+    folders = [path.parent for path in Path(config.out_dir).glob("*/config.json")]
+    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
+        differences = describe_differences(read_json(folder / "config.json"), ours)
+        if not differences and (folder / needed).exists():
+            yield folder
+
+
 def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
-    found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
+    found = [
+        f"{name}={theirs.get(name)} there, {value} here"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
 
@@ -736,7 +890,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise Stop(f"{path}: cannot be read ({error}); delete it or make it again") from None
-    stop_if(not isinstance(content, dict), f"{path}: not a JSON object; delete it or make it again")
+    if not isinstance(content, dict):
+        raise Stop(f"{path}: not a JSON object; delete it or make it again")
     return content
 
 
@@ -744,17 +899,23 @@ def is_locked(folder: Path) -> bool:
     """Whether a living process writes to the run `folder`."""
     try:
         with open(folder / ".lock") as lock:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not None
-    except (FileNotFoundError, BlockingIOError) as error:
-        return isinstance(error, BlockingIOError)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]) -> None:
-    """Replace `path` by bytes, or by what `write` writes, so that a kill leaves the old file or the new one."""
+    """Replace `path` by bytes, or by what `write` writes; a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(write) if isinstance(write, bytes) else write(file)
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -762,15 +923,16 @@ def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]
         raise Stop(f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere") from None
 
 
+def describe_commit(folder: Path) -> str:
+    """The git commit of `folder`, marked -dirty if files differ from it; none without one."""
+    if not shutil.which("git"):
+        return "none"
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
+
+
 def versions(run: Run) -> dict[str, str]:
     """Versions, hardware and source of this run, for the log and summary.json."""
-    source, here = Path(__file__).read_bytes(), Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -780,8 +942,8 @@ def versions(run: Run) -> dict[str, str]:
         "device": torch.cuda.get_device_name(run.device) if run.is_cuda else f"{os.cpu_count()}-core CPU",
         "dtype": str(run.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "commit": (git and git.stdout.strip()) or "none",
-        "source_sha256": hashlib.sha256(source).hexdigest(),
+        "commit": describe_commit(Path(__file__).resolve().parent),
+        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
 
 
