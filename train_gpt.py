@@ -1753,115 +1753,145 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
 
 # === MODEL ===
+# In: the settings, an attention backend and a Batch of token ids. Out: the loss in nats of every target. One
+# forward serves training, scores, calibration and test-time training. Three tables say what the network is:
+# the route (which layer is visited when, and how its outputs join the residual stream), MATRICES (what is
+# quantised with calibration) and parameter_table (shape, initial values, optimiser, quantiser of each
+# parameter). A new parameter is a row there and its use in GPT; a new form of residual is a method of GPT.
 class Visit(NamedTuple):
-    """One visit of a layer."""
+    """One pass through a layer."""
 
     layer: int  # whose weights
-    slot: int  # how many visits came before
-    push: bool  # U-Net encoder half: remember the output
-    pop: int | None  # U-Net decoder half: row of the skip parameters that merges a remembered output first
-    kind: Literal["serial", "gptj", "two_lane"]
+    index: int  # how many visits came before
+    pushes_skip: bool  # first half of the route, the U-Net's encoder: its output is remembered
+    skip_row: int | None  # second half: the row of the skip parameters that first merges a remembered output
+    residual: Literal["serial", "gptj", "two_lane"]  # GPT has a method of the same name for each
 
 
 def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
-    once, again = range(config.num_layers), range(config.loop_start, config.loop_end + 1)
+    """The order of layer visits; a looped layer appears again."""
+    layers = range(config.num_layers)
+    loop = range(config.loop_start, config.loop_end + 1)
     repeats = config.num_loops if looped else 0
-    order = [*once[: config.loop_end + 1], *[*again] * repeats, *once[config.loop_end + 1 :]]
+    order = [*layers[: loop.stop], *[*loop] * repeats, *layers[loop.stop :]]
     half = len(order) // 2
 
-    def kind(place: int, layer: int) -> str:
-        late = config.parallel_residual != "none" and layer >= config.parallel_start_layer
-        return (
-            config.parallel_residual
-            if late and (config.parallel_residual == "gptj" or place >= half)
-            else "serial"
-        )
+    def residual(index: int, layer: int) -> str:
+        if config.parallel_residual == "none" or layer < config.parallel_start_layer:
+            return "serial"
+        if config.parallel_residual == "two_lane" and index < half:
+            return "serial"  # a skip remembers one stream: the lanes part in the second half alone
+        return config.parallel_residual
 
-    return tuple(
-        Visit(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
-        for i, layer in enumerate(order)
-    )
+    route = []
+    for index, layer in enumerate(order):
+        # The first half pushes skips, the second pops them; the last of an odd number has no partner.
+        skip_row = index - half if half <= index < 2 * half else None
+        route.append(Visit(layer, index, index < half, skip_row, residual(index, layer)))
+    return tuple(route)
 
 
 def show_route(route: tuple[Visit, ...]) -> str:
-    """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
-    words = [str(s.layer) + {"serial": "", "gptj": "+", "two_lane": "="}[s.kind] for s in route]
-    half = sum(s.push for s in route)
+    """The route as text: encoder | decoder; '=': two lanes, '+': attention and MLP side by side."""
+    marks = {"serial": "", "gptj": "+", "two_lane": "="}
+    words = [f"{visit.layer}{marks[visit.residual]}" for visit in route]
+    half = sum(visit.pushes_skip for visit in route)
     return " ".join([*words[:half], "|", *words[half:]])
 
 
+Initialiser = Callable[[Tensor], Any]
+
+
+def normal(deviation: float) -> Initialiser:
+    """Normal values around 0."""
+    return functools.partial(nn.init.normal_, std=deviation)
+
+
+def constant(value: float) -> Initialiser:
+    """One value everywhere."""
+    return functools.partial(nn.init.constant_, val=value)
+
+
+def orthogonal(bank: Tensor) -> None:
+    """Each matrix of a bank."""
+    for matrix in bank:
+        nn.init.orthogonal_(matrix)
+
+
+def halves(dim: int, first: Initialiser, second: Initialiser) -> Initialiser:
+    """An initialiser for each half of dimension `dim`."""
+
+    def initialise(weight: Tensor) -> None:
+        for part, initialiser in zip(weight.chunk(2, dim), (first, second), strict=True):
+            initialiser(part)
+
+    return initialise
+
+
+# parameter -> its groups of layers along dim 0, each as (name in the artifact, site where its input is seen).
+MATRICES = {
+    "embed": (("tok_emb.weight", "head"),),  # tied: as a matrix it is the head, and no bank
+    "qo": (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o")),
+    "kv": (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
+    "up": (("blocks.{}.mlp.fc.weight", "up"),),
+    "down": (("blocks.{}.mlp.proj.weight", "down"),),
+}
+
+
 class ParameterSpec(NamedTuple):
-    """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
+    """One row of the parameter table."""
 
     shape: tuple[int, ...]
-    init: Callable[[Tensor], Any]
+    init: Initialiser
     optimizer: Literal["muon", "embed", "scalar"]
     quantizer: Literal["attn", "mlp", "embed", "fp16"]
-    parts: tuple[
-        tuple[str, str], ...
-    ] = ()  # (flat name with {} for the layer, calibration site) of each group
-    layered: bool = True  # dim 0 counts layers
+    layered: bool = True  # dim 0 counts layers: once, or once per group of MATRICES
 
 
 def parameter_table(config: Config) -> dict[str, ParameterSpec]:
-    """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
-    c, layers, width = config, config.num_layers, config.model_dim
-    kv, hidden = c.num_kv_heads * width // c.num_heads, int(c.mlp_mult * width)
-    skips = len(make_route(c, c.num_loops > 0)) // 2
-    zero, one, constant = nn.init.zeros_, nn.init.ones_, lambda v: lambda t: nn.init.constant_(t, v)
-    orthogonal = lambda t: [nn.init.orthogonal_(matrix) for matrix in t]
+    """name -> row: creates parameters, splits them over optimisers and quantisers, orders the artifact."""
+    layers = config.num_layers
+    heads = config.num_heads
+    width = config.model_dim
+    kv_width = config.num_kv_heads * width // heads
+    hidden = int(config.mlp_mult * width)
+    gate_width = config.gate_width or width
+    skips = len(make_route(config, config.num_loops > 0)) // 2
+    both_routes = (*make_route(config, False), *make_route(config, True))
+    two_lanes = any(visit.residual == "two_lane" for visit in both_routes)
+
+    zeros = nn.init.zeros_
+    ones = nn.init.ones_
+    tied = normal(config.tied_embed_init_std)
+    # Initial values are drawn in the order of the rows.
     table = {
-        "embed": ParameterSpec(
-            (c.vocab_size, width),
-            lambda t: nn.init.normal_(t, std=c.tied_embed_init_std),
-            "embed",
-            "embed",
-            (("tok_emb.weight", "head"),),
-            False,
-        ),
-        "qo": ParameterSpec(
-            (2 * layers, width, width),
-            lambda t: (orthogonal(t[:layers]), zero(t[layers:])),
-            "muon",
-            "attn",
-            (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o")),
-        ),
-        "kv": ParameterSpec(
-            (2 * layers, kv, width),
-            orthogonal,
-            "muon",
-            "attn",
-            (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
-        ),
-        "up": ParameterSpec(
-            (layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)
-        ),
-        "down": ParameterSpec(
-            (layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)
-        ),
-        "q_gain": ParameterSpec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
-        **dict.fromkeys(("attn_scale", "mlp_scale"), ParameterSpec((layers, width), one, "scalar", "fp16")),
-        "resid_mix": ParameterSpec(
-            (layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"
-        ),
-        "head_gate": ParameterSpec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
-        "skip_weights": ParameterSpec((skips, width), one, "scalar", "fp16", layered=False),
-        "skip_gates": ParameterSpec((skips, width), zero, "scalar", "fp16", layered=False),
-        "smear_w": ParameterSpec((1, c.gate_width or width), zero, "scalar", "fp16", layered=False),
-        "smear_lambda": ParameterSpec((1,), zero, "scalar", "fp16", layered=False),
-        "parallel_post_lambdas": ParameterSpec((layers, 2, 2), one, "scalar", "fp16"),
+        "embed": ParameterSpec((config.vocab_size, width), tied, "embed", "embed", layered=False),
+        "qo": ParameterSpec((2 * layers, width, width), halves(0, orthogonal, zeros), "muon", "attn"),
+        "kv": ParameterSpec((2 * layers, kv_width, width), orthogonal, "muon", "attn"),
+        "up": ParameterSpec((layers, hidden, width), orthogonal, "muon", "mlp"),
+        "down": ParameterSpec((layers, width, hidden), zeros, "muon", "mlp"),
+        "q_gain": ParameterSpec((layers, heads), constant(config.qk_gain_init), "scalar", "fp16"),
+        "attn_scale": ParameterSpec((layers, width), ones, "scalar", "fp16"),
+        "mlp_scale": ParameterSpec((layers, width), ones, "scalar", "fp16"),
+        "resid_mix": ParameterSpec((layers, 2, width), halves(1, ones, zeros), "scalar", "fp16"),
+        "head_gate": ParameterSpec((layers, heads, gate_width), zeros, "scalar", "fp16"),
+        "skip_weights": ParameterSpec((skips, width), ones, "scalar", "fp16", layered=False),
+        "skip_gates": ParameterSpec((skips, width), zeros, "scalar", "fp16", layered=False),
+        "smear_w": ParameterSpec((1, gate_width), zeros, "scalar", "fp16", layered=False),
+        "smear_lambda": ParameterSpec((1,), zeros, "scalar", "fp16", layered=False),
+        "parallel_post_lambdas": ParameterSpec((layers, 2, 2), ones, "scalar", "fp16"),
         "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
-    lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
-    used = {
-        "skip_weights": skips,
-        "skip_gates": skips and c.skip_gates_enabled,
-        "head_gate": c.head_gate != "none",
-        **dict.fromkeys(("smear_w", "smear_lambda"), c.smear_gate),
-        **dict.fromkeys(("parallel_post_lambdas", "parallel_resid_lambdas"), lanes),
+    exists = {  # all others always
+        "head_gate": config.head_gate != "none",
+        "skip_weights": skips > 0,
+        "skip_gates": skips > 0 and config.skip_gates_enabled,
+        "smear_w": config.smear_gate,
+        "smear_lambda": config.smear_gate,
+        "parallel_post_lambdas": two_lanes,
+        "parallel_resid_lambdas": two_lanes,
     }
-    return {name: spec for name, spec in table.items() if used.get(name, True)}
+    return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
 class Matrix(NamedTuple):
@@ -1877,78 +1907,90 @@ class Matrix(NamedTuple):
 def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
-    for parameter, spec in table.items():
+    for parameter, groups in MATRICES.items():
+        spec = table[parameter]
         banked = len(spec.shape) == 3
-        for part, (name, site) in enumerate(spec.parts):
-            layers = spec.shape[0] // len(spec.parts) if banked else 1
-            found += [
-                Matrix(
-                    name.format(layer),
-                    parameter,
-                    part * layers + layer if banked else None,
-                    (site, layer),
-                    spec.quantizer,
-                )
-                for layer in range(layers)
-            ]
+        layers = spec.shape[0] // len(groups) if banked else 1
+        for group, (name, site) in enumerate(groups):
+            for layer in range(layers):
+                index = group * layers + layer if banked else None
+                found.append(Matrix(name.format(layer), parameter, index, (site, layer), spec.quantizer))
     return found
 
 
+# A backend of causal attention: q (B, T, H, D), k and v (B, T, KV, D), and for a packed row (B = 1) the int32
+# starts of its segments and the length of the longest; gives (B, T, H, D).
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int], Tensor]
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
-    """Causal attention by PyTorch alone: q (B, T, H, D), k and v (B, T, KV, D); a packed row document by document."""
-    dense = lambda *qkv: F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in qkv), is_causal=True, enable_gqa=True
-    ).transpose(1, 2)
+    """Causal attention by PyTorch alone, as Attend says; a packed row document by document."""
+
+    def dense(*qkv: Tensor) -> Tensor:
+        heads_first = (tensor.transpose(1, 2) for tensor in qkv)
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
     if starts is None:
         return dense(q, k, v)
     edges = torch.unique(starts).tolist()
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
 
 
+def attend_varlen() -> Attend:
+    """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Builds from January 2026 on say it in keyword-only options (pytorch#172238), those before as a flag.
+    causal = {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True}
+
+    def attend(q, k, v, starts, longest):
+        if starts is None:
+            return attend_sdpa(q, k, v, None, longest)
+        queries = q[0]
+        keys, values = (t[0].repeat_interleave(q.size(2) // t.size(2), 1) for t in (k, v))
+        return varlen_attn(queries, keys, values, starts, starts, longest, longest, **causal)[None]
+
+    return attend
+
+
 def attend_flash(backend: str) -> Attend:
     """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, as attend_sdpa."""
     if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
+        return attend_varlen()
+    library = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
 
-        dense, causal = (
-            attend_sdpa,
-            {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True},
-        )
+    def output(result):  # some builds give the log-sum-exp as well
+        return result[0] if isinstance(result, tuple) else result
 
-        def packed(q, k, v, starts, longest):
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            return varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
-    else:
-        module = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
-        first = lambda out: out[0] if isinstance(out, tuple) else out
-        dense = lambda q, k, v, *_: first(module.flash_attn_func(q, k, v, causal=True))
-        packed = lambda q, k, v, starts, longest: first(
-            module.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)
+    def attend(q, k, v, starts, longest):
+        if starts is None:
+            return output(library.flash_attn_func(q, k, v, causal=True))
+        packed = library.flash_attn_varlen_func(
+            q[0], k[0], v[0], starts, starts, longest, longest, causal=True
         )
-    return lambda q, k, v, starts, longest: (
-        dense(q, k, v, None, longest) if starts is None else packed(q[0], k[0], v[0], starts, longest)[None]
-    )
+        return output(packed)[None]
+
+    return attend
+
+
+def usable_attention(backend: str, run: Run) -> Attend | str:
+    """The backend, or why it cannot be used."""
+    if backend == "sdpa":
+        return attend_sdpa
+    if not run.is_cuda or run.dtype != torch.bfloat16:
+        return "needs a GPU and bfloat16"
+    if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+        return "needs a Hopper GPU"
+    try:
+        return attend_flash(backend)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
 
 
 def pick_attention(config: Config, run: Run) -> Attend:
-    """The attention backend: ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
-
-    def usable(backend: str) -> Attend | str:
-        if not run.is_cuda or run.dtype != torch.bfloat16:
-            return "needs a GPU and bfloat16"
-        if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
-            return "needs a Hopper GPU"
-        try:
-            return attend_flash(backend)
-        except ImportError as error:
-            return f"cannot be imported: {error}"
-
-    order = {name: functools.partial(usable, name) for name in ("fa3", "fa2", "varlen")} | {
-        "sdpa": lambda: attend_sdpa
-    }
+    """The backend ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
+    backends = ("fa3", "fa2", "varlen", "sdpa")
+    order = {backend: functools.partial(usable_attention, backend, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
@@ -1957,67 +1999,88 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-Tap = Callable[[str, int, Tensor, Tensor], None]
-
-
 class LoRA(nn.Module):
-    """Low-rank deltas x -> x A^T B^T, one per document, site and layer visit; the head has one visit (#1530)."""
+    """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
     def __init__(self, config: Config, documents: int, device: torch.device):
         super().__init__()
-        c, width, visits = config, config.model_dim, len(make_route(config, config.num_loops > 0))
-        kv, rank = c.num_kv_heads * width // c.num_heads, c.ttt_lora_rank
-        sites = {
-            "q": (visits, width, c.ttt_q_lora),
-            "k": (visits, kv, c.ttt_k_lora),
-            "v": (visits, kv, c.ttt_v_lora),
-            "o": (visits, width, c.ttt_o_lora),
-            "down": (visits, width, c.ttt_mlp_lora),
-            "head": (1, c.vocab_size, True),
+        width = config.model_dim
+        kv_width = config.num_kv_heads * width // config.num_heads
+        rank = config.ttt_lora_rank
+        visits = len(make_route(config, config.num_loops > 0))
+        sites = {  # (visits, outputs, whether it has adapters)
+            "q": (visits, width, config.ttt_q_lora),
+            "k": (visits, kv_width, config.ttt_k_lora),
+            "v": (visits, kv_width, config.ttt_v_lora),
+            "o": (visits, width, config.ttt_o_lora),
+            "down": (visits, width, config.ttt_mlp_lora),
+            "head": (1, config.vocab_size, True),
         }
-        empty = lambda *shape: nn.Parameter(torch.empty(shape, device=device))
-        self.read = nn.ParameterDict(
-            {s: empty(n, documents, rank, width) for s, (n, _, on) in sites.items() if on}
-        )
-        self.write = nn.ParameterDict(
-            {s: empty(n, documents, out, rank) for s, (n, out, on) in sites.items() if on}
-        )
-        self.scale = c.ttt_lora_alpha / rank if c.ttt_lora_alpha else 1.0
+        read = {}
+        write = {}
+        for site, (count, outputs, enabled) in sites.items():
+            if enabled:
+                read[site] = nn.Parameter(torch.empty(count, documents, rank, width, device=device))
+                write[site] = nn.Parameter(torch.empty(count, documents, outputs, rank, device=device))
+        # Given a dictionary, ParameterDict sorts it: the order in which `reset` draws.
+        self.read = nn.ParameterDict(read)
+        self.write = nn.ParameterDict(write)
+        self.scale = config.ttt_lora_alpha / rank if config.ttt_lora_alpha else 1.0
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
         generator = torch.Generator(self.read["head"].device).manual_seed(seed)
         for read, write in zip(self.read.values(), self.write.values(), strict=True):
-            read.uniform_(-(read.size(-1) ** -0.5), read.size(-1) ** -0.5, generator=generator)
+            bound = read.size(-1) ** -0.5
+            read.uniform_(-bound, bound, generator=generator)
             write.zero_()
 
     def per_visit(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """site -> (A, B) of each visit, (documents, rank, in) and (documents, out, rank), in `dtype`, A scaled."""
-        parts = lambda t: t.to(dtype).unbind(0)
-        return {
-            s: list(zip(parts(self.read[s] * self.scale), parts(self.write[s]), strict=True))
-            for s in self.read
-        }
+        """site -> (A, B) of each visit in `dtype`: scaled (documents, rank, in), (documents, out, rank)."""
+        adapters = {}
+        for site in self.read:
+            read = (self.read[site] * self.scale).to(dtype).unbind(0)
+            write = self.write[site].to(dtype).unbind(0)
+            adapters[site] = list(zip(read, write, strict=True))
+        return adapters
+
+
+# Calibration looks at every product through one: called with the site, the layer, the input and the output.
+Tap = Callable[[str, int, Tensor, Tensor], None]
 
 
 class Hooks(NamedTuple):
-    """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
+    """What hangs on the matrices besides their weights: a calibration tap, adapters by site and visit."""
 
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-    def adapt(self, site: str, step: Visit, x: Tensor, y: Tensor) -> Tensor:
+    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor) -> Tensor:
         """y plus what the site's adapter makes of x on this visit, if there is one."""
-        pairs = (self.lora or {}).get(site)
-        return y if pairs is None else y + x @ pairs[step.slot][0].mT @ pairs[step.slot][1].mT
+        if self.lora is None or site not in self.lora:
+            return y
+        read, write = self.lora[site][visit.index]
+        return y + x @ read.mT @ write.mT
 
 
-HEAD_VISIT = Visit(0, 0, False, None, "serial")
+# The head is no layer, but its product has the same hooks: a tap sees it as layer 0, its only adapter has
+# index 0. It comes after the last visit, so what is said of skips and residual means nothing here.
+HEAD_VISIT = Visit(layer=0, index=0, pushes_skip=False, skip_row=None, residual="serial")
+
+
+class Shared(NamedTuple):
+    """What all visits of one forward read."""
+
+    banks: dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+    rotation: tuple[Tensor, Tensor]
+    x0: Tensor  # the embedding (B, T, D), to which every layer may return
+    batch: Batch
+    hooks: Hooks
 
 
 class GPT(nn.Module):
-    """The one network: layers as the route says, weights from the parameter table, matrices in banks (#1523)."""
+    """The one network: layers as the route says, weights from the table, matrices in banks (#1523)."""
 
     def __init__(
         self,
@@ -2028,166 +2091,228 @@ class GPT(nn.Module):
         feed_forward: MLP = mlp_reference,
     ):
         super().__init__()
-        self.config, self.attend, self.fused, self.dtype, self.feed_forward = (
-            config,
-            attend,
-            fused,
-            dtype,
-            feed_forward,
-        )
-        self.table, self.looped = parameter_table(config), False
+        self.config = config
+        self.attend = attend
+        self.fused = fused
+        self.dtype = dtype
+        self.feed_forward = feed_forward
+        self.looped = False
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
+        self.table = parameter_table(config)
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
             spec.init(weight)
-            self.register_parameter(
-                name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight)
-            )
+            if spec.optimizer == "embed":
+                weight = weight.to(dtype)
+            self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
 
-    def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, ROPE_DIMS/2) of every position, from fp32 angles: rounding these would cost phase."""
-        c, dims, length = self.config, self.config.rope_dims, batch.inputs.size(1)
-        stretch = max(1.0, length / c.train_seq_len) if c.rope_yarn and dims > 2 else 1.0
-        base = c.rope_base * stretch ** (dims / max(dims - 2, 1))
-        count = lambda end, step: torch.arange(0, end, step, device=batch.inputs.device, dtype=torch.float32)
-        angle = torch.outer(count(length, 1), base ** -(count(dims, 2) / max(dims, 1)))[:, None]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
-        half, (cos, sin) = self.config.rope_dims // 2, rotation
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
-
-    @staticmethod
-    def matmul(
-        site: str, weight: Tensor, x: Tensor, step: Visit, hooks: Hooks, adapt: Tensor | None = None
-    ) -> Tensor:
-        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` where that is not x itself."""
-        y = F.linear(x, weight)
-        if hooks.tap:
-            hooks.tap(site, step.layer, x, y)
-        return hooks.adapt(site, step, x if adapt is None else adapt, y)
-
-    def attention(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        step: Visit,
-        banks: dict[str, Any],
-        batch: Batch,
-        rotation: tuple[Tensor, Tensor],
-        hooks: Hooks,
-    ) -> Tensor:
-        """Attention on x (B, T, D), `residual` normalised: QK norm, rotation and gain, XSA, head gate, projection."""
-        c, layer, (B, T, _) = self.config, step.layer, x.shape
-        raw = self.matmul("q", banks["qo"][layer], x, step, hooks)
-        q = raw.view(B, T, c.num_heads, -1)
-        k = self.matmul("k", banks["kv"][layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
-        v = self.matmul("v", banks["kv"][c.num_layers + layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
-        q, k = (
-            self.rotate(rms_norm(q), rotation) * banks["q_gain"][layer][:, None],
-            self.rotate(rms_norm(k), rotation),
-        )
-        y = self.attend(q, k, v, batch.starts, batch.longest)
-        if layer >= c.num_layers - c.xsa_last_n:
-            own = F.normalize(v, dim=-1)[:, :, :, None]
-            y = y.view(B, T, c.num_kv_heads, -1, y.size(-1))
-            y = y - (y * own).sum(-1, keepdim=True) * own
-        y = y.reshape(B, T, c.num_heads, -1)
-        if c.head_gate != "none":
-            source = {"residual": residual, "proj": x, "q": raw}[c.gate_attn_src][..., : c.gate_width or None]
-            opening = F.linear(source, banks["head_gate"][layer])
-            inside, outside = (1, 2) if c.head_gate == "attn_out" else (c.sparse_attn_gate_scale, 1)
-            y = y * (outside * torch.sigmoid(inside * opening))[..., None]
-        return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
-
-    def mlp(self, x: Tensor, step: Visit, banks: dict[str, Any], hooks: Hooks) -> Tensor:
-        """LeakyReLU(x up^T, 1/2)^2 down^T, and an adapter's delta; in one unless calibration looks inside."""
-        up, down = banks["up"][step.layer], banks["down"][step.layer]
-        if not hooks.tap:
-            return hooks.adapt("down", step, x, self.feed_forward(x, up, down))
-        hidden = F.leaky_relu(self.matmul("up", up, x, step, hooks), 0.5).square()
-        return self.matmul("down", down, hidden, step, hooks, adapt=x)
-
-    def embedding(self, batch: Batch) -> Tensor:
-        """The normalised token embeddings (B, T, D), with what they take from the token before."""
-        c, ids = self.config, batch.inputs
-        x = rms_norm(F.embedding(ids, self.embed))
-        opens = torch.zeros(
-            ids.size(1) + 1, dtype=torch.bool, device=ids.device
-        )  # where a packed row starts a segment
-        if batch.starts is not None:
-            opens = opens.index_fill(0, batch.starts.long(), True)
-        if (
-            self.hash_embed is not None
-        ):  # of (previous token, token); 0 comes before the start of a segment (#1523)
-            previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens[:-1], 0)
-            x = x + F.embedding((2039 * previous + ids) % c.hash_embed_size, self.hash_embed).to(x.dtype)
-        if c.smear_gate:
-            opening = F.linear(x[:, 1:, : c.gate_width or None], self.smear_w.to(x.dtype))
-            share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
-            if c.smear_gate_bos_fix:
-                share = share.masked_fill(((ids == BOS) | opens[:-1])[:, 1:, None], 0)
-            x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
-        return x
-
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores, calibration and TTT."""
-        hooks = Hooks(tap, lora and lora.per_visit(self.dtype))
+        """Cross-entropy in nats of every target, (B, T) fp32."""
+        hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
-        targets, cap = batch.targets.flatten(), self.config.logit_softcap
-        fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
-        return (fused if self.fused else softcapped_ce_reference)(logits, targets, cap).view_as(batch.targets)
+        targets = batch.targets.flatten()
+        if self.fused:
+            losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
+        else:
+            losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
+        return losses.view_as(batch.targets)
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
-        c, dtype = self.config, self.dtype
-        # One cast and one unbind per bank: looped layers reuse them, the backward has a node per bank, not per visit.
-        banks = {name: getattr(self, name).to(dtype).unbind(0) for name in self.table if name != "embed"}
-        rotation = self.rotation(batch)
-        x = x0 = self.embedding(batch)
-        lane, skips = None, []  # lane: the residual stream of the MLP once it has split off
-        for step in self.routes[self.looped]:
-            layer, depth = step.layer, (step.layer + 1) ** -0.5 if c.ln_scale else 1.0
-            splits, before = step.kind == "two_lane" and lane is None, x
-            if step.pop is not None:
-                skip = banks["skip_weights"][step.pop] * skips.pop()
-                gate = torch.sigmoid(banks["skip_gates"][step.pop]) if c.skip_gates_enabled else None
-                x = x + skip if gate is None else torch.lerp(skip, x, gate)
-            if splits:
-                lane = before if c.parallel_first_skip == "lane0" else x
-            keep, mix = banks["resid_mix"][layer]
-            read = keep * x + mix * x0
-            normed = rms_norm(read) * depth
-            attended = banks["attn_scale"][layer] * self.attention(
-                normed, read, step, banks, batch, rotation, hooks
-            )
-            # The three kinds of residual differ in what the MLP reads and where the two outputs go.
-            if step.kind == "serial":
-                read = read + attended
-                normed = rms_norm(read) * depth
-            elif step.kind == "two_lane":
-                normed = rms_norm(lane) * depth
-            transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, hooks)
-            if step.kind == "serial":
-                x = read + transformed
-            elif step.kind == "gptj":
-                x = read + attended + transformed
-            else:  # post[branch, lane] is how much of a branch each lane receives (#1529)
-                resid, post = banks["parallel_resid_lambdas"][layer], banks["parallel_post_lambdas"][layer]
-                x, lane = (
-                    resid[0] * x + post[0, 0] * attended + post[1, 0] * transformed,
-                    resid[1] * lane + post[0, 1] * attended + post[1, 1] * transformed,
-                )
-            if step.push:
+        # One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank,
+        # not per visit.
+        banks = {name: getattr(self, name).to(self.dtype).unbind(0) for name in self.table if name != "embed"}
+        shared = Shared(banks, self.rotation(batch), self.embedding(batch), batch, hooks)
+
+        x = shared.x0
+        lane = None  # the residual stream of the MLP, once it has parted from that of attention
+        skips = []
+        for visit in self.routes[self.looped]:
+            before = x
+            if visit.skip_row is not None:
+                x = self.merge_skip(x, skips.pop(), visit, shared)
+            if visit.residual == "two_lane":
+                if lane is None:
+                    lane = before if self.config.parallel_first_skip == "lane0" else x
+                x, lane = self.two_lane(x, lane, visit, shared)
+            elif visit.residual == "gptj":
+                x = self.gptj(x, visit, shared)
+            else:
+                x = self.serial(x, visit, shared)
+            if visit.pushes_skip:
                 skips.append(x)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
 
+    def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """x with a remembered output, channel by channel: through a gate between the two, or added."""
+        skip = shared.banks["skip_weights"][visit.skip_row] * skip
+        if not self.config.skip_gates_enabled:
+            return x + skip
+        gate = torch.sigmoid(shared.banks["skip_gates"][visit.skip_row])
+        return torch.lerp(skip, x, gate)
+
+    # The three forms of residual differ in what the MLP reads and where the outputs of attention and MLP go.
+    # In all of them attention reads its stream mixed with the embedding, normalised.
+
+    def serial(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The MLP reads what attention has written; both write to the mixed stream."""
+        x = self.mix(x, visit, shared)
+        x = x + self.attention(self.normalise(x, visit), x, visit, shared)
+        return x + self.mlp(self.normalise(x, visit), visit, shared)
+
+    def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""
+        x = self.mix(x, visit, shared)
+        normed = self.normalise(x, visit)
+        return x + self.attention(normed, x, visit, shared) + self.mlp(normed, visit, shared)
+
+    def two_lane(self, x: Tensor, lane: Tensor, visit: Visit, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Attention reads x mixed, the MLP `lane` as it is; both write to both; the mix is not kept (#1529)."""
+        mixed = self.mix(x, visit, shared)
+        attended = self.attention(self.normalise(mixed, visit), mixed, visit, shared)
+        transformed = self.mlp(self.normalise(lane, visit), visit, shared)
+        keep = shared.banks["parallel_resid_lambdas"][visit.layer]
+        post = shared.banks["parallel_post_lambdas"][visit.layer]  # [branch, lane]: its share for the lane
+        return (
+            keep[0] * x + post[0, 0] * attended + post[1, 0] * transformed,
+            keep[1] * lane + post[0, 1] * attended + post[1, 1] * transformed,
+        )
+
+    def mix(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """x with the embedding let in again, channel by channel."""
+        keep, again = shared.banks["resid_mix"][visit.layer]
+        return keep * x + again * shared.x0
+
+    def normalise(self, x: Tensor, visit: Visit) -> Tensor:
+        """x normalised, with LN_SCALE the smaller the deeper the layer."""
+        return rms_norm(x) * ((visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0)
+
+    @staticmethod
+    def matmul(
+        site: str, weight: Tensor, x: Tensor, visit: Visit, hooks: Hooks, adapt: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x."""
+        y = F.linear(x, weight)
+        if hooks.tap is not None:
+            hooks.tap(site, visit.layer, x, y)
+        return hooks.adapt(site, visit, x if adapt is None else adapt, y)
+
+    def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
+        config = self.config
+        banks = shared.banks
+        layer = visit.layer
+        B, T, _ = x.shape
+        raw = self.matmul("q", banks["qo"][layer], x, visit, shared.hooks)
+        k = self.matmul("k", banks["kv"][layer], x, visit, shared.hooks)
+        v = self.matmul("v", banks["kv"][config.num_layers + layer], x, visit, shared.hooks)
+        q = raw.view(B, T, config.num_heads, -1)
+        k = k.view(B, T, config.num_kv_heads, -1)
+        v = v.view(B, T, config.num_kv_heads, -1)
+
+        q = self.rotate(rms_norm(q), shared.rotation) * banks["q_gain"][layer][:, None]
+        k = self.rotate(rms_norm(k), shared.rotation)
+        y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        if layer >= config.num_layers - config.xsa_last_n:
+            y = self.without_own_value(y, v)
+        if config.head_gate != "none":
+            source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
+            y = self.gate_heads(y, source, banks["head_gate"][layer])
+
+        weight = banks["qo"][config.num_layers + layer]
+        y = self.matmul("o", weight, y.flatten(2), visit, shared.hooks, adapt=x)
+        return banks["attn_scale"][layer] * y
+
+    def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
+        length = batch.inputs.size(1)
+        dims = self.config.rope_dims
+        base = self.config.rope_base
+        if self.config.rope_yarn and dims > 2:
+            # NTK: where rows are longer than in training, the slowest wave becomes longer by the same factor.
+            base = base * max(1.0, length / self.config.train_seq_len) ** (dims / (dims - 2))
+        # Angles in fp32: rounding these would cost phase.
+        options = {"device": batch.inputs.device, "dtype": torch.float32}
+        frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
+        angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
+        half = self.config.rope_dims // 2
+        cos, sin = rotation
+        a = x[..., :half]
+        b = x[..., half : 2 * half]
+        rest = x[..., 2 * half :]
+        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+    @staticmethod
+    def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+        """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
+        own = F.normalize(v, dim=-1)[:, :, :, None]
+        grouped = y.view(*v.shape[:3], -1, y.size(-1))
+        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+
+    def gate_heads(self, y: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+        """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, >= G)."""
+        opening = F.linear(source[..., : self.config.gate_width or None], weight)
+        if self.config.head_gate == "attn_out":
+            gate = 2 * torch.sigmoid(opening)  # 1 with the initial weights
+        else:
+            gate = torch.sigmoid(self.config.sparse_attn_gate_scale * opening)
+        return y * gate[..., None]
+
+    def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
+        hooks = shared.hooks
+        up = shared.banks["up"][visit.layer]
+        down = shared.banks["down"][visit.layer]
+        if hooks.tap is None:
+            y = hooks.adapt("down", visit, x, self.feed_forward(x, up, down))
+        else:
+            hidden = F.leaky_relu(self.matmul("up", up, x, visit, hooks), 0.5).square()
+            y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
+        return shared.banks["mlp_scale"][visit.layer] * y
+
+    def embedding(self, batch: Batch) -> Tensor:
+        """The normalised token embeddings (B, T, D), with what they take from the token before."""
+        ids = batch.inputs
+        # Where a packed row starts a segment; the starts that are padding lie behind its end.
+        opens = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+        if batch.starts is not None:
+            opens = opens.index_fill(0, batch.starts.long(), True)
+        opens = opens[:-1]
+
+        x = rms_norm(F.embedding(ids, self.embed))
+        if self.hash_embed is not None:
+            x = x + self.hashed_pairs(ids, opens).to(x.dtype)
+        if self.config.smear_gate:
+            x = self.smear(x, ids, opens)
+        return x
+
+    def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
+        """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
+        previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
+        return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
+
+    def smear(self, x: Tensor, ids: Tensor, opens: Tensor) -> Tensor:
+        """x with a gated share of the position before (#1667)."""
+        opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
+        share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
+        if self.config.smear_gate_bos_fix:  # nothing into the start of a document or segment (#1851)
+            share = share.masked_fill(((ids == BOS) | opens)[:, 1:, None], 0)
+        return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
+
 
 # === OPTIMIZERS ===
-# Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
+# In: the gradients of this rank's share of a batch. Out: parameters one step further, the same on every rank.
+# Muon moves the banks of matrices, AdamW the embedding and everything small: a column of the parameter table
+# says which. Ranks divide Muon's work bank by bank and do the rest in full each. The schedules at the end are
+# functions of progress or step alone: change them freely.
+
+# A row (a, b, c) per iteration of X <- aX + (bA + cA^2)X with A = XX^T; iterations after the last row repeat
+# it. "classic" is Muon's own quintic, "polar_express" as in #1787.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
@@ -2203,13 +2328,18 @@ NEWTON_SCHULZ = {
 def orthogonalize(
     update: Tensor, coefficients: tuple[tuple[float, float, float], ...], fused: bool = False
 ) -> Tensor:
-    """The matrices (N, R, C) of `update` with all singular values moved close to 1, in their dtype (Newton-Schulz)."""
+    """The matrices (N, R, C) of `update`, all singular values moved close to 1, by Newton-Schulz."""
     wide = update.size(-2) <= update.size(-1)
-    x = update if wide else update.mT
+    x = update if wide else update.mT  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
-        gram = symmetric_product_op(x, 0.0, 1.0) if fused else x @ x.mT
-        x = a * x + (symmetric_product_op(gram, b, c) if fused else b * gram + c * gram @ gram) @ x
+        if fused:
+            gram = symmetric_product_op(x, 0.0, 1.0)
+            polynomial = symmetric_product_op(gram, b, c)
+        else:
+            gram = x @ x.mT
+            polynomial = b * gram + c * gram @ gram
+        x = a * x + polynomial @ x
     return x if wide else x.mT
 
 
@@ -2222,7 +2352,7 @@ def muon_update(
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
 ) -> Tensor:
-    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`, compiled as one."""
+    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`."""
     buffer.mul_(momentum).add_(gradient)
     update = (gradient + momentum * buffer).float()
     if rows:
@@ -2238,38 +2368,56 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of each."""
 
+    # A step in the order of its communication, all of it asynchronous:
+    #   reduce  starts a reduce-scatter per bank. While these run, the caller reduces and moves the rest.
+    #   step    bank by bank, in the same order: wait for this rank's shard, orthogonalise it, start to gather
+    #           the results of all ranks; then apply those of the bank before, which were gathered meanwhile.
+    # So every rank issues the same collectives in the same order. Zeros fill up a bank until its shards are
+    # equal in size. One rank alone does the same without communication.
+
     def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool, fused: bool = False):
-        self.run, self.fused, c = run, fused, run.config
-        table = NEWTON_SCHULZ[c.muon_coefficients]
-        self.coefficients = tuple(table[min(i, len(table) - 1)] for i in range(c.muon_backend_steps))
+        self.run = run
+        self.fused = fused
+        self.dtype = run.dtype
+        rows = NEWTON_SCHULZ[run.config.muon_coefficients]
+        self.coefficients = tuple(rows[min(i, len(rows) - 1)] for i in range(run.config.muon_backend_steps))
+        # Compiled as one, so that what is elementwise is fused.
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
-        self.dtype, self.shards, self.momenta, self.pending = run.dtype, {}, {}, {}
+        self.momenta = {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world_size)
             self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+        self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
+        self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
 
     def reduce(self) -> None:
-        """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
+        """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
+        world_size = self.run.world_size
         for name, bank in self.banks.items():
-            self.shards[name] = gradient = bank.grad.to(self.dtype)
-            if self.run.world_size > 1:
-                padded = gradient.new_zeros((len(self.momenta[name]) * self.run.world_size, *bank.shape[1:]))
-                padded[: len(bank)] = gradient / self.run.world_size
-                self.shards[name] = torch.empty_like(self.momenta[name])
-                self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
+            gradient = bank.grad.to(self.dtype)
+            if world_size == 1:
+                self.shards[name] = gradient
+                continue
+            padded = gradient.new_zeros((len(self.momenta[name]) * world_size, *bank.shape[1:]))
+            padded[: len(bank)] = gradient / world_size
+            self.shards[name] = torch.empty_like(self.momenta[name])
+            self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
+
+    def wait(self, name: str) -> None:
+        """Until the shard of a bank has arrived."""
+        if name in self.pending:
+            handle, _ = self.pending.pop(name)
+            handle.wait()
 
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale` multiplies the gradients first."""
-        mu, rows = (
-            torch.tensor(momentum, dtype=self.dtype, device=self.run.device),
-            self.run.config.muon_row_normalize,
-        )
-        applied = None
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+        mu = torch.tensor(momentum, dtype=self.dtype, device=self.run.device)
+        rows = self.run.config.muon_row_normalize
+        previous = None
         for name, bank in self.banks.items():
-            if name in self.pending:
-                self.pending.pop(name)[0].wait()
+            self.wait(name)
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
@@ -2277,91 +2425,116 @@ class Muon:
                 shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused
             )
             gathered = self.gather(update)
-            if applied:
-                self.apply(*applied, rate, decay)
-            applied = bank, *gathered
-        self.apply(*applied, rate, decay)
+            if previous is not None:
+                self.apply(*previous, rate, decay)
+            previous = (bank, *gathered)
+        self.apply(*previous, rate, decay)
 
-    def gather(self, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """The shards of all ranks as one tensor, and how to wait for it."""
+    def gather(self, shard: Tensor) -> tuple[Tensor, Any]:
+        """The shards of all ranks as one tensor, and what to wait for before reading it (one rank: None)."""
         if self.run.world_size == 1:
-            return shard, lambda: None
+            return shard, None
         whole = shard.new_empty((len(shard) * self.run.world_size, *shard.shape[1:]))
-        return whole, all_gather(whole, shard.contiguous(), async_op=True).wait
+        return whole, all_gather(whole, shard.contiguous(), async_op=True)
 
     @staticmethod
-    def apply(
-        bank: nn.Parameter, gathered: Tensor, wait: Callable[[], Any], rate: float, decay: float
-    ) -> None:
+    def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
         """Move one bank by its gathered update."""
-        wait()
+        if handle is not None:
+            handle.wait()
         scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
         bank.data.mul_(1 - rate * decay).add_(gathered[: len(bank)].to(bank.dtype), alpha=-rate * scale)
 
     def state(self) -> dict[str, Tensor]:
         """The whole momentum of each bank, whatever the number of ranks."""
-        pairs = {name: self.gather(shard) for name, shard in self.momenta.items()}
-        for _, wait in pairs.values():
-            wait()
-        return {name: whole[: len(self.banks[name])].clone() for name, (whole, _) in pairs.items()}
+        gathered = {name: self.gather(shard) for name, shard in self.momenta.items()}
+        state = {}
+        for name, (whole, handle) in gathered.items():
+            if handle is not None:
+                handle.wait()
+            state[name] = whole[: len(self.banks[name])].clone()
+        return state
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's part of a `state`."""
         for name, shard in self.momenta.items():
             part = state[name][self.run.rank * len(shard) : (self.run.rank + 1) * len(shard)]
-            shard.zero_()[: len(part)] = part.to(shard)
+            shard.zero_()
+            shard[: len(part)] = part.to(shard)
 
 
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
+    """Muon for the banks, AdamW for the embedding and everything small, one gradient clip for all of it."""
 
     def __init__(self, run: Run, model: GPT, compiled: bool):
-        self.run, c = run, run.config
-        group = lambda kind: {n: p for n, p in model.named_parameters() if model.table[n].optimizer == kind}
-        self.muon = Muon(run, group("muon"), compiled, model.fused)
-        self.replicated = [*group("embed").values(), *group("scalar").values()]
+        self.run = run
+        config = run.config
+
+        def moved_by(optimizer: str) -> dict[str, nn.Parameter]:
+            parameters = model.named_parameters()
+            return {name: p for name, p in parameters if model.table[name].optimizer == optimizer}
+
+        embed = list(moved_by("embed").values())
+        scalar = list(moved_by("scalar").values())
+        self.muon = Muon(run, moved_by("muon"), compiled, model.fused)
+        self.replicated = [*embed, *scalar]  # moved in full on every rank
         self.parameters = [*self.muon.banks.values(), *self.replicated]
         groups = [
-            {"params": list(group(kind).values()), "lr": rate, "weight_decay": decay}
-            for kind, rate, decay in (
-                ("embed", c.tied_embed_lr, c.embed_wd),
-                ("scalar", c.scalar_lr, c.adam_wd),
-            )
+            {"params": embed, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
+            {"params": scalar, "lr": config.scalar_lr, "weight_decay": config.adam_wd},
         ]
-        self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
-        self.rates = [g["lr"] for g in self.adam.param_groups]
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
+        self.rates = [group["lr"] for group in self.adam.param_groups]
 
     def step(self, rate_scale: float, momentum: float, decay: float) -> None:
-        """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
-        c, world = self.run.config, self.run.world_size
+        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices."""
+        config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
                 parameter.grad = torch.zeros_like(parameter)
-        if c.grad_clip_norm and c.grad_clip_scope == "local":
-            nn.utils.clip_grad_norm_(self.parameters, c.grad_clip_norm, foreach=True)
+
+        if config.grad_clip_norm and config.grad_clip_scope == "local":
+            nn.utils.clip_grad_norm_(self.parameters, config.grad_clip_norm, foreach=True)
         self.muon.reduce()
-        for dtype in {p.dtype for p in self.replicated} if world > 1 else ():  # one flat all-reduce each
-            gradients = [p.grad for p in self.replicated if p.dtype == dtype]
-            flat = self.run.sum_over_ranks(torch.cat([g.flatten() for g in gradients]) / world)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        self.reduce_replicated()
         scale = None
-        if c.grad_clip_norm and c.grad_clip_scope == "global":
-            for handle, _ in self.muon.pending.values():
-                handle.wait()
-            self.muon.pending.clear()
-            norms = lambda tensors: sum(tensor.float().square().sum() for tensor in tensors)
-            square = self.run.sum_over_ranks(norms(self.muon.shards.values())) + norms(
-                p.grad for p in self.replicated
-            )
-            scale = (c.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.replicated], scale)
+        if config.grad_clip_norm and config.grad_clip_scope == "global":
+            scale = self.global_clip_scale()
+            torch._foreach_mul_([parameter.grad for parameter in self.replicated], scale)
+
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(c.matrix_lr * rate_scale, momentum, decay, scale)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale)
+
         for parameter in self.parameters:
             parameter.grad = None
+
+    def reduce_replicated(self) -> None:
+        """Average the gradients of `replicated`, in one flat all-reduce per dtype."""
+        world_size = self.run.world_size
+        if world_size == 1:
+            return
+        # In the order of the parameters: that of a set differs between ranks, which would mix the dtypes up.
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.replicated):
+            gradients = [parameter.grad for parameter in self.replicated if parameter.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / world_size
+            parts = self.run.sum_over_ranks(flat).split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def global_clip_scale(self) -> Tensor:
+        """What brings the norm of all averaged gradients down to GRAD_CLIP_NORM."""
+
+        def square(gradients: Iterable[Tensor]) -> Tensor:
+            return sum(gradient.float().square().sum() for gradient in gradients)
+
+        for name in self.muon.banks:
+            self.muon.wait(name)
+        sharded = self.run.sum_over_ranks(square(self.muon.shards.values()))
+        norm = (sharded + square(parameter.grad for parameter in self.replicated)).sqrt()
+        return (self.run.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def state(self) -> dict[str, Any]:
         """Everything `load` needs, as tensors and numbers."""
@@ -2375,27 +2548,33 @@ class Optimizers:
 
 @torch.no_grad()
 def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
-    """Move the fp32 `average` of all parameters towards the live ones by 1 - decay, in two fused calls (#1585)."""
-    torch._foreach_mul_(list(average.values()), decay)
+    """Move the fp32 `average` of all parameters towards the live ones by 1 - decay (#1585)."""
+    averages = list(average.values())
+    # Two fused calls instead of two per parameter.
     live = [model.get_parameter(name).detach().float() for name in average]
-    torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
+    torch._foreach_mul_(averages, decay)
+    torch._foreach_add_(averages, live, alpha=1 - decay)
 
 
 def learning_rate_scale(config: Config, progress: float) -> float:
-    """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
-    warmdown = config.warmdown_frac
-    return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
+    """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over WARMDOWN_FRAC, at least MIN_LR."""
+    if config.warmdown_frac == 0 or progress < 1 - config.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / config.warmdown_frac, config.min_lr)
 
 
 def muon_weight_decay(config: Config, progress: float) -> float:
-    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
-    taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
+    start = config.wd_taper_start_frac
+    taper = max(0.0, progress - start) / max(1 - start, 1e-9)
     return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
 
 
 def muon_momentum(config: Config, step: int) -> float:
     """Muon momentum at `step`: a linear ramp, then constant."""
-    ramp = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    if config.muon_momentum_warmup_steps == 0:
+        return config.muon_momentum
+    ramp = min(1.0, step / config.muon_momentum_warmup_steps)
     return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
 
 
