@@ -1,24 +1,27 @@
-"""Train, quantise, pack and score the best language model that fits in 16,000,000 bytes (Parameter Golf), in one file.
+"""Train, quantise, pack and score the best language model that fits in 16,000,000 bytes, in one file.
 
-    python train_gpt.py                                        one GPU or the CPU, settings from the environment
-    torchrun --standalone --nproc_per_node=8 train_gpt.py      eight GPUs: same batches, same losses
-    python train_gpt.py --help                                 every setting, its default and its meaning
+    python train_gpt.py                                      one GPU or the CPU; settings from the environment
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs: same batches, same losses
+    python train_gpt.py --help                               every setting, its default and its meaning
 
-A run is train -> quantise -> pack -> evaluate, each also alone (STAGE=train|quantize|evaluate) from what the one before
-left in runs/$RUN_ID/. The score is computed from the bytes of the artifact on disk and nothing else.
+This is the game of Parameter Golf. A run is train -> quantise -> pack -> evaluate, each also alone
+(STAGE=train|quantize|evaluate) from what the one before left in runs/$RUN_ID/. The score is computed from the
+bytes of the artifact on disk and nothing else.
 
 Contents, in the order of execution (every section starts with a line `# === NAME ===`):
-    CONFIG      every setting, declared once: type, default, range, meaning
-    RUN         rank, device, run folder, log, metrics, errors
-    DATA        shards, the two training loaders, validation tokens and their bytes
-    KERNELS     fused GPU kernels, each beside its plain reference
-    MODEL       route (the order of layer visits) and parameter table, attention backends, the one forward
-    OPTIMIZERS  Muon on parameter banks, Adam, EMA, schedule
-    QUANTIZE    calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
-    ARTIFACT    entropy coder, the container on disk, the packed script
-    EVALUATE    windows, scores, plain and sliding evaluation, test-time training
-    TRAIN       warm-up, the training loop, checkpoints
-    MAIN        stages
+    CONFIG       every setting, declared once: type, default, range, meaning
+    ENVIRONMENT  rules between settings, other names of settings, the command line
+    RUN          rank, device, run folder, log, metrics, errors
+    DATA         shards, the two training loaders, validation tokens and their bytes
+    KERNELS      fused GPU kernels, each beside its plain reference
+    TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
+    MODEL        attention backends, adapters, the one forward
+    OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
+    QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    ARTIFACT     entropy coder, the container on disk, the packed script
+    EVALUATE     windows, scores, plain and sliding evaluation, test-time training
+    TRAIN        warm-up, the training loop, checkpoints
+    MAIN         stages
 
 Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
@@ -56,11 +59,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # === CONFIG ===
-# In: the environment variables. Out: one frozen Config, which everything below reads and nothing changes.
+# Every setting is one row of Config, under the Section whose result it shapes: type, default, meaning, range.
+# Its name in capitals is its environment variable. Nothing after Config changes a setting.
 #
-# A new setting is one row of Config, under the Section whose result it shapes; its name in capitals is its
-# variable. A rule between settings is one row of `model_rules` or `run_rules`. Only the standard library is
-# loaded before the end of this section: a wrong setting stops the run before the seconds that torch takes.
+# Only the standard library is loaded before the section RUN: a wrong setting stops the run before the seconds
+# that loading torch takes.
 
 
 class Stop(SystemExit):
@@ -433,6 +436,12 @@ class Config:
                 yield f"  {field.name.upper():<32} {default:<14} {field.metadata['meaning']}{suffix}"
 
 
+# === ENVIRONMENT ===
+# In: environment variables and the command line. Out: one frozen Config, or Stop with one line that says what
+# to do. A rule between settings is one row of `model_rules` or `run_rules`; what the four published scripts
+# call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
+
+
 # Streams of data: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same.
 STREAMS = 8
 TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
@@ -686,9 +695,9 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
 
 # === RUN ===
 # In: the settings, and what torchrun says of the ranks. Out: a Run, which knows where this process is and
-# speaks for it, and the run folder, which one launch at a time may write. Only rank 0 writes: `log` for people,
-# `metric` for programs, `ledger` for compliance.py, whole files through `write_atomically`. A reader may send
-# the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
+# speaks for it, and the run folder, which one launch at a time may write. Only rank 0 writes: `log` for
+# people, `metric` for programs, `ledger` for compliance.py, whole files through `write_atomically`. A reader
+# may send the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
 
 
 class Run:
@@ -835,7 +844,7 @@ def tune_process(is_cuda: bool) -> None:
 
 
 def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID's, else the newest to go on from (of the data `shards`), else a new one."""
+    """The folder of this run: RUN_ID, else the newest to go on from (of data `shards`), else a new one."""
     root = Path(config.out_dir)
     trains = config.stage in ("all", "train")
     if config.run_id:
@@ -1752,12 +1761,13 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
     return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
-# === MODEL ===
-# In: the settings, an attention backend and a Batch of token ids. Out: the loss in nats of every target. One
-# forward serves training, scores, calibration and test-time training. Three tables say what the network is:
-# the route (which layer is visited when, and how its outputs join the residual stream), MATRICES (what is
-# quantised with calibration) and parameter_table (shape, initial values, optimiser, quantiser of each
-# parameter). A new parameter is a row there and its use in GPT; a new form of residual is a method of GPT.
+# === TOPOLOGY ===
+# In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
+# outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
+# and quantiser; MATRICES says which of them are quantised with calibration. A new parameter is a row here and
+# its use in GPT; a new form of residual is a mark in the route and a method of GPT.
+
+
 class Visit(NamedTuple):
     """One pass through a layer."""
 
@@ -1916,6 +1926,13 @@ def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
                 index = group * layers + layer if banked else None
                 found.append(Matrix(name.format(layer), parameter, index, (site, layer), spec.quantizer))
     return found
+
+
+# === MODEL ===
+# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
+# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
+# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
+# `gptj`, `two_lane`), how attention is finished (`GPT.attention`), or add a backend to `pick_attention`.
 
 
 # A backend of causal attention: q (B, T, H, D), k and v (B, T, KV, D), and for a packed row (B = 1) the int32
@@ -2168,7 +2185,7 @@ class GPT(nn.Module):
         return x + self.attention(normed, x, visit, shared) + self.mlp(normed, visit, shared)
 
     def two_lane(self, x: Tensor, lane: Tensor, visit: Visit, shared: Shared) -> tuple[Tensor, Tensor]:
-        """Attention reads x mixed, the MLP `lane` as it is; both write to both; the mix is not kept (#1529)."""
+        """Attention reads x mixed, the MLP `lane` as it is; both write to both, without the mix (#1529)."""
         mixed = self.mix(x, visit, shared)
         attended = self.attention(self.normalise(mixed, visit), mixed, visit, shared)
         transformed = self.mlp(self.normalise(lane, visit), visit, shared)
@@ -2579,9 +2596,10 @@ def muon_momentum(config: Config, step: int) -> float:
 
 
 # === QUANTIZE ===
-# A matrix (R, C) becomes integers times steps. QUANTIZER=sdclip: one step per row, integers clipped. rate_distortion:
-# delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that the file is full. Going
-# down a column, the state of a trellis gives the parity of each integer: only integer >> 1 is coded.
+# A matrix (R, C) becomes integers times steps. QUANTIZER=sdclip: one step per row, integers clipped.
+# rate_distortion: delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that
+# the file is full. Going down a column, the state of a trellis gives the parity of each integer: only integer
+# >> 1 is coded.
 
 TRELLIS_POLYNOMIALS = {
     8: (0o13, 0o4),
@@ -2694,7 +2712,8 @@ def rounding_problem(
     )  # a column whose input is always zero costs no bits
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
-    # inputs = R R^T with R upper, a Cholesky factor from the last column on; R^-1 is the factor that GPTQ needs.
+    # inputs = R R^T with R upper, a Cholesky factor from the last column on; R^-1 is the factor that GPTQ
+    # needs.
     root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
     factor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
@@ -2994,7 +3013,8 @@ def code_integers(values, shapes, after, counts, coder, buffer, decoding):
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
     """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
     values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
-    # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
+    # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 %
+    # fewer bytes.
     mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(SIZE_CLASSES)]), np.arange(SYMBOLS)
     decay = itertools.accumulate(
         range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40)
@@ -3131,8 +3151,8 @@ def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tupl
     return path.stat().st_size, digest
 
 
-# The packed script: a decoder line around the compressed source. It registers the source with linecache because Triton
-# reads the text of its kernels through inspect, which a bare exec would leave without any.
+# The packed script: a decoder line around the compressed source. It registers the source with linecache
+# because Triton reads the text of its kernels through inspect, which a bare exec would leave without any.
 PACKED_HEAD = "import base64 as b,linecache as l,lzma as z\n"
 PACKED_SCRIPT = PACKED_HEAD + (
     "s=z.decompress(b.b85decode(\"{}\"),3,None,[{{'id':33,'dict_size':1<<20}}]).decode()\n"
@@ -3148,7 +3168,8 @@ def pack_source(source: str) -> tuple[str, str]:
     try:
         import python_minifier
 
-        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels' text.
+        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
+        # text.
         source, how = (
             python_minifier.minify(
                 source, rename_locals=False, hoist_literals=False, remove_annotations=False
