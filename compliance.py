@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Probe whether the score of a run is legal: the four conditions, the data, the shipped bytes and every budget.
+"""Probe whether the score of a run is legal: four conditions, the data, the shipped bytes, every budget.
 
-    python compliance.py runs/NAME                               every probe; evidence in runs/NAME/compliance.json
-    python compliance.py runs/NAME --tokens 5000 --positions 2   a smaller sample, fewer replaced futures
+    ./compliance.py runs/NAME                               every probe; evidence in runs/NAME/compliance.json
+    ./compliance.py runs/NAME --tokens 5000 --positions 2   a smaller sample, fewer replaced futures
 
-What is probed is the script that the run ships (packed_train_gpt.py), on whole documents from the start of the
-validation set and with the stages that its own evaluation builds. Exit status 1, and one line per violation, if a probe
-fails. The conditions are those of issue #1017 of the contest: causal, normalised, score before update, single pass.
+What is probed is the script that the run ships (packed_train_gpt.py), on whole documents from the start of
+the validation set and with the stages that its own evaluation builds. Exit status 1, and one line per
+violation, if a probe fails. The conditions are those of issue #1017 of the contest: causal, normalised, score
+before update, single pass.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600
 SAMPLE_TOKENS, LEAST_DOCUMENTS, POSITIONS, SUMS_PER_POSITION = 20_000, 10, 3, 8
 CPU_WORK = 2_000_000_000  # parameters x sample tokens that a CPU scores a dozen times within some minutes
 SUM_TOLERANCE, ENTRY_TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-4, 1e-5
-# Two scorings of one sample: on a CPU they are the same program, on a GPU one is compiled and additions are reordered.
+# Two scorings of one sample: the same program on a CPU; on a GPU one is compiled, with additions reordered.
 SAME_SCORE = {"cpu": 1e-9, "cuda": 5e-4}
 ROUNDING = 1e-9  # relative; sums are kept in fp64
 WARMUP_RUN = 8  # tokens in a row that random text does not share with the validation text
@@ -214,7 +215,7 @@ def config_of(trainer: ModuleType, run: Run, **changes: Any) -> Any:
 
 
 def bytes_of(data: Any, tokens: np.ndarray) -> np.ndarray:
-    """The original bytes of each validation token: those of the sidecar, or those that the tokenizer's tables give."""
+    """The original bytes of each validation token: the sidecar's, or those of the tokenizer's tables."""
     if data.sidecar_files:
         return np.concatenate([read_shard(path) for path in data.sidecar_files])[: len(tokens)].astype(
             np.int64
@@ -245,7 +246,7 @@ def take_sample(data: Any, tokens: np.ndarray, sizes: np.ndarray, wanted: int, f
 
 
 def scaled(trainer: ModuleType, config: Any, sample: Sample) -> dict[str, int]:
-    """Settings made small enough for the sample to hold several chunks, batches and phases of what the run learns."""
+    """Settings so small that the sample holds several chunks, batches and phases of what the run learns."""
     length, size, streams = config.eval_seq_len, len(sample.tokens), trainer.STREAMS
     documents, phases = len(trainer.find_documents(sample.tokens)), config.phased_ttt_num_phases
     # A phase ends after a multiple of 8 batches, and one batch must be left to score.
@@ -276,7 +277,7 @@ def fingerprint(parameters: Any) -> str:
 
 
 def softmax_of(logits: Tensor, cap: float) -> Tensor:
-    """Log-probabilities (N, V) of raw `logits` under the softcap: what the head says, whatever the loss makes of it."""
+    """Log-probabilities (N, V) of raw `logits` under the softcap, whatever the loss makes of them."""
     return (cap * torch.tanh(logits.float() / cap)).log_softmax(-1)
 
 
@@ -295,11 +296,12 @@ class Forward:
 
 
 class Watch:
-    """Sees one scoring from outside: what is recorded when, from which distribution, what is learnt, and the weights.
+    """Sees one scoring from outside: what is recorded when, from what, what is learnt, and the weights.
 
-    It wraps the trainer's window_batch (which targets a forward holds), both loss functions (the logits, and through
-    the gradient of each loss what is learnt), Tally.add (the records) and, inside torch, every optimiser's step.
-    `closely`: each recorded forward is repeated with other targets, and weights are hashed at records and updates.
+    It wraps the trainer's window_batch (which targets a forward holds), both loss functions (the logits, and
+    through the gradient of each loss what is learnt), Tally.add (the records) and, inside torch, every
+    optimiser's step. `closely`: each recorded forward is repeated with other targets, and weights are hashed
+    at records and updates.
     """
 
     def __init__(
@@ -454,7 +456,7 @@ class Watch:
             self.ledger.append(("update", *self.hashes()))
 
     def record(self, tally: Any, losses: Tensor, places: Tensor) -> None:
-        """Scores are entered: they must come from the latest forward, and their targets must not be learnt yet."""
+        """Scores are entered: they come from the latest forward, and their targets are not learnt yet."""
         where, latest = places.cpu().numpy(), self.latest
         self.tally, self.recorded[places.cpu()] = tally, losses.float().cpu()
         self.event[where] = self.events
@@ -559,7 +561,7 @@ class Watch:
 
 
 class Stages:
-    """The stages that the trainer's evaluate_stage builds and runs on the sample, each watched and repeatable."""
+    """The stages that the trainer's evaluate_stage runs on the sample, each watched and repeatable."""
 
     def __init__(self, trainer: ModuleType, config: Any, sample: Sample, positions: int):
         self.trainer, self.config, self.sample = trainer, config, sample
@@ -634,7 +636,7 @@ def gap(ours: Tensor, theirs: Tensor, where: Any) -> float:
 
 
 def probe_passes(report: Report, stages: Stages, stage: str) -> None:
-    """Single pass: every target recorded once, left to right, never touched again, and the score is their sum."""
+    """Single pass: every target recorded once, left to right, never changed; the score is their sum."""
     watch, score, sample = stages.watches[stage], stages.scores[stage], stages.sample
     size, wrong = len(watch.tokens), np.flatnonzero(watch.times[1:] != 1) + 1
     if watch.stopped:
@@ -683,7 +685,7 @@ def probe_passes(report: Report, stages: Stages, stage: str) -> None:
 
 
 def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
-    """Normalised: the recorded score is the entry of the distribution, which sums to 1 over the whole vocabulary."""
+    """Normalised: the recorded score is the entry of a distribution that sums to 1 over the vocabulary."""
     watch = stages.watches[stage]
     off = gap(watch.recorded, -watch.entry, slice(1, None))
     worst = int((watch.recorded + watch.entry)[1:].abs().nan_to_num(math.inf).argmax()) + 1
@@ -713,7 +715,7 @@ def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
 
 
 def probe_updates(report: Report, stages: Stages, stage: str) -> None:
-    """Score before update: the order of records, gradients and updates, and the hashes of the weights around them."""
+    """Score before update: the order of records, gradients and updates, and the weights' hashes there."""
     watch = stages.watches[stage]
     names = ("learnt after it was scored", "hash before the update", "known text")
     faults = [text for name in names for text in watch.faults.get(("score before update", name), [])]
@@ -735,13 +737,13 @@ def probe_updates(report: Report, stages: Stages, stage: str) -> None:
             if not watch.updates
             else f"{watch.events} records and {watch.updates} updates: {len(states)} "
             f"states of the weights, {states[0]} to {states[-1]}, and {adapters} of adapters; all "
-            f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update are "
-            "those of the record before it, and gave its scores a second time",
+            f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update "
+            "are those of the record before it, and gave its scores a second time",
         )
 
 
 def probe_causality(report: Report, stages: Stages, stage: str, positions: int) -> None:
-    """Causal: nothing scored before a place changes with what comes after it, nor the distribution with its token."""
+    """Causal: no score changes with what comes after its place, nor its distribution with its token."""
     watch, tokens = stages.watches[stage], stages.validation.tokens
     for probe in ("token itself replaced", "known distribution"):
         group = "causal" if probe.startswith("token") else "normalised"
@@ -786,7 +788,8 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
         f"{stage}: future replaced",
         worst <= tolerance,
         f"all tokens scored later replaced after "
-        f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed {tolerance:.2g})",
+        f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed "
+        f"{tolerance:.2g})",
     )
     if ("causal", "token itself replaced") not in watch.faults:
         report.add(
@@ -794,8 +797,8 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             f"{stage}: token itself replaced",
             moved <= tolerance and alone <= ENTRY_TOLERANCE,
             f"at {watch.repeated} targets given to the forward, and in the text at {positions} places: "
-            f"distributions move by at most {moved:.2g}, the score of the new token is the old distribution's "
-            f"to {alone:.2g}",
+            f"distributions move by at most {moved:.2g}, the score of the new token is the old "
+            f"distribution's to {alone:.2g}",
         )
 
 
@@ -814,8 +817,8 @@ def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     inside = np.zeros(len(tokens), bool)
     for a, b in documents[::2]:
         inside[a + 1 : b] = True
-    # What is learnt from a scored document may change the next one's scores, so nothing is learnt for all; and several
-    # documents lie side by side, however few of them the sample has.
+    # What is learnt from a scored document may change the next one's scores, so nothing is learnt for all;
+    # and several documents lie side by side, however few of them the sample has.
     still = {
         "ttt_lr": 0.0,
         "global_ttt_lr": 0.0,
@@ -895,7 +898,7 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
 def probe_data(
     report: Report, run: Run, data: Any, tokens: np.ndarray, sizes: np.ndarray, trainer: ModuleType
 ) -> None:
-    """Totals and sums per document against the shards and the sidecar, and the dataset against its own rules."""
+    """Totals and sums per document against shards and sidecar, and the dataset against its own rules."""
     summary, documents = run.summary, trainer.find_documents(tokens)
     report.add(
         "data",
@@ -959,7 +962,7 @@ def probe_data(
 
 
 def probe_dataset(report: Report, data: Any) -> None:
-    """verify_bytes.py on the dataset: operators worth no bytes, published constants, no validation text in training."""
+    """verify_bytes.py on the dataset: operators without bytes, constants, no validation text in training."""
     claimed = (
         []
         if data.manifest
@@ -1054,7 +1057,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
 
 
 def probe_ledger(report: Report, run: Run) -> None:
-    """The order of events in metrics.jsonl: training data within the budget, validation data only after the seal."""
+    """Order in metrics.jsonl: training data within the budget, validation data only after the seal."""
     probes = (
         "validation read after the seal",
         "calibration before the bell",
@@ -1135,7 +1138,7 @@ def probe_ledger(report: Report, run: Run) -> None:
 
 # === THE SHIPPED SCRIPT ALONE ===
 
-# Loaded by Python at its start: no connection leaves the machine, and every file that is opened is written down.
+# Loaded by Python at its start: no connection leaves the machine, and every opened file is written down.
 GUARD = """
 import os, sys
 
@@ -1156,7 +1159,7 @@ sys.addaudithook(_guard)
 def run_alone(
     run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, Any], place: Path
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Run the packed script on the sample in an empty folder: (summary, error, what it tried or opened elsewhere)."""
+    """(summary, error, what it opened elsewhere) of the packed script on the sample in an empty folder."""
     (place / "guard").mkdir(parents=True)
     (place / "guard" / "sitecustomize.py").write_text(GUARD)
     empty, log = place / "empty", place / "opened"
@@ -1244,7 +1247,7 @@ def check(
     trainer: ModuleType | None = None,
     alone: bool = True,
 ) -> Report:
-    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: what the hardware can do)."""
+    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: as the hardware can)."""
     run, report = Run.read(folder), Report(folder)
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
         if not (folder / name).is_file():

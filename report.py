@@ -4,8 +4,9 @@
     ./report.py runs/A                       writes runs/A/report.html
     ./report.py runs/sweep-MATRIX_LR-1a2b3c  the settings against each other, and a page for each finished run
 
-The page needs nothing but a browser: no script, no font and no picture from elsewhere; it is light or dark as the
-reader's system is, and fits a phone. Its figures are those of summary.json, in full precision under the pointer.
+The page needs nothing but a browser: no script, no font and no picture from elsewhere; it is light or dark as
+the reader's system is, and fits a phone. Its figures are those of summary.json, in full precision under the
+pointer.
 """
 
 from __future__ import annotations
@@ -31,18 +32,22 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 256, 50, 22, 14, 42  # of a chart
 COLOURS = 6  # --c1 to --c6 of the style; more series than that would not be told apart
 
 STYLE = """
-:root{color-scheme:light dark;--page:#f3f3f0;--card:#fdfdfc;--ink:#1b1b1a;--soft:#65645f;--line:#dfded9;--track:#ebeae6;
+:root{color-scheme:light dark;--page:#f3f3f0;--card:#fdfdfc;--ink:#1b1b1a;--soft:#65645f;--line:#dfded9;
+--track:#ebeae6;
 --c1:#2a78d6;--c2:#d9591f;--c3:#138a60;--c4:#b07900;--c5:#6a4fc4;--c6:#c23c74;--good:#0b7a35;--bad:#c02b2b}
-@media(prefers-color-scheme:dark){:root{--page:#141413;--card:#1e1e1d;--ink:#f1f0ed;--soft:#a6a49d;--line:#3a3936;
+@media(prefers-color-scheme:dark){:root{--page:#141413;--card:#1e1e1d;--ink:#f1f0ed;--soft:#a6a49d;
+--line:#3a3936;
 --track:#2c2b29;--c1:#4b95ee;--c2:#e5733f;--c3:#2bb282;--c4:#d1950f;--c5:#9c8cf0;--c6:#e0659a;--good:#45b868;
 --bad:#f07070}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1240px;padding:20px 16px 48px;background:var(--page);color:var(--ink);
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
 h1{font-size:22px;margin:4px 0;overflow-wrap:anywhere}h2{font-size:16px;margin:0 0 2px}p{margin:4px 0}
-a{color:var(--c1)}.soft,.card>p{color:var(--soft);font-size:13px}.good{color:var(--good)}.bad{color:var(--bad)}
+a{color:var(--c1)}.soft,.card>p{color:var(--soft);font-size:13px}.good{color:var(--good)}
+.bad{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:10px;margin:14px 0}
-.tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;
+min-width:0}
 .tile b{display:block;font-size:18px;font-weight:600;white-space:nowrap;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:13px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}
@@ -52,7 +57,8 @@ svg text{font-size:12px;fill:var(--soft);font-family:inherit}.grid{stroke:var(--
 .spot:hover,.few{fill:currentColor}.mark{stroke:var(--soft);stroke-dasharray:4 3}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--soft);margin-top:4px}
 .key i{display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
-.bars{display:grid;grid-template-columns:minmax(84px,auto) 1fr auto;gap:7px 10px;align-items:center;margin-top:10px;
+.bars{display:grid;grid-template-columns:minmax(84px,auto) 1fr auto;gap:7px 10px;align-items:center;
+margin-top:10px;
 font-size:14px}
 .bars .track{height:16px;background:var(--track);border-radius:4px;position:relative}
 .bars .track i{position:absolute;top:0;bottom:0;border-radius:4px;min-width:2px}
@@ -64,14 +70,16 @@ font-size:14px}
 .map .role span{position:absolute;left:5px;top:3px;right:2px;pointer-events:none}
 .map .role div{border-color:rgba(255,255,255,.35);border-width:0 1px 1px 0;border-radius:0}
 .scroll{overflow-x:auto;margin-top:8px}table{border-collapse:collapse;width:100%;font-size:13.5px}
-th{text-align:left;color:var(--soft);font-weight:500}th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--line);
+th{text-align:left;color:var(--soft);font-weight:500}th,td{padding:5px 10px 5px 0;
+border-bottom:1px solid var(--line);
 vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .fixed{table-layout:fixed}
 .fixed th:first-child{width:54%}.fixed td,td.s{overflow-wrap:anywhere}
 code{font:13px ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 details summary{cursor:pointer;color:var(--soft);font-size:13px;margin-top:8px}
 .strip{position:relative;height:22px;background:var(--track);border-radius:4px;margin:2px 0 10px}
-.strip i{position:absolute;width:10px;height:10px;border-radius:50%;top:6px;margin-left:-5px;background:var(--c1);
+.strip i{position:absolute;width:10px;height:10px;border-radius:50%;top:6px;margin-left:-5px;
+background:var(--c1);
 border:1px solid var(--card)}.strip u{position:absolute;width:2px;top:2px;bottom:2px;margin-left:-1px;
 background:var(--ink)}
 @media(max-width:560px){.map{aspect-ratio:4/5}body{padding:12px 10px 32px}svg text{font-size:16px}
@@ -151,8 +159,10 @@ def chart(
     names: dict[float, str] | None = None,
     low: float | None = None,
 ) -> str:
-    """A line chart with a word under its x axis, vertical marks, and every value under the pointer; nothing without two
-    points."""
+    """A line chart with a word under its x axis, vertical marks, and every value under the pointer.
+
+    Nothing without two points.
+    """
     curves = [curve for curve in curves if len(curve.points) > 1][:COLOURS]
     if not curves:
         return ""
@@ -240,7 +250,7 @@ def tiles(summary: dict[str, Any], cap: float | None) -> str:
 
 
 def curves_of(run: Run) -> tuple[Curve, Curve, Curve, list[tuple[float, str]]]:
-    """Training loss, learning rate and validation BPB by step, and the step at which the loops were switched on."""
+    """Training loss, learning rate and validation BPB by step, and the step that switched the loops on."""
     records = run.records()
     steps = {r["step"]: r for r in records if r.get("kind") == "train" and "train_loss" in r}
     checks = {step_of(r): r["val_bpb"] for r in records if r.get("kind") == "score" and step_of(r)}
@@ -308,7 +318,7 @@ def artifact_parts(path: Path) -> list[Part]:
 
 
 def treemap(parts: list[Part]) -> str:
-    """Rectangles as large as the parts are in bytes, divided into tensors by their share before compression."""
+    """Rectangles as large as the parts in bytes, divided into tensors by their share before compression."""
     import squarify
 
     parts = sorted((part for part in parts if part.bytes > 0), key=lambda part: -part.bytes)
@@ -322,7 +332,8 @@ def treemap(parts: list[Part]) -> str:
         if len(inner) > 1:
             raw = sum(size for _, size in inner)
             inside = "".join(
-                f'<div style="{place(b)}" title="{esc(name)}: about {part.bytes * size // raw:,} bytes"></div>'
+                f'<div style="{place(b)}" title="{esc(name)}: about {part.bytes * size // raw:,} bytes">'
+                "</div>"
                 for (name, size), b in zip(inner, boxes([size for _, size in inner]), strict=True)
             )
         else:
@@ -546,8 +557,8 @@ def strips(rows: list[Row]) -> str:
             for seed, value in row.values.items()
         )
         shown.append(
-            f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div><div class="strip">{dots}'
-            f'<u style="left:{place(row.mean):.2f}%"></u></div>'
+            f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div>'
+            f'<div class="strip">{dots}<u style="left:{place(row.mean):.2f}%"></u></div>'
         )
     return "".join(shown) + f'<p class="soft">left {low:.6f}, right {high:.6f}</p>'
 
@@ -584,9 +595,10 @@ def sweep_report(folder: Path, metric: str) -> str:
             Curve(words_of(row), [(s, float(np.mean([one[s] for one in losses]))) for s in sorted(steps)])
         )
     head = (
-        f'<p class="soft">{sum(len(row.values) for row in rows)} of {sum(len(row.runs) for row in rows)} runs '
-        f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or documents, "
-        "p from the paired t-test.</p>"
+        f'<p class="soft">{sum(len(row.values) for row in rows)} of '
+        f"{sum(len(row.runs) for row in rows)} runs "
+        f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or "
+        "documents, p from the paired t-test.</p>"
     )
     best = f"mean over the seeds, {'all' if len(curves) <= COLOURS else f'the best {COLOURS}'} combinations"
     header = ["settings", "mean", "std", "difference", "p", "paired over", "finished", "seeds"]

@@ -1,7 +1,7 @@
-"""What run folders hold and what several of them say together; submit.py, sweep.py, report.py and track.py share it.
+"""What run folders hold and what several of them say together: shared by the tools that read them.
 
-`is_locked` and `show` are twins of the trainer's: the trainer imports nothing of the repository, and importing the
-trainer here would load torch for seconds.
+`is_locked` and `show` are twins of the trainer's: the trainer imports nothing of the repository, and
+importing the trainer here would load torch for seconds.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def show(value: Any) -> str:
 
 
 def step_of(record: Mapping[str, Any], before: int = 0) -> int:
-    """The step a record of metrics.jsonl belongs to: its own, that of a validation during training, or `before`."""
+    """The step of a record of metrics.jsonl: its own, that of a validation in training, or `before`."""
     found = re.fullmatch(r"step(\d+)", record.get("stage", ""))
     return int(found[1]) if found else int(record.get("step", record.get("steps", before)))
 
@@ -115,16 +115,16 @@ class Run:
 
     @property
     def source(self) -> str:
-        """sha256 of the script that the run was last started with, from its log; empty if the log has none."""
+        """sha256 of the script that the run was last started with, by its log; empty if that has none."""
         found = re.findall(r"source_sha256:([0-9a-f]{64})", self.log)
         return found[-1] if found else ""
 
     def settings(self, *without: str) -> dict[str, Any]:
-        """What decides the result: the configuration without names and places, and without the settings `without`."""
+        """What decides the result: the configuration without names, places and the settings `without`."""
         return {name: value for name, value in self.config.items() if name not in (*NAMES, *PLACES, *without)}
 
     def records(self) -> list[dict[str, Any]]:
-        """metrics.jsonl without the steps that a later resumption made void and without a line cut by a kill."""
+        """metrics.jsonl without the steps that a resumption made void and without a line cut by a kill."""
         path, kept = self.folder / "metrics.jsonl", []
         try:
             lines = path.read_text().splitlines()
@@ -222,7 +222,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def welch(values: Sequence[float], mean: float, std: float, count: int) -> float:
-    """One-sided p-value of Welch's test that the mean of `values` lies below that of a sample known by its moments."""
+    """One-sided p-value of Welch's test that `values` lie below a sample known by its moments."""
     from scipy import stats
 
     ours = mean_std(values)

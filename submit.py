@@ -3,11 +3,12 @@
 
     ./submit.py runs/A runs/B runs/C --name MyIdea --baseline 1.06108,0.0009,3
     ./submit.py runs/A runs/B runs/C --name MyIdea --track demo         not on the contest's data or hardware
-    ./submit.py runs/A runs/B runs/C --name MyIdea --check              first score every artifact again, see below
+    ./submit.py runs/A runs/B runs/C --name MyIdea --check              first score every artifact again
 
-Nothing is written unless everything fits: one configuration, one code, one dataset, no seed twice, no started seed left
-out, every limit kept, every byte there, and the score following from its sums. --check also runs the packed script of
-each run from an empty folder, without network and training shards, on the artifact: it must give the same score.
+Nothing is written unless everything fits: one configuration, one code, one dataset, no seed twice, no started
+seed left out, every limit kept, every byte there, and the score following from its sums. --check also runs
+the packed script of each run from an empty folder, without network and training shards, on the artifact: it
+must give the same score.
 """
 
 from __future__ import annotations
@@ -48,11 +49,8 @@ from results import (
 ROOT = Path(__file__).resolve().parent
 RECORD_TRACK = "track_10min_16mb"
 CAP_BYTES, BUDGET_SECONDS, RANKS, GPU, DOCUMENTS, SEEDS = 16_000_000, 600, 8, "H100", 50_000, 3
-MARGIN_NATS, MARGIN_P, APPLIED_P = (
-    0.005,
-    0.01,
-    0.25,
-)  # the written rule, and the one applied since 2026-04-28 (#1902)
+MARGIN_NATS, MARGIN_P = 0.005, 0.01  # the written rule
+APPLIED_P = 0.25  # the one applied since 2026-04-28 (#1902)
 FILES = (
     "config.json",
     "summary.json",
@@ -64,7 +62,7 @@ FILES = (
 )
 SAME_VERSIONS = ("python", "torch", "numpy", "triton", "cuda", "device", "dtype")
 ROUNDING = 1e-9  # relative; sums are kept in fp64
-AGAIN = 1e-4  # relative; adapting at evaluation with atomic additions on a GPU gives about 1e-5 between two scorings
+AGAIN = 1e-4  # relative; adapting with atomic additions on a GPU gives about 1e-5 between two scorings
 
 Ask = Callable[[str], Any]  # the value of a setting, None if this version has no such setting
 
@@ -127,7 +125,7 @@ def bpb_of(nats: float, count: float) -> float:
 
 
 def check_run(run: Run) -> None:
-    """Stop at the first thing wrong with one run: a missing file, a broken limit, a figure that does not follow."""
+    """Stop at the first thing wrong: a missing file, a broken limit, a figure that does not follow."""
     for name in FILES:
         if not (run.folder / name).is_file():
             raise Stop(
@@ -157,7 +155,8 @@ def check_run(run: Run) -> None:
     ):
         if summary.get(name) is None:
             raise Stop(
-                f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate RUN_ID="
+                f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate "
+                f"RUN_ID="
                 f"{run.folder.name}, and a run evaluated from a foreign ARTIFACT cannot be submitted"
             )
     check_score(run, summary)
@@ -170,8 +169,8 @@ def check_run(run: Run) -> None:
             )
     if summary["seed"] != run.seed:
         raise Stop(
-            f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; one "
-            "of the files was changed, repeat the run"
+            f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; "
+            "one of the files was changed, repeat the run"
         )
     if run.source != summary["versions"]["source_sha256"]:
         raise Stop(
@@ -211,8 +210,8 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
         for name in ("val_bpb", "val_loss"):
             if (name in facts or name == "val_bpb") and not close(facts.get(name), summary[name]):
                 raise Stop(
-                    f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files was "
-                    f"changed, {remedy}"
+                    f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files "
+                    f"was changed, {remedy}"
                 )
     finals = re.findall(r"^final val_loss:(\S+) val_bpb:(\S+)", run.log, re.M)
     if not finals or finals[-1] != (f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}"):
@@ -227,25 +226,25 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
             sums, summary["val_bpb"]
         ):
             raise Stop(
-                f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and {count} "
-                f"bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
+                f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and "
+                f"{count} bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
                 f"{summary['val_bytes']:.0f}; {remedy}"
             )
 
 
 def check_bytes(run: Run, summary: dict[str, Any]) -> None:
-    """Stop unless artifact and packed script are the files that the summary describes, and fit under the cap."""
+    """Stop unless artifact and packed script are those that the summary describes, and under the cap."""
     artifact, code = run.folder / "final_model.ptz", run.folder / "packed_train_gpt.py"
     for path, name in ((artifact, "artifact_bytes"), (code, "code_bytes")):
         if path.stat().st_size != summary[name]:
             raise Stop(
-                f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy the "
-                "run folder again, or repeat STAGE=quantize and STAGE=evaluate"
+                f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy "
+                "the run folder again, or repeat STAGE=quantize and STAGE=evaluate"
             )
     if file_hash(artifact) != summary["artifact_sha256"]:
         raise Stop(
-            f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy the "
-            "run folder again, or score it with STAGE=evaluate"
+            f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy "
+            "the run folder again, or score it with STAGE=evaluate"
         )
     total, cap = (
         summary["artifact_bytes"] + summary["code_bytes"],
@@ -253,8 +252,8 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
     )
     if total != summary["total_bytes"]:
         raise Stop(
-            f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code have "
-            f"{total}; the file was changed, score the run again"
+            f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code "
+            f"have {total}; the file was changed, score the run again"
         )
     if total > cap:
         raise Stop(
@@ -267,14 +266,15 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
 
 
 def check_same(runs: list[Run]) -> None:
-    """Stop unless all runs have one configuration, code, dataset and environment, and each seed occurs once."""
+    """Stop unless all runs have one configuration, code, dataset and machine, and each seed occurs once."""
     first, summary = runs[0], runs[0].summary
     for run in runs[1:]:
         ours, theirs, other = first.settings("SEED"), run.settings("SEED"), run.summary
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise Stop(
-                    f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has {name}={ours.get(name)}; "
+                    f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has "
+                    f"{name}={ours.get(name)}; "
                     "runs of one submission differ in SEED only"
                 )
         for name in ("source_sha256", *SAME_VERSIONS):
@@ -306,8 +306,10 @@ def check_same(runs: list[Run]) -> None:
 
 
 def started(runs: list[Run]) -> Iterator[tuple[Path, Any, str]]:
-    """(folder, seed, state) of every run of this configuration and code that lies beside the given ones or is planned
-    by their sweep, but is not among them."""
+    """(folder, seed, state) of every run of this configuration and code that is not among the given ones.
+
+    Looked for beside the given ones, and in the plan of their sweep.
+    """
     given, settings = {run.folder.resolve() for run in runs}, runs[0].settings("SEED")
     source = runs[0].summary["versions"]["source_sha256"]
     for parent in sorted({run.folder.resolve().parent for run in runs}):
@@ -357,8 +359,8 @@ def check_record_track(run: Run) -> None:
     if data.get("docs_val") != DOCUMENTS or not low <= summary["val_bytes"] <= high:
         raise Stop(
             f"{run.folder}: scored on {data.get('docs_val', 'an unknown number of')} documents with "
-            f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} to "
-            f"{high}; {remedy}"
+            f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} "
+            f"to {high}; {remedy}"
         )
     if summary["world_size"] != RANKS or GPU not in summary["versions"]["device"]:
         raise Stop(
@@ -379,8 +381,10 @@ def check_record_track(run: Run) -> None:
 
 
 def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
-    """Run the packed script on the artifact in an empty folder, without training shards and, if the system permits it,
-    without network; its summary, and whether the network was cut off."""
+    """The summary of the packed script on the artifact in an empty folder, and whether it had no network.
+
+    It has no training shards either.
+    """
     summary, folder = run.summary, dataset_folder(run)
     if not folder.is_dir():
         raise Stop(
@@ -462,7 +466,7 @@ def score_again(run: Run) -> str:
 
 
 def probe(run: Run, track: str) -> str:
-    """What compliance.py finds on a sample of the run's validation documents, in words; Stop at the first violation."""
+    """What compliance.py finds on a sample of the run's documents, in words; Stop at a violation."""
     import compliance
 
     report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
@@ -503,8 +507,8 @@ def tokenizer_of(run: Run, given: Path | None) -> Path:
         raise Stop(f"{places[0]}: the tokenizer of {run.folder} is not there; name it with --tokenizer PATH")
     if not file_hash(path).startswith(run.summary["data"]["tokenizer"]):
         raise Stop(
-            f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} instead "
-            f"of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH"
+            f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} "
+            f"instead of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH"
         )
     return path
 
@@ -573,8 +577,8 @@ def verdict_of(comparison: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
     c, met = comparison, lambda holds: "met" if holds else "NOT met"
     return [
-        f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower by "
-        f"{c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
+        f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower "
+        f"by {c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
         f"p = {c['p_lower']:.4g}.",
         f"At least {MARGIN_NATS} nats per token lower at p < {MARGIN_P} (the written rule): "
         f"{met(c['meets_0.005_nats_at_p_0.01'])}, p = {c['p_lower_by_0.005_nats']:.4g}.",
@@ -586,7 +590,7 @@ def verdict_of(comparison: dict[str, Any]) -> list[str]:
 
 
 def command_of(run: Run, seeds: list[Any]) -> str:
-    """The shell command that repeats the runs, from the recorded overrides; absolute places are left to fill in."""
+    """The shell command that repeats the runs, from the overrides; absolute places are left to fill in."""
     words = []
     for name, value in run.summary["overrides"].items():
         if name in ("SEED", "RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT"):
@@ -626,8 +630,8 @@ def description(run: Run) -> str:
         )
     return (
         f"A transformer of {c['NUM_LAYERS']} layers and width {c['MODEL_DIM']}{loops}{size}, vocabulary "
-        f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored from the "
-        f"bytes of the artifact (stage `{stage}`)."
+        f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored "
+        f"from the bytes of the artifact (stage `{stage}`)."
     )
 
 
@@ -731,7 +735,8 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
         *([facts["blurb"]] if facts["blurb"] != description(runs[0]) else []),
         f"**val_bpb {facts['val_bpb']:.5f}** (mean of {len(runs)} seed{'s' * (len(runs) > 1)}"
         + (f", std {facts['val_bpb_std']:.5f}" if facts["val_bpb_std"] is not None else "")
-        + f"), at most {facts['bytes_total']:,} bytes, {facts['hardware']}, PyTorch {facts['pytorch_version']}.",
+        + f"), at most {facts['bytes_total']:,} bytes, {facts['hardware']}, "
+        + f"PyTorch {facts['pytorch_version']}.",
         "## Results",
         table(
             [
@@ -904,7 +909,8 @@ def main(arguments: list[str]) -> None:
     write_folder(target, runs, facts, readme(runs, facts, notes), tokenizer)
     for run in runs:
         print(
-            f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']}  "
+            f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']} "
+            f" "
             f"{run.folder}"
         )
     spread = f" std {facts['val_bpb_std']:.8f}" if facts["val_bpb_std"] is not None else ""

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Try settings of train_gpt.py against each other: a grid, a greedy search or a random sample, with statistics.
+"""Try settings of train_gpt.py against each other, with statistics: a grid, greedy, or a random sample.
 
     ./sweep.py MATRIX_LR=0.02,0.026 QK_GAIN_INIT=5,5.25 SEED=1,2,3                       every combination
-    ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one setting after the other
-    ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten of the combinations
+    ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one after the other
+    ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten combinations
     ./sweep.py --stage evaluate --artifact runs/A/final_model.ptz EVAL_STRIDE=64,32      one frozen artifact
 
-The first value of each setting is the baseline that the others are compared with, over the same seeds; on a frozen
-artifact document by document. The caller's environment lies below these settings, --recipe below the environment.
-The same command again goes on after a kill: finished runs are not repeated, unfinished ones resume, failed ones are
-tried again. The sweep folder keeps a copy of the script, so that an edit during the sweep changes no run of it.
+The first value of each setting is the baseline that the others are compared with, over the same seeds; on a
+frozen artifact document by document. The caller's environment lies below these settings, --recipe below the
+environment. The same command again goes on after a kill: finished runs are not repeated, unfinished ones
+resume, failed ones are tried again. The sweep folder keeps a copy of the script, so that an edit during the
+sweep changes no run of it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def read_recipe(path: Path) -> Settings:
 
 
 def below(options: argparse.Namespace) -> Settings:
-    """The settings under the caller's environment: the recipe's, and under these the run's that made the artifact."""
+    """The settings under the caller's environment: the recipe's, then the run's that made the artifact."""
     settings: Settings = {}
     if options.artifact and (config := options.artifact.parent / "config.json").exists():
         from results import show
@@ -104,7 +105,7 @@ def below(options: argparse.Namespace) -> Settings:
 
 
 def effective(script: Path, environment: Mapping[str, str]) -> Settings:
-    """Every setting with the value that the trainer would use; Stop with its own message if it refuses one."""
+    """Every setting with the value that the trainer would use; Stop with its message if it refuses one."""
     done = subprocess.run(
         [sys.executable, str(script), "--print-config"],
         env={**environment},
@@ -120,7 +121,7 @@ def effective(script: Path, environment: Mapping[str, str]) -> Settings:
 
 
 def resolve(script: Path, base: Settings, chosen: list[Settings]) -> list[Settings]:
-    """The effective settings of each choice; Stop if one is refused, has an unknown name or equals another."""
+    """The effective settings of each choice; Stop if one is refused, is unknown or equals another."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(lambda settings: effective(script, base | settings), chosen))
     seen: dict[str, Settings] = {}
@@ -167,7 +168,7 @@ def grid(axes: dict[str, list[str]], count: int = 0) -> list[Settings]:
 
 
 def greedy(axes: dict[str, list[str]], score: Callable[[Settings], float]) -> Iterator[list[Settings]]:
-    """Rounds of settings to run: each setting in turn is varied from the best so far, and keeps its best value."""
+    """Rounds of settings to run: each in turn is varied from the best so far, and keeps its best value."""
     best = {name: values[0] for name, values in axes.items()}
     for name, values in axes.items():
         candidates = [best | {name: value} for value in values]
@@ -186,7 +187,7 @@ Start = Callable[[list[str], Settings, Path, int], Poll]  # command, settings, f
 
 
 def execute(command: list[str], settings: Settings, console: str, folder: str) -> int:
-    """Run a command to its end with `settings` in its environment and its output in a file; its exit status."""
+    """Run a command to its end, `settings` in its environment, its output in a file; its exit status."""
     with open(console, "w") as output:
         return subprocess.run(
             command, env=os.environ | settings, cwd=folder, stdout=output, stderr=output, check=False
@@ -194,7 +195,7 @@ def execute(command: list[str], settings: Settings, console: str, folder: str) -
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the sweep is killed, so that no orphan goes on writing to a run folder."""
+    """Have Linux kill this process with the sweep: no orphan goes on writing to a run folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -210,7 +211,7 @@ def visible_gpus() -> list[str]:
 
 
 def local(options: argparse.Namespace) -> tuple[Start, int]:
-    """Processes on this machine, each with GPUs of its own, or with its share of the cores where there are none."""
+    """Processes on this machine, each with GPUs of its own, or its share of the cores without any."""
     gpus, each = visible_gpus(), options.gpus_per_run
     if gpus and len(gpus) < each:
         raise Stop(f"--gpus-per-run {each}: there are {len(gpus)} GPUs; lower it")
@@ -244,7 +245,7 @@ def optional(package: str, launcher: str) -> Any:
 
 
 def slurm(options: argparse.Namespace) -> tuple[Start, int]:
-    """Jobs of a Slurm cluster, through submitit; --launcher-option gives its parameters (partition, timeout_min...)."""
+    """Jobs of a Slurm cluster, through submitit; --launcher-option gives parameters, as in timeout_min."""
     submitit, chosen = optional("submitit", "slurm"), dict(options.launcher_option)
     executor = submitit.AutoExecutor(folder=options.folder / "slurm", cluster=chosen.pop("cluster", None))
     executor.update_parameters(**{"name": "sweep", "gpus_per_node": options.gpus_per_run, **chosen})
@@ -327,7 +328,7 @@ class Sweep:
             raise Stop(f"{self.folder}: cannot be written ({error.strerror}); choose another --out") from None
 
     def plan(self, identity: dict[str, Any], runs: list[Settings]) -> None:
-        """Add runs to sweep.json; Stop if the folder belongs to a sweep of other settings, artifact or code."""
+        """Add runs to sweep.json; Stop if the folder is that of other settings, artifact or code."""
         path = self.folder / "sweep.json"
         known = read_json(path) if path.exists() else {**identity, "runs": {}}
         for name in identity:
@@ -405,7 +406,7 @@ class Sweep:
 
 
 class Row(NamedTuple):
-    """One combination of settings: its results by seed, and its difference to the baseline's over the same seeds."""
+    """One combination of settings: its results by seed, and the difference to the baseline's seeds."""
 
     settings: Settings
     runs: dict[str, Path]  # every run by seed, finished or not
@@ -419,7 +420,7 @@ class Row(NamedTuple):
 
 
 def rows_of(folder: Path, metric: str) -> list[Row]:
-    """The combinations of a sweep folder, best first, unfinished last; the first planned one is the baseline."""
+    """The combinations of a sweep folder, best first, unfinished last; the first planned is the baseline."""
     plan = read_json(folder / "sweep.json")
     groups: dict[str, dict[str, Path]] = {}
     for name, settings in plan["runs"].items():
@@ -442,7 +443,7 @@ def rows_of(folder: Path, metric: str) -> list[Row]:
 
 
 def compare(row: Row, baseline: Row, by_document: bool) -> Row:
-    """`row` with its difference to the baseline: paired by document if both have sums per document, else by seed."""
+    """`row` with its difference to the baseline: by document if both have such sums, else by seed."""
     seeds = [seed for seed in row.values if seed in baseline.values]
     if not seeds:
         return row
@@ -457,8 +458,8 @@ def compare(row: Row, baseline: Row, by_document: bool) -> Row:
                 for n in ("tokens", "bytes")
             ):
                 raise Stop(
-                    f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the same "
-                    "data to the whole sweep"
+                    f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the "
+                    "same data to the whole sweep"
                 )
             nats = [np.mean([d.nats for d in side], 0) for side in (ours, theirs)]
             difference = float((nats[0] - nats[1]).sum() / math.log(2) / first.bytes.sum())
@@ -597,7 +598,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         raise Stop("--greedy: needs settings with several values, and no --random")
     if (options.stage == "evaluate") != bool(options.artifact):
         raise Stop(
-            f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to it"
+            f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to "
+            f"it"
         )
     for path, name in ((options.artifact, "artifact"), (options.script, "script")):
         if path and not path.is_file():

@@ -5,5 +5,6 @@ cd "$(dirname "$0")"
 . ./setup.sh
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # as in run.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one test per core instead
+ruff format --check .
 ruff check .
 exec python -m pytest --ignore=tests/gpu --numprocesses auto --maxprocesses 8 --dist worksteal "$@"

@@ -4,9 +4,9 @@
     TRACKER=wandb ./run.sh                      run.sh starts this script
     TRACKER=tensorboard python track.py runs/A  a run that is going on, or one that has ended
 
-It follows metrics.jsonl of the run folder (RUN_ID, or the run that starts after it) until the trainer lets go of the
-folder, and goes on where it was if the run is resumed. A tracker that is missing or fails costs one warning, no run.
-TRACKER_PROJECT names the project (default parameter-golf).
+It follows metrics.jsonl of the run folder (RUN_ID, or the run that starts after it) until the trainer lets go
+of the folder, and goes on where it was if the run is resumed. A tracker that is missing or fails costs one
+warning, no run. TRACKER_PROJECT names the project (default parameter-golf).
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, Any], int]]:
-    """(record, offset behind it) of the complete lines of metrics.jsonl from byte `start`, until nobody writes them."""
+    """(record, offset behind it) of the complete lines of metrics.jsonl from byte `start`, until nobody
+    writes them."""
     path, offset = folder / "metrics.jsonl", start
     while True:
         alive = is_locked(folder)
@@ -174,8 +175,8 @@ def main(arguments: list[str]) -> None:
         )
     except Exception as error:
         print(
-            f"warning: TRACKER={name}: stopped by {type(error).__name__}: {error}; the run itself is not affected, "
-            f"`TRACKER={name} python track.py {folder}` goes on",
+            f"warning: TRACKER={name}: stopped by {type(error).__name__}: {error}; the run itself is not "
+            f"affected, `TRACKER={name} python track.py {folder}` goes on",
             file=sys.stderr,
         )
 

@@ -1,4 +1,4 @@
-"""Stands in for train_gpt.py in the tests of sweep.py: same settings interface and same files, a made-up score."""
+"""Stands in for train_gpt.py in the tests of sweep.py: same settings and files, a made-up score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compliance.py: a legal run passes every probe, and each planted violation is named by the probe that is for it."""
+"""compliance.py: a legal run passes every probe; each planted violation is named by the probe for it."""
 
 from __future__ import annotations
 
@@ -462,7 +462,8 @@ def test_a_script_that_reaches_beyond_its_folder_is_caught(folder, tmp_path):
         "import json, os, socket\n"
         f"open({str(tmp_path / 'fineweb_train_000000.bin')!r}).close()\n"
         f"open({str(compliance.ROOT / 'README.md')!r}).close()\n"
-        "try:\n    socket.create_connection(('192.0.2.1', 80), 1)\nexcept OSError as error:\n    reason = str(error)\n"
+        "try:\n    socket.create_connection(('192.0.2.1', 80), 1)\nexcept OSError as error:\n    reason = "
+        "str(error)\n"
         "os.makedirs('runs/alone')\n"
         "json.dump({'reason': reason, 'train': os.listdir('data')}, open('runs/alone/summary.json', 'w'))\n"
     )

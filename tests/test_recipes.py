@@ -1,4 +1,4 @@
-"""The recipes of the four published systems: settings, sizes, routes, and what their scripts' variables mean here."""
+"""The recipes of the four published systems: settings, sizes, routes, and their scripts' variables."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conftest import ROOT, environment
 SYSTEMS = ["pr1585", "pr1738", "pr1755", "pr1693"]
 # The environment of the published commands, without paths.
 COMMANDS = {
-    "pr1585": "SEED=42 TTT_ENABLED=1 HASH_EMBED_ENABLED=1 TTT_LR=0.005 MUON_MOMENTUM=0.97 PARALLEL_RESIDUAL_START=8 "
-    "GPTQ_RESERVE_SECONDS=13 EMA_DECAY=0.997 WARMDOWN_FRAC=0.72",
+    "pr1585": "SEED=42 TTT_ENABLED=1 HASH_EMBED_ENABLED=1 TTT_LR=0.005 MUON_MOMENTUM=0.97 "
+    "PARALLEL_RESIDUAL_START=8 GPTQ_RESERVE_SECONDS=13 EMA_DECAY=0.997 WARMDOWN_FRAC=0.72",
     "pr1738": "SEED=1337 PREQUANT_TTT_ENABLED=1 PREQUANT_TTT_EPOCHS=21 TTT_EMA_ENABLED=0",
     "pr1755": "SEED=314 TTT_ENABLED=1",
     "pr1693": "SEED=0 ATTN_OUT_GATE=1 SMEAR_GATE=1 PHASED_TTT_ENABLED=1 PHASED_TTT_NUM_PHASES=3 "
@@ -40,7 +40,7 @@ def published(name: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_recipe_has_the_settings_of_the_logged_run(name):
-    """Setting every variable of the published script to its logged value on top of the recipe changes nothing."""
+    """Every variable of the published script at its logged value, on top of the recipe, changes nothing."""
     settings, config = published(name), t.Config.from_env(recipe(name))
     live = {n: v for n, v in settings.items() if n not in t.REFUSED}
     assert len(live) > 60 and {"MATRIX_LR", "EMA_DECAY", "TTT_ENABLED", "GPTQ_RESERVE_SECONDS"} <= live.keys()
@@ -52,8 +52,13 @@ def test_a_recipe_has_the_settings_of_the_logged_run(name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_print_config_shows_the_settings_of_the_logged_run(name):
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--print-config"], env=environment(recipe(name)),
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), "--print-config"],
+        env=environment(recipe(name)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
     for n, value in published(name).items():
         target, meanings = t.ALIASES.get(n, (n, {}))

@@ -1,4 +1,4 @@
-"""report.html: the figures of summary.json, nothing from the network, and pages for what is unfinished or damaged."""
+"""report.html: the figures of summary.json, no network, and pages for what is unfinished or damaged."""
 
 from __future__ import annotations
 

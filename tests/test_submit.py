@@ -1,4 +1,4 @@
-"""From run folders to a record folder: what a complete one holds, and every violation that must be refused by name."""
+"""From run folders to a record folder: what a complete one holds, and every violation by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: what is run, what a kill or a failure leaves, the statistics, and what is refused before anything starts."""
+"""Sweeps: what is run, what a kill or a failure leaves, the statistics, what is refused at the start."""
 
 from __future__ import annotations
 
