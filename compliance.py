@@ -47,10 +47,16 @@ from results import NAMES, Run, Stop, read_arrays, write_atomically
 ROOT = Path(__file__).resolve().parent
 CONDITIONS = ("causal", "normalised", "score before update", "single pass")
 GROUPS = (*CONDITIONS, "documents apart", "data", "shipped bytes", "budgets")
-CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600
-SAMPLE_TOKENS, LEAST_DOCUMENTS, POSITIONS, SUMS_PER_POSITION = 20_000, 10, 3, 8
+CAP_BYTES = 16_000_000
+BUDGET_SECONDS = 600
+SAMPLE_TOKENS = 20_000
+LEAST_DOCUMENTS = 10
+POSITIONS = 3
+SUMS_PER_POSITION = 8
 CPU_WORK = 2_000_000_000  # parameters x sample tokens that a CPU scores a dozen times within some minutes
-SUM_TOLERANCE, ENTRY_TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-4, 1e-5
+SUM_TOLERANCE = 1e-4
+ENTRY_TOLERANCE = 1e-4
+GPU_TOLERANCE = 1e-5
 # Two scorings of one sample: the same program on a CPU; on a GPU one is compiled, with additions reordered.
 SAME_SCORE = {"cpu": 1e-9, "cuda": 5e-4}
 ROUNDING = 1e-9  # relative; sums are kept in fp64
@@ -151,7 +157,8 @@ class Report:
 
     def table(self) -> str:
         """The probes for people, group by group."""
-        words, lines = {True: "holds", False: "BROKEN", None: "not measured"}, []
+        words = {True: "holds", False: "BROKEN", None: "not measured"}
+        lines = []
         width = max(len(row.probe) for row in self.rows)
         for group in GROUPS:
             lines.append(f"{group}: {words[self.verdict(group)]}")
@@ -247,8 +254,11 @@ def take_sample(data: Any, tokens: np.ndarray, sizes: np.ndarray, wanted: int, f
 
 def scaled(trainer: ModuleType, config: Any, sample: Sample) -> dict[str, int]:
     """Settings so small that the sample holds several chunks, batches and phases of what the run learns."""
-    length, size, streams = config.eval_seq_len, len(sample.tokens), trainer.STREAMS
-    documents, phases = len(trainer.find_documents(sample.tokens)), config.phased_ttt_num_phases
+    length = config.eval_seq_len
+    size = len(sample.tokens)
+    streams = trainer.STREAMS
+    documents = len(trainer.find_documents(sample.tokens))
+    phases = config.phased_ttt_num_phases
     # A phase ends after a multiple of 8 batches, and one batch must be left to score.
     most = (documents - 1) // (streams * phases) if phases else documents // 3
     side_by_side = min(config.ttt_batch_size, max(1, most))
@@ -313,40 +323,44 @@ class Watch:
         closely: bool = False,
         tolerance: float = 0.0,
     ):
-        self.trainer, self.model, self.tokens, self.closely, self.tolerance = (
-            trainer,
-            model,
-            tokens,
-            closely,
-            tolerance,
-        )
+        self.trainer = trainer
+        self.model = model
+        self.tokens = tokens
+        self.closely = closely
+        self.tolerance = tolerance
         size = len(tokens)
         self.ask = set(map(int, ask))
         self.answers: dict[
             int, Tensor
         ] = {}  # place -> log-probability of each token, as the loss function gives it
-        self.recorded, self.entry = torch.full((size,), math.nan), torch.full((size,), math.nan)
-        self.event, self.times = np.full(size, -1), np.zeros(size, int)
+        self.recorded = torch.full((size,), math.nan)
+        self.entry = torch.full((size,), math.nan)
+        self.event = np.full(size, -1)
+        self.times = np.zeros(size, int)
         self.learnt = np.zeros(size, bool)
         self.events = self.updates = self.repeated = 0
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.ledger: list[tuple[str, str, str]] = []  # (what, hash of the weights, hash of the adapters)
-        self.stopped, self.tally, self.final = "", None, torch.zeros(0)
-        self.latest, self.batch, self.text, self.aside = Forward(), None, None, None
+        self.stopped = ""
+        self.tally = None
+        self.final = torch.zeros(0)
+        self.latest = Forward()
+        self.batch = None
+        self.text = None
+        self.aside = None
 
     def fault(self, group: str, probe: str, text: str) -> None:
         """Note a violation."""
         self.faults.setdefault((group, probe), []).append(text)
 
     def __enter__(self) -> Watch:
-        trainer, self.stack = self.trainer, contextlib.ExitStack()
-        add, real = (
-            trainer.Tally.add,
-            {
-                name: getattr(trainer, name)
-                for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
-            },
-        )
+        trainer = self.trainer
+        self.stack = contextlib.ExitStack()
+        add = trainer.Tally.add
+        real = {
+            name: getattr(trainer, name)
+            for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
+        }
 
         def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool) -> Any:
             found = real["window_batch"](tokens, plan, rows, context, packed)
@@ -394,7 +408,8 @@ class Watch:
         self.stack.close()
         if self.tally is not None:
             self.final = self.tally.nats.cpu().clone()
-        self.latest, self.tally = Forward(), None  # they hold batches and logits
+        self.latest = Forward()  # they hold batches and logits
+        self.tally = None
 
     def starts(self, model: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         """A forward of the model begins."""
@@ -406,7 +421,9 @@ class Watch:
             self.aside.append(logits.detach())
             return
         latest = self.latest
-        latest.logits, latest.function, latest.cap = logits.detach(), function, cap
+        latest.logits = logits.detach()
+        latest.function = function
+        latest.cap = cap
         places = np.zeros(0, int) if self.batch is None else self.batch[0].ravel()
         named = places > 0
         latest.known = len(places) == len(losses) and np.array_equal(
@@ -457,7 +474,8 @@ class Watch:
 
     def record(self, tally: Any, losses: Tensor, places: Tensor) -> None:
         """Scores are entered: they come from the latest forward, and their targets are not learnt yet."""
-        where, latest = places.cpu().numpy(), self.latest
+        where = places.cpu().numpy()
+        latest = self.latest
         self.tally, self.recorded[places.cpu()] = tally, losses.float().cpu()
         self.event[where] = self.events
         np.add.at(self.times, where, 1)
@@ -503,7 +521,8 @@ class Watch:
 
     def look_closely(self, losses: Tensor, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
-        latest, hashes = self.latest, self.hashes()
+        latest = self.latest
+        hashes = self.hashes()
         if self.ledger and self.ledger[-1][0] == "record" and self.ledger[-1][1] != hashes[0]:
             self.fault(
                 "score before update",
@@ -525,7 +544,8 @@ class Watch:
         changed, logits = self.again(other)
         shift = 0.0
         for part in rows.split(2048):
-            before, after = softmax_of(latest.logits[part], latest.cap), softmax_of(logits[part], latest.cap)
+            before = softmax_of(latest.logits[part], latest.cap)
+            after = softmax_of(logits[part], latest.cap)
             self.entry[places.cpu()[torch.isin(rows, part).cpu()]] = before.gather(
                 1, targets.flatten()[part][:, None]
             )[:, 0].cpu()
@@ -564,7 +584,9 @@ class Stages:
     """The stages that the trainer's evaluate_stage runs on the sample, each watched and repeatable."""
 
     def __init__(self, trainer: ModuleType, config: Any, sample: Sample, positions: int):
-        self.trainer, self.config, self.sample = trainer, config, sample
+        self.trainer = trainer
+        self.config = config
+        self.sample = sample
         self.random = np.random.default_rng(0)
         text = np.flatnonzero(sample.tokens >= 4)
         self.asked = self.random.choice(text, min(SUMS_PER_POSITION * positions, len(text)), replace=False)
@@ -624,7 +646,8 @@ class Stages:
 
     def replaced(self, tokens: np.ndarray, where: np.ndarray) -> np.ndarray:
         """`tokens` with other ones at `where`; control tokens stay, so that documents keep their borders."""
-        size, chosen = self.config.vocab_size - 4, where & (tokens >= 4)
+        size = self.config.vocab_size - 4
+        chosen = where & (tokens >= 4)
         shift = self.random.integers(1, size, len(tokens))
         return np.where(chosen, (tokens.astype(np.int64) - 4 + shift) % size + 4, tokens).astype("<u2")
 
@@ -637,8 +660,11 @@ def gap(ours: Tensor, theirs: Tensor, where: Any) -> float:
 
 def probe_passes(report: Report, stages: Stages, stage: str) -> None:
     """Single pass: every target recorded once, left to right, never changed; the score is their sum."""
-    watch, score, sample = stages.watches[stage], stages.scores[stage], stages.sample
-    size, wrong = len(watch.tokens), np.flatnonzero(watch.times[1:] != 1) + 1
+    watch = stages.watches[stage]
+    score = stages.scores[stage]
+    sample = stages.sample
+    size = len(watch.tokens)
+    wrong = np.flatnonzero(watch.times[1:] != 1) + 1
     if watch.stopped:
         group = "score before update" if "learnt" in watch.stopped else "single pass"
         report.add(group, f"{stage}: finishes", False, watch.stopped)
@@ -719,7 +745,8 @@ def probe_updates(report: Report, stages: Stages, stage: str) -> None:
     watch = stages.watches[stage]
     names = ("learnt after it was scored", "hash before the update", "known text")
     faults = [text for name in names for text in watch.faults.get(("score before update", name), [])]
-    learns, probe = stage == "ttt", f"{stage}: records and updates"
+    learns = stage == "ttt"
+    probe = f"{stage}: records and updates"
     if faults:
         report.add("score before update", probe, False, f"{faults[0]} ({len(faults)} such events)")
     elif not watch.ledger or (learns and not watch.updates):
@@ -744,7 +771,8 @@ def probe_updates(report: Report, stages: Stages, stage: str) -> None:
 
 def probe_causality(report: Report, stages: Stages, stage: str, positions: int) -> None:
     """Causal: no score changes with what comes after its place, nor its distribution with its token."""
-    watch, tokens = stages.watches[stage], stages.validation.tokens
+    watch = stages.watches[stage]
+    tokens = stages.validation.tokens
     for probe in ("token itself replaced", "known distribution"):
         group = "causal" if probe.startswith("token") else "normalised"
         for text in watch.faults.get((group, probe), [])[:1]:
@@ -758,7 +786,11 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             "the stage does not finish" if watch.stopped else "too few distributions were seen",
         )
         return
-    tolerance, compared, worst, moved, alone = stages.tolerance(stage), 0, 0.0, 0.0, 0.0
+    tolerance = stages.tolerance(stage)
+    compared = 0
+    worst = 0.0
+    moved = 0.0
+    alone = 0.0
     for number in range(positions):
         place = int(order[(2 * number + 1) * len(order) // (2 * positions)])
         event = watch.event[place]
@@ -804,7 +836,9 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
 
 def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     """No score of a document depends on the one before it, where attention is confined to documents."""
-    config, tokens, probe = stages.config, stages.validation.tokens, f"{stage}: previous document replaced"
+    config = stages.config
+    tokens = stages.validation.tokens
+    probe = f"{stage}: previous document replaced"
     if not ((stage == "ttt" and config.ttt_mode == "doc_lora") or config.loader == "packed"):
         report.add(
             "documents apart",
@@ -866,7 +900,8 @@ def probe_warmup(report: Report, stages: Stages) -> None:
 
 def probe_stages(report: Report, stages: Stages, positions: int) -> None:
     """Every probe of every stage."""
-    sample, read = stages.sample, stages.validation.tokens
+    sample = stages.sample
+    read = stages.validation.tokens
     report.add(
         "single pass",
         "whole validation set",
@@ -899,14 +934,16 @@ def probe_data(
     report: Report, run: Run, data: Any, tokens: np.ndarray, sizes: np.ndarray, trainer: ModuleType
 ) -> None:
     """Totals and sums per document against shards and sidecar, and the dataset against its own rules."""
-    summary, documents = run.summary, trainer.find_documents(tokens)
+    summary = run.summary
+    documents = trainer.find_documents(tokens)
     report.add(
         "data",
         "same dataset",
         data.fingerprint["shards"] == run.config.get("data"),
         f"shards {data.fingerprint['shards']}, the run has {run.config.get('data')}",
     )
-    count, credited = len(tokens) - 1, int(sizes[1:].sum())
+    count = len(tokens) - 1
+    credited = int(sizes[1:].sum())
     hint = lambda value: f" ({KNOWN_WRONG[value]})" if value in KNOWN_WRONG else ""
     said = int(summary["val_tokens"]), int(summary["val_bytes"])
     report.add(
@@ -987,8 +1024,10 @@ def probe_dataset(report: Report, data: Any) -> None:
 
 def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
     """Bytes, seconds and code of the run against its limits, none of them above the contest's."""
-    summary, folder = run.summary, run.folder
-    artifact, code = folder / "final_model.ptz", folder / "packed_train_gpt.py"
+    summary = run.summary
+    folder = run.folder
+    artifact = folder / "final_model.ptz"
+    code = folder / "packed_train_gpt.py"
     sizes = [path.stat().st_size for path in (artifact, code)]
     cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
     report.add(
@@ -1011,14 +1050,16 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
         ("training and calibration", "budgeted_seconds", "MAX_WALLCLOCK_SECONDS"),
         ("evaluation", "eval_seconds", "EVAL_BUDGET_SECONDS"),
     ):
-        used, most = summary.get(key), min(BUDGET_SECONDS, run.config[limit])
+        used = summary.get(key)
+        most = min(BUDGET_SECONDS, run.config[limit])
         report.add(
             "budgets",
             name,
             None if used is None else used <= most,
             f"not recorded: no {key}" if used is None else f"{used:.2f} of {most:g} s ({key})",
         )
-    source, recorded = ROOT / "train_gpt.py", summary["versions"]["source_sha256"]
+    source = ROOT / "train_gpt.py"
+    recorded = summary["versions"]["source_sha256"]
     if sha256_file(code) == recorded:
         report.add(
             "shipped bytes",
@@ -1069,32 +1110,34 @@ def probe_ledger(report: Report, run: Run) -> None:
         for probe in probes:
             report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
         return
-    phase, early, begun, last, seconds, begins, clock, sealed = (
-        "nothing",
-        [],
-        None,
-        None,
-        None,
-        None,
-        None,
-        "",
-    )
+    phase = "nothing"
+    early = []
+    begun = None
+    last = None
+    seconds = None
+    begins = None
+    clock = None
+    sealed = ""
     for record in events:
-        event, moment = record.get("event"), record["time"]
+        event = record.get("event")
+        moment = record["time"]
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
             phase = event
         if event == "start":
             begun = None  # another process: the wall clock says nothing about the training clock
         elif event == "train_clock_start":
-            begun, last = moment - record.get("seconds", 0.0), None  # a resumed run has used some already
+            begun = moment - record.get("seconds", 0.0)  # a resumed run has used some already
+            last = None
         elif event == "train_read_last":
-            last, seconds = moment, moment - begun if begun else None
+            last = moment
+            seconds = moment - begun if begun else None
         elif event == "artifact_sealed":
             sealed = record.get("sha256", "")
         elif event == "validation_read" and phase != "eval_clock_start":
             early.append(phase)
         elif event == "eval_clock_start":
-            begins, clock = moment, None
+            begins = moment
+            clock = None
         elif event == "eval_clock_end":
             clock = moment - begins if begins else None
     when = {
@@ -1162,7 +1205,8 @@ def run_alone(
     """(summary, error, what it opened elsewhere) of the packed script on the sample in an empty folder."""
     (place / "guard").mkdir(parents=True)
     (place / "guard" / "sitecustomize.py").write_text(GUARD)
-    empty, log = place / "empty", place / "opened"
+    empty = place / "empty"
+    log = place / "opened"
     empty.mkdir()
     shutil.copy(run.folder / "packed_train_gpt.py", empty / "train_gpt.py")
     shutil.copy(run.folder / "final_model.ptz", empty / "model.ptz")
@@ -1248,7 +1292,8 @@ def check(
     alone: bool = True,
 ) -> Report:
     """Every probe of the run in `folder`, on about `tokens` validation tokens (0: as the hardware can)."""
-    run, report = Run.read(folder), Report(folder)
+    run = Run.read(folder)
+    report = Report(folder)
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise Stop(f"{folder / name}: no such file; finish the run, or copy the whole folder")

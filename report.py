@@ -28,7 +28,12 @@ import numpy as np
 from results import Run, Stop, conditions, read_arrays, read_json, show, step_of, text_of, write_atomically
 from sweep import Row, number, rows_of
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 256, 50, 22, 14, 42  # of a chart, in units of about a pixel
+WIDTH = 460  # of a chart, in units of about a pixel
+HEIGHT = 256
+LEFT = 50
+RIGHT = 22
+TOP = 14
+BOTTOM = 42
 COLOURS = 6  # --c1 to --c6 of the style; more series than that would not be told apart
 
 STYLE = """
@@ -167,8 +172,12 @@ def chart(
     if not curves:
         return ""
     xs, ys = ([p[i] for curve in curves for p in curve.points] for i in (0, 1))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys) if low is None else low, max(ys)
-    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0) * max(abs(y0), 1) * 0.1
+    x0 = min(xs)
+    x1 = max(xs)
+    y0 = min(ys) if low is None else low
+    y1 = max(ys)
+    x1 = x1 + (x1 == x0)
+    y1 = y1 + (y1 == y0) * max(abs(y0), 1) * 0.1
     y0, y1 = y0 - 0.04 * (y1 - y0) * (low is None), y1 + 0.04 * (y1 - y0)
     px = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
     py = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -195,7 +204,8 @@ def chart(
     for place, curve in enumerate(curves, 1):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in curve.points)
         parts.append(f'<polyline class="curve" stroke="var(--c{place})" points="{path}"/>')
-        few, every = len(curve.points) <= 20, -(-len(curve.points) // 150)
+        few = len(curve.points) <= 20
+        every = -(-len(curve.points) // 150)
         for x, y in [*curve.points[::every], curve.points[-1]]:
             label = (
                 f"{curve.name + ': ' if len(curves) > 1 else ''}{(names or {}).get(x, short(x))}: {y:{form}}"
@@ -268,11 +278,14 @@ def waterfall(bpb: dict[str, float]) -> str:
     values = list(bpb.values())
     if not values:
         return ""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     room = (high - low) or abs(high) * 0.01
-    low, high = low - 0.6 * room, high + 0.05 * room
+    low = low - 0.6 * room
+    high = high + 0.05 * room
     place = lambda value: (value - low) / (high - low)
-    rows, before = [], None
+    rows = []
+    before = None
     for stage, value in bpb.items():
         if before is None:
             rows.append(bar(stage, 0, place(value), figure(value, ".5f"), "c1"))
@@ -322,7 +335,8 @@ def treemap(parts: list[Part]) -> str:
     import squarify
 
     parts = sorted((part for part in parts if part.bytes > 0), key=lambda part: -part.bytes)
-    total, cells = sum(part.bytes for part in parts), []
+    total = sum(part.bytes for part in parts)
+    cells = []
     boxes = lambda sizes: squarify.squarify(squarify.normalize_sizes(sizes, 100, 100), 0, 0, 100, 100)
     place = lambda box: (
         f"left:{box['x']:.3f}%;top:{box['y']:.3f}%;width:{box['dx']:.3f}%;height:{box['dy']:.3f}%"
@@ -380,10 +394,12 @@ def times(summary: dict[str, Any], run: Run) -> str:
     rows = []
     for title, name, parts in groups:
         parts = {label: seconds for label, seconds in parts.items() if seconds is not None}
-        used, limit = sum(parts.values()), (limits.get(name) or (None, None))[1]
+        used = sum(parts.values())
+        limit = (limits.get(name) or (None, None))[1]
         if not parts:
             continue
-        scale, position = max(limit or 0, used) or 1, 0.0
+        scale = max(limit or 0, used) or 1
+        position = 0.0
         words = f"{title}: {used:.1f} s" + (f" of {limit:g} s" if limit else "")
         rows.append(f'<div class="group">{esc(words)}</div>')
         for label, seconds in parts.items():
@@ -401,7 +417,8 @@ def by_length(arrays: dict[str, np.ndarray]) -> str:
     scored = arrays["bytes"] > 0
     tokens, sizes, nats = (arrays[name][scored] for name in ("tokens", "bytes", "nats"))
     groups = np.floor(np.log2(np.maximum(tokens, 1))).astype(int)
-    points, names = [], {}
+    points = []
+    names = {}
     for group in np.unique(groups):
         inside = groups == group
         points.append((float(group), float(nats[inside].sum() / math.log(2) / sizes[inside].sum())))
@@ -413,7 +430,8 @@ def by_position(arrays: dict[str, np.ndarray]) -> str:
     """BPB early and late in a document, if the run has written sums by position."""
     if not {"position_start", "position_nats", "position_bytes"} <= arrays.keys():
         return ""
-    points, names = [], {}
+    points = []
+    names = {}
     for place, (start, nats, size) in enumerate(
         zip(*(arrays[f"position_{n}"] for n in ("start", "nats", "bytes")), strict=True)
     ):
@@ -482,15 +500,19 @@ def run_report(run: Run) -> str:
     """The page of one run; of an unfinished one as far as it has come."""
     summary = run.summary if run.is_finished else {"bpb": {}, "overrides": {}, "compliance": {}}
     loss, rate, checks, loops = curves_of(run)
-    arrays, artifact = read_arrays(run.folder), run.folder / "final_model.ptz"
-    versions, compliance = summary.get("versions", {}), summary["compliance"]
-    drawn, note = "", "Areas are bytes; within a stream, tensors are drawn by their share before compression."
+    arrays = read_arrays(run.folder)
+    artifact = run.folder / "final_model.ptz"
+    versions = summary.get("versions", {})
+    compliance = summary["compliance"]
+    drawn = ""
+    note = "Areas are bytes; within a stream, tensors are drawn by their share before compression."
     if artifact.exists():
         try:
             code = [Part("code (packed)", summary["code_bytes"], [])] if summary.get("code_bytes") else []
             drawn = treemap([*artifact_parts(artifact), *code])
         except SystemExit as error:
-            drawn, note = f"<p>{esc(error)}</p>", ""
+            drawn = f"<p>{esc(error)}</p>"
+            note = ""
     facts = [
         ["seed", esc(run.seed)],
         *([name, esc(text_of(value))] for name, value in versions.items()),
@@ -548,7 +570,8 @@ def strips(rows: list[Row]) -> str:
     values = [value for row in rows for value in row.values.values()]
     if not values:
         return ""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     place = lambda value: 3 + 94 * ((value - low) / (high - low) if high > low else 0.5)
     shown = []
     for row in rows[:40]:
@@ -565,8 +588,11 @@ def strips(rows: list[Row]) -> str:
 
 def sweep_report(folder: Path, metric: str) -> str:
     """The page of a sweep."""
-    rows, first = rows_of(folder, metric), folder / next(iter(read_json(folder / "sweep.json")["runs"]), "")
-    cells, failures, curves = [], [], []
+    rows = rows_of(folder, metric)
+    first = folder / next(iter(read_json(folder / "sweep.json")["runs"]), "")
+    cells = []
+    failures = []
+    curves = []
     for row in rows:
         links = " ".join(
             f'<a href="{esc(path.name)}/report.html">{esc(seed)}</a>' if seed in row.values else esc(seed)

@@ -125,7 +125,8 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl without the steps that a resumption made void and without a line cut by a kill."""
-        path, kept = self.folder / "metrics.jsonl", []
+        path = self.folder / "metrics.jsonl"
+        kept = []
         try:
             lines = path.read_text().splitlines()
         except OSError as error:

@@ -48,8 +48,14 @@ from results import (
 
 ROOT = Path(__file__).resolve().parent
 RECORD_TRACK = "track_10min_16mb"
-CAP_BYTES, BUDGET_SECONDS, RANKS, GPU, DOCUMENTS, SEEDS = 16_000_000, 600, 8, "H100", 50_000, 3
-MARGIN_NATS, MARGIN_P = 0.005, 0.01  # the written rule
+CAP_BYTES = 16_000_000
+BUDGET_SECONDS = 600
+RANKS = 8
+GPU = "H100"
+DOCUMENTS = 50_000
+SEEDS = 3
+MARGIN_NATS = 0.005  # the written rule
+MARGIN_P = 0.01
 APPLIED_P = 0.25  # the one applied since 2026-04-28 (#1902)
 FILES = (
     "config.json",
@@ -192,7 +198,8 @@ def check_run(run: Run) -> None:
 
 def check_score(run: Run, summary: dict[str, Any]) -> None:
     """Stop unless the score follows from its sums and every place that records it says the same."""
-    path, remedy = run.folder / "summary.json", "score the run again with STAGE=evaluate"
+    path = run.folder / "summary.json"
+    remedy = "score the run again with STAGE=evaluate"
     follows = bpb_of(summary["val_loss"] * summary["val_tokens"], summary["val_bytes"])
     if not close(follows, summary["val_bpb"]):
         raise Stop(
@@ -220,7 +227,8 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
             f"`final` of train.log says {' '.join(finals[-1]) if finals else 'nothing'}; {remedy}"
         )
     if documents := read_documents(run.folder):
-        tokens, count = int(documents.tokens.sum()), int(documents.bytes.sum())
+        tokens = int(documents.tokens.sum())
+        count = int(documents.bytes.sum())
         sums = bpb_of(float(documents.nats.sum()), count)
         if (tokens, count) != (summary["val_tokens"], summary["val_bytes"]) or not close(
             sums, summary["val_bpb"]
@@ -234,7 +242,8 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
 
 def check_bytes(run: Run, summary: dict[str, Any]) -> None:
     """Stop unless artifact and packed script are those that the summary describes, and under the cap."""
-    artifact, code = run.folder / "final_model.ptz", run.folder / "packed_train_gpt.py"
+    artifact = run.folder / "final_model.ptz"
+    code = run.folder / "packed_train_gpt.py"
     for path, name in ((artifact, "artifact_bytes"), (code, "code_bytes")):
         if path.stat().st_size != summary[name]:
             raise Stop(
@@ -246,10 +255,8 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
             f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy "
             "the run folder again, or score it with STAGE=evaluate"
         )
-    total, cap = (
-        summary["artifact_bytes"] + summary["code_bytes"],
-        min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"]),
-    )
+    total = summary["artifact_bytes"] + summary["code_bytes"]
+    cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
     if total != summary["total_bytes"]:
         raise Stop(
             f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code "
@@ -267,9 +274,12 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
 
 def check_same(runs: list[Run]) -> None:
     """Stop unless all runs have one configuration, code, dataset and machine, and each seed occurs once."""
-    first, summary = runs[0], runs[0].summary
+    first = runs[0]
+    summary = runs[0].summary
     for run in runs[1:]:
-        ours, theirs, other = first.settings("SEED"), run.settings("SEED"), run.summary
+        ours = first.settings("SEED")
+        theirs = run.settings("SEED")
+        other = run.summary
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise Stop(
@@ -310,7 +320,8 @@ def started(runs: list[Run]) -> Iterator[tuple[Path, Any, str]]:
 
     Looked for beside the given ones, and in the plan of their sweep.
     """
-    given, settings = {run.folder.resolve() for run in runs}, runs[0].settings("SEED")
+    given = {run.folder.resolve() for run in runs}
+    settings = runs[0].settings("SEED")
     source = runs[0].summary["versions"]["source_sha256"]
     for parent in sorted({run.folder.resolve().parent for run in runs}):
         for path in sorted(parent.glob("*/config.json")):
@@ -351,11 +362,13 @@ def check_complete(runs: list[Run], left_out: dict[Path, str]) -> None:
 
 def check_record_track(run: Run) -> None:
     """Stop unless a run is one of the contest's: its data, hardware and limits."""
-    summary, data = run.summary, run.summary["data"]
+    summary = run.summary
+    data = run.summary["data"]
     remedy = "use the contest's, or submit to another track, as in --track non-record"
     from verify_bytes import CANONICAL
 
-    low, high = min(c.credited[0] for c in CANONICAL.values()), max(c.credited[1] for c in CANONICAL.values())
+    low = min(c.credited[0] for c in CANONICAL.values())
+    high = max(c.credited[1] for c in CANONICAL.values())
     if data.get("docs_val") != DOCUMENTS or not low <= summary["val_bytes"] <= high:
         raise Stop(
             f"{run.folder}: scored on {data.get('docs_val', 'an unknown number of')} documents with "
@@ -385,7 +398,8 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
 
     It has no training shards either.
     """
-    summary, folder = run.summary, dataset_folder(run)
+    summary = run.summary
+    folder = dataset_folder(run)
     if not folder.is_dir():
         raise Stop(
             f"DATASETS_DIR={folder}: the dataset of {run.folder} is not there; run --check where it is"
@@ -408,7 +422,8 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
             "TOKENIZER_PATH": "data/tokenizer.model",
             "HF_HUB_OFFLINE": "1",
         }
-        command, environment = [sys.executable, "train_gpt.py"], clean_environment(run) | settings
+        command = [sys.executable, "train_gpt.py"]
+        environment = clean_environment(run) | settings
         if summary["world_size"] > 1:
             command = [
                 sys.executable,
@@ -575,7 +590,8 @@ def compare(runs: list[Run], baseline: tuple[float, float, int]) -> dict[str, An
 
 def verdict_of(comparison: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
-    c, met = comparison, lambda holds: "met" if holds else "NOT met"
+    c = comparison
+    met = lambda holds: "met" if holds else "NOT met"
     return [
         f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower "
         f"by {c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
@@ -601,7 +617,8 @@ def command_of(run: Run, seeds: list[Any]) -> str:
         words.append(f"{name}={shlex.quote(text)}")
     ranks = run.summary["world_size"]
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
-    lines, line = [], f"  SEED=$seed RUN_ID={'seed$seed'}"
+    lines = []
+    line = f"  SEED=$seed RUN_ID={'seed$seed'}"
     for word in [*words, f"{start} train_gpt.py"]:
         if len(line) + len(word) > 116:
             lines.append(line + " \\")
@@ -644,7 +661,8 @@ def submission(
     runs: list[Run], options: argparse.Namespace, comparison: dict[str, Any] | None, left_out: dict[Path, str]
 ) -> dict[str, Any]:
     """The content of submission.json."""
-    first, summaries = runs[0].summary, [run.summary for run in runs]
+    first = runs[0].summary
+    summaries = [run.summary for run in runs]
     bpb, loss = (mean_std([s[name] for s in summaries]) for name in ("val_bpb", "val_loss"))
     keep = (
         "val_bpb",
@@ -699,7 +717,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
     """The text of the folder's README."""
-    first, results = runs[0].summary, facts["seed_results"]
+    first = runs[0].summary
+    results = facts["seed_results"]
     stages = list(first["bpb"])
     rows = [
         [

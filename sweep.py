@@ -212,7 +212,8 @@ def visible_gpus() -> list[str]:
 
 def local(options: argparse.Namespace) -> tuple[Start, int]:
     """Processes on this machine, each with GPUs of its own, or its share of the cores without any."""
-    gpus, each = visible_gpus(), options.gpus_per_run
+    gpus = visible_gpus()
+    each = options.gpus_per_run
     if gpus and len(gpus) < each:
         raise Stop(f"--gpus-per-run {each}: there are {len(gpus)} GPUs; lower it")
     groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
@@ -246,7 +247,8 @@ def optional(package: str, launcher: str) -> Any:
 
 def slurm(options: argparse.Namespace) -> tuple[Start, int]:
     """Jobs of a Slurm cluster, through submitit; --launcher-option gives parameters, as in timeout_min."""
-    submitit, chosen = optional("submitit", "slurm"), dict(options.launcher_option)
+    submitit = optional("submitit", "slurm")
+    chosen = dict(options.launcher_option)
     executor = submitit.AutoExecutor(folder=options.folder / "slurm", cluster=chosen.pop("cluster", None))
     executor.update_parameters(**{"name": "sweep", "gpus_per_node": options.gpus_per_run, **chosen})
 
@@ -303,8 +305,11 @@ class Sweep:
     """A sweep folder, locked: its plan, and how its runs are started."""
 
     def __init__(self, options: argparse.Namespace, base: Settings):
-        self.options, self.base, self.folder = options, base, options.folder
-        self.script, self.lock = self.folder / "train_gpt.py", self.open()
+        self.options = options
+        self.base = base
+        self.folder = options.folder
+        self.script = self.folder / "train_gpt.py"
+        self.lock = self.open()
         self.start, self.capacity = LAUNCHERS[options.launcher](options)
 
     def __enter__(self) -> Sweep:
@@ -339,7 +344,8 @@ class Sweep:
                     f"{self.options.script}: has changed since {self.folder} was started; --name NEW starts "
                     f"over, --script {self.script} goes on with the code of that time"
                 )
-            there, here = known.get(name), identity[name]
+            there = known.get(name)
+            here = identity[name]
             if isinstance(here, dict) and isinstance(there, dict):
                 name, there, here = next(
                     (n, there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)
@@ -393,7 +399,8 @@ class Sweep:
                     continue
                 del going[slot]
                 done += 1
-                folder, seconds = self.folder / name, time.monotonic() - begin
+                folder = self.folder / name
+                seconds = time.monotonic() - begin
                 if (folder / "summary.json").exists():
                     outcome = f"val_bpb {lookup(Run.read(folder).summary, 'val_bpb'):.6f}"
                 else:

@@ -91,7 +91,8 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one record of metrics.jsonl, by the names that trackers sort into groups."""
-    kind, stage = record.get("kind"), record.get("stage", "")
+    kind = record.get("kind")
+    stage = record.get("stage", "")
     suffix = "" if not stage or stage.startswith("step") else f"_{stage}"
     numbers = {
         name: value
@@ -106,7 +107,8 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, Any], int]]:
     """(record, offset behind it) of the complete lines of metrics.jsonl from byte `start`, until nobody
     writes them."""
-    path, offset = folder / "metrics.jsonl", start
+    path = folder / "metrics.jsonl"
+    offset = start
     while True:
         alive = is_locked(folder)
         data = b""
@@ -128,8 +130,10 @@ def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, A
 
 def starting_run(pause: float) -> Path | None:
     """The folder of the run that the parent of this process starts; None if the parent ends before."""
-    parent, begin = os.getppid(), time.time()
-    root, name = Path(os.environ.get("OUT_DIR", "runs")), os.environ.get("RUN_ID") or "*"
+    parent = os.getppid()
+    begin = time.time()
+    root = Path(os.environ.get("OUT_DIR", "runs"))
+    name = os.environ.get("RUN_ID") or "*"
     while os.getppid() == parent:
         found = [path for path in root.glob(f"{name}/config.json") if path.stat().st_mtime >= begin - 1]
         if found:
@@ -142,7 +146,8 @@ def track(folder: Path, name: str, pause: float) -> None:
     """Send a run's records to the tracker until the run ends."""
     mark = folder / f".{name}.json"  # how far an earlier start has come
     known = read_json(mark) if mark.exists() else {"offset": 0, "step": 0}
-    tracker, step = TRACKERS[name](folder, read_json(folder / "config.json")), known["step"]
+    tracker = TRACKERS[name](folder, read_json(folder / "config.json"))
+    step = known["step"]
     for record, offset in follow(folder, known["offset"], pause):
         step = step_of(record, step)
         if values := figures(record):

@@ -22,7 +22,8 @@ from lossless_caps import TRANSFORMS
 from results import Run
 from run_folders import edit
 
-TOKENS, POSITIONS = 800, 1
+TOKENS = 800
+POSITIONS = 1
 PLAIN = {"TTT_ENABLED": False, "SLIDING_WINDOW_ENABLED": False}
 CHUNKS = {"TTT_MODE": "chunk_sgd", "SLIDING_WINDOW_ENABLED": False, "TTT_LR": 0.05}
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
@@ -79,10 +80,8 @@ def folder(legal, tmp_path) -> Path:
 
 def record(folder: Path, events: list[tuple[str, float]]) -> None:
     """Replace the ledger in metrics.jsonl."""
-    path, digest = (
-        folder / "metrics.jsonl",
-        json.loads((folder / "summary.json").read_text())["artifact_sha256"],
-    )
+    path = folder / "metrics.jsonl"
+    digest = json.loads((folder / "summary.json").read_text())["artifact_sha256"]
     lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "ledger"]
     lines += [
         json.dumps(
@@ -108,7 +107,8 @@ def broken(report: compliance.Report) -> set[str]:
 def test_a_legal_run_passes_every_probe(folder, capsys, monkeypatch):
     monkeypatch.setattr(compliance, "load_trainer", lambda folder: t)
     code = compliance.main([str(folder), "--tokens", str(TOKENS), "--positions", str(POSITIONS)])
-    shown, report = capsys.readouterr().out, json.loads((folder / "compliance.json").read_text())
+    shown = capsys.readouterr().out
+    report = json.loads((folder / "compliance.json").read_text())
     assert code == 0 and report["legal"] is True, shown
     assert all(report["conditions"][name]["holds"] for name in compliance.CONDITIONS)
     measured = [probe["holds"] for group in compliance.GROUPS for probe in report[group].values()]
@@ -261,7 +261,8 @@ def test_weights_changed_behind_the_records_are_caught(folder, monkeypatch):
         real(tally, losses, places)
         models[-1].smear_w.data += 0.01
 
-    models, build = [], t.build
+    models = []
+    build = t.build
 
     def kept(run):
         models.append((built := build(run)).model)
@@ -339,7 +340,8 @@ def test_smear_across_batched_documents_is_caught(folder, monkeypatch):
 def test_operators_charged_as_bytes_are_caught(folder, caseops, tmp_path):
     charged = shutil.copytree(caseops, tmp_path / "charged")
     path = charged / "fineweb_val_bytes_000000.bin"
-    tokens, sizes = read_shard(charged / "fineweb_val_000000.bin"), np.array(read_shard(path))
+    tokens = read_shard(charged / "fineweb_val_000000.bin")
+    sizes = np.array(read_shard(path))
     sizes[(tokens >= 4) & (tokens <= 7)] = 3
     write_shard(path, sizes)
     report = probed(folder, DATASETS_DIR=str(charged), **PLAIN)

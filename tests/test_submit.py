@@ -276,7 +276,8 @@ def test_the_record_track_wants_the_contest(runs, tmp_path):
 
 
 def test_the_welch_test_is_scipys(runs, tmp_path, capsys):
-    ours, theirs = [bpb(run) for run in runs], [bpb(runs[0]) * f for f in (1.001, 1.003, 1.004, 1.0015)]
+    ours = [bpb(run) for run in runs]
+    theirs = [bpb(runs[0]) * f for f in (1.001, 1.003, 1.004, 1.0015)]
     moments = ",".join(map(repr, (float(np.mean(theirs)), float(np.std(theirs, ddof=1)), 4)))
     comparison = json.loads((call(runs, tmp_path, "--baseline", moments) / "submission.json").read_text())[
         "comparison"
@@ -332,7 +333,8 @@ def test_nothing_is_overwritten_and_names_are_checked(runs, tmp_path):
 
 
 def test_credits_follow_the_settings_and_name_settings_that_exist(runs):
-    asked, config = set(), json.loads((runs[0] / "config.json").read_text())
+    asked = set()
+    config = json.loads((runs[0] / "config.json").read_text())
     for _, who, uses in submit.CREDITS:
         uses(lambda name: asked.add(name) or config.get(name))
         assert re.fullmatch(r"#\d+(, #\d+)*", who)
@@ -346,7 +348,8 @@ def test_credits_follow_the_settings_and_name_settings_that_exist(runs):
 def test_a_broken_compliance_probe_stops_the_submission(runs, monkeypatch):
     import compliance
 
-    run, report = results.Run.read(runs[0]), compliance.Report(runs[0])
+    run = results.Run.read(runs[0])
+    report = compliance.Report(runs[0])
     report.add("causal", "future replaced", True, "")
     report.add("budgets", "evaluation clock", False, "700 of 600 s")
     monkeypatch.setattr(compliance, "check", lambda folder, alone: report)

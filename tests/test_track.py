@@ -21,7 +21,10 @@ class Service(types.ModuleType):
 
     def __init__(self, fail_after: int = 10**9):
         super().__init__("wandb")
-        self.started, self.sent, self.finished, self.fail_after = [], [], 0, fail_after
+        self.started = []
+        self.sent = []
+        self.finished = 0
+        self.fail_after = fail_after
 
     def init(self, **options):
         self.started.append(options)
@@ -108,7 +111,8 @@ def test_tensorboard_gets_scalars(folder, monkeypatch):
 
 
 def test_it_follows_a_run_until_the_trainer_lets_go_and_goes_on_after_a_resumption(folder, monkeypatch):
-    fake, lines = service(monkeypatch), (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    fake = service(monkeypatch)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0] + lines[1][:20])  # the trainer is in the middle of a line
     lock = open(folder / ".lock", "w")  # noqa: SIM115 -- held by the trainer until it ends
     fcntl.flock(lock, fcntl.LOCK_EX)
