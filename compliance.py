@@ -41,8 +41,21 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import verify_bytes
 from data.documents import DataError
 from data.shards import BOS, ShardError, read_shard, sha256_file, write_shard
-from data.sidecar import byte_tables
-from results import NAMES, Run, Stop, read_arrays, write_atomically
+from data.sidecar import VERSIONS, byte_tables
+from lossless_caps import TRANSFORMS, decode_caseops
+from results import (
+    NAMES,
+    PLACES,
+    Run,
+    Stop,
+    check_present,
+    check_summary,
+    place_of,
+    read_arrays,
+    read_json,
+    run_tool,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parent
 CONDITIONS = ("causal", "normalised", "score before update", "single pass")
@@ -67,7 +80,10 @@ KNOWN_WRONG = {
     36_562_944: "a validation set built in parallel",
     164_594_398: "case operators charged as bytes",
 }
-USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions")  # of summary.json
+USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions.source_sha256")  # of summary.json
+SETTINGS = ("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")  # of config.json
+DECODED = 5_000  # documents whose bytes are counted in their text
+NORMALISED = 0.02  # most that a normaliser is believed to change; case operators charged as bytes are 9 %
 NEEDED = (
     "Config",
     "Run",
@@ -213,6 +229,7 @@ def quiet() -> contextlib.redirect_stdout:
 def settings_of(trainer: ModuleType, run: Run, **changes: Any) -> dict[str, str]:
     """The run's settings as environment variables, with some of them changed."""
     kept = {name: value for name, value in run.config.items() if name not in NAMES}
+    kept |= {name: place_of(str(kept[name])) for name in PLACES if kept.get(name)}
     return {name: trainer.show(value) for name, value in (kept | changes).items()}
 
 
@@ -995,10 +1012,64 @@ def probe_data(
             f"nats / ln 2 / bytes over {len(arrays['tokens'])} documents = {sums:.8f}, "
             f"val_bpb {summary['val_bpb']:.8f}" + "".join(f"; differs from the shards: {w}" for w in wrong),
         )
-    probe_dataset(report, data)
+    transform = probe_dataset(report, data)
+    probe_decoding(report, data, tokens, sizes, transform)
 
 
-def probe_dataset(report: Report, data: Any) -> None:
+def decoded_bytes(data: Any, transform: str, tokens: np.ndarray) -> int | None:
+    """UTF-8 bytes of the original text that one document's tokens decode to; None if they do not decode.
+
+    U+2581 is a space of the text: SentencePiece writes spaces that way before it splits.
+    """
+    text = data.pieces.decode(tokens.tolist()).replace("\u2581", " ")
+    try:
+        if transform in VERSIONS:
+            text = decode_caseops(text, version=VERSIONS[transform], normalised=True)
+        return len(text.encode())
+    except ValueError:
+        return None
+
+
+def probe_decoding(
+    report: Report, data: Any, tokens: np.ndarray, sizes: np.ndarray, transform: str | None
+) -> None:
+    """The counted bytes against those of the decoded text: neither tables nor sidecar are asked.
+
+    Exact where the tables count. A sidecar counts the text as it was before the tokenizer's normaliser, which
+    decoding cannot undo: there the two may differ by what a normaliser changes.
+    """
+    probe = "bytes by decoding"
+    starts = np.flatnonzero(tokens == BOS)
+    unknown = data.pieces.unk_id()
+    if not len(starts) or transform is None or (data.sidecar_files and not TRANSFORMS[transform].lossless):
+        reason = "no document has a BOS" if not len(starts) else f"transform {transform or 'unknown'}"
+        report.add("data", probe, None, f"cannot be decoded to the original: {reason}")
+        return
+    borders = np.append(starts, len(tokens))
+    chosen = np.unique(np.linspace(0, len(starts) - 1, min(DECODED, len(starts))).astype(int))
+    counted = found = 0
+    wrong = []
+    for number in chosen:
+        begin, end = int(borders[number]) + 1, int(borders[number + 1])
+        if (tokens[begin:end] == unknown).any():  # its text is lost
+            continue
+        ours = int(sizes[begin:end].sum())
+        theirs = decoded_bytes(data, transform, tokens[begin:end])
+        counted += ours
+        found += theirs or 0
+        if ours != theirs:
+            wrong.append(number)
+    near = bool(data.sidecar_files) and abs(counted - found) <= NORMALISED * found
+    hint = f", the first difference in document {wrong[0]}" if wrong else ""
+    report.add(
+        "data",
+        probe,
+        (None if near else False) if wrong else True,
+        f"{counted} bytes counted in {len(chosen)} documents, their decoded text has {found}{hint}",
+    )
+
+
+def probe_dataset(report: Report, data: Any) -> str | None:
     """verify_bytes.py on the dataset: operators without bytes, constants, no validation text in training."""
     claimed = (
         []
@@ -1020,6 +1091,7 @@ def probe_dataset(report: Report, data: Any) -> None:
         report.add("data", "verify_bytes", False, str(error))
     except DataError as error:
         report.add("data", "verify_bytes", None, str(error))
+    return getattr(proof, "transform", None)
 
 
 def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
@@ -1029,7 +1101,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
     artifact = folder / "final_model.ptz"
     code = folder / "packed_train_gpt.py"
     sizes = [path.stat().st_size for path in (artifact, code)]
-    cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
+    cap = min(CAP_BYTES, run.setting("ARTIFACT_CAP_BYTES"))
     report.add(
         "budgets",
         "artifact and code",
@@ -1051,7 +1123,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
         ("evaluation", "eval_seconds", "EVAL_BUDGET_SECONDS"),
     ):
         used = summary.get(key)
-        most = min(BUDGET_SECONDS, run.config[limit])
+        most = min(BUDGET_SECONDS, run.setting(limit))
         report.add(
             "budgets",
             name,
@@ -1080,9 +1152,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
             f"train_gpt.py {recorded[:16]} packs to "
             f"{'the' if packed else 'another'} packed_train_gpt.py {sha256_file(code)[:16]}",
         )
-    trained = run.config.get("PREQUANT_TTT_ENABLED") or "prequant_ttt" in json.loads(
-        (folder / "stages.json").read_text() if (folder / "stages.json").exists() else "{}"
-    )
+    trained = run.config.get("PREQUANT_TTT_ENABLED") or "prequant_ttt" in run.stages()
     report.add(
         "score before update",
         "no training before scoring",
@@ -1091,9 +1161,13 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
         if trained
         else "PREQUANT_TTT_ENABLED=0",
     )
-    verdict = summary.get("compliance", {})
+    verdict = summary.get("compliance") or {}
+    legal = verdict.get("legal")
     report.add(
-        "budgets", "the run's own verdict", verdict.get("legal"), str(verdict.get("reason", "not recorded"))
+        "budgets",
+        "the run's own verdict",
+        None if legal is None else legal is True,
+        str(verdict.get("reason", "not recorded")),
     )
 
 
@@ -1153,7 +1227,7 @@ def probe_ledger(report: Report, run: Run) -> None:
         if early
         else "no validation token was read before the artifact was sealed and the evaluation clock started",
     )
-    limit = min(BUDGET_SECONDS, run.config["MAX_WALLCLOCK_SECONDS"])
+    limit = min(BUDGET_SECONDS, run.setting("MAX_WALLCLOCK_SECONDS"))
     report.add(
         "budgets",
         probes[1],
@@ -1162,7 +1236,7 @@ def probe_ledger(report: Report, run: Run) -> None:
         if seconds is None
         else f"training data was last read {seconds:.2f} s after the clock started, limit {limit:g} s",
     )
-    limit = min(BUDGET_SECONDS, run.config["EVAL_BUDGET_SECONDS"])
+    limit = min(BUDGET_SECONDS, run.setting("EVAL_BUDGET_SECONDS"))
     report.add(
         "budgets",
         probes[2],
@@ -1222,23 +1296,22 @@ def run_alone(
     }
     settings = settings_of(trainer, run, **changes | where)
     ours = settings.keys() | trainer.ALIASES.keys() | trainer.FIXED.keys() | trainer.REFUSED.keys()
-    environment = (
+    variables = (
         {name: value for name, value in os.environ.items() if name not in ours}
         | settings
         | {"PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(log), "HF_HUB_OFFLINE": "1"}
     )
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
+    environment.forget_launcher(variables)
     done = subprocess.run(
         [sys.executable, "train_gpt.py"],
         cwd=empty,
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
         check=False,
     )
     path = empty / "runs" / "alone" / "summary.json"
-    summary = json.loads(path.read_text()) if done.returncode == 0 and path.exists() else {}
+    summary = check_summary(path, read_json(path)) if done.returncode == 0 and path.exists() else {}
     error = "" if summary else (done.stderr.strip() or done.stdout.strip() or "no summary").splitlines()[-1]
     python = [str(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix}]
     foreign = []
@@ -1297,10 +1370,8 @@ def check(
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise Stop(f"{folder / name}: no such file; finish the run, or copy the whole folder")
-    if missing := [name for name in USED if name not in run.summary]:
-        raise Stop(
-            f"{folder / 'summary.json'}: has no {', '.join(missing)}; score the run again with STAGE=evaluate"
-        )
+    check_present(folder / "summary.json", run.summary, USED, "score the run again with STAGE=evaluate")
+    check_present(folder / "config.json", run.config, SETTINGS, "copy it again, or repeat the run")
     trainer = trainer or load_trainer(folder)
     try:
         config = config_of(trainer, run)
@@ -1375,4 +1446,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -18,14 +18,24 @@ import argparse
 import html
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from results import Run, Stop, conditions, read_arrays, read_json, show, step_of, text_of, write_atomically
+from results import (
+    Run,
+    Stop,
+    conditions,
+    read_arrays,
+    read_plan,
+    run_tool,
+    show,
+    step_of,
+    text_of,
+    write_atomically,
+)
 from sweep import Row, number, rows_of
 
 WIDTH = 460  # of a chart, in units of about a pixel
@@ -144,6 +154,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def apart(low: float, high: float) -> int:
+    """1 if two ends of an axis are too close to be told apart in fp64, else 0."""
+    return int(high - low <= 1e-12 * max(abs(low), abs(high), 1e-290))
+
+
 def short(value: float) -> str:
     """A number for an axis."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
@@ -176,8 +191,8 @@ def chart(
     x1 = max(xs)
     y0 = min(ys) if low is None else low
     y1 = max(ys)
-    x1 = x1 + (x1 == x0)
-    y1 = y1 + (y1 == y0) * max(abs(y0), 1) * 0.1
+    x1 += apart(x0, x1) * max(abs(x0), 1)
+    y1 += apart(y0, y1) * max(abs(y0), 1) * 0.1
     y0, y1 = y0 - 0.04 * (y1 - y0) * (low is None), y1 + 0.04 * (y1 - y0)
     px = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
     py = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -263,7 +278,7 @@ def curves_of(run: Run) -> tuple[Curve, Curve, Curve, list[tuple[float, str]]]:
     """Training loss, learning rate and validation BPB by step, and the step that switched the loops on."""
     records = run.records()
     steps = {r["step"]: r for r in records if r.get("kind") == "train" and "train_loss" in r}
-    checks = {step_of(r): r["val_bpb"] for r in records if r.get("kind") == "score" and step_of(r)}
+    checks = {step_of(r): r["val_bpb"] for r in records if "val_bpb" in r and step_of(r)}
     loops = re.findall(r"^loops on at step (\d+)", run.log, re.M)
     return (
         Curve("train_loss", [(step, r["train_loss"]) for step, r in sorted(steps.items())]),
@@ -280,7 +295,7 @@ def waterfall(bpb: dict[str, float]) -> str:
         return ""
     low = min(values)
     high = max(values)
-    room = (high - low) or abs(high) * 0.01
+    room = (high - low) or abs(high) * 0.01 or 1.0
     low = low - 0.6 * room
     high = high + 0.05 * room
     place = lambda value: (value - low) / (high - low)
@@ -378,7 +393,7 @@ def times(summary: dict[str, Any], run: Run) -> str:
     last = {
         r["stage"]: r["seconds"]
         for r in run.records()
-        if r.get("kind") == "score" and r["stage"] in summary["bpb"]
+        if r["kind"] == "score" and r["stage"] in summary["bpb"] and "seconds" in r
     }
     scoring = {f"val:{stage}": seconds for stage, seconds in last.items()}
     rest = summary.get("eval_seconds", 0) - sum(last.values())
@@ -498,7 +513,7 @@ def page(title: str, head: str, body: list[str]) -> str:
 
 def run_report(run: Run) -> str:
     """The page of one run; of an unfinished one as far as it has come."""
-    summary = run.summary if run.is_finished else {"bpb": {}, "overrides": {}, "compliance": {}}
+    summary = {"bpb": {}, "overrides": {}, "compliance": {}} | (run.summary if run.is_finished else {})
     loss, rate, checks, loops = curves_of(run)
     arrays = read_arrays(run.folder)
     artifact = run.folder / "final_model.ptz"
@@ -589,7 +604,7 @@ def strips(rows: list[Row]) -> str:
 def sweep_report(folder: Path, metric: str) -> str:
     """The page of a sweep."""
     rows = rows_of(folder, metric)
-    first = folder / next(iter(read_json(folder / "sweep.json")["runs"]), "")
+    first = folder / next(iter(read_plan(folder)["runs"]), "")
     cells = []
     failures = []
     curves = []
@@ -667,4 +682,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

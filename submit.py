@@ -36,10 +36,17 @@ from results import (
     PLACES,
     Run,
     Stop,
+    check_present,
+    check_summary,
     conditions,
+    is_number,
     mean_std,
+    place_of,
+    place_of_data,
     read_documents,
     read_json,
+    read_plan,
+    run_tool,
     show,
     text_of,
     welch,
@@ -65,6 +72,16 @@ FILES = (
     "train.log",
     "final_model.ptz",
     "packed_train_gpt.py",
+)
+RECORDED = (  # in summary.json
+    *("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "artifact_bytes", "code_bytes", "total_bytes"),
+    *("artifact_sha256", "train_seconds", "eval_seconds", "steps", "seed", "world_size", "overrides"),
+    *("versions.source_sha256", "versions.device", "versions.torch", "data.tokenizer", "compliance"),
+)
+SETTINGS = (  # in config.json
+    *("SEED", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM"),
+    *("NUM_LOOPS", "LOOP_START", "LOOP_END", "MATRIX_BITS", "EMBED_BITS", "COMPRESSOR", "TRELLIS_STATES"),
+    *("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS"),
 )
 SAME_VERSIONS = ("python", "torch", "numpy", "triton", "cuda", "device", "dtype")
 ROUNDING = 1e-9  # relative; sums are kept in fp64
@@ -139,32 +156,10 @@ def check_run(run: Run) -> None:
                 "folder"
             )
     summary = run.summary
-    for name in (
-        "val_bpb",
-        "val_loss",
-        "val_tokens",
-        "val_bytes",
-        "bpb",
-        "artifact_bytes",
-        "code_bytes",
-        "total_bytes",
-        "artifact_sha256",
-        "train_seconds",
-        "eval_seconds",
-        "steps",
-        "seed",
-        "world_size",
-        "overrides",
-        "versions",
-        "data",
-        "compliance",
-    ):
-        if summary.get(name) is None:
-            raise Stop(
-                f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate "
-                f"RUN_ID="
-                f"{run.folder.name}, and a run evaluated from a foreign ARTIFACT cannot be submitted"
-            )
+    again = f"score the run again with STAGE=evaluate RUN_ID={run.folder.name}"
+    foreign = "a run evaluated from a foreign ARTIFACT cannot be submitted"
+    check_present(run.folder / "summary.json", summary, RECORDED, f"{again}, and {foreign}")
+    check_present(run.folder / "config.json", run.config, SETTINGS, "copy it again, or repeat the run")
     check_score(run, summary)
     check_bytes(run, summary)
     for name, value in summary["overrides"].items():
@@ -210,7 +205,7 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
     scores = [r for r in run.records() if r.get("kind") == "score" and r.get("stage") == stage]
     recorded = {
         f"bpb.{stage} there": {"val_bpb": last},
-        "stages.json": read_json(run.folder / "stages.json").get("evaluate", {}),
+        "stages.json": run.stages().get("evaluate", {}),
         f"the last {stage} record of metrics.jsonl": scores[-1] if scores else {},
     }
     for place, facts in recorded.items():
@@ -256,7 +251,7 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
             "the run folder again, or score it with STAGE=evaluate"
         )
     total = summary["artifact_bytes"] + summary["code_bytes"]
-    cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
+    cap = min(CAP_BYTES, run.setting("ARTIFACT_CAP_BYTES"))
     if total != summary["total_bytes"]:
         raise Stop(
             f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code "
@@ -330,7 +325,7 @@ def started(runs: list[Run]) -> Iterator[tuple[Path, Any, str]]:
                 continue
             if (path.parent / "train.log").exists() and run.source == source:
                 yield path.parent, run.seed, "finished" if run.is_finished else "started, not finished"
-        plan = read_json(parent / "sweep.json").get("runs", {}) if (parent / "sweep.json").exists() else {}
+        plan = read_plan(parent)["runs"] if (parent / "sweep.json").exists() else {}
         same = [without_seed(plan[run.folder.name]) for run in runs if run.folder.name in plan]
         for name, chosen in plan.items():
             if without_seed(chosen) in same and not (parent / name / "config.json").exists():
@@ -381,8 +376,8 @@ def check_record_track(run: Run) -> None:
             f"track is for {RANKS} x {GPU}; {remedy}"
         )
     for name, used, limit in (
-        ("MAX_WALLCLOCK_SECONDS", run.config["MAX_WALLCLOCK_SECONDS"], BUDGET_SECONDS),
-        ("EVAL_BUDGET_SECONDS", run.config["EVAL_BUDGET_SECONDS"], BUDGET_SECONDS),
+        ("MAX_WALLCLOCK_SECONDS", run.setting("MAX_WALLCLOCK_SECONDS"), BUDGET_SECONDS),
+        ("EVAL_BUDGET_SECONDS", run.setting("EVAL_BUDGET_SECONDS"), BUDGET_SECONDS),
         ("train_seconds", summary["train_seconds"], BUDGET_SECONDS),
         ("eval_seconds", summary["eval_seconds"], BUDGET_SECONDS),
     ):
@@ -399,7 +394,7 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
     It has no training shards either.
     """
     summary = run.summary
-    folder = dataset_folder(run)
+    folder = place_of_data(run)
     if not folder.is_dir():
         raise Stop(
             f"DATASETS_DIR={folder}: the dataset of {run.folder} is not there; run --check where it is"
@@ -423,7 +418,6 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
             "HF_HUB_OFFLINE": "1",
         }
         command = [sys.executable, "train_gpt.py"]
-        environment = clean_environment(run) | settings
         if summary["world_size"] > 1:
             command = [
                 sys.executable,
@@ -449,7 +443,7 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
         done = subprocess.run(
             [*(wall if offline else []), *command],
             cwd=place,
-            env=environment,
+            env=clean_environment(run) | settings,
             capture_output=True,
             text=True,
             check=False,
@@ -457,7 +451,10 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
         if done.returncode:
             error = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise Stop(f"{run.folder}: its packed script fails in an empty folder: {' '.join(error)}")
-        return read_json(place / "runs" / "again" / "summary.json"), offline
+        path = place / "runs" / "again" / "summary.json"
+        again = check_summary(path, read_json(path))
+        check_present(path, again, ("val_bpb", "compliance"), "its packed script records no score")
+        return again, offline
 
 
 def score_again(run: Run) -> str:
@@ -480,43 +477,39 @@ def score_again(run: Run) -> str:
     )
 
 
-def probe(run: Run, track: str) -> str:
-    """What compliance.py finds on a sample of the run's documents, in words; Stop at a violation."""
+def probe(run: Run, track: str) -> tuple[str, dict[str, Any]]:
+    """What compliance.py finds on a sample of the run's documents: in words, and the conditions found.
+
+    Stop at the first violation.
+    """
     import compliance
 
     report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
-    write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1))
+    found = report.as_json()
+    write_atomically(run.folder / "compliance.json", json.dumps(found, indent=1))
     for row in report.rows:  # another track may have budgets of its own
         if row.holds is False and (track == RECORD_TRACK or row.group != "budgets"):
             raise Stop(f"{run.folder}: {row.group}: {row.probe}: {row.evidence}")
     measured = [row for row in report.rows if row.holds is not None]
-    return (
-        f"{run.folder.name}: {sum(row.holds for row in measured)} of {len(measured)} compliance probes hold"
-    )
+    held = sum(row.holds for row in measured)
+    return f"{run.folder.name}: {held} of {len(measured)} compliance probes hold", found["conditions"]
 
 
 def clean_environment(run: Run) -> dict[str, str]:
-    """This process's environment without any setting of the trainer."""
-    return {name: value for name, value in os.environ.items() if name not in run.config}
-
-
-def dataset_folder(run: Run) -> Path:
-    """The folder of the run's shards."""
-    config = run.config
-    return Path(
-        config["DATASETS_DIR"] or f"{config['DATA_DIR']}/datasets/fineweb10B_sp{config['VOCAB_SIZE']}"
-    )
+    """This process's environment without a setting of the trainer or a launcher's numbers."""
+    kept = {name: value for name, value in os.environ.items() if name not in run.config}
+    environment.forget_launcher(kept)
+    return kept
 
 
 def tokenizer_of(run: Run, given: Path | None) -> Path:
     """The tokenizer of the run's dataset; Stop if it is not found or not the one that the run used."""
-    config = run.config
-    places = [
-        dataset_folder(run) / "tokenizer.model",
-        Path(config["DATA_DIR"]) / "tokenizers" / f"fineweb_{config['VOCAB_SIZE']}_bpe.model",
-    ]
-    if named := given or config["TOKENIZER_PATH"]:
-        places = [Path(named)]
+    shared = f"{run.setting('DATA_DIR')}/tokenizers/fineweb_{run.setting('VOCAB_SIZE')}_bpe.model"
+    places = [place_of_data(run) / "tokenizer.model", place_of(shared)]
+    if given:
+        places = [given]
+    elif named := run.setting("TOKENIZER_PATH"):
+        places = [place_of(named)]
     path = next(filter(Path.is_file, places), None)
     if path is None:
         raise Stop(f"{places[0]}: the tokenizer of {run.folder} is not there; name it with --tokenizer PATH")
@@ -541,7 +534,7 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
             raise Stop(
                 f"--baseline {text}: give mean,std,n of the score to beat, as in 1.06108,0.0009,3"
             ) from None
-        if not (moments[0] > 0 and moments[1] >= 0 and moments[2] > 1):
+        if not (0 < moments[0] < math.inf and 0 <= moments[1] < math.inf and moments[2] > 1):
             raise Stop(
                 f"--baseline {text}: needs a mean above 0, a standard deviation of at least 0 and n above 1"
             )
@@ -550,12 +543,13 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
         return None
     facts = read_json(record / "submission.json" if record.is_dir() else record)
     results = facts.get("seed_results") or {}
-    rows = results.values() if isinstance(results, dict) else results
-    values = [row["val_bpb"] for row in rows if isinstance(row, dict) and "val_bpb" in row]
+    rows = results.values() if isinstance(results, dict) else results if isinstance(results, list) else []
+    values = [row["val_bpb"] for row in rows if isinstance(row, dict) and is_number(row.get("val_bpb"))]
     if len(values) > 1:
         return *mean_std(values), len(values)
-    if "val_bpb" in facts and "val_bpb_std" in facts and len(facts.get("seeds", [])) > 1:
-        return facts["val_bpb"], facts["val_bpb_std"], len(facts["seeds"])
+    mean, std, seeds = (facts.get(name) for name in ("val_bpb", "val_bpb_std", "seeds"))
+    if is_number(mean) and is_number(std) and std >= 0 and isinstance(seeds, list) and len(seeds) > 1:
+        return mean, std, len(seeds)
     raise Stop(
         f"--baseline-record {record}: its submission.json has neither seed_results of two seeds nor val_bpb, "
         "val_bpb_std and seeds; give --baseline mean,std,n"
@@ -715,8 +709,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     )
 
 
-def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
-    """The text of the folder's README."""
+def readme(runs: list[Run], facts: dict[str, Any], notes: list[str], measured: bool) -> str:
+    """The text of the folder's README; `measured` says that the facts hold what --check found."""
     first = runs[0].summary
     results = facts["seed_results"]
     stages = list(first["bpb"])
@@ -746,7 +740,7 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
     compliance = [
         [run.seed, name, verdict, evidence]
         for run in runs
-        for name, verdict, evidence in conditions(run.summary["compliance"])
+        for name, verdict, evidence in conditions(facts["compliance"][str(run.seed)])
     ]
     settings = [[f"`{name}`", f"`{show(value)}`"] for name, value in facts["overrides"].items()]
     parts = [
@@ -791,7 +785,7 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
         f"first. Data: {text_of(first['data'])}.",
         f"```bash\n{command_of(runs[0], facts['seeds'])}\n```",
         "## Compliance",
-        "As recorded by each run: "
+        f"As recorded by each run{', the conditions as `compliance.py` measured them' * measured}: "
         + "; ".join(f"seed {run.seed}: {run.summary['compliance'].get('reason', 'legal')}" for run in runs)
         + ".",
         table(["seed", "condition or limit", "verdict", "evidence"], compliance),
@@ -804,8 +798,11 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
 
 def write_folder(target: Path, runs: list[Run], facts: dict[str, Any], text: str, tokenizer: Path) -> None:
     """Make the record folder, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise Stop(f"{target.parent}: cannot be written ({error.strerror}); choose another --out") from None
     try:
         building.chmod(0o755)
         for run in runs:
@@ -919,13 +916,18 @@ def main(arguments: list[str]) -> None:
     tokenizer = tokenizer_of(runs[0], options.tokenizer)
     comparison = compare(runs, baseline) if baseline else None
     notes = verdict_of(comparison) if comparison else []
+    probed: dict[str, Any] = {}  # the conditions by seed, as compliance.py has measured them
     if options.check:
         for run in runs:
-            for examine in (score_again, lambda run: probe(run, options.track)):
-                notes.append(examine(run))
-                print(notes[-1], flush=True)
+            notes.append(score_again(run))
+            print(notes[-1], flush=True)
+            words, probed[str(run.seed)] = probe(run, options.track)
+            notes.append(words)
+            print(words, flush=True)
     facts = submission(runs, options, comparison, left_out)
-    write_folder(target, runs, facts, readme(runs, facts, notes), tokenizer)
+    for seed, measured in probed.items():
+        facts["compliance"][seed] = facts["compliance"][seed] | {"conditions": measured}
+    write_folder(target, runs, facts, readme(runs, facts, notes, bool(probed)), tokenizer)
     for run in runs:
         print(
             f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']} "
@@ -948,4 +950,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

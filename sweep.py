@@ -40,6 +40,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import recipes
 from results import (
     Run,
     Stop,
@@ -48,7 +49,9 @@ from results import (
     mean_std,
     paired,
     read_documents,
-    read_json,
+    read_plan,
+    run_tool,
+    show,
     write_atomically,
 )
 
@@ -78,37 +81,26 @@ def parse_axes(words: list[str]) -> dict[str, list[str]]:
     return axes
 
 
-def read_recipe(path: Path) -> Settings:
-    """The settings of a recipe file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise Stop(
-            f"--recipe {path}: cannot be read ({error.strerror}); there are records/recipes/*.env"
-        ) from None
-    pairs = [line.partition("=") for line in lines if line.strip() and not line.startswith("#")]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise Stop(f"--recipe {path}: the line {bad[0]!r} is not NAME=value; mend it")
-    return {name: value for name, _, value in pairs}
-
-
 def below(options: argparse.Namespace) -> Settings:
     """The settings under the caller's environment: the recipe's, then the run's that made the artifact."""
     settings: Settings = {}
     if options.artifact and (config := options.artifact.parent / "config.json").exists():
-        from results import show
-
-        settings = {
-            name: show(value) for name, value in read_json(config).items() if name not in (*OURS, "data")
-        }
-    return settings | (read_recipe(options.recipe) if options.recipe else {})
+        made = Run.read(config.parent).config
+        settings = {name: show(value) for name, value in made.items() if name not in (*OURS, "data")}
+    if options.recipe:
+        try:
+            settings |= recipes.read(options.recipe)
+        except recipes.RecipeError as error:
+            raise Stop(f"--recipe {error}") from None
+    return settings
 
 
 def effective(script: Path, environment: Mapping[str, str]) -> Settings:
     """Every setting with the value that the trainer would use; Stop with its message if it refuses one."""
     done = subprocess.run(
-        [sys.executable, str(script), "--print-config"],
+        [sys.executable, str(script.resolve()), "--print-config"],
         env={**environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -200,19 +192,9 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use."""
-    if listed := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return listed.split(",")
-    if not shutil.which("nvidia-smi"):
-        return []
-    shown = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i in range(len(shown.splitlines()))]
-
-
 def local(options: argparse.Namespace) -> tuple[Start, int]:
     """Processes on this machine, each with GPUs of its own, or its share of the cores without any."""
-    gpus = visible_gpus()
+    gpus = environment.gpus()
     each = options.gpus_per_run
     if gpus and len(gpus) < each:
         raise Stop(f"--gpus-per-run {each}: there are {len(gpus)} GPUs; lower it")
@@ -229,6 +211,7 @@ def local(options: argparse.Namespace) -> tuple[Start, int]:
             return subprocess.Popen(
                 command,
                 env=os.environ | settings | extra,
+                cwd=ROOT,
                 stdout=output,
                 stderr=output,
                 preexec_fn=die_with_parent,
@@ -253,7 +236,7 @@ def slurm(options: argparse.Namespace) -> tuple[Start, int]:
     executor.update_parameters(**{"name": "sweep", "gpus_per_node": options.gpus_per_run, **chosen})
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
-        job = executor.submit(execute, command, settings, str(console), os.getcwd())
+        job = executor.submit(execute, command, settings, str(console), str(ROOT))
 
         def poll() -> int | None:
             if not job.done():
@@ -271,10 +254,10 @@ def ray(options: argparse.Namespace) -> tuple[Start, int]:
     """Tasks of a Ray cluster; --launcher-option goes to ray.init, as in address=auto."""
     package = optional("ray", "ray")
     package.init(**dict(options.launcher_option))
-    task = package.remote(num_gpus=options.gpus_per_run if visible_gpus() else 0)(execute)
+    task = package.remote(num_gpus=options.gpus_per_run if environment.gpus() else 0)(execute)
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
-        reference = task.remote(command, settings, str(console), os.getcwd())
+        reference = task.remote(command, settings, str(console), str(ROOT))
 
         def poll() -> int | None:
             if not package.wait([reference], timeout=0)[0]:
@@ -299,6 +282,16 @@ def last_line(console: Path) -> str:
         return "it has not been started"
     text = re.split(r"\n[EW]\d{4} [^\n]*torch/distributed", console.read_text(errors="replace"))[0]
     return (text.strip().splitlines() or ["it ended without a word"])[-1].strip()
+
+
+def outcome_of(folder: Path, status: int) -> str:
+    """What a run that has ended gave, in a few words."""
+    if not (folder / "summary.json").exists():
+        return f"FAILED (exit status {status}): {last_line(folder / 'console.log')}"
+    try:
+        return f"val_bpb {lookup(Run.read(folder).summary, 'val_bpb'):.6f}"
+    except Stop as stop:  # the table will stop at it; until then the other runs go on
+        return f"FAILED: {stop}"
 
 
 class Sweep:
@@ -335,7 +328,7 @@ class Sweep:
     def plan(self, identity: dict[str, Any], runs: list[Settings]) -> None:
         """Add runs to sweep.json; Stop if the folder is that of other settings, artifact or code."""
         path = self.folder / "sweep.json"
-        known = read_json(path) if path.exists() else {**identity, "runs": {}}
+        known = read_plan(self.folder) if path.exists() else {**identity, "runs": {}}
         for name in identity:
             if known.get(name) == identity[name]:
                 continue
@@ -380,10 +373,9 @@ class Sweep:
         going: dict[int, tuple[str, Poll, float]] = {}
         while pending or going:
             for slot in range(self.capacity):
+                # A locked folder is still written by a process of an earlier sweep.
                 ready = next((name for name in pending if not is_locked(self.folder / name)), None)
-                if (
-                    slot in going or ready is None
-                ):  # a locked folder is still written by a process of an earlier sweep
+                if slot in going or ready is None:
                     continue
                 pending.remove(ready)
                 if (self.folder / ready / "summary.json").exists():
@@ -399,12 +391,8 @@ class Sweep:
                     continue
                 del going[slot]
                 done += 1
-                folder = self.folder / name
+                outcome = outcome_of(self.folder / name, status)
                 seconds = time.monotonic() - begin
-                if (folder / "summary.json").exists():
-                    outcome = f"val_bpb {lookup(Run.read(folder).summary, 'val_bpb'):.6f}"
-                else:
-                    outcome = f"FAILED (exit status {status}): {last_line(folder / 'console.log')}"
                 print(f"[{done}/{len(wanted)}] {name}: {outcome} ({seconds:.1f}s)", flush=True)
             time.sleep(0.1)
 
@@ -428,7 +416,7 @@ class Row(NamedTuple):
 
 def rows_of(folder: Path, metric: str) -> list[Row]:
     """The combinations of a sweep folder, best first, unfinished last; the first planned is the baseline."""
-    plan = read_json(folder / "sweep.json")
+    plan = read_plan(folder)
     groups: dict[str, dict[str, Path]] = {}
     for name, settings in plan["runs"].items():
         key = json.dumps(without_seed(settings))
@@ -588,7 +576,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="a parameter of submitit's executor (slurm) or of ray.init (ray)",
     )
     add("--name", default="", help="name of the sweep folder; default: the settings' names and a digest")
-    add("--out", type=Path, default=Path("runs"), help="where the sweep folder is made (default %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "runs",
+        help="where the sweep folder is made; default: runs/ beside it",
+    )
     add(
         "--script",
         type=Path,
@@ -626,7 +619,9 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     axes = parse_axes(options.axes)
     seeds = axes.pop("SEED", [])
-    fixed = {"STAGE": options.stage} | ({"ARTIFACT": str(options.artifact)} if options.artifact else {})
+    fixed = {"STAGE": options.stage}
+    if options.artifact:
+        fixed["ARTIFACT"] = str(options.artifact.resolve())
     base = below(options) | {name: value for name, value in os.environ.items() if name not in OURS} | fixed
     with_seeds = lambda settings: (
         [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
@@ -684,7 +679,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise Stop("interrupted; the same command goes on, finished runs are not repeated") from None
+    run_tool(main)

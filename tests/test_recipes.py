@@ -10,6 +10,7 @@ import pytest
 
 import train_gpt as t
 from conftest import ROOT, environment
+from recipes import read as read_recipe
 
 SYSTEMS = ["pr1585", "pr1738", "pr1755", "pr1693"]
 # The environment of the published commands, without paths.
@@ -24,9 +25,8 @@ COMMANDS = {
 
 
 def recipe(name: str) -> dict[str, str]:
-    """The variables of a recipe file, as run.sh reads them."""
-    lines = (ROOT / f"records/recipes/{name}.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """The variables of a recipe file."""
+    return read_recipe(ROOT / f"records/recipes/{name}.env")
 
 
 def published(name: str) -> dict[str, str]:
