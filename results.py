@@ -155,7 +155,10 @@ SUMMARY_NUMBERS = (
 )
 SUMMARY_POSITIVE = ("val_bpb", "val_loss", "val_tokens", "val_bytes")
 SUMMARY_COUNTS = ("artifact_bytes", "code_bytes", "total_bytes", "steps", "world_size")
-CONFIG_NUMBERS = ("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS", "NUM_LOOPS")
+CONFIG_NUMBERS = (
+    *("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS"),
+    *("NUM_LOOPS", "WD_TAPER_START_FRAC"),
+)
 
 
 def check_fields(path: Path, content: Mapping[str, Any], names: Iterable[str], holds: Any, what: str) -> None:
@@ -178,32 +181,47 @@ def check_present(path: Path, content: Mapping[str, Any], names: Iterable[str], 
             raise Stop(f"{path}: has no {name}; {remedy}")
 
 
-def check_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """`summary` itself; Stop if a field that the tools read is of another kind than the trainer writes."""
+def without_nulls(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object without the fields that are null: what is not there and what is not known are one thing."""
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def check_summary(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a summary that are not null; Stop if one that the tools read is of another kind."""
+    summary = without_nulls(content)
     is_object = lambda value: isinstance(value, dict)
+    is_text = lambda value: isinstance(value, str)
+    is_plain = lambda value: isinstance(value, str | int | float)
     check_fields(path, summary, SUMMARY_OBJECTS, is_object, "an object")
     check_fields(path, summary, ("bpb",), bool, "an object with the score of each stage")
     check_fields(path, summary, SUMMARY_NUMBERS, is_number, "a finite number")
     check_fields(path, summary, SUMMARY_POSITIVE, lambda value: value > 0, "above 0")
     check_fields(path, summary, SUMMARY_COUNTS, is_count, "a whole number of at least 0")
     check_fields(path, summary, ("seed",), lambda value: type(value) is int, "a whole number")
-    check_fields(path, summary, ("artifact_sha256",), lambda value: isinstance(value, str), "text")
-    bpb = summary.get("bpb") or {}
-    check_fields(path, bpb, bpb, is_number, "a finite number")
-    for name in ("overrides", "versions", "data"):
-        inner = summary.get(name) or {}
-        check_fields(path, inner, inner, lambda value: isinstance(value, str | int | float), "a plain value")
-    compliance = summary.get("compliance") or {}
-    check_fields(path, compliance, ("limits",), is_object, "an object")
-    limits = compliance.get("limits") or {}
-    is_pair = lambda pair: (
-        isinstance(pair, list)
-        and len(pair) == 2
-        and (pair[0] is None or is_number(pair[0]))
-        and is_number(pair[1])
-    )
-    check_fields(path, limits, limits, is_pair, "what was used and its limit")
+    check_fields(path, summary, ("artifact_sha256",), is_text, "text")
+    scores = summary.get("bpb", {})
+    if None in scores.values():
+        raise Stop(f"{path}: bpb has a stage without a score; score the run again with STAGE=evaluate")
+    check_fields(path, scores, scores, is_number, "a finite number")
+    for name in ("overrides", "versions", "data", "compliance"):
+        summary[name] = without_nulls(summary.get(name, {}))
+    check_fields(path, summary["overrides"], summary["overrides"], is_plain, "a plain value")
+    check_fields(path, summary["versions"], summary["versions"], is_text, "text")
+    check_fields(path, summary["data"], summary["data"], is_plain, "a plain value")
+    check_fields(path, summary["data"], ("tokenizer", "shards"), is_text, "text")
+    check_fields(path, summary["compliance"], ("limits",), is_object, "an object")
+    limits = without_nulls(summary["compliance"].get("limits", {}))
+    check_fields(path, limits, limits, is_limit, "what was used and its limit")
+    summary["compliance"]["limits"] = limits
     return summary
+
+
+def is_limit(pair: Any) -> bool:
+    """Whether a value is a pair of what was used, null if it was not measured, and a limit."""
+    if not isinstance(pair, list) or len(pair) != 2:
+        return False
+    used, limit = pair
+    return (used is None or is_number(used)) and is_number(limit)
 
 
 @dataclass(frozen=True)
@@ -270,7 +288,7 @@ class Run:
     def stages(self) -> dict[str, dict[str, Any]]:
         """What each stage has left in stages.json; empty if there is none."""
         path = self.folder / "stages.json"
-        found = read_json(path) if path.exists() else {}
+        found = without_nulls(read_json(path)) if path.exists() else {}
         check_fields(path, found, found, lambda value: isinstance(value, dict), "an object")
         return found
 

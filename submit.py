@@ -76,7 +76,7 @@ FILES = (
 RECORDED = (  # in summary.json
     *("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "artifact_bytes", "code_bytes", "total_bytes"),
     *("artifact_sha256", "train_seconds", "eval_seconds", "steps", "seed", "world_size", "overrides"),
-    *("versions.source_sha256", "versions.device", "versions.torch", "data.tokenizer", "compliance"),
+    *("versions.source_sha256", "versions.device", "versions.torch", "data.tokenizer", "compliance.legal"),
 )
 SETTINGS = (  # in config.json
     *("SEED", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM"),
