@@ -24,6 +24,7 @@ setting() { sed -n "s/^$1=//p" <<< "$config"; }
 folder=$(setting DATASETS_DIR)
 [ -n "$folder" ] || folder=$(setting DATA_DIR)/datasets/fineweb10B_sp$(setting VOCAB_SIZE)
 published=
+folder=${folder%/}
 case "${folder#./}" in
   data/demo) "$python" data/demo.py --out data/demo --vocab-size "$(setting VOCAB_SIZE)" ;;
   data/datasets/fineweb10B_sp8192) published=sp8192 ;;
