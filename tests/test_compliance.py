@@ -6,12 +6,14 @@ import inspect
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
 import compliance
 import train_gpt as t
@@ -507,3 +509,55 @@ def test_what_is_probed_is_what_is_shipped(tmp_path, folder):
     (folder / "final_model.ptz").unlink()
     with pytest.raises(SystemExit, match="no such file"):
         compliance.main([str(folder)])
+
+
+def decoding(pieces, documents: list[str], sidecar: list[int] | None = None) -> compliance.Row:
+    """What probe_decoding finds for documents; `sidecar` has the bytes of each, else the tables count."""
+    ids = [pieces.encode(text) for text in documents]
+    tokens = np.concatenate([np.append(BOS, one) for one in ids]).astype(np.uint16)
+    data = types.SimpleNamespace(pieces=pieces, sidecar_files=[], folder=None)
+    sizes = compliance.bytes_of(data, tokens)
+    if sidecar is not None:
+        data.sidecar_files = ["there"]
+        sizes = np.concatenate(
+            [[0, size, *[0] * (len(one) - 1)] for one, size in zip(ids, sidecar, strict=True)]
+        )
+    report = compliance.Report(Path())
+    compliance.probe_decoding(report, data, tokens, sizes, "none")
+    return report.rows[0]
+
+
+@pytest.fixture(scope="session")
+def models(dataset, tmp_path_factory) -> list:
+    """A tokenizer with byte fallback, and the same without its piece for a lone space."""
+    whole = sentencepiece_model_pb2.ModelProto()
+    whole.ParseFromString((dataset / "tokenizer.model").read_bytes())
+    without = sentencepiece_model_pb2.ModelProto()
+    without.CopyFrom(whole)
+    (space,) = (piece for piece in without.pieces if piece.piece == "\u2581")
+    without.pieces.remove(space)
+    return [
+        sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        for model in (whole, without)
+    ]
+
+
+def test_the_counted_bytes_are_those_of_the_decoded_text(models):
+    documents = [*sentences(20, 1), "zzz 42 é  qqq ü \u2603 x"]
+    whole, without = models
+    row = decoding(whole, documents)
+    assert row.holds is True and row.group == "data"
+    size = sum(len(whole.decode(whole.encode(text)).encode()) for text in documents)
+    assert f"{size} bytes counted in 21 documents, their decoded text has {size}" == row.evidence
+    row = decoding(without, documents)
+    assert row.holds is False and f"text has {size}, the first difference in document" in row.evidence
+    counted = int(row.evidence.split()[0])
+    assert counted > size and (counted - size) % 2 == 0, "three bytes for a space of one"
+
+
+def test_a_sidecar_far_from_the_decoded_text_is_refuted_and_a_near_one_is_not_judged(models):
+    documents = sentences(20, 1)
+    sizes = [len(text.encode()) for text in documents]
+    assert decoding(models[0], documents, sizes).holds is True
+    assert decoding(models[0], documents, [sizes[0] + 2, *sizes[1:]]).holds is None
+    assert decoding(models[0], documents, [size * 109 // 100 for size in sizes]).holds is False
