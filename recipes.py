@@ -89,7 +89,13 @@ def main(arguments: list[str]) -> None:
     except RecipeError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    sys.stdout.write(exports(settings, os.environ))
+    try:
+        sys.stdout.write(exports(settings, os.environ))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"standard output: {error.strerror}; the settings were not passed on", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

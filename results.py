@@ -38,14 +38,21 @@ def run_tool(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         raise Stop("interrupted; the same command starts again or goes on") from None
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         raise SystemExit(1) from None
     except OSError as error:
+        if not error.filename:
+            drop_output()
         raise Stop(
             f"{error.filename or 'standard output'}: {error.strerror or error}; make room or permit it, "
             "and run the command again"
         ) from None
     raise SystemExit(status or 0)
+
+
+def drop_output() -> None:
+    """Send what standard output still holds nowhere: Python would complain about it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_number(value: Any) -> bool:

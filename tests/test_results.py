@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +211,68 @@ def test_a_damaged_record_is_no_baseline(tmp_path, facts):
     (tmp_path / "submission.json").write_text(json.dumps(facts))
     with pytest.raises(results.Stop, match="--baseline mean,std,n"):
         submit.read_baseline(None, tmp_path)
+
+
+# === WRITES THAT FAIL ===
+
+
+def full(text: str = "") -> None:
+    """Stands in for a write to a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(run, monkeypatch):
+    (run / "report.html").write_text("old")
+    monkeypatch.setattr(os, "replace", lambda source, target: full())
+    with pytest.raises(results.Stop, match=r"report.html: cannot be written \(No space left on device\)"):
+        report.main([str(run)])
+    assert (run / "report.html").read_text() == "old"
+
+
+@pytest.mark.parametrize("words", [["recipes.py", "records/recipes/pr1585.env"], ["report.py", "RUN"]])
+def test_a_full_output_is_one_line(run, words):
+    script, *rest = [
+        str(run) if word == "RUN" else str(ROOT / word) if "." in word else word for word in words
+    ]
+    with open("/dev/full", "w") as output:
+        done = subprocess.run(
+            [sys.executable, script, *rest], stdout=output, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode and done.stderr.startswith("standard output: No space left on device; ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as output:
+        words = [sys.executable, str(ROOT / "report.py"), str(run)]
+        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_what_stops_a_tool_from_outside_is_one_line(monkeypatch, tmp_path):
+    def stopped(error: BaseException):
+        def main(arguments):
+            raise error
+
+        with pytest.raises(SystemExit) as stop:
+            results.run_tool(main)
+        return stop.value
+
+    assert "interrupted" in str(stopped(KeyboardInterrupt()))
+    message = str(stopped(PermissionError(errno.EACCES, "Permission denied", "/x/y")))
+    assert message.startswith("/x/y: Permission denied; ") and "\n" not in message
+    with pytest.raises(ZeroDivisionError):  # a fault of the program stays one
+        results.run_tool(lambda arguments: 1 // 0)
+    with pytest.raises(SystemExit) as stop:
+        results.run_tool(lambda arguments: 3)
+    assert stop.value.code == 3
+
+
+def test_a_record_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "records").write_text("a file")
+    with pytest.raises(
+        results.Stop, match=r"records/demo: cannot be written \(Not a directory\); choose another"
+    ):
+        submit.write_folder(tmp_path / "records" / "demo" / "x", [], {}, "", tmp_path)
