@@ -1311,7 +1311,8 @@ def run_alone(
         check=False,
     )
     path = empty / "runs" / "alone" / "summary.json"
-    summary = check_summary(path, read_json(path)) if done.returncode == 0 and path.exists() else {}
+    summary = read_json(path) if done.returncode == 0 and path.exists() else {}
+    check_summary(path, summary)
     error = "" if summary else (done.stderr.strip() or done.stdout.strip() or "no summary").splitlines()[-1]
     python = [str(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix}]
     foreign = []

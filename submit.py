@@ -136,7 +136,7 @@ def file_hash(path: Path) -> str:
 
 def close(a: Any, b: Any) -> bool:
     """Whether two recorded numbers are the same up to fp64 rounding."""
-    return all(isinstance(x, int | float) for x in (a, b)) and math.isclose(a, b, rel_tol=ROUNDING)
+    return is_number(a) and is_number(b) and math.isclose(a, b, rel_tol=ROUNDING)
 
 
 def bpb_of(nats: float, count: float) -> float:

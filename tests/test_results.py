@@ -276,3 +276,9 @@ def test_a_record_that_cannot_be_written_is_one_line(tmp_path):
         results.Stop, match=r"records/demo: cannot be written \(Not a directory\); choose another"
     ):
         submit.write_folder(tmp_path / "records" / "demo" / "x", [], {}, "", tmp_path)
+
+
+def test_a_score_that_no_float_can_hold_is_refused(run):
+    edit(run / "stages.json", lambda stages: stages["evaluate"].update(val_bpb=10**400))
+    with pytest.raises(results.Stop, match="stages.json says 1000"):
+        submit.check_run(results.Run.read(run))
