@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Prove a dataset: shards, manifest, tokens, bytes of every document, and no validation text among the training data.
+"""Prove a dataset: shards, manifest, tokens, bytes of every document,
+and no validation text among the training data.
 
-    python verify_bytes.py data/datasets/mine                                # what the dataset alone can prove
-    python verify_bytes.py data/datasets/mine --documents corpus.jsonl.zst   # everything, against the raw documents
+    python verify_bytes.py data/datasets/mine
+# what the dataset alone can prove
+    python verify_bytes.py data/datasets/mine --documents
+corpus.jsonl.zst   # everything, against the raw documents
 
-Exit code 0: all that could be checked is right (what could not is listed); 1: refuted, with the first counter-example;
-2: the command cannot be carried out.
+Exit code 0: all that could be checked is right (what could not is listed); 1:
+refuted, with the first counter-example; 2: the command cannot be carried out.
 """
 
 from __future__ import annotations
@@ -46,14 +49,17 @@ BLOCK = 1 << 20
 CHUNK_TOKENS = 1 << 20
 # More places than this share a passage only if it is a repetition in itself (a line of dashes).
 MOST_PLACES = 1000
-# Share of the documents of a split whose capitals may be lost: NFKC makes or unmakes letters beside a word (the ordinal
-# indicator becomes o, e and a combining accent one character), in about 1 of 1,000 web documents.
+# Share of the documents of a split whose capitals may be lost: NFKC makes or unmakes letters beside a word
+# (the ordinal indicator becomes o, e and a combining accent one character), in about 1 of 1,000 web
+# documents.
 MOST_CASE_LOST = 0.003
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """Published constants of a validation set: documents, tokens (with BOS), bytes credited; pairs are ranges."""
+    """Published constants of a validation set: documents, tokens
+    (with BOS), bytes credited; pairs are ranges.
+    """
 
     transform: str
     documents: int
@@ -61,7 +67,8 @@ class Canonical:
     credited: tuple[int, int]
 
 
-# Of CaseOps v1 it is not known whether 47,853,343 tokens are all or all scored ones, nor the bytes to the last one.
+# Of CaseOps v1 it is not known whether 47,853,343 tokens are all or
+# all scored ones, nor the bytes to the last one.
 CANONICAL = {
     "sp8192": Canonical("none", 50_000, (40_540_803, 40_540_803), (151_080_000, 151_081_500)),
     "caseops_v1": Canonical("caseops_v1", 50_000, (47_853_343, 47_853_344), (151_080_000, 151_081_500)),
@@ -103,7 +110,9 @@ class Scanned:
 
 @dataclass
 class Passages:
-    """Runs of OPENING_TOKENS tokens of validation documents, and a filter that tells most other text apart fast."""
+    """Runs of OPENING_TOKENS tokens of validation documents, and a
+    filter that tells most other text apart fast.
+    """
 
     tokens: np.ndarray  # (P, OPENING_TOKENS) uint16, the opening and the middle of each document
     hashes: np.ndarray  # (P,) uint64, sorted
@@ -119,7 +128,9 @@ class Passages:
         return cls(tokens, hashes[order], order)
 
     def find(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """(passage, position) wherever one occurs in `tokens`, compared token by token, MOST_PLACES of each at most."""
+        """(passage, position) wherever one occurs in `tokens`,
+        compared token by token, MOST_PLACES of each at most.
+        """
         shift = np.uint64(64 - self.FILTER_BITS)
         present = np.zeros(1 << self.FILTER_BITS, dtype=bool)
         present[(self.hashes >> shift).astype(np.int64)] = True
@@ -149,7 +160,9 @@ def _token_codes() -> np.ndarray:
 
 
 def window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each run of OPENING_TOKENS tokens (uint64, one for each place where a whole run starts)."""
+    """A 64-bit hash of each run of OPENING_TOKENS tokens (uint64, one
+    for each place where a whole run starts).
+    """
     hashes = _token_codes()[tokens]
     width, factor = 1, 0x9E3779B97F4A7C15
     while width < OPENING_TOKENS:
@@ -195,7 +208,9 @@ class ScanJob:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Per document of a chunk: hashes of the decoded text and of its inverse transform, and the sidecar's bytes."""
+    """Per document of a chunk: hashes of the decoded text and of its
+    inverse transform, and the sidecar's bytes.
+    """
 
     texts: list[bytes]
     inverses: list[bytes]
@@ -312,8 +327,11 @@ class Proof:
             "not_proved": [],
             "counts": {},
         }
-        files = lambda pattern: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
-        self.files = {"train": files(TRAIN), "val": files(VAL), "sidecar": files(SIDECAR)}
+        patterns = {"train": TRAIN, "val": VAL, "sidecar": SIDECAR}
+        self.files = {
+            kind: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
+            for kind, pattern in patterns.items()
+        }
 
     def proved(self, text: str) -> None:
         """Note a fact that was checked."""
@@ -430,7 +448,9 @@ class Proof:
             yield Scan(path, np.array(after[: OPENING_TOKENS - 1]), facts and facts["sha256"], kind == "val")
 
     def _joined(self, kind: str, job: ScanJob) -> Iterator[tuple[Scanned, int]]:
-        """Each shard's findings and its first token's position; a document that straddles is the shard's it ends in."""
+        """Each shard's findings and its first token's position; a
+        document that straddles is the shard's it ends in.
+        """
         tail, first = np.zeros(0, np.uint16), 0
         for _, found in run_in_order(job, self._scans(kind), self.options.workers):
             if found.problem:
@@ -521,7 +541,8 @@ class Proof:
                         f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
                         f"no bytes, the sidecar says {values[wrong[0]]}"
                     )
-                # Whether an operator is escaped depends on the run of operators before it; runs are short and few.
+                # Whether an operator is escaped depends on the run of
+                # operators before it; runs are short and few.
                 for index in np.flatnonzero(operators[tokens]).tolist():
                     literal = escaped if index == 0 else self._literal(tokens, index, escaped)
                     worth = 3 if literal else 0
@@ -580,7 +601,9 @@ class Proof:
         return bool((index - run) % 2) ^ (run == 0 and escaped_before)
 
     def _passages(self) -> tuple[Passages, np.ndarray]:
-        """Opening and middle of every validation document that is long enough; (P/2,) distance between the two."""
+        """Opening and middle of every validation document that is
+        long enough; (P/2,) distance between the two.
+        """
         flat = np.concatenate([np.asarray(values) for values in self.values["val"]])
         starts = np.flatnonzero(flat == BOS)
         ends = np.append(starts[1:], len(flat))
@@ -641,9 +664,9 @@ class Proof:
             self.proved(
                 f"{hits} validation documents in the training shards, within --max-overlap"
                 if hits
-                else f"no validation document among {documents:,} training documents ({self.counts['train']:,} "
-                "tokens; by content of whole documents and of openings, and anywhere by two passages of "
-                f"{OPENING_TOKENS} tokens)"
+                else f"no validation document among {documents:,} training documents "
+                f"({self.counts['train']:,} tokens; by content of whole documents and of openings, "
+                f"and anywhere by two passages of {OPENING_TOKENS} tokens)"
             )
             if shared:
                 self.report["counts"]["val_docs_sharing_a_passage"] = shared
@@ -808,7 +831,8 @@ class Proof:
                     ),
                     (
                         tiers["lossy"],
-                        f"to the normalised text of the lossy transform {self.transform}, not to the original",
+                        f"to the normalised text of the lossy transform {self.transform}, "
+                        "not to the original",
                     ),
                 )
                 if count
@@ -847,14 +871,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="accept up to N validation documents among the training data (natural duplicates of a published export)",
+        help="accept up to N validation documents among the training data (duplicates of a published export)",
     )
     add(
         "--max-case-lost",
         type=float,
         default=MOST_CASE_LOST,
         metavar="SHARE",
-        help="accept up to this share of documents whose capitals the normalisation has lost (default %(default)s)",
+        help="accept this share of documents whose capitals normalisation has lost (default %(default)s)",
     )
     add(
         "--workers",

@@ -2,16 +2,17 @@
 
     python data/demo.py [--out data/demo] [--vocab-size 1024|2048]
 
-The text is the documentation inside the running Python: docstrings, the help topics of `pydoc_data`, strings that
-attach documentation from outside (`add_docstr` and friends), comment blocks, and the long descriptions of installed
-packages. Each document is passed through SentencePiece's own nmt_nfkc normalisation when the corpus is built, which
-also turns every run of blanks and line ends into one space. Raw text and scored text are therefore the same bytes:
-decode(tokens) gives each document back exactly, the per-token byte table counts exactly the raw UTF-8 bytes, and a byte
-sidecar would add nothing. Both are checked for every document during the build.
+The text is the documentation inside the running Python: docstrings, the help topics of `pydoc_data`, strings
+that attach documentation from outside (`add_docstr` and friends), comment blocks, and the long descriptions
+of installed packages. Each document is passed through SentencePiece's own nmt_nfkc normalisation when the
+corpus is built, which also turns every run of blanks and line ends into one space. Raw text and scored text
+are therefore the same bytes: decode(tokens) gives each document back exactly, the per-token byte table counts
+exactly the raw UTF-8 bytes, and a byte sidecar would add nothing. Both are checked for every document during
+the build.
 
-Documents are ordered by the sha256 of their text, so any prefix is a uniform sample and the same packages give the same
-files on every machine. The first documents are held out for validation; training documents that repeat much of a
-validation document are left out.
+Documents are ordered by the sha256 of their text, so any prefix is a uniform sample and the same packages
+give the same files on every machine. The first documents are held out for validation; training documents that
+repeat much of a validation document are left out.
 """
 
 from __future__ import annotations
@@ -49,13 +50,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import BOS, HEADER_BYTES, sha256_file, train_tokenizer, write_shard
 
 FORMAT = "parameter-golf-dataset/1"
-RECIPE = (
-    2  # raise it when a change of this file changes the bytes it makes, so that older builds become stale
-)
+# Raise it when a change of this file changes the bytes it makes, so that older builds become stale.
+RECIPE = 2
 MIN_CHARACTERS = 100
-MIN_LETTERS = (
-    0.7  # share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code
-)
+# Share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code.
+MIN_LETTERS = 0.7
 VAL_BYTES = 400_000
 EDGE = 200  # characters at either end of a document that must not be shared with a validation document
 MIN_LINE = 20  # shorter lines ("Examples", "See also") say nothing about a shared origin
@@ -101,7 +100,7 @@ class Corpus(NamedTuple):
     held_back: int
 
 
-# --- finding and reading documentation ---------------------------------------------------------------------------
+# === FINDING AND READING DOCUMENTATION ===
 
 
 def default_roots() -> list[Path]:
@@ -113,8 +112,9 @@ def default_roots() -> list[Path]:
 def inventory(roots: Sequence[Path]) -> list[Source]:
     """All Python files and package descriptions under `roots`, sorted by name.
 
-    Test folders are left out: a quarter of the time to parse, a twentieth of the text, and the poorest of it. So are
-    package folders inside a root, which belong to another interpreter unless they are a root themselves.
+    Test folders are left out: a quarter of the time to parse, a twentieth of the text, and the poorest of it.
+    So are package folders inside a root, which belong to another interpreter unless they are a root
+    themselves.
     """
     sources = []
     for root in roots:
@@ -129,7 +129,9 @@ def inventory(roots: Sequence[Path]) -> list[Source]:
 
 
 def signature(sources: Sequence[Source], vocab_size: int) -> str:
-    """Hash of everything the dataset depends on: the recipe, the options, the tokenizer library, the source files."""
+    """Hash of everything the dataset depends on: the recipe, the
+    options, the tokenizer library, the source files.
+    """
     listing = [
         [RECIPE, vocab_size, version("sentencepiece")],
         *([source.name, source.size] for source in sources),
@@ -138,7 +140,9 @@ def signature(sources: Sequence[Source], vocab_size: int) -> str:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Modules, classes, functions and every other statement; expressions are most of a tree and hold no docstring."""
+    """Modules, classes, functions and every other statement;
+    expressions are most of a tree and hold no docstring.
+    """
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
@@ -156,7 +160,9 @@ def _mentions_doc(node: ast.AST) -> bool:
 
 
 def _documentation(tree: ast.Module, module_is_documentation: bool) -> Iterator[ast.Constant]:
-    """String constants that document something: docstrings, and strings assigned or passed to a name with `doc`."""
+    """String constants that document something: docstrings, and
+    strings assigned or passed to a name with `doc`.
+    """
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in _statements(tree):
         value = None
@@ -232,13 +238,14 @@ def read_documents(source: Source) -> list[str]:
     return documents
 
 
-# --- choosing documents ----------------------------------------------------------------------------------------------
+# === CHOOSING DOCUMENTS ===
 
 
 def _start_worker() -> None:
     # Syntax trees are many objects without cycles: collecting garbage while building them doubles the time.
     gc.disable()
-    # Ctrl-C reaches the whole process group; a worker that dies of it while holding the queue's lock hangs the rest.
+    # Ctrl-C reaches the whole process group; a worker that dies of it
+    # while holding the queue's lock hangs the rest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -258,17 +265,16 @@ def collect(sources: Sequence[Source]) -> list[str]:
     unique: dict[bytes, str] = {}
     for document in (document for documents in found for document in documents):
         key = hashlib.sha256(document.replace("\n", " ").encode()).digest()
-        unique[key] = min(
-            document, unique.get(key, document)
-        )  # the same text may be broken into lines differently
+        # The same text may be broken into lines differently.
+        unique[key] = min(document, unique.get(key, document))
     return [unique[key] for key in sorted(unique)]
 
 
 def split(documents: Sequence[str]) -> Corpus:
     """Hold out the first documents (400 KB, at most a twentieth) and leave their near-copies out of the rest.
 
-    A near-copy shares its first or last 200 characters with a validation document, or has lines in common with the
-    validation documents that make up 30 % of it, or of one of them.
+    A near-copy shares its first or last 200 characters with a validation document, or has
+    lines in common with the validation documents that make up 30 % of it, or of one of them.
     """
     budget = min(VAL_BYTES, sum(map(len, documents)) // 20)
     size = count = 0
@@ -305,7 +311,7 @@ def _long_lines(document: str) -> set[str]:
     return {line for line in document.split("\n") if len(line) >= MIN_LINE}
 
 
-# --- tokens and files ------------------------------------------------------------------------------------------------
+# === TOKENS AND FILES ===
 
 
 def credited_bytes(tokenizer, tokens: np.ndarray) -> int:
@@ -326,7 +332,7 @@ def credited_bytes(tokenizer, tokens: np.ndarray) -> int:
 
 
 def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Tokens of `documents` with a BOS before each, and the documents kept: those that decode to themselves."""
+    """Tokens of `documents` with a BOS before each, and those that decode to themselves, which are kept."""
     pieces: list[np.ndarray] = []
     kept: list[str] = []
     for start in range(0, len(documents), 1000):
@@ -340,7 +346,9 @@ def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]
 
 
 def problem(out: Path, expected: str) -> str | None:
-    """Why the dataset in `out` cannot be used as it is, or None if it is complete, unchanged and of this signature."""
+    """Why the dataset in `out` cannot be used as it is, or None if it
+    is complete, unchanged and of this signature.
+    """
     path = out / "manifest.json"
     if not path.is_file():
         return "no complete dataset there"
@@ -443,7 +451,7 @@ def _write_dataset(
         "name": "demo",
         "transform": "none",
         "lossless": True,
-        "note": "documents were normalised with nmt_nfkc before anything else, so decode(tokens) is the raw text",
+        "note": "documents were normalised with nmt_nfkc first, so decode(tokens) is the raw text",
         "tokenizer": {
             "file": model.name,
             "sha256": files[model.name]["sha256"],
@@ -479,7 +487,9 @@ def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _only_builder_in(folder: Path) -> Iterator[None]:
-    """Wait for other builds in `folder`; the lock goes with its process, so a killed build leaves none behind."""
+    """Wait for other builds in `folder`; the lock goes with its
+    process, so a killed build leaves none behind.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -493,10 +503,11 @@ def _only_builder_in(folder: Path) -> Iterator[None]:
 
 
 def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None) -> Path:
-    """Make the demo dataset in the folder `out`, or reuse it if it is complete, unchanged and current; returns `out`.
+    """Make the demo dataset in the folder `out`, or reuse it if it is
+    complete, unchanged and current; returns `out`.
 
-    A stale or damaged dataset is replaced as a whole, after the new one is complete; a folder that holds anything else
-    is refused with DemoError.
+    A stale or damaged dataset is replaced as a whole, after the new one is
+    complete; a folder that holds anything else is refused with DemoError.
     """
     started = time.monotonic()
     out = Path(out).resolve()
@@ -558,7 +569,8 @@ def main() -> int:
         return 2
     except OSError as error:
         print(
-            f"error: cannot write {arguments.out}: {error.strerror or error}; choose a writable folder with --out",
+            f"error: cannot write {arguments.out}: {error.strerror or error}; "
+            "choose a writable folder with --out",
             file=sys.stderr,
         )
         return 2

@@ -1,4 +1,6 @@
-"""Documents as they come: streamed in batches from JSON lines (plain, gz, xz, zst) and parquet, resumable anywhere."""
+"""Documents as they come: streamed in batches from JSON lines (plain,
+gz, xz, zst) and parquet, resumable anywhere.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records: the file, the records (lines or rows) before it and, for lines, the text bytes."""
+    """A place between two records: the file, the records (lines or
+    rows) before it and, for lines, the text bytes.
+    """
 
     file: int = 0
     record: int = 0
@@ -37,7 +41,9 @@ class Position:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records of one file: JSON lines (bytes) or texts (str), where they start and what comes after."""
+    """Consecutive records of one file: JSON lines (bytes) or texts
+    (str), where they start and what comes after.
+    """
 
     path: Path
     start: Position
@@ -47,7 +53,9 @@ class Batch:
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """Files for a list of paths and globs, in the order given (a glob's matches sorted); DataError if one has none."""
+    """Files for a list of paths and globs, in the order given (a
+    glob's matches sorted); DataError if one has none.
+    """
     paths: list[Path] = []
     for pattern in patterns:
         found = (
@@ -107,7 +115,8 @@ def _open_text(path: Path, raw: IO[bytes]) -> io.BufferedReader:
 def batches(
     paths: Sequence[Path], key: str, batch_bytes: int, start: Position = Position(), limit: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of about `batch_bytes` from `start` on, at most `limit` records that are not blank lines in all.
+    """Batches of about `batch_bytes` from `start` on, at most `limit`
+    records that are not blank lines in all.
 
     DataError for a file that cannot be read to its end.
     """
@@ -187,7 +196,9 @@ def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, be
 
 
 def texts_of(batch: Batch, key: str) -> list[str]:
-    """The documents of a batch without blank lines; DataError with file and line (from 1) for the first bad record."""
+    """The documents of a batch without blank lines; DataError with
+    file and line (from 1) for the first bad record.
+    """
     texts = []
     for number, record in enumerate(batch.records, batch.start.record + 1):
         if isinstance(record, bytes):

@@ -2,11 +2,12 @@
 
     python data/download.py sp8192|casefold_v2|caseops_v1 [--train-shards N] [--out data]
 
-Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and the result
-is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder (datasets/datasets/... on
-some), it lands in one place. Files go through the hub client's cache (HF_HOME, HF_HUB_CACHE) and are hard links to it
-where the file system allows, so they take their space once. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual.
-A stopped download continues with the first unfinished file; a connection that breaks continues inside the file.
+Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and
+the result is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder
+(datasets/datasets/... on some), it lands in one place. Files go through the hub client's cache (HF_HOME,
+HF_HUB_CACHE) and are hard links to it where the file system allows, so they take their space once.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual. A stopped download continues with the first unfinished
+file; a connection that breaks continues inside the file.
 """
 
 from __future__ import annotations
@@ -51,9 +52,8 @@ DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUSY = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
 LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minutes
-ABANDONED = (
-    3600  # seconds without a write after which a partial file of the cache belongs to a killed download
-)
+# Seconds without a write after which a partial file of the cache belongs to a killed download.
+ABANDONED = 3600
 Result = TypeVar("Result")
 
 
@@ -62,7 +62,9 @@ class DownloadError(Exception):
 
 
 class Dataset(NamedTuple):
-    """A public dataset: where it is, what its files are called, how many training shards the published runs used."""
+    """A public dataset: where it is, what its files are called, how
+    many training shards the published runs used.
+    """
 
     name: str
     repository: str
@@ -70,9 +72,8 @@ class Dataset(NamedTuple):
     tokenizer: str
     train_shards: int
     transform: str
-    tokenizer_sha256: str | None = (
-        None  # of a tokenizer that is not in the repository and has to be brought along
-    )
+    # Of a tokenizer that is not in the repository and has to be brought along.
+    tokenizer_sha256: str | None = None
 
 
 DATASETS = {
@@ -103,7 +104,9 @@ TOKENIZER = "tokenizer.model"
 
 
 class Entry(NamedTuple):
-    """A file of the repository: its path there, its size, and its sha256 (or git blob id if it is a small text)."""
+    """A file of the repository: its path there, its size, and its
+    sha256 (or git blob id if it is a small text).
+    """
 
     path: str
     size: int
@@ -127,7 +130,7 @@ class Plan(NamedTuple):
 
 
 class Progress:
-    """Bytes done of all files together, shown at most once a second on a terminal, else once in ten seconds."""
+    """Bytes done of all files together, shown once a second on a terminal, else once in ten seconds."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total, self.done, self.fetched = name, total, 0, 0
@@ -163,11 +166,11 @@ class _Stopped(Exception):
     """Raised inside a running transfer after another one has failed."""
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# === WHAT IS THERE ===
 
 
 def patiently(call: Callable[[], Result], progress: Progress) -> Result:
-    """The result of `call`, retried with a message while the hub is busy (429, 5xx) or drops the connection."""
+    """The result of `call`, retried with a message while the hub is busy or drops the connection."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
@@ -248,10 +251,11 @@ def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
 def make_plan(
     dataset: Dataset, commit: str, entries: Sequence[Entry], train_shards: int | None, out: Path
 ) -> Plan:
-    """Choose the files of `dataset` among `entries`, wherever in the repository they are; DownloadError if some lack.
+    """Choose the files of `dataset` among `entries`, wherever in the
+    repository they are; DownloadError if some lack.
 
-    `train_shards` None means as many as the published runs used, or all if there are fewer. Shards that are under `out`
-    already stay part of the dataset, since a trainer reads every shard it finds there.
+    `train_shards` None means as many as the published runs used, or all if there are fewer. Shards that
+    are under `out` already stay part of the dataset, since a trainer reads every shard it finds there.
     """
     target = out / "datasets" / dataset.folder
     by_folder: dict[str, dict[str, Entry]] = {}
@@ -314,7 +318,8 @@ def make_plan(
 def installed(
     dataset: Dataset, out: Path, train_shards: int | None, full_check: bool
 ) -> tuple[dict | None, str]:
-    """The manifest of the dataset under `out` if it is complete, else None and the reason (empty: nothing is there).
+    """The manifest of the dataset under `out` if it is complete, else
+    None and the reason (empty: nothing is there).
 
     Sizes and shard headers are always checked, every sha256 only with `full_check`.
     """
@@ -357,7 +362,7 @@ def installed(
     return manifest, ""
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------
+# === FETCHING ===
 
 
 def _digest(path: Path, like: str) -> str:
@@ -374,7 +379,9 @@ def _intact(path: Path, entry: Entry) -> bool:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Let `target` be `source`: a hard link where possible, else a copy; complete from the moment it is visible."""
+    """Let `target` be `source`: a hard link where possible, else a
+    copy; complete from the moment it is visible.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -394,7 +401,9 @@ def _cached_blob(repository: str, entry: Entry) -> Path:
 
 
 def _bar_class(progress: Progress, counted: list[int]) -> type[tqdm]:
-    """A silent progress bar for the hub client that adds to `progress`, and ends the transfer when that is stopped."""
+    """A silent progress bar for the hub client that adds to
+    `progress`, and ends the transfer when that is stopped.
+    """
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
@@ -413,7 +422,9 @@ def _bar_class(progress: Progress, counted: list[int]) -> type[tqdm]:
 
 
 def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> None:
-    """Bring one file to its place, checked against the hub's size and digest; a bad copy is fetched once more."""
+    """Bring one file to its place, checked against the hub's size and
+    digest; a bad copy is fetched once more.
+    """
     entry, target = wanted
     doubled = target.parents[1] / "datasets" / target.parent.name / target.name
     for local in (target, doubled):
@@ -590,7 +601,7 @@ def download(
     revision: str = "main",
     full_check: bool = False,
 ) -> Path:
-    """Make `dataset` complete under `out` and return its folder; without a request if it is complete already."""
+    """Make `dataset` complete under `out` and return its folder; no request if it is complete already."""
     target = out / "datasets" / dataset.folder
     manifest, reason = installed(dataset, out, train_shards, full_check)
     if manifest is None:
@@ -605,8 +616,8 @@ def download(
         check_disk(dataset.repository, plan, out)
         progress.total = sum(item.entry.size for item in plan.wanted)
         print(
-            f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, from {dataset.repository} "
-            f"at {commit[:8]}",
+            f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, "
+            f"from {dataset.repository} at {commit[:8]}",
             flush=True,
         )
         fetch_all(dataset.repository, plan, workers, progress)
@@ -618,8 +629,8 @@ def download(
     settle_tokenizer(dataset, out)
     shards = sum(name.startswith("fineweb_train_") for name in manifest["files"])
     print(
-        f"{dataset.name}: {target} complete, {shards} training shards, {manifest['train_tokens']:,} training and "
-        f"{manifest['val_tokens']:,} validation tokens",
+        f"{dataset.name}: {target} complete, {shards} training shards, "
+        f"{manifest['train_tokens']:,} training and {manifest['val_tokens']:,} validation tokens",
         flush=True,
     )
     return target
@@ -631,24 +642,33 @@ def explain(error: Exception, dataset: Dataset) -> str:
     kept = "finished files are kept, the same command continues"
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, RevisionNotFoundError):
-        return f"{dataset.repository} has no such revision; leave --revision out, or name a branch or commit of it"
+        return (
+            f"{dataset.repository} has no such revision; "
+            "leave --revision out, or name a branch or commit of it"
+        )
     if isinstance(cause, RepositoryNotFoundError) or status in (401, 403):
         return (
-            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): set HF_TOKEN if it is "
-            "private or gated, or name a copy with --repository"
+            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): "
+            "set HF_TOKEN if it is private or gated, or name a copy with --repository"
         )
     if status in BUSY:
         return f"{constants.ENDPOINT} still answers {status} after {ATTEMPTS} attempts; try later: {kept}"
     if isinstance(cause, httpx2.TransportError):
         return (
-            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); check the network or set "
-            f"HF_ENDPOINT to a mirror: {kept}"
+            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); "
+            f"check the network or set HF_ENDPOINT to a mirror: {kept}"
         )
     if isinstance(cause, EntryNotFoundError) and status is not None:
-        return f"a listed file is not on the hub: {cause.response.url}; try later, or name a copy with --repository"
+        return (
+            f"a listed file is not on the hub: {cause.response.url}; "
+            "try later, or name a copy with --repository"
+        )
     first_line = next(iter(str(cause).strip().splitlines()), "")
     if isinstance(cause, OSError) and cause.errno:
-        return f"{cause.strerror}: {cause.filename or ''}; free space, or choose a writable --out and HF_HOME: {kept}"
+        return (
+            f"{cause.strerror}: {cause.filename or ''}; "
+            f"free space, or choose a writable --out and HF_HOME: {kept}"
+        )
     return f"{type(cause).__name__}: {first_line}; {kept}"
 
 

@@ -2,11 +2,12 @@
 """Documents -> text transform -> tokenizer -> token shards, byte sidecar and manifest, in one command.
 
     python data/prepare.py corpus.jsonl.zst --out data/datasets/mine --tokenizer fineweb_8192_bpe.model
-    python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_caseops --transform caseops_v3 --vocab-size 8192
+    python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_v3 --transform caseops_v3
 
-The first 50,000 documents are the validation set (or those of --val); training documents equal to one of them are left
-out and counted. Each document is BOS and its tokens; documents may straddle shards. The output does not depend on
---workers or --batch-mb. A run that was killed goes on where it was when the same command is given again.
+The first 50,000 documents are the validation set (or those of --val); training documents equal to one of them
+are left out and counted. Each document is BOS and its tokens; documents may straddle shards. The output does
+not depend on --workers or --batch-mb. A run that was killed goes on where it was when the same command is
+given again.
 """
 
 from __future__ import annotations
@@ -106,7 +107,9 @@ class Progress:
             )
 
     def update(self, done: int, text_bytes: int = 0) -> None:
-        """`done` of the source bytes (as stored) are behind us; `text_bytes` more bytes of text were worked on."""
+        """`done` of the source bytes (as stored) are behind us;
+        `text_bytes` more bytes of text were worked on.
+        """
         self.text_bytes += text_bytes
         now = time.monotonic()
         if self.bar is not None:
@@ -151,7 +154,9 @@ class Result:
 
 @lru_cache(maxsize=2)
 def tokenizer_of(path: str, sha256: str) -> FastTokenizer:
-    """The tokenizer of a file, once per process; the hash keeps a changed file from being taken for the old one."""
+    """The tokenizer of a file, once per process; the hash keeps a
+    changed file from being taken for the old one.
+    """
     return FastTokenizer(Path(path))
 
 
@@ -227,7 +232,9 @@ class Job:
 
 
 class ShardWriter:
-    """Values appended to numbered shards of `limit` values; `state` is all that is needed to go on after a kill."""
+    """Values appended to numbered shards of `limit` values; `state`
+    is all that is needed to go on after a kill.
+    """
 
     def __init__(self, folder: Path, pattern: str, limit: int, state: dict | None = None):
         self.folder, self.pattern, self.limit = folder, pattern, limit
@@ -235,7 +242,8 @@ class ShardWriter:
         self.shard, self.count, self.files = state["shard"], state["count"], dict(state["files"])
         self.total = sum(entry["tokens"] for entry in self.files.values()) + self.count
         final, partial = self._path(), self._partial()
-        # The shard may have been completed after the last journal entry; what that does not know is written again.
+        # The shard may have been completed after the last journal
+        # entry; what that does not know is written again.
         if self.count and not partial.exists() and final.exists():
             os.replace(final, partial)
         for path in folder.glob(pattern.replace("%06d", "[0-9]" * 6) + "*"):
@@ -360,8 +368,8 @@ class Preparation:
             self._check_disk()
         if recipe["validation"]["documents"] not in (STANDARD_VALIDATION, None) or settings.val:
             print(
-                "prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); scores "
-                "on it cannot be compared with published ones",
+                "prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); "
+                "scores on it cannot be compared with published ones",
                 file=sys.stderr,
                 flush=True,
             )
@@ -498,7 +506,8 @@ class Preparation:
         return None
 
     def _load_journal(self, recipe: dict) -> None:
-        # The journal first: without it, what a killed replacement leaves behind is taken for nothing it is not.
+        # The journal first: without it, what a killed replacement
+        # leaves behind is taken for nothing it is not.
         ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
         ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
         foreign = [
@@ -652,7 +661,9 @@ class Preparation:
     def _stage(
         self, stage: str, job: Job, writers: list[ShardWriter], start: Position, limit: int | None
     ) -> None:
-        """Run `job` over the documents from the journal's position on; all state goes into the journal's entry."""
+        """Run `job` over the documents from the journal's position
+        on; all state goes into the journal's entry.
+        """
         entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
         counts, position = dict(entry["counts"]), Position(**entry["position"])
         seconds, began = entry["seconds"], time.monotonic()
@@ -791,28 +802,33 @@ class Preparation:
         seconds = journal["train"]["seconds"]
         for stage, counts in (("val", val), ("train", train)):
             say(
-                f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {tokens[stage]:,} tokens "
-                f"({tokens[stage] / max(1, counts['bytes']):.5f} per byte)"
+                f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
+                f"{tokens[stage]:,} tokens ({tokens[stage] / max(1, counts['bytes']):.5f} per byte)"
             )
         if any(manifest["left_out"].values()):
             say(
-                "left out of training: {same_text:,} documents equal to a validation document, {same_tokens:,} with "
-                "equal tokens, {same_opening:,} with an equal opening".format(**manifest["left_out"])
+                "left out of training: {same_text:,} documents equal to a validation document, "
+                "{same_tokens:,} with equal tokens, {same_opening:,} with an equal opening".format(
+                    **manifest["left_out"]
+                )
             )
         if not self.has_sidecar and self.table_bytes != val["bytes"]:
             say(
-                f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} validation bytes; "
-                "give --sidecar to count the raw bytes exactly"
+                f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} "
+                "validation bytes; give --sidecar to count the raw bytes exactly"
             )
         say(
-            f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s for training documents with "
-            f"{settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}"
+            f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s "
+            f"for training documents with {settings.workers} worker(s), "
+            f"manifest {sha256_file(self.out / MANIFEST)[:16]}"
         )
         return manifest
 
 
 def prepare(settings: Settings) -> dict:
-    """Make the dataset `settings` describes and return its manifest; DataError says in one line what is wrong."""
+    """Make the dataset `settings` describes and return its manifest;
+    DataError says in one line what is wrong.
+    """
     settings.out.mkdir(parents=True, exist_ok=True)
     with open(settings.out / ".lock", "w") as lock:
         try:

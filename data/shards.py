@@ -1,4 +1,6 @@
-"""The shard format, and the tokenizer settings, shared by everything under data/ (the trainer has its own reader)."""
+"""The shard format, and the tokenizer settings, shared by everything
+under data/ (the trainer has its own reader).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class ShardError(ValueError):
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
-    """Write uint16 `values` as one shard: a header of 256 int32 words (magic, version, count), then the values.
+    """Write uint16 `values` as one shard: a header of 256 int32 words
+    (magic, version, count), then the values.
 
     The file appears under its name only once it is complete and on disk.
     """
@@ -38,7 +41,9 @@ def write_shard(path: Path, values: np.ndarray) -> None:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map one shard's values (uint16, read-only); ShardError if magic, version or size are not what they must be."""
+    """Map one shard's values (uint16, read-only); ShardError if
+    magic, version or size are not what they must be.
+    """
     remedy = "delete it and make or download it again"
     size = path.stat().st_size
     if size < HEADER_BYTES:
@@ -73,15 +78,15 @@ def train_tokenizer(
 ) -> Path:
     """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
 
-    The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte fallback, split
-    digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3. `operators` become user-defined
-    symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by a space, stripped.
+    The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte
+    fallback, split digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3.
+    `operators` become user-defined symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by
+    a space, stripped.
     """
     import sentencepiece
 
-    model = (
-        io.BytesIO()
-    )  # a file written by SentencePiece itself would hold its own path, and differ between folders
+    # A file written by SentencePiece itself would hold its own path, and differ between folders.
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(stripped for text in texts if (stripped := text.replace("\0", " ").strip())),
         model_writer=model,

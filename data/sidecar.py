@@ -1,4 +1,4 @@
-"""How many bytes of raw text each token stands for: the sidecar rule, and the table rule it is compared with."""
+"""How many bytes of raw text each token stands for: the sidecar rule and the table rule."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ RUN = re.compile(r"\s+|\S+")
 
 
 def encode_with_bytes(processor, transform: str, text: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids (uint16) of a raw text, the raw bytes each accounts for (uint16) and the raw bytes that none does.
+    """Token ids (uint16) of a raw text, the raw bytes each accounts
+    for (uint16) and the raw bytes that none does.
 
-    Uncounted are the spaces, and characters without a form, that SentencePiece drops at either end of a document; the
-    counts and these always add up to the UTF-8 length of the text.
+    Uncounted are the spaces, and characters without a form, that SentencePiece drops at either
+    end of a document; the counts and these always add up to the UTF-8 length of the text.
     """
     code = TRANSFORMS[transform][0](text)
     pieces = processor.encode(code, return_type="proto").pieces
@@ -52,7 +53,8 @@ def encode_with_bytes(processor, transform: str, text: str) -> tuple[np.ndarray,
 def folded_weights(text: str) -> np.ndarray:
     """Raw bytes that each UTF-8 byte of casefold(text) stands for (int64); they add up to the raw length.
 
-    Characters are followed one by one where folding treats them so, else run by run (composition, final sigma).
+    Characters are followed one by one where folding treats them so,
+    else run by run (composition, final sigma).
     """
     fold = TRANSFORMS["casefold"][0]
     weights = []
@@ -108,7 +110,9 @@ def byte_tables(processor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def table_bytes(processor, tokens: np.ndarray, before: int) -> int:
-    """Bytes that the tables credit for `tokens` when the token `before` precedes them (datasets without a sidecar)."""
+    """Bytes that the tables credit for `tokens` when the token
+    `before` precedes them (datasets without a sidecar).
+    """
     base, lead, boundary = byte_tables(processor)
     previous = np.concatenate([np.array([before], dtype=tokens.dtype), tokens[:-1]])
     return int(base[tokens].sum() + np.count_nonzero(lead[tokens] & ~boundary[previous]))

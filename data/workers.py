@@ -17,7 +17,9 @@ Item = TypeVar("Item")
 
 
 def _serve(connection: multiprocessing.connection.Connection, job: Callable) -> None:
-    """A worker: answers each (number, item) until the other end goes away, as it does when the parent is killed."""
+    """A worker: answers each (number, item) until the other end goes
+    away, as it does when the parent is killed.
+    """
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             number, item = connection.recv()

@@ -36,7 +36,7 @@ def shard(folder: Path, seed: int, count: int = 2000, bos: bool = True) -> bytes
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with the CaseOps dataset of three training shards in the doubled layout of the real repository."""
+    """A hub with the CaseOps dataset of three training shards in the real doubled layout."""
     with Hub() as hub:
         files = {f"{DOUBLED}/fineweb_train_{number:06d}.bin": shard(tmp_path, number) for number in range(3)}
         files[f"{DOUBLED}/fineweb_val_000000.bin"] = shard(tmp_path, 10)
@@ -53,7 +53,8 @@ def hub(tmp_path):
 class Client:
     """Runs the command with a folder and a cache of its own against one hub.
 
-    In this process, which saves half a second each time, or in another one where environment variables matter.
+    In this process, which saves half a second each time, or in
+    another one where environment variables matter.
     """
 
     def __init__(self, hub: Hub, folder: Path, monkeypatch, capfd):

@@ -1,4 +1,6 @@
-"""data/prepare.py and what it is made of: exact ids and bytes, the same output however it is made, clear refusals."""
+"""data/prepare.py and what it is made of: exact ids and bytes, the
+same output however it is made, clear refusals.
+"""
 
 from __future__ import annotations
 
