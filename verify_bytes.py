@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -33,14 +34,22 @@ from data.documents import (
     Position,
     batches,
     expand,
+    survey,
     text_hash,
     texts_of,
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import FORMAT, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
-from data.shards import BOS, ShardError, read_shard, sha256_file
-from data.sidecar import VERSIONS, encode_with_bytes, table_bytes
+from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum, number_option
+from data.shards import BOS, ShardError, read_json_object, read_shard, sha256_file
+from data.sidecar import (
+    MOST_CASE_LOST,
+    VERSIONS,
+    CountError,
+    encode_with_bytes,
+    table_bytes,
+    table_problem,
+)
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS, decode_caseops
 
@@ -49,10 +58,10 @@ BLOCK = 1 << 20
 CHUNK_TOKENS = 1 << 20
 # More places than this share a passage only if it is a repetition in itself (a line of dashes).
 MOST_PLACES = 1000
-# Share of the documents of a split whose capitals may be lost: NFKC makes or unmakes letters beside a word
-# (the ordinal indicator becomes o, e and a combining accent one character), in about 1 of 1,000 web
-# documents.
-MOST_CASE_LOST = 0.003
+# What the facts of a file in a manifest must look like, and its counts.
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+COUNTS = ("docs_val", "docs_train", "val_tokens", "train_tokens", "val_bytes", "train_bytes", "val_lut_bytes")
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,7 @@ class Decoded:
     texts: list[bytes]
     inverses: list[bytes]
     credited: list[int]
+    lengths: list[int]
 
 
 @lru_cache(maxsize=1)
@@ -244,7 +254,8 @@ class DecodeJob:
             except ValueError:
                 inverses.append(b"")
         credited = np.add.reduceat(sidecar.astype(np.int64), starts).tolist() if sidecar is not None else []
-        return Decoded([text_hash(text) for text in texts], inverses, credited)
+        lengths = [len(text.encode(errors="replace")) for text in texts]
+        return Decoded([text_hash(text) for text in texts], inverses, credited, lengths)
 
 
 @dataclass(frozen=True)
@@ -292,7 +303,7 @@ class SourceJob:
                 or (len(own) >= OPENING_TOKENS and token_hash(own[:OPENING_TOKENS]) in self.openings)
             )
             length = len(text.encode())
-            credited = length - encode_with_bytes(processor, self.transform, text)[2] if self.sidecar else 0
+            credited = length - self._dropped(processor, text, batch) if self.sidecar else 0
             sources.append(
                 Source(
                     raw,
@@ -306,12 +317,67 @@ class SourceJob:
             )
         return sources
 
+    def _dropped(self, processor, text: str, batch: Batch) -> int:
+        try:
+            return encode_with_bytes(processor, self.transform, text)[2]
+        except (OverflowError, CountError) as error:
+            raise DataError(f"{batch.path}: after record {batch.start.record}: {error}") from None
+
 
 def _plain(processor, text: str) -> str:
     return processor.normalize(text).replace("\u2581", " ")
 
 
 # === THE PROOF ===
+
+
+def manifest_problem(manifest: dict) -> str:
+    """What is wrong with the form of a manifest, so that nothing in
+    it can be relied on; empty if it is right.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return "files is no object"
+    for name, facts in files.items():
+        if not FILE_NAME.fullmatch(name) or not isinstance(facts, dict):
+            return f"files has an entry {name[:60]!r} that describes no file of the folder"
+        counts = ("size", "tokens") if name.endswith(".bin") else ("size",)
+        wrong = [key for key in counts if not is_count(facts.get(key))]
+        if wrong or not SHA256.fullmatch(str(facts.get("sha256"))):
+            return f"files: {name} has a wrong {(wrong or ['sha256'])[0]}"
+    for key in COUNTS:
+        if manifest.get(key) is not None and not is_count(manifest[key]):
+            return f"{key} is {str(manifest[key])[:40]!r}, not a count"
+    for key in ("tokenizer", "recipe"):
+        if not isinstance(manifest.get(key, {}), dict):
+            return f"{key} is no object"
+    if not isinstance(manifest.get("recipe", {}).get("validation", {}), dict):
+        return "recipe: validation is no object"
+    left_out = manifest.get("left_out", {})
+    if not isinstance(left_out, dict) or not all(map(is_count, left_out.values())):
+        return "left_out does not hold counts"
+    if not isinstance(manifest.get("transform", ""), str) or not isinstance(manifest.get("name", ""), str):
+        return "name or transform is no text"
+    return sources_problem(manifest.get("recipe", {}).get("sources", []))
+
+
+def sources_problem(sources: object) -> str:
+    """What is wrong with the form of a manifest's list of source files; empty if it is right."""
+    if not isinstance(sources, list) or not all(isinstance(facts, dict) for facts in sources):
+        return "recipe: sources is no list of files"
+    for number, facts in enumerate(sources):
+        if not is_count(facts.get("size")) or not SHA256.fullmatch(str(facts.get("sha256"))):
+            return f"recipe: source {number} has a wrong size or sha256"
+        if facts.get("role") not in ("documents", "validation") or not isinstance(facts.get("name"), str):
+            return f"recipe: source {number} has a wrong role or name"
+        if not is_count(facts.get("records", 0)):
+            return f"recipe: source {number} has a wrong number of records"
+    return ""
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of a JSON file is a whole number from 0 on that fits 63 bits."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 class Proof:
@@ -357,13 +423,13 @@ class Proof:
         path = self.folder / MANIFEST
         self.manifest: dict = {}
         if not path.exists():
+            if (self.folder / JOURNAL).exists():
+                raise Refuted(f"{JOURNAL}: the preparation is not finished; give its command again")
             self.not_proved("hashes, counts and origin of the files: there is no manifest.json")
             return
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
-                raise ValueError("not a JSON object with an object of files")
-        except (OSError, ValueError, RecursionError) as error:
+            manifest = read_json_object(path)
+        except (OSError, ValueError) as error:
             raise Refuted(f"manifest.json: cannot be read ({error})") from None
         if manifest.get("format") != FORMAT:
             self.not_proved(
@@ -372,7 +438,14 @@ class Proof:
             return
         if manifest.get("checksum") != checksum(manifest):
             raise Refuted("manifest.json: was changed after it was written (its checksum does not match)")
-        listed = manifest["files"]
+        problem = manifest_problem(manifest)
+        if problem:
+            raise Refuted(f"manifest.json: {problem}")
+        self._compare_files(manifest["files"])
+        self.manifest = manifest
+        self.report["manifest_sha256"] = sha256_file(path)
+
+    def _compare_files(self, listed: dict[str, dict]) -> None:
         for name, facts in listed.items():
             file = self.folder / name
             if not file.is_file():
@@ -384,10 +457,10 @@ class Proof:
                 if file.name not in listed:
                     raise Refuted(f"{file.name}: not in the manifest")
         for name in listed:
-            if not name.endswith(".bin") and sha256_file(self.folder / name) != listed[name]["sha256"]:
+            # Token shards are hashed where they are looked through.
+            tokens = name.endswith(".bin") and "bytes" not in name
+            if not tokens and sha256_file(self.folder / name) != listed[name]["sha256"]:
                 raise Refuted(f"{name}: sha256 differs from the manifest")
-        self.manifest = manifest
-        self.report["manifest_sha256"] = sha256_file(path)
 
     def _shards(self) -> None:
         self.values = {}
@@ -418,6 +491,9 @@ class Proof:
         expected = self.manifest.get("tokenizer", {}).get("sha256")
         if expected is not None and sha256_file(path) != expected:
             raise Refuted(f"{path.name}: sha256 differs from the tokenizer of the manifest")
+        problem = table_problem(self.processor)
+        if problem:
+            raise Refuted(f"{path.name}: {problem}: no score would be right")
         symbols = {
             self.processor.id_to_piece(token): token
             for token in range(4, min(64, self.processor.vocab_size()))
@@ -517,6 +593,7 @@ class Proof:
         if not self.files["sidecar"]:
             if self.manifest.get("val_sidecar"):
                 raise Refuted("the manifest promises a byte sidecar, but there is none")
+            self._compare_decoded()
             if true is not None:
                 self._compare_tables(true)
             self.credited = self.table_credit
@@ -572,6 +649,23 @@ class Proof:
             self.not_proved(
                 "the sum of the sidecar: only the raw documents say what it must be (--documents)"
             )
+
+    def _compare_decoded(self) -> None:
+        """The byte tables against the bytes of the text that the validation tokens decode to."""
+        if not self.val_documents:
+            return
+        unknown = self.processor.unk_id()
+        if any((values == unknown).any() for values in self.values["val"]):
+            self.not_proved("that the byte tables count the decoded text: it has unknown tokens")
+            return
+        decoded = sum(lengths for *_, lengths in self._decoded("val"))
+        self.report["counts"]["val_decoded_bytes"] = decoded
+        if decoded != self.table_credit:
+            raise Refuted(
+                f"byte tables credit {self.table_credit} bytes to the validation set, but its tokens decode "
+                f"to {decoded}: no score would be right"
+            )
+        self.proved(f"the byte tables credit the {decoded:,} bytes that the validation tokens decode to")
 
     def _compare_tables(self, true: int) -> None:
         difference = self.table_credit - true
@@ -697,13 +791,12 @@ class Proof:
 
     # Against the raw documents.
 
-    def _decoded(self, kind: str) -> Iterator[tuple[bytes, bytes, int]]:
+    def _decoded(self, kind: str) -> Iterator[tuple[bytes, bytes, int, int]]:
         job = DecodeJob(str(self.tokenizer_path), self.transform)
         chunks = self._chunks(kind, kind == "val" and bool(self.files["sidecar"]))
         for _, decoded in run_in_order(job, chunks, self.options.workers):
-            yield from zip(
-                decoded.texts, decoded.inverses, decoded.credited or [0] * len(decoded.texts), strict=True
-            )
+            credited = decoded.credited or [0] * len(decoded.texts)
+            yield from zip(decoded.texts, decoded.inverses, credited, decoded.lengths, strict=True)
 
     def _chunks(self, kind: str, sidecar: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Whole documents, about CHUNK_TOKENS at a time, with their sidecar values."""
@@ -731,39 +824,95 @@ class Proof:
         if not self.val_documents:
             self.not_proved("that the tokens are the documents: there is no BOS between them")
             return
-        separate = bool(options.val)
-        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, bool(self.files["sidecar"]))
-        paths = options.val if separate else options.documents
+        self._sources()
         self.raw_hashes: set[bytes] = set()
-        end = Position()
+        end = self._validation_documents()
+        if self.files["train"]:
+            self._training_documents(Position() if options.val else end)
 
-        def validation() -> Iterator[Source]:
+    def _sources(self) -> None:
+        """The given files against those that the manifest says the dataset was made of."""
+        listed = self.manifest.get("recipe", {}).get("sources", [])
+        if not all("records" in facts for facts in listed) or not listed:
+            self.not_proved("that these are the source files, whole: no manifest says how much they hold")
+            return
+        for role, paths in (("documents", self.options.documents), ("validation", self.options.val)):
+            expected = [facts for facts in listed if facts["role"] == role]
+            if len(paths) != len(expected):
+                raise Refuted(
+                    f"{len(paths)} files of {role} are given, but the dataset was made of {len(expected)} "
+                    f"({', '.join(facts['name'] for facts in expected[:5]) or 'none'})"
+                )
+            for path, facts in zip(paths, expected, strict=True):
+                self._compare_source(path, facts)
+        records = sum(facts["records"] for facts in listed)
+        self.proved(
+            f"the {len(listed)} source files of the manifest, {records:,} records, read to their ends"
+        )
+
+    def _compare_source(self, path: Path, facts: dict) -> None:
+        size = path.stat().st_size
+        if size != facts["size"]:
+            raise Refuted(f"{path}: {size:,} bytes, but the dataset was made of {facts['size']:,}")
+        try:
+            found = survey(path, self.options.key)
+        except DataError as error:
+            raise Refuted(f"source {error}") from None
+        if found.sha256 != facts["sha256"]:
+            raise Refuted(f"{path}: its sha256 is not that of the file the dataset was made of")
+        if (found.records, found.bytes) != (facts["records"], facts.get("bytes")):
+            raise Refuted(
+                f"{path}: holds {found.records:,} records ({found.bytes} bytes of text), but the manifest "
+                f"says {facts['records']:,} ({facts.get('bytes')})"
+            )
+
+    def _validation_documents(self) -> Position:
+        """Compare the validation shards with the raw documents; where those of training start."""
+        options, end = self.options, Position()
+        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, bool(self.files["sidecar"]))
+        wanted = self.manifest.get("recipe", {}).get("validation", {})
+        limit = None if options.val and wanted.get("documents", 0) is None else self.val_documents
+        records = batches(options.val or options.documents, options.key, 2_000_000, Position(), limit)
+
+        def sources() -> Iterator[Source]:
             nonlocal end
-            records = batches(paths, options.key, 2_000_000, Position(), self.val_documents)
-            for batch, sources in run_in_order(job, records, options.workers):
+            for batch, found in run_in_order(job, records, options.workers):
                 end = batch.after
-                yield from sources
+                yield from found
 
-        total = self._compare("val", validation())
-        if (claimed := self.manifest.get("val_bytes")) is not None and claimed != total:
+        total = self._compare("val", sources())
+        claimed = self.manifest.get("val_bytes")
+        if claimed is not None and claimed != total:
             raise Refuted(f"the raw validation documents have {total} bytes, the manifest says {claimed}")
         self.report["counts"]["val_bytes"] = total
         if not self.files["sidecar"] and claimed is None:
             self._compare_tables(total)
-        if not self.files["train"]:
-            return
+        return end
+
+    def _training_documents(self, start: Position) -> None:
+        options, left_out = self.options, 0
         kept = self.manifest.get("recipe", {}).get("duplicates") == "kept" or not self.manifest
         job = SourceJob(str(self.tokenizer_path), self.transform, options.key, False)
         if not kept:
             job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
-        start = Position() if separate else end
         records = batches(options.documents, options.key, 2_000_000, start)
-        training = (
-            source for _, sources in run_in_order(job, records, options.workers) for source in sources
-        )
-        total = self._compare("train", (source for source in training if not source.known))
-        if (claimed := self.manifest.get("train_bytes")) is not None and claimed != total:
+
+        def sources() -> Iterator[Source]:
+            nonlocal left_out
+            for _, found in run_in_order(job, records, options.workers):
+                left_out += sum(source.known for source in found)
+                yield from (source for source in found if not source.known)
+
+        total = self._compare("train", sources())
+        claimed = self.manifest.get("train_bytes")
+        if claimed is not None and claimed != total:
             raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")
+        said = self.manifest.get("left_out")
+        if said is not None and sum(said.values()) != left_out:
+            raise Refuted(
+                f"{left_out} documents equal or start like a validation document, but the manifest says "
+                f"that {sum(said.values())} were left out"
+            )
         self.report["counts"]["train_bytes"] = total
 
     def _compare(self, kind: str, sources: Iterator[Source]) -> int:
@@ -771,14 +920,15 @@ class Proof:
         decoded = self._decoded(kind)
         tiers = {"exact": 0, "normalised": 0, "case_lost": 0, "lossy": 0}
         lossless = TRANSFORMS[self.transform][3]
-        total, number, nothing, lost = 0, 0, object(), ""
+        total, count, nothing, lost = 0, 0, object(), ""
         for number, source in enumerate(sources):
+            count = number + 1
             found = next(decoded, nothing)
             if found is nothing:
                 raise Refuted(
                     f"{kind} document {number} ({source.excerpt!r}): missing, the shards end before it"
                 )
-            text, inverse, credited = found
+            text, inverse, credited, _ = found
             if text != source.code:
                 raise Refuted(
                     f"{kind} document {number}: its tokens do not decode to the raw document "
@@ -804,41 +954,29 @@ class Proof:
                     )
             total += source.length
         if next(decoded, nothing) is not nothing:
-            raise Refuted(f"{kind} shards: more documents than the {number + 1} raw ones")
+            raise Refuted(f"{kind} shards: more documents than the {count} raw ones")
         self.report.setdefault("documents", {})[kind] = tiers
-        if tiers["case_lost"] > self.options.max_case_lost * (number + 1):
+        if tiers["case_lost"] > self.options.max_case_lost * count:
             raise Refuted(
                 f"{lost}: its tokens do not give its capitals back, and so it is with "
-                f"{tiers['case_lost']:,} of {number + 1:,} {kind} documents, which is more than "
+                f"{tiers['case_lost']:,} of {count:,} {kind} documents, which is more than "
                 f"--max-case-lost {self.options.max_case_lost:g} of them: {self.transform} is not lossless "
                 "here"
             )
-        self.proved(
-            f"{kind} tokens decode to the raw documents: "
-            + "; ".join(
-                f"{count:,} {meaning}"
-                for count, meaning in (
-                    (tiers["exact"], "exactly"),
-                    (
-                        tiers["normalised"],
-                        "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)",
-                    ),
-                    (
-                        tiers["case_lost"],
-                        "to the normalised transformed text only (within --max-case-lost): the "
-                        "normalisation took away what the inverse transform needs, so some capitals "
-                        f"cannot be recovered, first in {lost}",
-                    ),
-                    (
-                        tiers["lossy"],
-                        f"to the normalised text of the lossy transform {self.transform}, "
-                        "not to the original",
-                    ),
-                )
-                if count
-            )
-        )
+        self.proved(f"{kind} tokens decode to the raw documents: {self._describe(tiers, lost)}")
         return total
+
+    def _describe(self, tiers: dict[str, int], lost: str) -> str:
+        """How many documents came back in which way; `lost` is the first whose capitals did not."""
+        meanings = {
+            "exact": "exactly",
+            "normalised": "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)",
+            "case_lost": "to the normalised transformed text only (within --max-case-lost): the "
+            "normalisation took away what the inverse transform needs, so some capitals cannot be "
+            f"recovered, first in {lost}",
+            "lossy": f"to the normalised text of the lossy transform {self.transform}, not to the original",
+        }
+        return "; ".join(f"{count:,} {meanings[tier]}" for tier, count in tiers.items() if count)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -868,14 +1006,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", choices=sorted(CANONICAL), help="demand the published constants of this dataset")
     add(
         "--max-overlap",
-        type=int,
+        type=number_option(int, 0),
         default=0,
         metavar="N",
         help="accept up to N validation documents among the training data (duplicates of a published export)",
     )
     add(
         "--max-case-lost",
-        type=float,
+        type=number_option(float, 0, 1),
         default=MOST_CASE_LOST,
         metavar="SHARE",
         help="accept this share of documents whose capitals normalisation has lost (default %(default)s)",
@@ -910,6 +1048,16 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"verify_bytes: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        name = error.filename or "a file"
+        print(f"verify_bytes: {name}: {error.strerror or error}; check its permissions", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("verify_bytes: memory is short; give fewer --workers", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("verify_bytes: interrupted, nothing is proved", file=sys.stderr)
+        return 130
     report = proof.report
     report["seconds"] = round(time.monotonic() - began, 2)
     if options.json:

@@ -414,6 +414,8 @@ def command(source: Path, out: Path, workers: int) -> list[str]:
         "0.01",
         "--journal-seconds",
         "0",
+        "--max-case-lost",
+        "1",
         "--workers",
         str(workers),
     ]

@@ -89,6 +89,8 @@ class Data:
                         self.tokenizer,
                         "--shard-tokens",
                         9000,
+                        "--max-case-lost",
+                        1,
                         "--workers",
                         1,
                         *options,
