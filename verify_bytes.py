@@ -13,20 +13,24 @@ refuted, with the first counter-example; 2: the command cannot be carried out.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import environment
+
+environment.enter()
 import argparse
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from data.documents import (
     OPENING_TOKENS,
     Batch,
@@ -41,7 +45,7 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer
 from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum, number_option
-from data.shards import BOS, ShardError, read_json_object, read_shard, sha256_file
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
     VERSIONS,
@@ -62,6 +66,7 @@ MOST_PLACES = 1000
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COUNTS = ("docs_val", "docs_train", "val_tokens", "train_tokens", "val_bytes", "train_bytes", "val_lut_bytes")
+COUNTS += ("val_sidecar_bytes", "val_uncounted_bytes")
 
 
 @dataclass(frozen=True)
@@ -423,8 +428,9 @@ class Proof:
         path = self.folder / MANIFEST
         self.manifest: dict = {}
         if not path.exists():
-            if (self.folder / JOURNAL).exists():
-                raise Refuted(f"{JOURNAL}: the preparation is not finished; give its command again")
+            for name in (JOURNAL, UNFINISHED):
+                if (self.folder / name).exists():
+                    raise Refuted(f"{name}: the dataset is not finished; give its command again")
             self.not_proved("hashes, counts and origin of the files: there is no manifest.json")
             return
         try:
@@ -491,6 +497,13 @@ class Proof:
         expected = self.manifest.get("tokenizer", {}).get("sha256")
         if expected is not None and sha256_file(path) != expected:
             raise Refuted(f"{path.name}: sha256 differs from the tokenizer of the manifest")
+        entries = self.manifest.get("tokenizer", {}).get("vocab_size", self.processor.vocab_size())
+        if entries != self.processor.vocab_size():
+            raise Refuted(f"{path.name}: {self.processor.vocab_size()} entries, the manifest says {entries}")
+        if self.manifest.get("bos", BOS) != BOS:
+            raise Refuted(
+                f"manifest.json: bos is {str(self.manifest['bos'])[:40]}, but shards begin with {BOS}"
+            )
         problem = table_problem(self.processor)
         if problem:
             raise Refuted(f"{path.name}: {problem}: no score would be right")
@@ -603,6 +616,29 @@ class Proof:
             raise Refuted(
                 f"the sidecar's shards have {lengths[1]} values, the validation shards {lengths[0]} tokens"
             )
+        self.report["counts"]["val_sidecar_bytes"] = self.credited = total = self._sum_sidecar()
+        claimed = self.manifest.get("val_sidecar_bytes")
+        if claimed is not None and claimed != total:
+            raise Refuted(f"sidecar: sums to {total} bytes, the manifest says {claimed}")
+        if true is None:
+            self.not_proved(
+                "the sum of the sidecar: only the raw documents say what it must be (--documents)"
+            )
+            return
+        uncounted = self.manifest.get("val_uncounted_bytes", 0)
+        if total != true - uncounted:
+            excess = 100 * (total / max(1, true - uncounted) - 1)
+            raise Refuted(
+                f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
+                f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)"
+            )
+        self.proved(
+            f"the sidecar sums to the {true:,} raw bytes of the manifest"
+            + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else "")
+        )
+
+    def _sum_sidecar(self) -> int:
+        """The bytes of the sidecar; Refuted if it gives some to a token that is worth none."""
         total, escaped, position = 0, False, 0
         operators = np.zeros(self.processor.vocab_size(), bool)
         operators[list(self.operators)] = True
@@ -618,8 +654,7 @@ class Proof:
                         f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
                         f"no bytes, the sidecar says {values[wrong[0]]}"
                     )
-                # Whether an operator is escaped depends on the run of
-                # operators before it; runs are short and few.
+                # Whether an operator is escaped depends on the operators before it; runs are short and few.
                 for index in np.flatnonzero(operators[tokens]).tolist():
                     literal = escaped if index == 0 else self._literal(tokens, index, escaped)
                     worth = 3 if literal else 0
@@ -632,23 +667,7 @@ class Proof:
                     tokens[-1] == self.escape and not self._literal(tokens, len(tokens) - 1, escaped)
                 )
                 position += len(tokens)
-        self.report["counts"]["val_sidecar_bytes"] = self.credited = total
-        if true is not None:
-            uncounted = self.manifest.get("val_uncounted_bytes", 0)
-            if total != true - uncounted:
-                excess = 100 * (total / max(1, true - uncounted) - 1)
-                raise Refuted(
-                    f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
-                    f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)"
-                )
-            self.proved(
-                f"the sidecar sums to the {true:,} raw bytes of the manifest"
-                + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else "")
-            )
-        else:
-            self.not_proved(
-                "the sum of the sidecar: only the raw documents say what it must be (--documents)"
-            )
+        return total
 
     def _compare_decoded(self) -> None:
         """The byte tables against the bytes of the text that the validation tokens decode to."""

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Builds the embedded corpus: real English text that every machine with this project installed already has.
 
     python data/demo.py [--out data/demo] [--vocab-size 1024|2048]
@@ -17,6 +18,13 @@ repeat much of a validation document are left out.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import argparse
 import ast
 import collections
@@ -32,7 +40,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import sysconfig
 import time
 import warnings
@@ -41,13 +48,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import BOS, HEADER_BYTES, sha256_file, train_tokenizer, write_shard
+from data.shards import BOS, HEADER_BYTES, read_json_object, sha256_file, train_tokenizer, write_shard
 
 FORMAT = "parameter-golf-dataset/1"
 # Raise it when a change of this file changes the bytes it makes, so that older builds become stale.
@@ -353,7 +358,7 @@ def problem(out: Path, expected: str) -> str | None:
     if not path.is_file():
         return "no complete dataset there"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_object(path)
         if manifest.pop("checksum") != manifest_checksum(manifest):
             return "damaged: manifest.json was changed"
         if manifest["source"]["signature"] != expected:
@@ -362,7 +367,8 @@ def problem(out: Path, expected: str) -> str | None:
         return "damaged: manifest.json is not readable"
     files = manifest["files"]
     present = {entry.name for entry in out.iterdir()} - {path.name}
-    if difference := sorted(present ^ set(files)):
+    difference = sorted(present ^ set(files))
+    if difference:
         return (
             f"damaged: {difference[0]} is {'not in the manifest' if difference[0] in present else 'missing'}"
         )
@@ -392,8 +398,8 @@ def _refuse_foreign(out: Path) -> None:
 
 def _says_demo(manifest: Path) -> bool:
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["name"] == "demo"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(manifest).get("name") == "demo"
+    except (OSError, ValueError):
         return False
 
 
@@ -415,37 +421,19 @@ def _write_dataset(
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     stage(f"tokenizer of {tokenizer.vocab_size():,} pieces trained on the training part")
 
-    counts = {}
-    for part, documents in (("val", corpus.validation), ("train", corpus.training)):
-        tokens, kept = tokenize(tokenizer, documents)
-        raw = sum(len(document.encode()) for document in kept)
-        if (credited := credited_bytes(tokenizer, tokens)) != raw:
-            raise DemoError(
-                f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
-                "install the pinned sentencepiece of requirements.txt"
-            )
-        shards = TRAIN_SHARDS if part == "train" else 1
-        for number, values in enumerate(np.array_split(tokens, shards)):
-            write_shard(folder / f"fineweb_{part}_{number:06d}.bin", values)
-        if part == "val":
-            text = ("\n".join(kept) + "\n").encode()
-            (folder / "validation.txt").write_bytes(text)
-            compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-        counts |= {
-            f"docs_{part}": len(kept),
-            f"{part}_tokens": len(tokens),
-            f"{part}_bytes": raw,
-            f"{part}_lut_bytes": credited,
-            f"{part}_not_exact": len(documents) - len(kept),
-        }
+    validation, val_counts = _write_split(folder, "val", tokenizer, corpus.validation)
+    text = ("\n".join(validation) + "\n").encode()
+    (folder / "validation.txt").write_bytes(text)
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    _, train_counts = _write_split(folder, "train", tokenizer, corpus.training)
+    counts = val_counts | train_counts
     stage(f"{counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens")
 
     files = {}
     for path in sorted(folder.iterdir()):
         facts = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        files[path.name] = (
-            {"tokens": (facts["size"] - HEADER_BYTES) // 2} | facts if path.suffix == ".bin" else facts
-        )
+        tokens = {"tokens": (facts["size"] - HEADER_BYTES) // 2} if path.suffix == ".bin" else {}
+        files[path.name] = tokens | facts
     manifest = {
         "format": FORMAT,
         "name": "demo",
@@ -467,14 +455,35 @@ def _write_dataset(
             "files": sources,
             "near_copies_of_validation_left_out": corpus.held_back,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "sentencepiece": version("sentencepiece"),
-        },
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("numpy", "sentencepiece")},
     }
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_split(
+    folder: Path, part: str, tokenizer, documents: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """Write the shards of `part` (val or train); the documents that are kept, and the manifest's counts."""
+    tokens, kept = tokenize(tokenizer, documents)
+    raw = sum(len(document.encode()) for document in kept)
+    credited = credited_bytes(tokenizer, tokens)
+    if credited != raw:
+        raise DemoError(
+            f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
+            "install the pinned sentencepiece of requirements.txt"
+        )
+    shards = TRAIN_SHARDS if part == "train" else 1
+    for number, values in enumerate(np.array_split(tokens, shards)):
+        write_shard(folder / f"fineweb_{part}_{number:06d}.bin", values)
+    return kept, {
+        f"docs_{part}": len(kept),
+        f"{part}_tokens": len(tokens),
+        f"{part}_bytes": raw,
+        f"{part}_lut_bytes": credited,
+        f"{part}_not_exact": len(documents) - len(kept),
+    }
 
 
 def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:
@@ -525,7 +534,8 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         try:
-            if (free := shutil.disk_usage(building).free) < FREE_BYTES:
+            free = shutil.disk_usage(building).free
+            if free < FREE_BYTES:
                 raise DemoError(
                     f"{free:,} bytes free for {out}, {FREE_BYTES:,} needed; free some or choose --out"
                 )

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Downloads the public tokenised datasets from the hub into data/datasets/ and data/tokenizers/.
 
     python data/download.py sp8192|casefold_v2|caseops_v1 [--train-shards N] [--out data]
@@ -12,25 +13,39 @@ file; a connection that breaks continues inside the file.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 import httpx2
 import numpy as np
-from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, scan_cache_dir
+
+try:
+    # As a module: through the package the client prints a line of its own.
+    import huggingface_hub.constants as constants
+except ValueError as error:
+    names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+    print(f"error: the hub client refuses one of {names} ({error}); unset or correct it", file=sys.stderr)
+    sys.exit(2)
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, scan_cache_dir
 from huggingface_hub.errors import (
     CacheNotFound,
     EntryNotFoundError,
@@ -43,13 +58,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.demo import FORMAT, manifest_checksum
-from data.shards import BOS, ShardError, read_shard, sha256_file
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
 
 SHARD = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUSY = (408, 429, 500, 502, 503, 504)
+# A refused connection, an unknown host or a wrong address stays so; the client has tried a few times already.
+LASTING = (httpx2.ConnectError, httpx2.UnsupportedProtocol)
 ATTEMPTS = 6
 LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minutes
 # Seconds without a write after which a partial file of the cache belongs to a killed download.
@@ -179,8 +195,7 @@ def patiently(call: Callable[[], Result], progress: Progress) -> Result:
                 error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
             )
             response = getattr(cause, "response", None)
-            # A refused connection or an unknown host stays so; the client has tried a few times already.
-            broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, httpx2.ConnectError)
+            broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, LASTING)
             if attempt == ATTEMPTS or not (broken or (response is not None and response.status_code in BUSY)):
                 raise
             asked = response.headers.get("Retry-After", "") if response is not None else ""
@@ -258,6 +273,45 @@ def make_plan(
     are under `out` already stay part of the dataset, since a trainer reads every shard it finds there.
     """
     target = out / "datasets" / dataset.folder
+    folder, files = _choose_folder(dataset, entries)
+    kinds: dict[str, list[Entry]] = {"train": [], "val": [], "val_bytes": []}
+    for name, entry in files.items():
+        kinds[SHARD.fullmatch(name).group(1)].append(entry)
+    offline = "; unset HF_HUB_OFFLINE to fetch the rest" if constants.is_offline_mode() else ""
+    _check_kinds(dataset, folder, kinds, train_shards, offline)
+    asked = dataset.train_shards if train_shards is None else train_shards
+    chosen = kinds["train"][: max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
+    for shards in (kinds["val"], kinds["val_bytes"], chosen):
+        for number, entry in enumerate(shards):
+            if int(PurePosixPath(entry.path).stem[-6:]) != number:
+                raise DownloadError(
+                    f"{dataset.repository} has {entry.path} but none of number {number}"
+                    f"{offline or '; try --repository, or fewer --train-shards'}"
+                )
+    wanted = [
+        Wanted(entry, target / PurePosixPath(entry.path).name)
+        for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]
+    ]
+    # Of several manifests the nearest.
+    for entry in sorted(entries, key=lambda entry: entry.path.count("/")):
+        name = PurePosixPath(entry.path).name
+        if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
+            wanted.append(Wanted(entry, out / "tokenizers" / name))
+        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
+            PurePosixPath(entry.path).parent
+        ):
+            wanted.append(Wanted(entry, target / "hub_manifest.json"))
+    wanted = list({item.target: item for item in wanted}.values())
+    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
+    if not dataset.tokenizer_sha256 and model not in {item.target for item in wanted}:
+        raise DownloadError(
+            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
+        )
+    return Plan(commit, folder, wanted, len(kinds["train"]))
+
+
+def _choose_folder(dataset: Dataset, entries: Sequence[Entry]) -> tuple[str, dict[str, Entry]]:
+    """The folder of the repository that holds the dataset, and its shards by name."""
     by_folder: dict[str, dict[str, Entry]] = {}
     for entry in sorted(entries):
         path = PurePosixPath(entry.path)
@@ -273,46 +327,24 @@ def make_plan(
             f"{', '.join(by_folder) or 'no folder'}); name another repository with --repository"
         )
     folder = max(candidates, key=lambda name: (len(candidates[name]), -len(name)))
-    kinds: dict[str, list[Entry]] = {"train": [], "val": [], "val_bytes": []}
-    for name, entry in candidates[folder].items():
-        kinds[SHARD.fullmatch(name).group(1)].append(entry)
-    offline = "; unset HF_HUB_OFFLINE to fetch the rest" if constants.is_offline_mode() else ""
-    if not kinds["val"] or (
-        dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])
-    ):
-        lacking = (
-            "fineweb_val_bytes_*.bin, without which no score is right"
-            if kinds["val"]
-            else "fineweb_val_*.bin"
-        )
+    return folder, candidates[folder]
+
+
+def _check_kinds(
+    dataset: Dataset, folder: str, kinds: dict[str, list[Entry]], train_shards: int | None, offline: str
+) -> None:
+    """DownloadError unless the folder has what every dataset needs and enough training shards."""
+    sidecar_lacks = dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])
+    if not kinds["val"] or sidecar_lacks:
+        lacking = "fineweb_val_*.bin"
+        if kinds["val"]:
+            lacking = "fineweb_val_bytes_*.bin, without which no score is right"
         raise DownloadError(f"{dataset.repository} lacks {folder}/{lacking}{offline or '; try --repository'}")
     if train_shards is not None and train_shards > len(kinds["train"]):
         raise DownloadError(
             f"--train-shards {train_shards}: {folder} of {dataset.repository} has "
             f"{len(kinds['train'])}{offline or '; ask for at most that many'}"
         )
-    asked = dataset.train_shards if train_shards is None else train_shards
-    chosen = kinds["train"][: max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
-    wanted = [
-        Wanted(entry, target / PurePosixPath(entry.path).name)
-        for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]
-    ]
-    for entry in sorted(entries, key=lambda entry: entry.path.count("/")):  # of several manifests the nearest
-        name = PurePosixPath(entry.path).name
-        if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
-            wanted.append(Wanted(entry, out / "tokenizers" / name))
-        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
-            PurePosixPath(entry.path).parent
-        ):
-            wanted.append(Wanted(entry, target / "hub_manifest.json"))
-    wanted = list({item.target: item for item in wanted}.values())
-    if not dataset.tokenizer_sha256 and out / "tokenizers" / f"{dataset.tokenizer}.model" not in {
-        item.target for item in wanted
-    }:
-        raise DownloadError(
-            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
-        )
-    return Plan(commit, folder, wanted, len(kinds["train"]))
 
 
 def installed(
@@ -325,7 +357,7 @@ def installed(
     """
     target = out / "datasets" / dataset.folder
     try:
-        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json_object(target / "manifest.json")
         if manifest.pop("checksum") != manifest_checksum(manifest):
             return None, "manifest.json was changed"
         source, files, tokenizer = manifest["source"], manifest["files"], manifest["tokenizer"]
@@ -620,8 +652,11 @@ def download(
             f"from {dataset.repository} at {commit[:8]}",
             flush=True,
         )
+        target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).touch()
         fetch_all(dataset.repository, plan, workers, progress)
         manifest = write_manifest(dataset, plan, out)
+        (target / UNFINISHED).unlink()
         progress.say(
             f"{progress.fetched / 1e9:.2f} GB fetched in {time.monotonic() - progress.started:.0f} s, "
             "all sizes and checksums right"
@@ -715,7 +750,7 @@ def main() -> int:
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, EntryNotFoundError, httpx2.HTTPError, HFValidationError) as error:
+    except (OSError, EntryNotFoundError, httpx2.HTTPError, httpx2.InvalidURL, HFValidationError) as error:
         print(f"error: {explain(error, dataset)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

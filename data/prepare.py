@@ -13,6 +13,13 @@ the same command is given again.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import argparse
 import contextlib
 import fcntl
@@ -22,19 +29,16 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.documents import (
     OPENING_TOKENS,
     Batch,

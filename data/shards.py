@@ -15,6 +15,8 @@ import numpy as np
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_WORDS
+# This file says that the shards beside it are not all there yet.
+UNFINISHED = "download.unfinished"
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 
 
