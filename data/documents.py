@@ -271,7 +271,13 @@ def _parquet_table(path: Path, key: str):
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(path)
-    schema = table.schema_arrow
+    metadata, schema = table.metadata, table.schema_arrow
+    held = sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    if held != metadata.num_rows:
+        raise DataError(
+            f"{path}: its footer promises {metadata.num_rows} rows, its row groups hold {held}; "
+            "get this file again"
+        )
     if key not in schema.names:
         raise DataError(f"{path}: no column {key!r} (it has {', '.join(schema.names)}); give --key")
     kind = schema.types[schema.names.index(key)]
@@ -303,6 +309,8 @@ def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, be
                 share = size * after.record // max(1, table.metadata.num_rows)
                 yield Batch(path, Position(start.file, row + skip), texts[skip:], after, before + share)
             row += len(texts)
+    if row != table.metadata.num_rows:
+        raise DataError(f"{path}: {row} rows could be read of {table.metadata.num_rows}; get this file again")
 
 
 def _value(path: Path, number: int, cell) -> object:

@@ -139,10 +139,13 @@ class CaseCheck:
         found = []
         for code in (*range(1, 0xD800), *range(0xE000, 0x20000)):
             character = chr(code)
-            if code < 128 and (character.isalnum() or character.isspace()):
+            category = unicodedata.category(character)[0]
+            # Letters, marks of punctuation and symbols that NFKC leaves alone; a look at each is much faster.
+            plain = category in "LNPSZ" and unicodedata.normalize("NFKC", character) == character
+            if plain:
                 continue
             inside = self.normalise(f"x{character}x").removeprefix("x").removesuffix("x")
-            if unicodedata.category(character)[0] == "M" or not inside or re.search("[A-Za-z]", inside):
+            if category == "M" or not inside or re.search("[A-Za-z]", inside):
                 found.append(re.escape(character))
         return re.compile(f"[{''.join(found)}]")
 
