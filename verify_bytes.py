@@ -44,7 +44,8 @@ from data.documents import (
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum, number_option
+from data.options import Parser, number_option
+from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
 from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -59,6 +60,7 @@ from lossless_caps import TRANSFORMS, decode_caseops
 
 ESCAPE = "\ue004"
 BLOCK = 1 << 20
+MOST_WORKERS = 1024
 CHUNK_TOKENS = 1 << 20
 # More places than this share a passage only if it is a repetition in itself (a line of dashes).
 MOST_PLACES = 1000
@@ -1001,9 +1003,7 @@ class Proof:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; exits with usage on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", type=Path, help="folder with fineweb_*.bin")
     add(
@@ -1050,8 +1050,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.documents, options.val = expand(options.documents), expand(options.val)
     if not options.dataset.is_dir():
         raise DataError(f"{options.dataset}: no such folder; give that of a dataset")
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: must be at least 1")
+    if not 1 <= options.workers <= MOST_WORKERS:
+        raise DataError(f"--workers {options.workers}: must be at least 1 and at most {MOST_WORKERS}")
     return options
 
 

@@ -211,6 +211,8 @@ def verification(tokens: int) -> dict:
             values = (generator.zipf(1.2, count).astype(np.uint64) % 7000 + 300).astype("<u2")
             values[::800] = BOS
             write_shard(folder / f"fineweb_{kind}_000000.bin", values)
+        # With a sidecar nothing is decoded: random tokens are no text.
+        write_shard(folder / "fineweb_val_bytes_000000.bin", np.zeros(tokens // 10, "<u2"))
         began = time.perf_counter()
         subprocess.run(
             [

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import environment
 
 environment.enter()
-import argparse
 import ast
 import collections
 import contextlib
@@ -52,6 +51,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.options import Parser
 from data.shards import BOS, HEADER_BYTES, read_json_object, sha256_file, train_tokenizer, write_shard
 
 FORMAT = "parameter-golf-dataset/1"
@@ -562,9 +562,7 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
 
 def main() -> int:
     """Command line: 0 if the dataset is there, 2 after a one-line error, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        description="Build the embedded corpus from the installed Python packages."
-    )
+    parser = Parser(description="Build the embedded corpus from the installed Python packages.")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="folder to make"
     )

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import environment
 
 environment.enter()
-import argparse
 import hashlib
 import json
 import os
@@ -59,6 +58,7 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from data.demo import FORMAT, manifest_checksum
+from data.options import Parser
 from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
 
 SHARD = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
@@ -709,7 +709,7 @@ def explain(error: Exception, dataset: Dataset) -> str:
 
 def main() -> int:
     """Command line: 0 if the dataset is complete, 2 after a one-line error, 130 if interrupted."""
-    parser = argparse.ArgumentParser(description="Download a public tokenised dataset from the hub.")
+    parser = Parser(description="Download a public tokenised dataset from the hub.")
     parser.add_argument("name", help=", ".join(DATASETS))
     parser.add_argument(
         "--train-shards",

@@ -25,7 +25,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -54,6 +53,7 @@ from data.documents import (
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer, load_model
+from data.options import Parser, number_option
 from data.shards import (
     BOS,
     HEADER_BYTES,
@@ -721,7 +721,8 @@ class Preparation:
         if facts is None or not path.is_file() or sha256_file(path) != facts["sha256"]:
             facts = {"file": TOKENIZER}
             if self.settings.tokenizer is not None:
-                shutil.copyfile(self.settings.tokenizer, path)
+                # Not copyfile: its error on a full disk would name the file that is read.
+                path.write_bytes(self.settings.tokenizer.read_bytes())
             else:
                 facts["trained"] = self._train_tokenizer(path, known, start)
             processor, model = load_model(path)
@@ -1015,25 +1016,6 @@ def _lock(file: IO[str], out: Path) -> None:
 # === COMMAND LINE ===
 
 
-def number_option(
-    kind: type[int] | type[float], least: float, most: float = math.inf
-) -> Callable[[str], int | float]:
-    """A reader of option values that are `kind`, finite, at least `least` and at most `most`."""
-
-    def parse(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        if not math.isfinite(value) or not least <= value <= most:
-            limit = "" if most == math.inf else f" and at most {most:,}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least:,}{limit}")
-        return value
-
-    return parse
-
-
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -1167,7 +1149,7 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 def parse_arguments(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line; exits with usage on a wrong one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
