@@ -123,6 +123,11 @@ def standard_normaliser() -> Callable[[str], str]:
     ).Normalize
 
 
+def _units(text: str) -> np.ndarray:
+    """The UTF-16 units of `text`, which has no lone surrogate."""
+    return np.frombuffer(text.encode("utf-16-le"), dtype="<u2")
+
+
 class CaseCheck:
     """Finds documents whose capitals a CaseOps transform cannot give back after `normalise`.
 
@@ -132,22 +137,21 @@ class CaseCheck:
 
     def __init__(self, transform: str, normalise: Callable[[str], str]):
         self.transform, self.normalise = transform, normalise
-        self.applies = transform in VERSIONS
-        self._risky = self._risky_characters() if self.applies else None
+        self._risky = self._risky_units() if transform in VERSIONS else None
 
-    def _risky_characters(self) -> re.Pattern:
-        found = []
+    def _risky_units(self) -> np.ndarray:
+        """For each of the 65,536 units of UTF-16 whether it is, or begins, a character that may matter."""
+        risky = np.zeros(1 << 16, dtype=bool)
         for code in (*range(1, 0xD800), *range(0xE000, 0x20000)):
             character = chr(code)
             category = unicodedata.category(character)[0]
-            # Letters, marks of punctuation and symbols that NFKC leaves alone; a look at each is much faster.
-            plain = category in "LNPSZ" and unicodedata.normalize("NFKC", character) == character
-            if plain:
+            # What NFKC leaves alone needs no closer look, which takes most of the time.
+            if category in "LNPSZ" and unicodedata.normalize("NFKC", character) == character:
                 continue
             inside = self.normalise(f"x{character}x").removeprefix("x").removesuffix("x")
             if category == "M" or not inside or re.search("[A-Za-z]", inside):
-                found.append(re.escape(character))
-        return re.compile(f"[{''.join(found)}]")
+                risky[_units(character)[0]] = True
+        return risky
 
     def count(self, texts: list[str], place: str) -> tuple[int, str]:
         """How many of `texts` lose capitals, and the first of them behind its `place` (empty if none)."""
@@ -156,7 +160,7 @@ class CaseCheck:
 
     def loses(self, text: str) -> bool:
         """Whether the decoded tokens of `text` would be neither the text nor its normalised form."""
-        if self._risky is None or self._risky.search(text) is None:
+        if self._risky is None or not self._risky.take(_units(text)).any():
             return False
         code = self.normalise(TRANSFORMS[self.transform][0](text))
         try:
