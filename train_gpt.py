@@ -4627,7 +4627,7 @@ def warn_of_unread_settings(run: Run) -> None:
 
 
 def announce(folder: Path, state: str) -> None:
-    """Tell the launcher, in the file RUN_FOLDER_FILE if it names one, which folder this run has. Rank 0 only."""
+    """Tell the launcher, in the file RUN_FOLDER_FILE if it names one, which folder it is. Rank 0 only."""
     path = os.environ.get("RUN_FOLDER_FILE")
     if path:
         write_atomically(Path(path), f"{state} {folder.resolve()}\n".encode())
