@@ -2803,7 +2803,7 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 @numba_jit
 def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both (R,).
+    """Integers m (R,) on a trellis path from state 0 with least sum of price (goal - m)^2, both fp32 (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -2822,8 +2822,10 @@ def viterbi(goals, prices, before):
             distance = (goals[row] - np.float32(residue)) * np.float32(0.25)
             branch[residue] = prices[row] * np.float32(16) * (distance - np.rint(distance)) ** 2
         for state in range(states):
-            with_0[state] = cost[state] + branch[state & 1]
-            with_1[state] = cost[state] + branch[2 + (state & 1)]
+            cost_0 = cost[state] + branch[state & 1]
+            cost_1 = cost[state] + branch[2 + (state & 1)]
+            with_0[state] = cost_0
+            with_1[state] = cost_1
         for state in range(states):
             cost_0 = with_0[before[0, state]]
             cost_1 = with_1[before[1, state]]
