@@ -3603,6 +3603,10 @@ def deal_batches(config: Config, longest: Sequence[int]) -> list[list[int]]:
     return dealt
 
 
+# A graph of dynamic lengths does not serve the lengths 1 and 2: a dimension of 1 is compiled for itself.
+SHORTEST_CONTEXT = 16
+
+
 class ChunkBatch(NamedTuple):
     """A chunk of each of several documents, a row each, in host memory or on the device.
 
@@ -3623,7 +3627,7 @@ def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int, rows: i
     """
     ended = np.zeros(3, np.int64)
     plan = np.stack([windows[chunk] if chunk < len(windows) else ended for windows in plans])
-    context = max(2, int((plan[:, 1] - plan[:, 0]).max()) - 1)  # a size of 1 would have a graph of its own
+    context = max(SHORTEST_CONTEXT, int((plan[:, 1] - plan[:, 0]).max()) - 1)
     batch, scored, places = window_batch(tokens, plan, rows, context, packed=0)
     goes_on = torch.zeros(rows, 1)
     goes_on[: len(plans), 0] = torch.tensor([float(chunk + 1 < len(windows)) for windows in plans])
@@ -4254,7 +4258,7 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
 def train_on_validation(
     run: Run, data: Dataset, built: Built, weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What PREQUANT_TTT makes of `weights` on the validation text, in fp32, scored on both sides. Not legal."""
+    """What PREQUANT_TTT makes of `weights` on the validation text, in fp32; scored before and after."""
     model, forward, compiled = built
 
     def learn(tally: Tally) -> None:
