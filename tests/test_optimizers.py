@@ -162,7 +162,7 @@ def test_schedules():
 
 
 def test_gradients_of_two_dtypes_are_reduced_in_the_order_of_the_parameters(config):
-    """The order of a set follows addresses: ranks would differ, and all-reduces of unlike tensors would meet."""
+    """The order of a set follows addresses and so differs between ranks."""
     run = t.Run(config)
     optimizers = t.Optimizers(run, t.GPT(config, dtype=torch.bfloat16), compiled=False)
     run.world_size = 2
