@@ -117,7 +117,7 @@ def test_adapters_on_fused_operators_have_two_graphs_for_any_context(tiny, monke
 @pytest.mark.parametrize("rank, world", RANKS)
 @pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora"])
 def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank, world):
-    """Plain, sliding and learnt scores, with a hash embedding, of every rank: no graph is left to the clock."""
+    """Plain, sliding and learnt scores with a hash embedding, on every rank: none is left to the clock."""
     (tmp_path / "model.ptz").write_bytes(b"stands for an artifact")
     settings = replace(
         tiny,
