@@ -51,7 +51,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -329,6 +329,9 @@ class Config:
     ttt_eval_seq_len: int = knob(2048, "doc_lora: most tokens of context", positive)
     ttt_batch_size: int = knob(64, "doc_lora: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
+    ttt_warm_start_a: bool = knob(
+        False, "doc_lora: a stream's next batch starts from the A of its last (on by default in #1787, #1855)"
+    )
     ttt_weight_decay: float = knob(0.5, "doc_lora: weight decay of the adapters", not_negative)
     ttt_beta1: float = knob(0.0, "doc_lora: AdamW, first moment", below_one)
     ttt_beta2: float = knob(0.99, "doc_lora: AdamW, second moment", below_one)
@@ -487,6 +490,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.eval_stride <= config.eval_seq_len,
             f"EVAL_STRIDE={config.eval_stride}: must not exceed EVAL_SEQ_LEN={config.eval_seq_len}, "
             "tokens would be skipped",
+        ),
+        (
+            config.ttt_chunk_size <= config.ttt_eval_seq_len,
+            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must not exceed "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
@@ -654,6 +662,24 @@ def command_line(arguments: list[str]) -> Config:
     raise SystemExit(0)
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second: before torch 2.9
+
+
+def choose_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let CUDA's memory grow in segments, unless the user chose: rows of many lengths fragment fixed blocks.
+
+    PyTorch reads the variable when it first allocates on a GPU, so this comes before. Not measured.
+    """
+    if not environment.keys() & set(ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def describe_allocator(environment: Mapping[str, str]) -> str:
+    """What choose_allocator or the user set, for the log."""
+    chosen = [f"{name}={environment[name]}" for name in ALLOCATOR_VARIABLES if name in environment]
+    return " ".join(chosen) or "PyTorch's default"
+
+
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     if importlib.util.find_spec("torch") is None:
@@ -663,6 +689,7 @@ if __name__ == "__main__":
         )
     # Threads that spin while idle starve a busy machine 20-fold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    choose_allocator(os.environ)
 
 import numba
 import numpy as np
@@ -1127,9 +1154,15 @@ def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None =
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
 
+# Segment starts are padded to a multiple of this: each size is a graph, and FineWeb has at most about 200
+# documents in a micro-batch and 320 segments in a batch of sliding windows. That the empty segments at the
+# end cost a flash kernel nothing is not measured.
+STARTS_BLOCK = 512
+
+
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` in int32, padded with `total` (at least once) to a multiple of 64, for few shapes (#1530)."""
-    padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
+    """`starts` in int32, padded with `total` (at least once) to STARTS_BLOCK, for few shapes (#1530)."""
+    padded = np.full(-(-(len(starts) + 1) // STARTS_BLOCK) * STARTS_BLOCK, total, dtype=np.int32)
     padded[: len(starts)] = starts
     return torch.from_numpy(padded)
 
@@ -1288,9 +1321,15 @@ class Feed:
         return joined
 
 
-def to_device(batch: Batch, run: Run) -> Batch:
-    """`batch` on the device of `run`, without waiting for the copy."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), batch)
+def to_device(batch: Any, run: Run) -> Any:
+    """A Batch, or tensors in any nest, on the device of `run`, without waiting for the copy."""
+
+    def send(tensor: Tensor) -> Tensor:
+        if run.is_cuda and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # from other memory the copy would wait for the device
+        return tensor.to(run.device, non_blocking=True)
+
+    return tree_map_only(Tensor, send, batch)
 
 
 class Validation(NamedTuple):
@@ -2039,12 +2078,17 @@ class LoRA(nn.Module):
         self.scale = config.ttt_lora_alpha / rank if config.ttt_lora_alpha else 1.0
 
     @torch.no_grad()
-    def reset(self, seed: int) -> None:
-        """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
-        generator = torch.Generator(self.read["head"].device).manual_seed(seed)
-        for read, write in zip(self.read.values(), self.write.values(), strict=True):
-            bound = read.size(-1) ** -0.5
-            read.uniform_(-bound, bound, generator=generator)
+    def reset(self, seed: int | None) -> None:
+        """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero.
+
+        Without a seed A stays as it is (#1787).
+        """
+        if seed is not None:
+            generator = torch.Generator(self.read["head"].device).manual_seed(seed)
+            for read in self.read.values():
+                bound = read.size(-1) ** -0.5
+                read.uniform_(-bound, bound, generator=generator)
+        for write in self.write.values():
             write.zero_()
 
     def per_visit(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -3450,27 +3494,41 @@ def pack_source(source: str) -> tuple[str, str]:
 # `mode(run, ..., tally)` and give it a name in `evaluation_modes` (section MAIN).
 
 
-def plan_windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
+def plan_windows(length: int, context: int, stride: int) -> np.ndarray:
     """A plan that scores every target 1 ... length-1 once: (W, 3) int64 rows of windows.
 
-    A row holds the first input, the end of the targets and the first target to score. The first window scores
-    `first` targets (0: as many as it sees), every later one `stride`; none has more than `context` inputs.
+    A row holds the first input, the end of the targets and the first target to score. The first window
+    scores as many targets as it sees, every later one `stride`. Windows lie `stride` apart, the last too, as
+    published (#1413): where the text ends early it has fewer than `context` inputs.
     """
-    first = first or context
     last = length - 1
-    ends = np.minimum(np.arange(first, max(first, last) + stride, stride), last)
+    ends = np.minimum(np.arange(context, max(context, last) + stride, stride), last)
     ends = ends[: np.searchsorted(ends, last) + 1]
     scored_before = np.concatenate([[0], ends[:-1]])
     starts = np.maximum(0, scored_before + stride - context) * (scored_before > 0)
     return np.stack([starts, ends + 1, scored_before + 1], 1).astype(np.int64)
 
 
+def plan_chunks(length: int, context: int, chunk: int) -> np.ndarray:
+    """The plan (as plan_windows) of a document that is scored in chunks: every window ends with its chunk.
+
+    It reaches back over all the `context` inputs that it may have, the last one too (#1530).
+    """
+    scored_before = np.arange(0, length - 1, chunk)
+    ends = np.minimum(scored_before + chunk, length - 1)
+    return np.stack([np.maximum(0, ends - context), ends + 1, scored_before + 1], 1).astype(np.int64)
+
+
 class Score(NamedTuple):
-    """Sums over scored targets, and the one place where they become bits per byte."""
+    """Sums over scored targets, and the one place where they become bits per byte.
+
+    `losses` (N,) fp32 are the nats of every target, where they are still known.
+    """
 
     nats: float
     tokens: float
     bytes: float
+    losses: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -3513,11 +3571,11 @@ class Tally:
         if wrong:
             raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
         total_bytes = int(self.validation.bytes[1:].sum())
-        return Score(self.nats.double().sum().item(), len(self.nats) - 1, total_bytes)
+        return Score(self.nats.double().sum().item(), len(self.nats) - 1, total_bytes, self.nats)
 
 
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
-    """The score of all validation tokens by `how`; logs it and leaves its parts in documents.npz."""
+    """The score of all validation tokens by `how`; logs it."""
     began = run.now()
     tally = Tally(run, validation)
     how(tally)
@@ -3531,35 +3589,37 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
     }
     run.metric("score", stage=stage, seconds=seconds, **facts)
     run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
-    if run.is_main:
-        save_document_sums(run.folder / "documents.npz", tally)
     return result
 
 
-def save_document_sums(path: Path, tally: Tally) -> None:
-    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document."""
-    documents = find_documents(tally.validation.tokens)
+def save_document_sums(path: Path, validation: Validation, losses: Tensor) -> None:
+    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document.
+
+    `losses` (N,) are those of a Score. Takes a second per ten million tokens: not for the evaluation clock.
+    """
+    documents = find_documents(validation.tokens)
     if len(documents) == 0:
         return
     firsts = documents[:, 0]
     sizes = documents[:, 1] - firsts - 1
-    nats = tally.nats[1:].double().cpu().numpy()
+    nats = losses[1:].double().cpu().numpy()
     position = np.arange(1, len(nats) + 1) - np.repeat(firsts, sizes)
     octave = np.log2(position).astype(int)
     sums = {"tokens": sizes, "position_start": 2 ** np.arange(octave.max() + 1)}
-    for kind, values in (("nats", nats), ("bytes", tally.validation.bytes[1:].astype(np.int64))):
+    for kind, values in (("nats", nats), ("bytes", validation.bytes[1:].astype(np.int64))):
         sums[kind] = np.add.reduceat(values, firsts)
         sums[f"position_{kind}"] = np.bincount(octave, values)
     np.savez(path, **sums)
 
 
 def window_batch(
-    tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool
+    tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: int
 ) -> tuple[Batch, Tensor, Tensor]:
     """The windows of `plan` as one batch of `rows` rows of `context` tokens; rows without a window are zeros.
 
-    With `packed` the rows lie one behind the other and attention stays within documents. Also returns the
-    mask of the scored targets (rows, context) and their places (N,) in `tokens`.
+    With `packed` the rows lie one behind the other and attention stays within documents. A document runs on
+    from row to row where the windows do, as published (#1530), but not into a row whose number `packed`
+    divides. Also returns the mask of the scored targets (rows, context) and their places (N,) in `tokens`.
     """
     place = plan[:, :1] + np.arange(context + 1)
     inside = place < plan[:, 1:2]
@@ -3571,26 +3631,30 @@ def window_batch(
     targets = torch.from_numpy(ids[:, 1:].copy())
     batch = Batch(inputs, targets)
     if packed:
-        starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
+        runs_on = np.zeros(rows, dtype=bool)
+        runs_on[1 : len(plan)] = plan[1:, 0] == plan[:-1, 0] + context
+        runs_on[::packed] = False
+        starts = segment_starts(ids[:, :-1].reshape(-1), context, np.flatnonzero(~runs_on) * context)
         batch = Batch(inputs.view(1, -1), targets.view(1, -1), starts, context)
     return batch, torch.from_numpy(scored), torch.from_numpy(place[:, 1:][scored[: len(plan)]])
 
 
 @torch.no_grad()
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
-    """Score the targets of the windows of `plan`, of which each rank takes an equal part."""
+    """Score the targets of the windows of `plan`, in batches that do not depend on the number of ranks."""
     config = run.config
     context = config.eval_seq_len
     rows = max(1, config.val_batch_tokens // STREAMS // context)
-    first = len(plan) * run.rank // run.world_size
-    end = len(plan) * (run.rank + 1) // run.world_size
-    mine = plan[first:end]
-    for row in run.progress("windows", range(0, len(mine), rows)):
+    packed = rows if config.loader == "packed" else 0
+    mine = range(0, len(plan), rows)[run.rank :: run.world_size]
+    for row in run.progress("windows", mine):
         batch, scored, places = window_batch(
-            tally.validation.tokens, mine[row : row + rows], rows, context, config.loader == "packed"
+            tally.validation.tokens, plan[row : row + rows], rows, context, packed
         )
-        losses = forward(to_device(batch, run)).view(rows, -1)
-        tally.add(losses[scored.to(run.device)], places.to(run.device))
+        # Which losses are scored is found on the host: a mask on the device would have it wait for a count.
+        chosen = scored.flatten().nonzero()[:, 0]
+        batch, chosen, places = to_device((batch, chosen, places), run)
+        tally.add(forward(batch).flatten()[chosen], places)
 
 
 def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
@@ -3625,12 +3689,16 @@ def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
 
 
 class Learner:
-    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
+    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`.
+
+    `model` is a GPT, or one that is compiled: a step has as many rows as the largest before it, the missing
+    ones empty, so that a text that ends in a shorter step needs no graph of its own.
+    """
 
     def __init__(
         self,
         run: Run,
-        model: GPT,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         clip: float,
         batch_seqs: int,
@@ -3648,6 +3716,7 @@ class Learner:
         self.parameters = list(model.parameters())
         self.frozen = frozen_rows(model, freeze)
         self.weights = hash_weights(model)
+        self.rows = 0  # of the largest step so far
 
     def learn(self, tokens: np.ndarray, first: int, last: int, rate: float, epochs: int = 1) -> None:
         """`epochs` passes over the whole rows of EVAL_SEQ_LEN targets among tokens[first + 1:last + 1]."""
@@ -3666,14 +3735,19 @@ class Learner:
         run.ledger("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
 
     def learn_rows(self, tokens: np.ndarray, plan: np.ndarray) -> None:
-        """One step on the windows of `plan`, dealt to the ranks if the step is shared."""
+        """One step on the windows of `plan`; if it is shared, each stream has a part of adjacent ones."""
         run = self.run
         length = run.config.eval_seq_len
-        mine = plan[run.rank :: run.world_size] if self.shared else plan
+        part = len(plan)
+        mine = plan
+        if self.shared:
+            part = -(-len(plan) // STREAMS)
+            mine = np.concatenate([plan[stream * part : (stream + 1) * part] for stream in run.streams])
         if len(mine) > 0:  # else this rank only takes part in the sum
-            batch, _, _ = window_batch(tokens, mine, len(mine), length, self.packed)
-            losses = self.model(to_device(batch, run))
-            (losses.sum() / (len(plan) * length)).backward()
+            self.rows = max(self.rows, len(mine))
+            batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
+            losses = self.model(to_device(batch, run)).view(self.rows, length)
+            (losses[: len(mine)].sum() / (len(plan) * length)).backward()
         self.step()
 
     @torch.no_grad()
@@ -3687,18 +3761,34 @@ class Learner:
         for parameter, rows in self.frozen:
             parameter.grad[rows] = 0
         nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        kept = [parameter[rows].clone() for parameter, rows in self.frozen]
+        kept = self.copy_frozen()
         self.optimizer.step()
-        for (parameter, rows), before in zip(self.frozen, kept, strict=True):
-            parameter[rows] = before
+        self.put_back(kept)
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def average_over_ranks(self) -> None:
+        """The weights become their mean over ranks; frozen ones stay: a sum of equal values may round."""
+        kept = self.copy_frozen()
+        for parameter in self.parameters:
+            self.run.sum_over_ranks(parameter.data).div_(self.run.world_size)
+        self.put_back(kept)
 
-def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
+    def copy_frozen(self) -> list[Tensor]:
+        """The frozen rows of each parameter that has any."""
+        return [parameter[rows].clone() for parameter, rows in self.frozen]
+
+    def put_back(self, kept: list[Tensor]) -> None:
+        """Write what copy_frozen gave."""
+        for (parameter, rows), before in zip(self.frozen, kept, strict=True):
+            parameter[rows] = before
+
+
+def chunk_sgd(run: Run, model: nn.Module, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
     """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
 
-    The last chunk is not learnt. A window belongs to the chunk of the first target that it scores, so all
-    targets of a chunk are scored before any of them is learnt.
+    `forward` scores, `model` learns (see Learner). The last chunk is not learnt. A window belongs to the
+    chunk of the first target that it scores, so all targets of a chunk are scored before any is learnt.
     """
     config = run.config
     tokens = tally.validation.tokens
@@ -3754,20 +3844,71 @@ def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndar
     return [batches[first:end] for first, end in itertools.pairwise(cuts) if first < len(batches)]
 
 
-def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int) -> tuple[Batch, Tensor, Tensor]:
-    """As window_batch, a row per document: its window number `chunk`, or nothing if its plan has ended."""
+def deal_batches(config: Config, longest: Sequence[int]) -> list[list[int]]:
+    """The places of the batches of documents that each stream takes: always the one with the least work.
+
+    The work of a batch is its padded tokens, which follow from the length of its `longest` document. The same
+    for any number of ranks.
+    """
+    work = [0] * STREAMS
+    dealt: list[list[int]] = [[] for _ in range(STREAMS)]
+    for place, length in enumerate(longest):
+        plan = plan_chunks(length, config.ttt_eval_seq_len, config.ttt_chunk_size)
+        stream = work.index(min(work))
+        work[stream] += int((plan[:, 1] - plan[:, 0] - 1).sum())
+        dealt[stream].append(place)
+    return dealt
+
+
+# A graph of dynamic lengths does not serve the lengths 1 and 2: a dimension of 1 is compiled for itself.
+SHORTEST_CONTEXT = 16
+
+
+class ChunkBatch(NamedTuple):
+    """A chunk of each of several documents, a row each, in host memory or on the device.
+
+    `chosen` (N,) are the places of the scored losses among all of the batch, `places` (N,) those of their
+    targets in the text; `weight` (B, T) fp32 is what each loss counts in what is learnt next.
+    """
+
+    batch: Batch
+    chosen: Tensor
+    places: Tensor
+    weight: Tensor
+
+
+def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int, rows: int) -> ChunkBatch:
+    """Window number `chunk` of each plan in `rows` rows; a row is empty where a plan has ended or none is.
+
+    Documents that have a later chunk learn the mean of this one's losses.
+    """
     ended = np.zeros(3, np.int64)
     plan = np.stack([windows[chunk] if chunk < len(windows) else ended for windows in plans])
-    context = int((plan[:, 1] - plan[:, 0]).max()) - 1
-    return window_batch(tokens, plan, len(plan), context, packed=False)
+    context = max(SHORTEST_CONTEXT, int((plan[:, 1] - plan[:, 0]).max()) - 1)
+    batch, scored, places = window_batch(tokens, plan, rows, context, packed=0)
+    goes_on = torch.zeros(rows, 1)
+    goes_on[: len(plans), 0] = torch.tensor([float(chunk + 1 < len(windows)) for windows in plans])
+    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    return ChunkBatch(batch, scored.flatten().nonzero()[:, 0], places, weight)
 
 
 def adapt_documents(
-    run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int
+    run: Run,
+    forward: Callable[..., Tensor],
+    tally: Tally,
+    documents: np.ndarray,
+    seed: int | None,
+    lora: LoRA | None = None,
 ) -> None:
-    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530)."""
+    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530).
+
+    There are always TTT_BATCH_SIZE adapters, of which the last may have no document: a batch of another size
+    would be compiled anew. They start from `seed`, or without one from the A in `lora`.
+    """
     config = run.config
-    lora = LoRA(config, len(documents), run.device)
+    rows = config.ttt_batch_size
+    if lora is None:
+        lora = LoRA(config, rows, run.device)
     lora.reset(seed)
     optimizer = torch.optim.AdamW(
         lora.parameters(),
@@ -3779,30 +3920,48 @@ def adapt_documents(
     )
     plans = []
     for first, end in documents:
-        plan = plan_windows(
-            end - first, config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size
-        )
-        plans.append(plan + first)
+        plans.append(first + plan_chunks(end - first, config.ttt_eval_seq_len, config.ttt_chunk_size))
     chunks = max(len(plan) for plan in plans)
     for chunk in range(chunks):
-        batch, scored, places = chunk_batch(tally.validation.tokens, plans, chunk)
-        batch = to_device(batch, run)
-        scored = scored.to(run.device)
-        goes_on = torch.tensor([chunk + 1 < len(plan) for plan in plans], device=run.device)
-        weight = (scored * goes_on[:, None]) / scored.sum(1, keepdim=True).clamp_min(1)
+        # All of it is prepared on the host: nothing here waits for the device.
+        prepared = chunk_batch(tally.validation.tokens, plans, chunk, rows)
+        batch, chosen, places, weight = to_device(prepared, run)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
-                tally.add(losses.detach()[scored], places.to(run.device))
+                tally.add(losses.detach().flatten()[chosen], places)
             if learning:
                 (losses * weight).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
 
-def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
+def adapt_phase(
+    run: Run,
+    forward: Callable[..., Tensor],
+    tally: Tally,
+    batches: list[np.ndarray],
+    phase: int,
+    first_seed: int,
+    lora: LoRA,
+) -> None:
+    """Score this rank's share of the `batches` (documents (N, 2) each) of a phase, stream by stream.
+
+    With TTT_WARM_START_A a batch starts from the A of the stream's batch before it, if that was full (#1787).
+    """
+    config = run.config
+    dealt = deal_batches(config, [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches])
+    mine = [(place, turn) for stream in run.streams for turn, place in enumerate(dealt[stream])]
+    kept = False
+    for place, turn in run.progress(f"val:ttt phase {phase + 1}", mine):
+        seed = None if kept and turn > 0 else first_seed + place
+        adapt_documents(run, forward, tally, batches[place], seed, lora)
+        kept = config.ttt_warm_start_a and len(batches[place]) == config.ttt_batch_size
+
+
+def learn_documents(run: Run, model: nn.Module, tokens: np.ndarray, documents: np.ndarray) -> None:
     """One phase of SGD of all weights on the joined `documents` (N, 2), which are scored (#1610).
 
     The last chunk is left out.
@@ -3834,24 +3993,25 @@ def phase_rate(config: Config, chunk: int, count: int) -> float:
     return start + (config.global_ttt_lr - start) * chunk / warmup
 
 
-def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
-    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626)."""
+def doc_lora(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626).
+
+    `forward` takes adapters, `model` learns (see Learner).
+    """
+    config = run.config
     tokens = tally.validation.tokens
     documents = find_documents(tokens)
-    phases = schedule_documents(run.config, documents[:, 1] - documents[:, 0])
+    phases = schedule_documents(config, documents[:, 1] - documents[:, 0])
+    lora = LoRA(config, config.ttt_batch_size, run.device)
     scored: list[np.ndarray] = []
-    batches_before = 0
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        for place, batch in enumerate(run.progress(f"val:ttt phase {phase + 1}", batches)):
-            if stream_of_batch(place) in run.streams:
-                adapt_documents(run, forward, tally, documents[batch], seed=batches_before + place)
-            scored.append(batch)
-        batches_before += len(batches)
+        adapt_phase(run, forward, tally, [documents[batch] for batch in batches], phase, len(scored), lora)
+        scored += batches
         count = sum(len(batch) for batch in scored)
         run.ledger("scored", phase=phase, documents=count, weights=hash_weights(model))
         if phase + 1 < len(phases):
-            prefix = learnt_prefix(run.config, scored, phase)
+            prefix = learnt_prefix(config, scored, phase)
             run.log(
                 f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{count}/{len(documents)} "
                 f"learning {len(prefix)} of them"
@@ -3862,22 +4022,13 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     model.requires_grad_(True)
 
 
-def stream_of_batch(place: int) -> int:
-    """The stream that takes the batch at `place` of a phase.
-
-    Batches are dealt back and forth: they fall in length, and no stream shall get the longest of every round.
-    """
-    turn = place % (2 * STREAMS)
-    return min(turn, 2 * STREAMS - 1 - turn)
-
-
 def learnt_prefix(config: Config, scored: list[np.ndarray], phase: int) -> np.ndarray:
     """The numbers of the documents that are learnt after `phase`: the shortest of those scored so far."""
     shortest_first = np.concatenate(scored[::-1])
     return shortest_first[: config.phased_ttt_prefix_docs * (phase + 1) // config.phased_ttt_num_phases]
 
 
-def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
+def prequant_ttt(run: Run, model: nn.Module, validation: Validation) -> None:
     """Train on the validation tokens before scoring (#1735), averaging ranks after each pass. Not legal."""
     config = run.config
     tokens = validation.tokens
@@ -3900,12 +4051,45 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
         rate = config.prequant_ttt_lr * (0.1 + 0.9 * cosine_decay(epoch, epochs + 1))
         for first in range(run.rank * size, last, run.world_size * size):
             learner.learn(tokens, first, min(first + size, last), rate)
+        learner.average_over_ranks()
         with torch.no_grad():
             for parameter, mean in zip(learner.parameters, average, strict=True):
-                run.sum_over_ranks(parameter.data).div_(run.world_size)
                 mean.lerp_(parameter, share)
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
+
+
+def rehearsal_text(config: Config) -> np.ndarray:
+    """Random tokens (N,) with which every rank meets every shape of the evaluation, the longest context too.
+
+    That is a batch of windows for each of 8 ranks, two chunks to score and learn, a chunk for each rank to
+    learn before quantising; and a batch of documents for each stream and one more, so that a phase is learnt.
+    """
+    rows = max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
+    needed = max(STREAMS * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
+    if config.prequant_ttt_enabled:
+        needed = max(needed, STREAMS * config.prequant_ttt_chunk_tokens + 1)
+    document = config.ttt_eval_seq_len + config.ttt_chunk_size
+    count = -(-needed // document)
+    if config.ttt_enabled and config.ttt_mode == "doc_lora":
+        count = max(count, STREAMS * config.ttt_batch_size + 1)
+    tokens = np.random.default_rng(0).integers(2, config.vocab_size, count * document)
+    tokens[::document] = BOS
+    return tokens.astype("<u2")
+
+
+def shorten(config: Config) -> Config:
+    """`config` with one pass where there are several, and phases after the first batches of documents."""
+    phases = config.phased_ttt_num_phases
+    document = config.ttt_eval_seq_len + config.ttt_chunk_size
+    learnt = phases * -(-2 * config.global_ttt_chunk_tokens // document)
+    return dataclasses.replace(
+        config,
+        ttt_epochs=1,
+        global_ttt_epochs=1,
+        prequant_ttt_epochs=1,
+        phased_ttt_prefix_docs=max(1, min(config.phased_ttt_prefix_docs, learnt)),
+    )
 
 
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
@@ -3915,14 +4099,15 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     """
     began = run.now()
     config = run.config
-    document = 3 * config.ttt_chunk_size
-    count = STREAMS * config.ttt_batch_size * document
-    tokens = np.random.default_rng(0).integers(2, config.vocab_size, count)
-    tokens[::document] = BOS
-    for how in stages.values():
-        validation = Validation(tokens.astype("<u2"), np.zeros(count, np.int32), "random")
-        how(Tally(run, validation))
-    run.log(f"rehearsal: {', '.join(stages)} on {count} random tokens in {run.now() - began:.1f}s, untimed")
+    tokens = rehearsal_text(config)
+    run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens, untimed")
+    run.config = shorten(config)
+    try:
+        for how in stages.values():
+            how(Tally(run, Validation(tokens, np.zeros(len(tokens), np.int32), "random")))
+    finally:
+        run.config = config
+    run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
 
 
 # === TRAIN ===
@@ -3951,7 +4136,9 @@ def build(run: Run) -> Built:
     config = run.config
     torch.manual_seed(config.seed)
     compiled = config.compile == "on" or (config.compile == "auto" and run.is_cuda)
-    torch._dynamo.config.recompile_limit = 64  # one per number of 64 segment starts and loop state
+    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
+    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
+    torch._dynamo.config.specialize_float = True
     attend = pick_attention(config, run)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
@@ -4065,15 +4252,15 @@ def to_cpu(state: Any) -> Any:
 def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Batch]:
     """A packed batch with every number of segment starts that training may meet: shapes to be compiled.
 
-    From the fewest starts that a batch can have to one size (64) more than the first WARMUP_STEPS steps have.
+    From the fewest that a batch can have to half as many again as the first WARMUP_STEPS steps have.
     """
     batch = feed.get(0)[0]
-    seen = [len(one.starts) for step in range(config.warmup_steps) for one in feed.load(step)]
     total = batch.inputs.numel()
+    seen = [int((one.starts < total).sum()) for step in range(config.warmup_steps) for one in feed.load(step)]
     fewest = pad_starts(np.arange(0, total, batch.longest), total)
-    most = max(seen, default=0) + 64
+    most = pad_starts(np.zeros(max(seen, default=0) * 3 // 2), total)
     batches = []
-    for size in range(len(fewest), most + 1, 64):
+    for size in range(len(fewest), max(len(fewest), len(most)) + 1, STARTS_BLOCK):
         starts = F.pad(fewest, (0, size - len(fewest)), value=total)
         batches.append(batch._replace(starts=starts.to(device)))
     return batches
@@ -4325,14 +4512,24 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
 
-def train_on_validation(run: Run, data: Dataset, model: GPT) -> dict[str, Tensor]:
-    """The fp32 weights after PREQUANT_TTT on the validation text, with scores before and after. Not legal."""
+def train_on_validation(
+    run: Run, data: Dataset, built: Built, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PREQUANT_TTT makes of `weights` on the validation text, in fp32; scored before and after."""
+    model, forward, compiled = built
+
+    def learn(tally: Tally) -> None:
+        prequant_ttt(run, forward, tally.validation)
+
+    plain = functools.partial(score_sliding, run, forward, run.config.eval_seq_len)
+    if compiled:
+        rehearse(run, {"plain": plain, "prequant_ttt": learn})
+        model.load_state_dict(weights)
     began = run.now()
     validation = load_validation(data)
     run.ledger("validation_read")
-    plain = functools.partial(score_sliding, run, model, run.config.eval_seq_len)
     before = measure(run, validation, "before prequant_ttt", plain)
-    prequant_ttt(run, model, validation)
+    prequant_ttt(run, forward, validation)
     after = measure(run, validation, "prequant_ttt", plain)
     weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     facts = {"before_bpb": before.bpb, "after_bpb": after.bpb, "prequant_ttt_seconds": run.now() - began}
@@ -4351,7 +4548,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     model.load_state_dict(weights)
     model.looped = saved["looped"]
     if run.config.prequant_ttt_enabled:
-        weights = train_on_validation(run, data, model)
+        weights = train_on_validation(run, data, built, weights)
     began = run.now()
     moments = collect_moments(run, model, data)
     calibration_seconds = run.now() - began
@@ -4416,12 +4613,19 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     if config.sliding_window_enabled:
         modes["sliding"] = functools.partial(score_sliding, run, forward, config.eval_stride)
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
-        modes["ttt"] = functools.partial(chunk_sgd, run, model, forward)
+        modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
-        modes["ttt"] = functools.partial(doc_lora, run, model, adapted)
+        modes["ttt"] = functools.partial(doc_lora, run, forward, adapted)
     return modes
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Put `weights` into the model; a hash embedding, which is in no file, is zero again."""
+    if model.hash_embed is not None:
+        weights = weights | {"hash_embed": torch.zeros_like(model.hash_embed)}
+    model.load_state_dict(weights)
 
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
@@ -4436,8 +4640,14 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
+    if config.ttt_enabled and config.hash_embed_enabled:
+        # Zero until it is learnt, and there from the rehearsal on: a parameter more is another graph.
+        rows = torch.zeros(config.hash_embed_size, config.model_dim, device=run.device)
+        model.hash_embed = nn.Parameter(rows)
     if built.compiled:
         rehearse(run, modes)
+    graphs = compiled_graphs()
+
     began = run.now()
     run.ledger("eval_clock_start")
     run.ledger("validation_read")
@@ -4446,24 +4656,28 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
         f"val_bpb:{validation.source}:enabled"
     )
-    scores = {}
-    if config.eval_prequant:
-        scores |= score_unquantized(run, data, model, validation, modes["quantized"])
-    model.load_state_dict(assemble_weights(model.table, tensors))
+    load_weights(model, assemble_weights(model.table, tensors))
+    bpb = {}
     for mode, how in modes.items():
-        if mode == "ttt" and config.hash_embed_enabled:
-            rows = torch.zeros(config.hash_embed_size, config.model_dim, device=run.device)
-            model.hash_embed = nn.Parameter(rows)
-        scores[mode] = measure(run, validation, mode, how)
+        final = measure(run, validation, mode, how)
+        bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
-    final = scores[next(reversed(scores))]
+    seconds = run.now() - began
+
+    late = warn_of_late_graphs(run, graphs)
+    if run.is_main and final.losses is not None:
+        save_document_sums(run.folder / "documents.npz", validation, final.losses)
+    if config.eval_prequant:
+        bpb = score_unquantized(run, data, model, validation, modes["quantized"]) | bpb
+        load_weights(model, assemble_weights(model.table, tensors))
     facts = {
         "val_bpb": final.bpb,
         "val_loss": final.loss,
         "val_tokens": final.tokens,
         "val_bytes": final.bytes,
-        "bpb": {mode: score.bpb for mode, score in scores.items()},
-        "eval_seconds": run.now() - began,
+        "bpb": bpb,
+        "eval_seconds": seconds,
+        "graphs_inside_eval_clock": late,
         "artifact_bytes": path.stat().st_size,
         "artifact_sha256": digest,
     }
@@ -4471,16 +4685,24 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     run.on_main_rank(lambda: summarize(run, data))
 
 
+def warn_of_late_graphs(run: Run, before: int) -> int:
+    """How many graphs the ranks have compiled since there were `before`; a warning if any."""
+    late = int(run.sum_over_ranks(torch.tensor(compiled_graphs() - before, device=run.device)))
+    if late:
+        run.log(f"warning: compile: {late} graphs inside the evaluation clock that the rehearsal has not met")
+    return late
+
+
 def score_unquantized(
     run: Run, data: Dataset, model: GPT, validation: Validation, how: Callable[[Tally], None]
-) -> dict[str, Score]:
-    """The score of the weights before quantisation, if this run has them, to compare the artifact with."""
+) -> dict[str, float]:
+    """The BPB of the weights before quantisation, if this run has them: a diagnostic, off the clock."""
     saved = None if run.config.artifact else load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
         return {}
-    model.load_state_dict(saved["average"])
-    return {"prequant": measure(run, validation, "prequant", how)}
+    load_weights(model, saved["average"])
+    return {"prequant": measure(run, validation, "prequant", how).bpb}
 
 
 def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bool) -> dict[str, Any]:
@@ -4605,6 +4827,7 @@ def log_header(run: Run, data: Dataset) -> None:
         shape = "x".join(map(str, spec.shape))
         run.log(f"  {name:<24}{shape:<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
     if run.is_cuda:
+        run.log(f"allocator: {describe_allocator(os.environ)}")
         gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
         run.log(gpus, console=False)
     warn_of_unread_settings(run)

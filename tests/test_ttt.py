@@ -186,9 +186,7 @@ def test_without_learning_documents_score_like_their_windows(tiny):
     tokens, model = stream(config), build(config)
     expected = torch.zeros(len(tokens))
     for a, b in t.find_documents(tokens):
-        for start, end, first in t.plan_windows(
-            b - a, config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size
-        ):
+        for start, end, first in t.plan_chunks(b - a, config.ttt_eval_seq_len, config.ttt_chunk_size):
             ids = torch.from_numpy(tokens[a + start : a + end].astype(np.int64))[None]
             with torch.no_grad():
                 expected[a + first : a + end] = model(t.Batch(ids[:, :-1], ids[:, 1:]))[
@@ -251,7 +249,7 @@ def test_document_adapters_equal_their_description(tiny):
     expected, squares = torch.zeros(len(tokens)), {}
     for steps, low in enumerate(range(0, b - a - 1, size), 1):
         high = min(low + size, b - a - 1)
-        start = max(0, low + size - context)
+        start = max(0, high - context)
         ids = torch.from_numpy(tokens[a + start : a + high + 1].astype(np.int64))[None]
         losses = model(t.Batch(ids[:, :-1], ids[:, 1:]), lora=alone)[0, low - start :]
         expected[a + low + 1 : a + high + 1] = losses.detach()
@@ -395,8 +393,8 @@ def test_prequant_epochs_follow_the_published_rates(tiny, monkeypatch):
     ]
 
 
-def test_the_rehearsal_sees_random_tokens_and_leaves_no_trace(tiny):
-    config = replace(tiny, **MODES["doc_lora phased"] | {"phased_ttt_prefix_docs": 2000})
+def test_the_rehearsal_sees_random_tokens_and_learns_a_phase(tiny):
+    config = replace(tiny, **MODES["doc_lora phased"], val_batch_tokens=256, ttt_chunk_tokens=64)
     run, model = t.Run(config), build(config)
     before, lengths = copy.deepcopy(model.state_dict()), []
 
@@ -405,8 +403,13 @@ def test_the_rehearsal_sees_random_tokens_and_leaves_no_trace(tiny):
         t.doc_lora(run, model, model, tally)
 
     t.rehearse(run, {"ttt": how})
-    assert lengths == [t.STREAMS * 3 * config.ttt_chunk_size] and model.hash_embed is None
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (length,) = lengths
+    assert length == (t.STREAMS + 1) * 40 and model.hash_embed is None, (
+        "nine documents, a chunk over the context"
+    )
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert "qo" in moved, "a phase is rehearsed, so evaluate_stage loads the weights again"
+    assert run.config is config
 
 
 @pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora"])
