@@ -30,6 +30,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import dataclasses
+import decimal
 import difflib
 import fcntl
 import functools
@@ -54,7 +55,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +86,7 @@ below_one = Check(lambda value: 0 <= value < 1, "must be at least 0 and less tha
 fraction = Check(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 vocabulary_size = Check(lambda value: 5 <= value <= 65_536, "must be 5 to 65536")
 trellis_size = Check(lambda value: value in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
+not_negative_or_measured = Check(lambda value: value == -1 or value >= 0, "must not be negative (or -1)")
 bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
@@ -212,7 +214,9 @@ class Config:
     )
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
     max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration", not_negative)
+    gptq_reserve_seconds: float = knob(
+        -1.0, "part of the budget kept for calibration; -1: what warm-up measures", not_negative_or_measured
+    )
     warmup_steps: int = knob(
         20, "untimed steps per loop state before the clock; all is restored after", not_negative
     )
@@ -237,6 +241,9 @@ class Config:
     )
     wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
+    embed_master_fp32: bool = knob(
+        False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
+    )
     embed_wd: float = knob(0.085, "weight decay of the embedding", not_negative)
     scalar_lr: float = knob(0.02, "Adam step of gains, scales, mixes and gates", positive)
     adam_wd: float = knob(0.02, "weight decay of gains, scales, mixes and gates", not_negative)
@@ -439,7 +446,8 @@ class Config:
 # call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
 
 
-# Streams of data: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same.
+# Streams of data: 8 ranks have one each, fewer ranks take several in turn, more ranks share each one. The
+# batch stays the same.
 STREAMS = 8
 TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
 
@@ -596,15 +604,29 @@ SWITCHES = {
 }
 
 
+def find_near_miss(name: str, known: Sequence[str]) -> tuple[str, bool]:
+    """The one of the `known` settings that `name` nearly is (empty: none), and whether it must be meant.
+
+    It must where the two share a word that several settings have (NUM_HEAD, MATRX_LR): MODEL_DIR, COMPILER or
+    DATA_DIRS may as well belong to another program.
+    """
+    near = difflib.get_close_matches(name, known, 1, 0.85)
+    if not near:
+        return "", False
+    words = [set(setting.split("_")) for setting in known]
+    shared = set(name.split("_")) & set(near[0].split("_"))
+    return near[0], any(sum(word in others for others in words) > 1 for word in shared)
+
+
 def refuse_variable(name: str, text: str, known: Sequence[str]) -> None:
     """Stop if `name`, which sets nothing, is a refused variable or one of the `known` misspelt."""
     if name in REFUSED:
         raise Stop(f"{name}={text}: {REFUSED[name]}; unset {name}")
     if name in NOT_OURS or name in FIXED:
         return
-    near = difflib.get_close_matches(name, known, 1, 0.85)
-    if near:
-        raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+    near, certain = find_near_miss(name, known)
+    if certain:
+        raise Stop(f"{name}={text}: not a setting; did you mean {near}? (or unset {name})")
 
 
 def refuse_other_values(environment: Mapping[str, str], config: Config) -> None:
@@ -635,11 +657,63 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         if text.lower() not in SWITCHES:
             raise Stop(f"{name}={text}: must be 0 or 1")
         return SWITCHES[text.lower()]
+    if kind is int:
+        return parse_integer(name, text)
     try:
-        number = float(text)
-        return kind(number if number.is_integer() else text)
+        return float(text)
     except ValueError:
-        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+        raise Stop(f"{name}={text}: must be a number") from None
+
+
+def parse_integer(name: str, text: str) -> int:
+    """The whole number in `text`, exactly: PyTorch's seeds and sizes are int64."""
+    try:
+        number = decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        raise Stop(f"{name}={text}: must be a whole number") from None
+    if not number.is_finite():
+        raise Stop(f"{name}={text}: must be a whole number")
+    if not -(2**63) < number < 2**63:
+        raise Stop(f"{name}={text}: must be less than 2^63 = {2**63} in size")
+    if number != int(number):
+        raise Stop(f"{name}={text}: must be a whole number")
+    return int(number)
+
+
+class Place(NamedTuple):
+    """Which of the processes this one is, of all and on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """What torchrun says in the `environment`; one process without it. Stop if that cannot be true."""
+    remedy = "torchrun sets it; unset it for one process"
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = environment.get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise Stop(f"{name}={text}: not a number of processes; {remedy}")
+        if name in environment:
+            numbers[name] = int(text)
+    if "WORLD_SIZE" not in numbers:
+        for name, number in numbers.items():
+            raise Stop(f"{name}={number} without WORLD_SIZE: {remedy}")
+        return Place(0, 1, 0)
+
+    count = numbers["WORLD_SIZE"]
+    if count == 0 or (STREAMS % count != 0 and count % STREAMS != 0):
+        raise Stop(f"WORLD_SIZE={count}: must be 1, 2, 4, 8 or a multiple of 8; {remedy}")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if count > 1 and name not in environment:
+            raise Stop(f"WORLD_SIZE={count} without {name}: {remedy}")
+    place = Place(numbers.get("RANK", 0), count, numbers.get("LOCAL_RANK", 0))
+    for name, number in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+        if number >= count:
+            raise Stop(f"{name}={number}: must be less than WORLD_SIZE={count}; {remedy}")
+    return place
 
 
 def command_line(arguments: list[str]) -> Config:
@@ -682,6 +756,7 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
+    find_place(os.environ)
     if importlib.util.find_spec("torch") is None:
         raise Stop(
             f"{sys.executable}: torch is not installed there; "
@@ -721,20 +796,28 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
 # may send the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
 
 
+# How long a rank waits for another through the host: rounding and packing on rank 0 may take many minutes. A
+# rank that dies ends the others through torchrun, sooner. NCCL keeps its ten minutes for what hangs.
+HOST_PATIENCE = timedelta(hours=24)
+
+
 class Run:
     """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks)."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        if STREAMS % self.world_size:
-            raise Stop(f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
+        self.rank, self.world_size, local_rank = find_place(os.environ)
+        check_batch_share(config, self.world_size)
         self.is_main = self.rank == 0  # the rank that logs and writes
+        # The streams that this rank is the first to have: none if its rank is 8 or more.
         self.streams = range(self.rank, STREAMS, self.world_size)
 
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_cuda = torch.cuda.is_available()
+        if self.is_cuda and local_rank >= torch.cuda.device_count():
+            raise Stop(
+                f"LOCAL_RANK={local_rank}: this machine shows {torch.cuda.device_count()} GPUs; "
+                "give torchrun at most that --nproc_per_node, or set CUDA_VISIBLE_DEVICES"
+            )
         self.device = torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
         self.dtype = choose_dtype(config, self.is_cuda)
 
@@ -744,6 +827,7 @@ class Run:
         self.sink: typing.TextIO | None = None
         self.metrics: typing.TextIO | None = None
 
+        self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
@@ -751,6 +835,7 @@ class Run:
         if self.world_size > 1:
             backend = "nccl" if self.is_cuda else "gloo"
             dist.init_process_group(backend, device_id=self.device if self.is_cuda else None)
+            self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
 
     def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it is in use or not writable."""
@@ -792,8 +877,15 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_over_ranks(self, *values: float) -> list[float]:
+        """Each of the `values` of the host at its largest over ranks; no GPU has a part in it."""
+        facts = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(facts, dist.ReduceOp.MAX, group=self.host_group)
+        return facts.tolist()
+
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
-        """`action` on rank 0 alone; the others get its value or its Stop, so none waits for ever."""
+        """`action` on rank 0 alone; the others get its value or its Stop, and wait for it as hosts."""
         message = ""  # of a Stop
         value = None
         if self.is_main:
@@ -803,7 +895,7 @@ class Run:
                 message = str(stop)
         if self.world_size > 1:
             outcome = [message, value]
-            dist.broadcast_object_list(outcome, device=self.device)
+            dist.broadcast_object_list(outcome, group=self.host_group)
             message, value = outcome
         if message:
             raise Stop(message if self.is_main else 1)  # one rank prints it, all exit with status 1
@@ -834,10 +926,21 @@ class Run:
             if file:
                 file.close()
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
             sys.stdout.flush()
             # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8).
             os._exit(0)
+
+
+def check_batch_share(config: Config, world_size: int) -> None:
+    """Stop unless a micro-batch can be shared equally where there are more ranks than streams."""
+    unit = config.train_seq_len if config.loader == "shuffled" else 1
+    share = max(STREAMS, world_size) * unit
+    if config.train_batch_tokens % share:
+        raise Stop(
+            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: must be a multiple of {share} for "
+            f"WORLD_SIZE={world_size} with LOADER={config.loader}; change it or the number of processes"
+        )
 
 
 def choose_dtype(config: Config, is_cuda: bool) -> torch.dtype:
@@ -1282,6 +1385,26 @@ def join_batches(batches: list[Batch]) -> Batch:
     return Batch(inputs, targets, pad_starts(np.concatenate(starts), inputs.numel()), first.longest)
 
 
+def share_batch(batch: Batch, part: int, parts: int) -> Batch:
+    """Part number `part` of `parts` equal ones: rows of the micro-batch, or a stretch of its packed row.
+
+    A packed document that crosses the border of a stretch is cut there, as it is between slices.
+    """
+    if parts == 1:
+        return batch
+    if batch.starts is None:
+        rows = len(batch.inputs) // parts
+        here = slice(part * rows, (part + 1) * rows)
+        return Batch(batch.inputs[here], batch.targets[here])
+    size = batch.inputs.size(1) // parts
+    first = part * size
+    starts = batch.starts.numpy() - first
+    inside = starts[(starts > 0) & (starts < size)]
+    inputs = batch.inputs[:, first : first + size]
+    targets = batch.targets[:, first : first + size]
+    return Batch(inputs, targets, pad_starts(np.append(0, inside), size), batch.longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
@@ -1308,10 +1431,16 @@ class Feed:
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory.
 
-        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream).
+        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream). Of
+        16, 24, ... ranks, those of the same remainder modulo 8 share a stream: the step has the same tokens.
         """
         config = self.run.config
-        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        if self.run.world_size <= STREAMS:
+            batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        else:
+            part, stream = divmod(self.run.rank, STREAMS)
+            whole = self.loader.get(step, stream)
+            batches = [share_batch(whole, part, self.run.world_size // STREAMS)]
         count = len(batches)
         most = max(1, config.micro_batch_tokens * STREAMS // config.train_batch_tokens)
         group = max(size for size in range(1, count + 1) if count % size == 0 and size <= most)
@@ -2157,7 +2286,7 @@ class GPT(nn.Module):
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
             spec.init(weight)
-            if spec.optimizer == "embed":
+            if spec.optimizer == "embed" and not config.embed_master_fp32:
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
@@ -2165,7 +2294,8 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
-        logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
+        head = self.embed.to(self.dtype)
+        logits = self.matmul("head", head, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
         targets = batch.targets.flatten()
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
@@ -2339,7 +2469,7 @@ class GPT(nn.Module):
             opens = opens.index_fill(0, batch.starts.long(), True)
         opens = opens[:-1]
 
-        x = rms_norm(F.embedding(ids, self.embed))
+        x = rms_norm(F.embedding(ids, self.embed.to(self.dtype)))
         if self.hash_embed is not None:
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if self.config.smear_gate:
@@ -2367,15 +2497,17 @@ class GPT(nn.Module):
 # functions of progress or step alone: change them freely.
 
 # A row (a, b, c) per iteration of X <- aX + (bA + cA^2)X with A = XX^T; iterations after the last row repeat
-# it. "classic" is Muon's own quintic, "polar_express" as in #1787.
+# it. "classic" is Muon's own quintic. "polar_express" (#1787): each row is the odd quintic nearest to 1 on
+# the interval where the rows before leave singular values of 1e-3 to 1, which starts at 2 % of its end at
+# least; it is then shrunk by 2 % for rounding (Amsel et al., arXiv:2505.16932). The tests derive the digits.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
-        (8.1566, -22.4833, 15.8788),
-        (4.0429, -2.8089, 0.5000),
-        (3.8917, -2.7725, 0.5061),
-        (3.2858, -2.3681, 0.4645),
-        (2.3465, -1.7098, 0.4232),
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
 
@@ -2407,9 +2539,12 @@ def muon_update(
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
 ) -> Tensor:
-    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`."""
-    buffer.mul_(momentum).add_(gradient)
-    update = (gradient + momentum * buffer).float()
+    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
+
+    `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
+    """
+    buffer.copy_(momentum * buffer.float()).add_(gradient)
+    update = gradient.float() + momentum * buffer.float()
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return orthogonalize(update.to(dtype), coefficients, fused)
@@ -2468,7 +2603,8 @@ class Muon:
 
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
-        mu = torch.tensor(momentum, dtype=self.dtype, device=self.run.device)
+        # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
+        mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
         rows = self.run.config.muon_row_normalize
         previous = None
         for name, bank in self.banks.items():
@@ -2700,6 +2836,10 @@ def head_sensitivity(y: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return probabilities * (1 - probabilities) * (1 - bend.square()).square(), probabilities
 
 
+# The matrices of queries, keys and values multiply the same input: its moment is taken once.
+SAME_INPUT = {"q": "k", "v": "k"}
+
+
 @dataclass(frozen=True)
 class MomentTap:
     """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
@@ -2717,8 +2857,9 @@ class MomentTap:
 
     def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
         inputs, outputs = self.sums[site, layer]
-        x = x.detach().flatten(0, -2).float()
-        inputs.addmm_(x.T, x)
+        if site not in SAME_INPUT:
+            x = x.detach().flatten(0, -2).float()
+            inputs.addmm_(x.T, x)
         if not self.sensitive:
             return
         if site == "head":
@@ -2734,18 +2875,25 @@ class MomentTap:
         y.register_hook(add_squares)
 
 
-def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+def calibration_forwards(config: Config) -> tuple[int, int]:
+    """How many forwards calibration takes over all ranks, and the tokens of each."""
+    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
+    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
+    return config.gptq_calibration_batches * windows // part, part * config.train_seq_len
+
+
+def collect_moments(
+    run: Run, model: GPT, data: Dataset, forwards: int = 0
+) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) by (site, layer) of the matrix.
 
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
     changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
-    diagonal (SDClip needs none: E[g^2] is 0).
+    diagonal (SDClip needs none: E[g^2] is 0). `forwards`: over all ranks, if not as many as that.
     """
     config = run.config
-    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
-    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
-    forwards = config.gptq_calibration_batches * windows // part
-    tokens = part * config.train_seq_len
+    needed, tokens = calibration_forwards(config)
+    forwards = forwards or needed
     changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
     loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
     sensitive = config.quantizer == "rate_distortion"
@@ -2753,7 +2901,8 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     sums = {}
     for key in sorted(parameters):
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
-        inputs = torch.zeros(columns, columns, device=run.device)
+        source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
+        inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
         sums[key] = inputs, torch.zeros(rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
@@ -2770,7 +2919,11 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     def mean(total: Tensor) -> Tensor:
         return run.sum_over_ranks(total) / (tokens * forwards)
 
-    return {key: (mean(inputs), mean(outputs)) for key, (inputs, outputs) in sums.items()}
+    means = {}
+    for (site, layer), (inputs, outputs) in sums.items():
+        source = SAME_INPUT.get(site)
+        means[site, layer] = means[source, layer][0] if source else mean(inputs), mean(outputs)
+    return means
 
 
 class RoundingProblem(NamedTuple):
@@ -4176,34 +4329,31 @@ def train_step(
 
 
 class Agreement:
-    """What the ranks must decide alike after each step: is the budget spent, is a loss not finite.
+    """What the ranks must decide alike after each step: how much time is spent, is a loss not finite.
 
-    On a GPU the answer is that of the step before, so that the host does not wait for the step just queued.
+    On a GPU the host queues a step, waits until the step before is done, and reads its clock then. Both facts
+    are of that step, so training ends at most one step late, and the GPU never waits for the host. They are
+    compared between the hosts: in the GPU's queue they would come back after the step just queued. On a CPU
+    both facts are of the step itself.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.waiting: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def reach(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
-        """(most elapsed seconds, is a loss not finite) over ranks.
+    def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
+        """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
+        finite = loss.isfinite()
+        if self.run.is_cuda:
+            finite = self.copied(finite, late)
+        not_finite = not finite.item()
+        seconds, failed = self.run.max_over_ranks(clock(), not_finite)
+        return seconds, bool(failed)
 
-        `late`: a GPU may answer for the step before.
-        """
-        run = self.run
-        seconds = torch.tensor(elapsed, dtype=torch.float64, device=run.device)
-        facts = torch.stack([seconds, (~loss.isfinite()).double()])
-        if run.world_size > 1:
-            dist.all_reduce(facts, dist.ReduceOp.MAX)
-        if run.is_cuda:
-            facts = self.copied(facts, late)
-        most_seconds, not_finite = facts.tolist()
-        return most_seconds, bool(not_finite)
-
-    def copied(self, facts: Tensor, late: bool) -> Tensor:
-        """`facts` in host memory, or those of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        copy.copy_(facts, non_blocking=True)
+    def copied(self, fact: Tensor, late: bool) -> Tensor:
+        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
+        copy.copy_(fact, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -4291,6 +4441,26 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     )
 
 
+def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
+    """Seconds of the budget to keep for calibration: 1.3 times what few forwards per rank suggest, and one.
+
+    The slowest rank decides. The factor and the second are for what a sample cannot show (not measured on a
+    GPU); the first forward, with what is loaded or compiled on first use, is not counted.
+    """
+    forwards, _ = calibration_forwards(run.config)
+    model.looped = loop_states(run.config)[-1]
+    seconds = []
+    for count in (1, 1, 3):
+        began = run.now()
+        collect_moments(run, model, data, count * run.world_size)
+        seconds.append(run.now() - began)
+    model.looped = False
+    _, one, three = seconds
+    share = -(-forwards // run.world_size)  # forwards of a rank
+    estimate = one + (share - 1) * max(0.0, three - one) / 2
+    return run.max_over_ranks(1.3 * estimate + 1.0)[0]
+
+
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process: one per shape."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -4304,15 +4474,22 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Start writing `content`, which nobody may change any more; waits for the checkpoint before it."""
+    def write(self, content: dict[str, Any] | None) -> None:
+        """Start writing `content`, which nobody may change any more; waits for the checkpoint before it.
+
+        Every rank calls it, those other than 0 with None.
+        """
         self.wait()
-        if self.run.is_main:
+        if content is not None:
             save = functools.partial(torch.save, content)
             self.pending = self.thread.submit(write_atomically, self.run.folder / "checkpoint.pt", save)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk; Stop if it could not be written."""
+        """Return, on every rank, when the last checkpoint is on disk; Stop if it could not be written."""
+        self.run.on_main_rank(self.finish_pending)
+
+    def finish_pending(self) -> None:
+        """The same on rank 0."""
         if self.pending is not None:
             self.pending.result()
 
@@ -4330,8 +4507,10 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        self.budget = run.config.max_wallclock_seconds - run.config.gptq_reserve_seconds
         warm_up(run, built, self.optimizers, self.feed)
+        self.reserve = self.config.gptq_reserve_seconds
+        if self.reserve < 0:
+            self.reserve = measure_reserve(run, self.model, data)
         parameters = self.model.named_parameters()
         self.average = {name: parameter.detach().float().clone() for name, parameter in parameters}
         self.step = 0
@@ -4349,6 +4528,7 @@ class Training:
         self.step = saved["step"]
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
+        self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
         self.model.looped = saved["looped"]
         self.run.log(f"train: resumed at step {self.step} after {self.seconds_before:.1f}s of training")
         # Records of later steps before this one are void.
@@ -4356,6 +4536,14 @@ class Training:
 
     def start_clock(self, data: Dataset) -> None:
         """From here on every second counts."""
+        limit = self.config.max_wallclock_seconds
+        how = "measured" if self.config.gptq_reserve_seconds < 0 else "GPTQ_RESERVE_SECONDS"
+        self.run.log(f"calibration: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
+        if self.reserve >= limit:
+            raise Stop(
+                f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
+                "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
+            )
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -4364,6 +4552,15 @@ class Training:
         self.run.ledger("train_clock_start", seconds=self.seconds_before)
         if self.validation:
             self.run.ledger("validation_read")
+
+    @property
+    def budget(self) -> float:
+        """Seconds for the steps: what calibration leaves."""
+        return self.config.max_wallclock_seconds - self.reserve
+
+    def clock(self) -> float:
+        """Seconds spent on training until now, as this rank's host sees it."""
+        return self.seconds_before + time.monotonic() - self.started
 
     @property
     def goes_on(self) -> bool:
@@ -4391,8 +4588,7 @@ class Training:
         self.step += 1
         last = self.step == config.iterations
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
-        here = self.seconds_before + time.monotonic() - self.started
-        self.elapsed, not_finite = self.agreement.reach(here, loss, late=not saves)
+        self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
         if not_finite:
             raise Stop(
                 f"train_loss is not finite at step {self.step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
@@ -4431,15 +4627,18 @@ class Training:
         self.started += self.run.now() - paused
         self.graphs_before_clock += compiled_graphs() - graphs
 
-    def checkpoint(self) -> dict[str, Any]:
-        """All that `resume` needs, in host memory."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": self.optimizers.state(),
-            "average": self.average,
-        }
-        place = {"step": self.step, "train_seconds": self.elapsed, "looped": self.model.looped}
-        return {**self.identity, "complete": False, **place, **to_cpu(state)}
+    def checkpoint(self) -> dict[str, Any] | None:
+        """All that `resume` needs, in host memory; None except on rank 0, which alone writes it."""
+        optimizers = self.optimizers.state()  # every rank gives its part of Muon's momenta
+        if not self.run.is_main:
+            return None
+        state = {"model": self.model.state_dict(), "optimizers": optimizers, "average": self.average}
+        return {**self.content(complete=False, seconds=self.elapsed), **to_cpu(state)}
+
+    def content(self, complete: bool, seconds: float) -> dict[str, Any]:
+        """What every checkpoint.pt holds besides tensors; `seconds` of training."""
+        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
         """Stop the clock, write the averaged weights and the facts of the training."""
@@ -4468,11 +4667,14 @@ class Training:
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
             f"peak memory {mebibytes} MiB, stopped by {limit}"
         )
-        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
-        content = {**self.identity, "complete": True, **place, "average": to_cpu(self.average)}
-        save = functools.partial(torch.save, content)
-        run.on_main_rank(lambda: write_atomically(run.folder / "checkpoint.pt", save))
+        run.on_main_rank(functools.partial(self.save_trained, seconds))
         record_stage(run, "train", facts)
+
+    def save_trained(self, seconds: float) -> None:
+        """Write the averaged weights of the finished training as checkpoint.pt. Rank 0 only."""
+        content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        save = functools.partial(torch.save, content)
+        write_atomically(self.run.folder / "checkpoint.pt", save)
 
 
 def peak_memory_mebibytes(run: Run) -> int:
@@ -4840,9 +5042,12 @@ def warn_of_unread_settings(run: Run) -> None:
     known = [*(field.name.upper() for field in fields), *ALIASES, *FIXED]
     for name in sorted(set(os.environ) - set(known) - NOT_OURS):
         family = name.split("_")[0] + "_"
-        if "_" in name and sum(other.startswith(family) for other in known) > 1:
+        near, _ = find_near_miss(name, config.variables())
+        if near or ("_" in name and sum(other.startswith(family) for other in known) > 1):
+            hint = f" (the nearest is {near})" if near else ""
             run.log(
-                f"warning: {name} is set, but no setting of this program has that name; it changes nothing"
+                f"warning: {name} is set, but no setting of this program has that name{hint}; "
+                "it changes nothing"
             )
     reader = {field.name.upper(): field.metadata["meaning"].split(": ")[0] for field in fields}
     others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {config.quantizer, config.ttt_mode}
