@@ -24,6 +24,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "TRAIN",
+    "PREFLIGHT",
     "MAIN",
 ]
 SCREEN = 60  # lines
