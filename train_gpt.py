@@ -72,12 +72,6 @@ class Stop(SystemExit):
     """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
 
 
-def stop_if(wrong: object, message: str) -> None:
-    """Raise Stop with `message` if `wrong`."""
-    if wrong:
-        raise Stop(message)
-
-
 class Check(NamedTuple):
     """What a value must satisfy, and the same in words."""
 
@@ -2716,37 +2710,31 @@ def muon_momentum(config: Config, step: int) -> float:
 
 
 # === QUANTIZE ===
-# A matrix (R, C) becomes integers times steps. QUANTIZER=sdclip: one step per row, integers clipped.
-# rate_distortion: delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that
-# the file is full. Going down a column, the state of a trellis gives the parity of each integer: only integer
-# >> 1 is coded.
+# In: the averaged weights and calibration windows. Out: every tensor as the artifact holds it (`Quantized`),
+# small ones in fp16, matrices (R, C) as integers times step sizes. QUANTIZER=sdclip: one step size per row,
+# integers clipped. rate_distortion: delta 2^(row/8) 2^(column/8), which follows how much the outputs and
+# inputs of the matrix matter, with the one delta that fills the file. Going down a column, the state of a
+# trellis gives the parity of each integer: only integer >> 1 is coded. SENSITIVITY_POWERS and BIT_PRICE are
+# free to change; the trellis and STEPS_PER_OCTAVE are part of the artifact's format.
 
-TRELLIS_POLYNOMIALS = {
-    8: (0o13, 0o4),
-    64: (0o103, 0o24),
-    256: (0o515, 0o362),
-}  # parity polynomials of Ungerboeck's codes
-STEPS_PER_OCTAVE = 8  # steps are 2^(n/OCTAVE)
-SENSITIVITY_POWERS, BIT_PRICE = (
-    (1.0, 1.0, 1.0),
-    0.5,
-)  # of the sensitivities between matrices, of rows, of columns; weight of the bits
-SYMBOLS, SIZE_CLASSES, COUNT_GAIN, COUNT_LIMIT, INTERVAL_MASK = (
-    256,
-    40,
-    32,
-    1 << 18,
-    (1 << 56) - 1,
-)  # of the entropy coder: counts, interval
-numba_jit = numba.njit(
-    nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename)
-)  # packed: it has no file
+# Parity polynomials (h0, h1) of Ungerboeck's codes by number of states.
+TRELLIS_POLYNOMIALS = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}
+STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_PER_OCTAVE)
+SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
+BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
+GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
     """[work(job)] on as many threads as there are cores, or on `threads`."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return list(pool.map(work, jobs))
+
+
+# Compiled code is cached beside the file that a function comes from; in the packed script there is none.
+HAS_FILE = os.path.exists(parallel_map.__code__.co_filename)
+numba_jit = numba.njit(nogil=True, cache=HAS_FILE)
+numba_inline = numba.njit(cache=HAS_FILE, forceinline=True)  # in a hot loop: calls would cost a fifth more
 
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
@@ -2759,247 +2747,352 @@ def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
 
 
 def least_bits(config: Config, quantizer: str) -> float:
-    """Bits that a weight needs at least: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
-    if quantizer == "fp16" or config.quantizer == "rate_distortion":
-        return 16 if quantizer == "fp16" else 1.5
+    """Least bits of a weight: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
+    if quantizer == "fp16":
+        return 16
+    if config.quantizer == "rate_distortion":
+        return 1.5
     sigmas, bits = clip_and_bits(config, quantizer)
-    return 0.95 * (math.log2((2 ** (bits - 1) - 1) / sigmas) + 2.05)
+    return 0.95 * (math.log2((2 ** (bits - 1) - 1) / sigmas) + GAUSSIAN_BITS)
+
+
+def head_sensitivity(y: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(E[g^2] of the loss gradients at the head's outputs `y`, label probabilities), both (N, V) like `y`.
+
+    With z = cap tanh(y / cap), p = softmax(z) and a label drawn from p: g_v = (p_v - [v is the label])
+    dz_v/dy_v, hence E[g_v^2] = p_v (1 - p_v) (1 - tanh^2(y_v / cap))^2. The closed form, because few tokens
+    would draw a rare label.
+    """
+    bend = torch.tanh(y / cap)
+    probabilities = torch.softmax(cap * bend, -1)
+    return probabilities * (1 - probabilities) * (1 - bend.square()).square(), probabilities
+
+
+@dataclass(frozen=True)
+class MomentTap:
+    """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
+
+    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), by (site, layer);
+    the gradients arrive in the backward. `labels` are replaced by draws from the model once its head is
+    reached, which makes g^2 the Fisher diagonal. Without `sensitive` the gradients and the labels stay alone.
+    """
+
+    sums: dict[tuple[str, int], tuple[Tensor, Tensor]]
+    labels: Tensor
+    generator: torch.Generator
+    cap: float
+    sensitive: bool
+
+    def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
+        inputs, outputs = self.sums[site, layer]
+        x = x.detach().flatten(0, -2).float()
+        inputs.addmm_(x.T, x)
+        if not self.sensitive:
+            return
+        if site == "head":
+            squares, probabilities = head_sensitivity(y.detach().flatten(0, -2).float(), self.cap)
+            outputs.add_(squares.sum(0))
+            drawn = torch.multinomial(probabilities, 1, generator=self.generator)
+            self.labels.copy_(drawn.view_as(self.labels))
+            return
+
+        def add_squares(gradient: Tensor) -> None:
+            outputs.add_(gradient.flatten(0, -2).float().square().sum(0))
+
+        y.register_hook(add_squares)
 
 
 def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
-    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number changes
-    nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher diagonal (SDClip: 0)."""
-    c, cap, keys = (
-        run.config,
-        run.config.logit_softcap,
-        {m.key: m.parameter for m in list_matrices(model.table)},
-    )
-    rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
-    part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
-    count, tokens = c.gptq_calibration_batches * rows // part, part * c.train_seq_len
-    loader = ShuffledLoader(
-        dataclasses.replace(c, loader="shuffled", train_batch_tokens=STREAMS * tokens), data
-    )
-    zeros, shape = lambda *n: torch.zeros(n, device=run.device), lambda name: model.get_parameter(name).shape
-    sums = {key: (zeros(*2 * shape(name)[-1:]), zeros(shape(name)[-2])) for key, name in sorted(keys.items())}
-    sensitive = c.quantizer == "rate_distortion"
+    """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) by (site, layer) of the matrix.
 
-    def tap(site: str, layer: int, x: Tensor, y: Tensor) -> None:
-        (inputs, outputs), x = sums[site, layer], x.detach().flatten(0, -2).float()
-        inputs.addmm_(x.T, x)
-        if sensitive and site != "head":
-            y.register_hook(lambda g: [outputs.add_(g.flatten(0, -2).float().square().sum(0))][1:] or None)
-        elif sensitive:  # the head in closed form: few tokens would draw a rare label
-            bend = torch.tanh(y.detach().flatten(0, -2).float() / cap)
-            chance = torch.softmax(cap * bend, -1)
-            outputs.add_((chance * (1 - chance) * (1 - bend.square()).square()).sum(0))
-            batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
+    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
+    changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
+    diagonal (SDClip needs none: E[g^2] is 0).
+    """
+    config = run.config
+    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
+    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
+    forwards = config.gptq_calibration_batches * windows // part
+    tokens = part * config.train_seq_len
+    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
+    loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
+    sensitive = config.quantizer == "rate_distortion"
+    parameters = {matrix.key: matrix.parameter for matrix in list_matrices(model.table)}
+    sums = {}
+    for key in sorted(parameters):
+        rows, columns = model.get_parameter(parameters[key]).shape[-2:]
+        inputs = torch.zeros(columns, columns, device=run.device)
+        sums[key] = inputs, torch.zeros(rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
-        for index in run.progress("calibration", range(run.rank, count, run.world_size)):
-            generator = torch.Generator(run.device).manual_seed(index)
+        for index in run.progress("calibration", range(run.rank, forwards, run.world_size)):
             batch = to_device(loader.get(index // STREAMS, index % STREAMS), run)
             batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
+            generator = torch.Generator(run.device).manual_seed(index)
+            tap = MomentTap(sums, batch.targets, generator, config.logit_softcap, sensitive)
             loss = model(batch, tap).sum()
             if sensitive:
                 loss.backward()
     model.zero_grad()
-    return {
-        key: tuple(run.sum_over_ranks(total) / (tokens * count) for total in pair)
-        for key, pair in sums.items()
-    }
+
+    def mean(total: Tensor) -> Tensor:
+        return run.sum_over_ranks(total) / (tokens * forwards)
+
+    return {key: (mean(inputs), mean(outputs)) for key, (inputs, outputs) in sums.items()}
 
 
 class RoundingProblem(NamedTuple):
-    """A matrix ready to be rounded."""
+    """A matrix (R, C) ready to be rounded."""
 
     weight: Tensor  # fp32 (R, C)
-    order: Tensor  # of the columns, by falling diagonal of the damped inputs
-    factor: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what the error of a column does to the later ones
-    rows: np.ndarray  # int32 (R,) exponents of the steps
-    columns: np.ndarray  # int32 (C,)
+    column_order: Tensor  # int64 (C,), in which columns are rounded: by falling diagonal of `inputs`
+    feedback: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what a column's error does to others
+    row_exponents: np.ndarray  # int32 (R,) of the step sizes
+    column_exponents: np.ndarray  # int32 (C,), in the order of `weight`
 
 
 def rounding_problem(
     weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]
 ) -> RoundingProblem:
-    """Steps by reverse water-filling: outputs^(-1/2) times the diagonal of GPTQ's factor, to powers. The first of the
-    `powers` is for the geometric means of whole matrices, the others for rows and columns within."""
-    inputs, outputs = inputs.double().cpu().clone(), outputs.double().cpu()
-    weight = weight.float().cpu() * (
-        inputs.diagonal() > 0
-    )  # a column whose input is always zero costs no bits
+    """The problem of rounding `weight` (R, C) with E[x x^T] of `inputs` (C, C) and E[g^2] of `outputs` (R,).
+
+    An error E of the weights costs sum_r outputs_r E_r H E_r^T, where H is `inputs` with `damping` times its
+    mean diagonal added. With H = R R^T, R upper, and U = R^-1, an error e of column j costs (e / U_jj)^2 once
+    the later columns have made up for it: GPTQ adds -e U_jk / U_jj to column k. Reverse water-filling wants
+    the same distortion everywhere, so step sizes follow outputs_r^(-1/2) U_jj, to the `powers`: the first is
+    for the geometric means of whole matrices, the others for rows and for columns within.
+    torch.linalg.LinAlgError: H is not positive definite.
+    """
+    inputs = inputs.double().cpu().clone()
+    outputs = outputs.double().cpu()
+    weight = weight.float().cpu() * (inputs.diagonal() > 0)  # a column whose input is always 0 costs no bits
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
-    # inputs = R R^T with R upper, a Cholesky factor from the last column on; R^-1 is the factor that GPTQ
-    # needs.
+
+    # R is a Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
     root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
-    factor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    feedback = (inverse / inverse.diagonal()[:, None]).float()
+
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
-    column = torch.log2(factor.diagonal())[torch.argsort(order)]
-    level, bend = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
-    exponents = (powers[0] * level + bend(row, powers[1]), bend(column, powers[2]))
-    rows, columns = ((STEPS_PER_OCTAVE * x).round().int().numpy() for x in exponents)
-    return RoundingProblem(weight, order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
+    column = torch.log2(inverse.diagonal())[torch.argsort(order)]
+    level = powers[0] * (row.mean() + column.mean())
+    row_exponents = level + powers[1] * (row - row.mean())
+    column_exponents = powers[2] * (column - column.mean())
+    return RoundingProblem(
+        weight,
+        order,
+        feedback,
+        (STEPS_PER_OCTAVE * row_exponents).round().int().numpy(),
+        (STEPS_PER_OCTAVE * column_exponents).round().int().numpy(),
+    )
 
 
-def step_sizes(rows: np.ndarray, columns: np.ndarray, delta: float) -> np.ndarray:
-    """The fp32 step delta 2^(row/8) 2^(column/8) of every weight (R, C), the same bits on every machine."""
+def step_sizes(row_exponents: np.ndarray, column_exponents: np.ndarray, delta: float) -> np.ndarray:
+    """The fp32 step sizes delta 2^(row/8) 2^(column/8) of weights (R, C): the same bits on every machine."""
     roots = np.array([2.0 ** (n / STEPS_PER_OCTAVE) for n in range(STEPS_PER_OCTAVE)], np.float32)
-    scale = lambda n: np.ldexp(roots[n % STEPS_PER_OCTAVE], n // STEPS_PER_OCTAVE).astype(np.float32)
-    return (np.float32(delta) * scale(rows))[:, None] * scale(columns)
+
+    def power(n: np.ndarray) -> np.ndarray:
+        return np.ldexp(roots[n % STEPS_PER_OCTAVE], n // STEPS_PER_OCTAVE).astype(np.float32)
+
+    return (np.float32(delta) * power(row_exponents))[:, None] * power(column_exponents)
 
 
 def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """(S, 2) state after s by the integer's second bit (its first is s & 1), (2, S) state before; of 0 states: none."""
+    """(after (S, 2), before (2, S)): the states that follow and precede a state, by the integer's second bit.
+
+    The lowest two bits of an integer coded in state s are s & 1 and then a free bit b; the next state is
+    s >> 1 ^ (s & 1) (h0 >> 1) ^ b (h1 >> 1). No states: every integer is free, and `before` is empty.
+    """
     if states == 0:
         return np.zeros((1, 2), np.int64), np.zeros((2, 0), np.uint8)
-    (h0, h1), s, bit = TRELLIS_POLYNOMIALS[states], np.arange(states)[:, None], np.arange(2)
-    after = (s >> 1) ^ (h0 >> 1) * (s & 1) ^ (h1 >> 1) * bit
-    return after, np.argsort(after, axis=0).T.astype(np.uint8)  # column `bit` of `after` is a permutation
+    h0, h1 = TRELLIS_POLYNOMIALS[states]
+    state = np.arange(states)[:, None]
+    bit = np.arange(2)
+    after = (state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * bit
+    return after, np.argsort(after, axis=0).T.astype(np.uint8)  # either column of `after` is a permutation
 
 
 @numba_jit
-def viterbi(goal, price, before):
-    """Integers (R,) on a trellis path from state 0 with the least sum of price (goal - integer)^2, all fp32 (R,)."""
-    rows, states = len(goal), before.shape[1]
-    metric, choice = np.empty(4, np.float32), np.empty((rows, states), np.uint8)
-    cost, low, high = (
-        np.full(states, 1e30, np.float32),
-        np.empty(states, np.float32),
-        np.empty(states, np.float32),
-    )
+def viterbi(goals, prices, before):
+    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both fp32 (R,).
+
+    A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
+    every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
+    followed back.
+    """
+    rows = len(goals)
+    states = before.shape[1]
+    choices = np.empty((rows, states), np.uint8)
+    branch = np.empty(4, np.float32)  # cost of a branch by m modulo 4
+    cost = np.full(states, 1e30, np.float32)  # of the best path that ends in a state
     cost[0] = 0
-    for r in range(rows):
-        for c in range(4):  # to the nearest integer that is c modulo 4
-            distance = (goal[r] - np.float32(c)) * np.float32(0.25)
-            metric[c] = price[r] * np.float32(16) * (distance - np.rint(distance)) ** 2
-        for s in range(states):
-            low[s], high[s] = cost[s] + metric[s & 1], cost[s] + metric[2 + (s & 1)]
-        for s in range(states):
-            a, b = low[before[0, s]], high[before[1, s]]
-            cost[s], choice[r, s] = min(a, b), b < a
-    integers, s = np.empty(rows, np.int32), np.int64(np.argmin(cost))
-    for r in range(rows - 1, -1, -1):
-        bit = choice[r, s]
-        s = np.int64(before[bit, s])
-        c = np.float32(2 * bit + (s & 1))
-        integers[r] = np.int32(np.rint((goal[r] - c) * np.float32(0.25)) * np.float32(4) + c)
+    with_0 = np.empty(states, np.float32)  # of that path, continued with bit 0
+    with_1 = np.empty(states, np.float32)
+    for row in range(rows):
+        for residue in range(4):
+            distance = (goals[row] - np.float32(residue)) * np.float32(0.25)
+            branch[residue] = prices[row] * np.float32(16) * (distance - np.rint(distance)) ** 2
+        for state in range(states):
+            with_0[state] = cost[state] + branch[state & 1]
+            with_1[state] = cost[state] + branch[2 + (state & 1)]
+        for state in range(states):
+            cost_0 = with_0[before[0, state]]
+            cost_1 = with_1[before[1, state]]
+            cost[state] = min(cost_0, cost_1)
+            choices[row, state] = cost_1 < cost_0
+
+    integers = np.empty(rows, np.int32)
+    state = np.int64(np.argmin(cost))
+    for row in range(rows - 1, -1, -1):
+        bit = choices[row, state]
+        state = np.int64(before[bit, state])
+        residue = np.float32(2 * bit + (state & 1))
+        integers[row] = np.int32(np.rint((goals[row] - residue) * np.float32(0.25)) * np.float32(4) + residue)
     return integers
 
 
 @numba_jit
-def round_columns(w, step, factor, price, before, largest):
-    """Integers (C, R) of the columns w (C, R) in turn, the error of one going to the later ones; the errors stay in w.
-    No BLAS: its sums depend on the number of threads."""
+def round_columns(w, step_size, feedback, bit_prices, before, largest):
+    """Integers (C, R) of the columns w (C, R) in turn; the error of each goes to later ones and stays in w.
+
+    With s the step size and p the price of an integer's square (R,), a column minimises (w/s - m)^2 + p s^2
+    m^2, which is g (w/(s g) - m)^2 and a constant for g = 1 + p s^2. No BLAS: its sums depend on the number
+    of threads.
+    """
+    columns, rows = w.shape
     integers = np.empty(w.shape, np.int32)
-    for j in range(len(w)):
+    for j in range(columns):
         for i in range(j):
-            for r in range(w.shape[1]):
-                w[j, r] -= factor[i, j] * w[i, r]
-        weight = (
-            np.float32(1) + price * step[j] * step[j]
-        )  # (x/s - m)^2 + p s^2 m^2 = g (x/sg - m)^2 + constant
-        goal = w[j] / (step[j] * weight)
+            for row in range(rows):
+                w[j, row] -= feedback[i, j] * w[i, row]
+        g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
+        goals = w[j] / (step_size[j] * g)
         if before.shape[1]:
-            integers[j] = viterbi(goal, weight, before)
+            integers[j] = viterbi(goals, g, before)
         else:
-            integers[j] = np.minimum(np.maximum(np.rint(goal), -largest), largest)
-        w[j] -= integers[j] * step[j]
+            integers[j] = np.minimum(np.maximum(np.rint(goals), -largest), largest)
+        w[j] -= integers[j] * step_size[j]
     return integers
 
 
 def round_matrix(
-    p: RoundingProblem, step: np.ndarray, states: int, rate: float = 0.0, largest: int = 1 << 30
+    problem: RoundingProblem,
+    step_size: np.ndarray,
+    states: int,
+    bit_price: float = 0.0,
+    largest: int = 1 << 30,
 ) -> np.ndarray:
-    """Integers int32 (R, C), so that integers*step has little error under the inputs: column by column, the error of
-    one goes to those not yet rounded (GPTQ). `rate` is how much of the price of its bits an integer pays: in units of
-    the squared step a bit is worth 2 ln 2 of the distortion, 0.26 with a trellis and 1/12 without, and a Gaussian
-    integer m has log2(e) m^2 / (2 variance) bits."""
-    order, integers = p.order.numpy(), np.empty(step.T.shape, np.int32)
-    w, step = (np.ascontiguousarray(x.T[order]) for x in (p.weight.numpy(), step))
-    price = (
-        rate * np.float32(0.26 if states else 1 / 12) / np.maximum(np.square(w).mean(0), np.float32(1e-20))
+    """Integers int32 (R, C) so that integers * step_size, fp32 (R, C), has little error under the inputs.
+
+    Column by column, the error of one goes to those not yet rounded (GPTQ). `bit_price` is how much of the
+    price of its bits an integer pays: a bit is worth 2 ln 2 of the distortion D, and a Gaussian integer m has
+    log2(e) m^2 / (2 variance) bits, together D m^2 / variance. In units of the squared step size D is 0.26
+    with a trellis and 1/12 without. `largest` clips the integers, but only without a trellis.
+    """
+    order = problem.column_order.numpy()
+    weight = problem.weight.numpy()
+    w = np.ascontiguousarray(weight.T[order])
+    step_size = np.ascontiguousarray(step_size.T[order])
+    distortion = np.float32(0.26 if states else 1 / 12)
+    bit_prices = bit_price * distortion / np.maximum(np.square(w).mean(0), np.float32(1e-20))
+    integers = np.empty(w.shape, np.int32)
+    integers[order] = round_columns(
+        w, step_size, problem.feedback.numpy(), bit_prices, trellis(states)[1], largest
     )
-    integers[order] = round_columns(w, step, p.factor.numpy(), price, trellis(states)[1], largest)
     return np.ascontiguousarray(integers.T)
 
 
 class Quantized(NamedTuple):
-    """What the artifact holds of one tensor: integers and steps of a matrix, or fp16 values."""
+    """What the artifact holds of one tensor: integers and step sizes of a matrix, or fp16 values."""
 
     values: Tensor  # int8 or int32 (R, C), or fp16 of any shape
-    scales: Tensor | None = (
-        None  # fp16 (R,) steps of the rows, or int32 (R + C,) exponents of rows and columns
-    )
-    delta: Tensor | None = None  # fp32 (1,), the factor of steps with exponents
+    scales: Tensor | None = None  # fp16 (R,) step sizes, or int32 (R + C,) exponents of rows and columns
+    delta: Tensor | None = None  # fp32 (1,), the factor of step sizes with exponents
 
     def restore(self) -> Tensor:
         """The fp32 tensor this stands for."""
-        if self.delta is not None:
-            rows, columns = np.split(self.scales.numpy(), [len(self.values)])
-            return self.values * torch.from_numpy(step_sizes(rows, columns, self.delta.item()))
-        return (
-            self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
-        )
+        if self.scales is None:
+            return self.values.float()
+        if self.delta is None:
+            return self.values.float() * self.scales.float()[:, None]
+        row_exponents, column_exponents = np.split(self.scales.numpy(), [len(self.values)])
+        return self.values * torch.from_numpy(step_sizes(row_exponents, column_exponents, self.delta.item()))
 
 
-def round_clipped(p: RoundingProblem, sigmas: float, bits: int) -> Quantized:
-    """int8 integers of at most `bits` bits and fp16 row steps: `sigmas` standard deviations of the row over the largest
-    integer, what lies beyond is clipped (SDClip, #1394)."""
+def round_clipped(problem: RoundingProblem, sigmas: float, bits: int) -> Quantized:
+    """int8 integers of at most `bits` bits and fp16 step sizes of rows (SDClip, #1394).
+
+    A step size is `sigmas` standard deviations of its row over the largest integer; beyond it all is clipped.
+    """
+    weight = problem.weight
     largest = 2 ** (bits - 1) - 1
-    scales = (sigmas * p.weight.std(dim=1) / largest).clamp_min(2.0**-24).half()  # a row of zeros: not 0 / 0
-    integers = round_matrix(p, scales.float()[:, None].expand(p.weight.shape).numpy(), 0, largest=largest)
+    scales = (sigmas * weight.std(dim=1) / largest).clamp_min(2.0**-24).half()  # a row of zeros: not 0 / 0
+    step_size = scales.float()[:, None].expand(weight.shape).numpy()
+    integers = round_matrix(problem, step_size, 0, largest=largest)
     return Quantized(torch.from_numpy(integers.astype(np.int8)), scales)
 
 
 def round_matrices(
-    plans: dict[str, RoundingProblem], delta: float, states: int, rate: float, threads: int = 0
+    problems: dict[str, RoundingProblem], delta: float, states: int, bit_price: float, threads: int = 0
 ) -> dict[str, Quantized]:
-    """Every matrix on its trellis with steps of `delta`, the same for any number of threads."""
-    integers = parallel_map(
-        lambda p: round_matrix(p, step_sizes(p.rows, p.columns, delta), states, rate), plans.values(), threads
-    )
-    parts = lambda p, m: (
-        torch.from_numpy(m),
-        torch.from_numpy(np.append(p.rows, p.columns)),
-        torch.tensor([delta]),
-    )
-    return {name: Quantized(*parts(p, m)) for (name, p), m in zip(plans.items(), integers, strict=True)}
+    """Every matrix on its trellis with step sizes of `delta`, the same for any number of threads."""
+
+    def round_one(problem: RoundingProblem) -> Quantized:
+        rows, columns = problem.row_exponents, problem.column_exponents
+        integers = round_matrix(problem, step_sizes(rows, columns, delta), states, bit_price)
+        scales = torch.from_numpy(np.append(rows, columns))
+        return Quantized(torch.from_numpy(integers), scales, torch.tensor([delta]))
+
+    rounded = parallel_map(round_one, problems.values(), threads)
+    return dict(zip(problems, rounded, strict=True))
 
 
-def guess_delta(plans: dict[str, RoundingProblem], goal: float, states: int) -> float:
-    """The delta that makes about `goal` bytes: a Gaussian of deviation s costs log2(s/step) + 2.05 bits."""
-    bits = [
-        p.weight.numel()
-        * (
-            2.05
-            - (states > 0)
-            - (p.rows.mean() + p.columns.mean()) / STEPS_PER_OCTAVE
-            + float(torch.log2(p.weight.std() + 1e-9))
-        )
-        for p in plans.values()
-    ]
-    return 2.0 ** ((sum(bits) - 8 * goal) / sum(p.weight.numel() for p in plans.values()))
+def guess_delta(problems: dict[str, RoundingProblem], goal: float, states: int) -> float:
+    """The delta that makes about `goal` bytes.
+
+    A matrix of N weights with deviation s and mean exponents r and c costs about N (log2(s) - r/8 - c/8 -
+    log2(delta) + GAUSSIAN_BITS) bits, N less with a trellis; the sum over matrices is solved for log2(delta).
+    """
+    count = 0
+    bits = 0  # at delta = 1
+    for problem in problems.values():
+        weights = problem.weight.numel()
+        exponent = (problem.row_exponents.mean() + problem.column_exponents.mean()) / STEPS_PER_OCTAVE
+        deviation = float(torch.log2(problem.weight.std() + 1e-9))
+        bits += weights * (GAUSSIAN_BITS - (states > 0) - exponent + deviation)
+        count += weights
+    return 2.0 ** ((bits - 8 * goal) / count)
 
 
 def fit_delta(
     delta: float, goal: float, slope: float, size_of: Callable[[float], int], log: Callable
 ) -> float:
-    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8: a secant in its
-    log2 from `delta`, `slope` being about how many bytes fewer an octave makes."""
-    at, tried = math.log2(delta), {}
+    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8.
+
+    A secant in x = log2(delta) from `delta` on, aimed at the middle of the tolerance. `slope` is about how
+    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to `log`.
+    """
+    x = math.log2(delta)
+    sizes: dict[float, int] = {}
     for _ in range(8):
-        tried[at] = size = size_of(2.0**at)
-        log(f"size: delta 2^{at:.5f} gives {size} bytes, {100 * (size / goal - 1):+.3f}% of the goal")
-        if 0 <= goal - size <= 5e-4 * goal:
+        sizes[x] = size_of(2.0**x)
+        log(f"size: delta 2^{x:.5f} gives {sizes[x]} bytes, {100 * (sizes[x] / goal - 1):+.3f}% of the goal")
+        if 0 <= goal - sizes[x] <= 5e-4 * goal:
             break
-        if len(tried) > 1:
-            (a, before), (b, size) = list(tried.items())[-2:]
-            slope = min(max((before - size) / (b - a), slope / 2), slope * 2)
-        at += (size - goal * (1 - 2.5e-4)) / slope
-    return 2.0 ** min((at for at in tried if tried[at] <= goal), default=max(tried))
+        if len(sizes) > 1:
+            before = list(sizes)[-2]
+            secant = (sizes[before] - sizes[x]) / (x - before)
+            slope = min(max(secant, slope / 2), slope * 2)
+        x += (sizes[x] - goal * (1 - 2.5e-4)) / slope
+    fitting = [exponent for exponent, size in sizes.items() if size <= goal]
+    return 2.0 ** min(fitting, default=max(sizes))
+
+
+def matrix_weight(weights: dict[str, Tensor], matrix: Matrix) -> Tensor:
+    """The weight (R, C) of `matrix`, a view of its bank or the parameter itself."""
+    weight = weights[matrix.parameter]
+    return weight if matrix.index is None else weight[matrix.index]
 
 
 def quantize(
@@ -3010,153 +3103,264 @@ def quantize(
     looped: bool,
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
 ) -> dict[str, Quantized]:
-    """Every tensor of `weights` as the artifact holds it, by flat name in table order; rate_distortion makes a file of
-    `goal` bytes. Rank 0 only: the matrices are spread over its threads."""
-    c, todo = run.config, list_matrices(table)
+    """All `weights` as the artifact holds them, by flat name: matrices in table order, then fp16 tensors.
+
+    rate_distortion makes a file of `goal` bytes. Rank 0 only: the matrices are spread over its threads. Stop
+    if the `moments` of a matrix's inputs are not positive definite.
+    """
+    config = run.config
+    matrices = list_matrices(table)
     small = {
         name: Quantized(weights[name].half().cpu())
         for name, spec in table.items()
         if spec.quantizer == "fp16"
     }
-    pick = lambda m: weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
-    powers = SENSITIVITY_POWERS if c.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+    powers = SENSITIVITY_POWERS if config.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+
+    def pose(matrix: Matrix) -> RoundingProblem:
+        weight = matrix_weight(weights, matrix)
+        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers)
+
+    def clip(matrix: Matrix) -> Quantized:
+        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
+
     try:
-        made = parallel_map(
-            lambda m: rounding_problem(pick(m), *moments[m.key], c.gptq_dampening, powers), todo
-        )
+        posed = parallel_map(pose, matrices)
     except torch.linalg.LinAlgError:
         raise Stop(
-            f"GPTQ_DAMPENING={c.gptq_dampening}: the second moments of a matrix's inputs are not positive "
-            "definite; raise it or GPTQ_CALIBRATION_BATCHES"
+            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs are not "
+            "positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
         ) from None
-    plans = {m.name: p for m, p in zip(todo, made, strict=True)}
-    if c.quantizer == "sdclip":
-        rounded = parallel_map(lambda m: round_clipped(plans[m.name], *clip_and_bits(c, m.quantizer)), todo)
-        return dict(zip(plans, rounded, strict=True)) | small
-    count, found = sum(p.weight.numel() for p in plans.values()), {}
-    goal = min(goal, count)  # 8 bits a weight: finer would be waste
+    problems = {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+    if config.quantizer == "sdclip":
+        return dict(zip(problems, parallel_map(clip, matrices), strict=True)) | small
+
+    trials: dict[float, dict[str, Quantized]] = {}
 
     def size_of(delta: float) -> int:
-        found[delta] = round_matrices(plans, delta, c.trellis_states, BIT_PRICE) | small
-        return len(encode_artifact(c, found[delta], looped))
+        trials[delta] = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
+        return len(encode_artifact(config, trials[delta], looped))
 
-    return found[fit_delta(guess_delta(plans, goal, c.trellis_states), goal, count / 8, size_of, run.log)]
+    count = sum(problem.weight.numel() for problem in problems.values())
+    goal = min(goal, count)  # 8 bits a weight: finer would be waste
+    guess = guess_delta(problems, goal, config.trellis_states)
+    return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
 
 
 def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
     """The fp32 parameters, banks put together again, from the tensors of an artifact."""
     weights = {name: tensors[name].restore() for name, spec in table.items() if spec.quantizer == "fp16"}
     parts: dict[str, list[Tensor]] = {}
-    for m in list_matrices(table):
-        parts.setdefault(m.parameter, []).append(tensors[m.name].restore())
-    return weights | {
-        name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()
-    }
+    for matrix in list_matrices(table):
+        parts.setdefault(matrix.parameter, []).append(tensors[matrix.name].restore())
+    for name, matrices in parts.items():
+        banked = len(table[name].shape) == 3
+        weights[name] = torch.stack(matrices) if banked else matrices[0]
+    return weights
 
 
 # === ARTIFACT ===
-# The header: magic, compressor, bytes of the manifest and of the payload, sha256 of both.
-ARTIFACT_MAGIC, ARTIFACT_HEADER = b"GOLFPAK2", struct.Struct("<8s8sIQ32s")
+# In: every tensor as `Quantized`. Out: the bytes on disk, and from these the same tensors again; and the
+# script that is shipped. Integers go through an adaptive range coder in integer arithmetic (the same bytes on
+# every machine), everything else through `compressor`. The constants of the coder are free to change and move
+# a few bytes; ARTIFACT_MAGIC has to change with them, because no file written before can be read after that.
+#
+# The container, little-endian; it holds no code and no pickle:
+#
+#     offset  bytes  what
+#          0      8  ARTIFACT_MAGIC
+#          8      8  name of the compressor, filled up with zeros
+#         16      4  M, bytes of the manifest
+#         20      8  P, bytes of the payload
+#         28     32  sha256 of the compressor's name, manifest and payload
+#         60      M  manifest: compressed JSON, see build_manifest
+#     60 + M      P  payload: the streams one behind the other, see streams_of; the manifest has their lengths
+ARTIFACT_MAGIC = b"GOLFPAK2"
+ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")
+
+# The range coder. A stream is one long number, and every symbol narrows the interval in which it lies. The
+# state `coder` is an int64 array with these places:
+LOW = 0  # encoder: the interval's lower end, 56 bits behind the bytes written; decoder: the number minus that
+SPAN = 1  # width of the interval, more than 2^48 before each symbol and at most 2^56
+POSITION = 2  # bytes that were written to the buffer, or read from it
+INTERVAL_MASK = (1 << 56) - 1
+
+SYMBOLS = 256  # of an alphabet
+ESCAPE = SYMBOLS - 1  # the symbol that four bytes follow
+SIZE_CLASSES = 40  # contexts by the size to expect, for each parity
+COUNT_GAIN = 32  # what a symbol's count grows by
+COUNT_LIMIT = 1 << 18  # of the sum of a context's counts: beyond it they are halved
+
+
+@numba_inline
+def add_carry(buffer, position):
+    """Add 1 to the number that ends before `position`: bytes of 255 become 0, the one before them grows."""
+    position -= 1
+    while buffer[position] == 255:
+        buffer[position] = 0
+        position -= 1
+    buffer[position] += 1
 
 
 @numba_jit
-def code_symbol(symbol, counts, coder, buffer, decoding):
-    """Code one symbol by its `counts`, the last of which is their sum, and count it; `coder` is low, span, position."""
-    unit, start, s = coder[1] // counts[SYMBOLS], 0, 0
-    while s < SYMBOLS - 1 and ((start + counts[s]) * unit <= coder[0] if decoding else s < symbol):
-        start += counts[s]
-        s += 1
-    coder[0] += -start * unit if decoding else start * unit
-    coder[1] = unit * counts[s]
-    if coder[0] > INTERVAL_MASK:
-        place = coder[2] - 1
-        while buffer[place] == 255:  # a carry
-            buffer[place] = 0
-            place -= 1
-        buffer[place] += 1
-        coder[0] &= INTERVAL_MASK
-    while coder[1] <= INTERVAL_MASK >> 8:
+def code_symbol(symbol, context, counts, coder, buffer, decoding):
+    """Encode `symbol`, or decode one, with the counts of `context`, the last of which is their sum; count it.
+
+    The interval shrinks to the symbol's part: its count's share of the span, behind those of smaller symbols.
+    An encoder whose LOW outgrows its 56 bits carries into the buffer. Then, while the span has at most 48
+    bits, the next byte moves from LOW to the buffer, or back when decoding.
+    """
+    low = coder[LOW]
+    unit = coder[SPAN] // counts[context, SYMBOLS]
+    if decoding:
+        symbol = 0
+        while symbol < SYMBOLS - 1 and unit * counts[context, symbol] <= low:
+            low -= unit * counts[context, symbol]
+            symbol += 1
+    else:
+        for smaller in range(symbol):
+            low += unit * counts[context, smaller]
+        if low > INTERVAL_MASK:
+            add_carry(buffer, coder[POSITION])
+            low &= INTERVAL_MASK
+
+    span = unit * counts[context, symbol]
+    while span <= INTERVAL_MASK >> 8:
         if decoding:
-            coder[0] = coder[0] << 8 | buffer[coder[2]]
+            low = low << 8 | buffer[coder[POSITION]]
         else:
-            buffer[coder[2]] = coder[0] >> 48
-            coder[0] = coder[0] << 8 & INTERVAL_MASK
-        coder[1] <<= 8
-        coder[2] += 1
-    counts[s] += COUNT_GAIN
-    counts[SYMBOLS] += COUNT_GAIN
-    if counts[SYMBOLS] > COUNT_LIMIT:
-        counts[:SYMBOLS] = (counts[:SYMBOLS] + 1) >> 1
-        counts[SYMBOLS] = counts[:SYMBOLS].sum()
-    return s
+            buffer[coder[POSITION]] = low >> 48
+            low = low << 8 & INTERVAL_MASK
+        span <<= 8
+        coder[POSITION] += 1
+    coder[LOW] = low
+    coder[SPAN] = span
+
+    counts[context, symbol] += COUNT_GAIN
+    counts[context, SYMBOLS] += COUNT_GAIN
+    if counts[context, SYMBOLS] > COUNT_LIMIT:
+        counts[context, :SYMBOLS] = (counts[context, :SYMBOLS] + 1) >> 1
+        counts[context, SYMBOLS] = counts[context, :SYMBOLS].sum()
+    return symbol
+
+
+@numba_inline
+def code_integer(integer, context, counts, coder, buffer, decoding):
+    """Encode `integer`, or decode one; 0, -1, 1, -2, 2 ... have the indices 0, 1, 2, 3, 4 ...
+
+    An index below ESCAPE is a symbol of `context`. Any other is ESCAPE and then its four bytes, low one
+    first, each of which has a context of its own.
+    """
+    index = integer << 1 if integer >= 0 else ~integer << 1 | 1
+    found = code_symbol(min(index, ESCAPE), context, counts, coder, buffer, decoding)
+    if found == ESCAPE:
+        found = 0
+        for byte in range(4):
+            part = index >> 8 * byte & 255
+            found |= code_symbol(part, 2 * SIZE_CLASSES + byte, counts, coder, buffer, decoding) << 8 * byte
+    return found >> 1 ^ -(found & 1)
+
+
+@numba_inline
+def size_class(size):
+    """The class of an expected size in sixteenths: four to the octave, the first is everything below 5/16."""
+    octave = 0
+    while size >= 8:
+        size >>= 1
+        octave += 4
+    return min(octave + max(size - 4, 0), SIZE_CLASSES - 1)
+
+
+@numba_jit
+def code_matrix(matrix, after, counts, coder, buffer, decoding):
+    """Encode or decode an int32 matrix (R, C) in place, column by column.
+
+    The context of an integer is its parity, known from the trellis, and its expected size: the mean of its
+    row times the factor of its column, both from what came before. A column's factor is the sum of the sizes
+    |m| in it over the sum of its rows' means; a row's mean is the sum of its sizes over the sum of the
+    columns' factors, and both of these are halved when the latter passes 512, to forget. 1024 stands for 1.
+    """
+    rows, columns = matrix.shape
+    halving = np.int64(len(after) > 1)  # with a trellis the lowest bit is known
+    row_sum = np.full(rows, 8 << 10)  # as if two columns of size 4 had come before
+    row_mean = np.full(rows, 4 << 10)
+    factors = 2 << 10
+    for column in range(columns):
+        seen = 8 << 10  # as if two integers as large as expected had come before
+        expected = 8 << 10
+        state = 0
+        for row in range(rows):
+            parity = state & 1
+            sixteenths = row_mean[row] * ((seen << 10) // expected) >> 16
+            context = parity * SIZE_CLASSES + size_class(sixteenths)
+            half = np.int64(matrix[row, column]) >> halving
+            half = code_integer(half, context, counts, coder, buffer, decoding)
+            integer = half << halving | parity
+            matrix[row, column] = integer
+            state = after[state, half & 1]
+            size = min(abs(integer), 1 << 15) << 10
+            row_sum[row] += size
+            seen += size
+            expected += row_mean[row]
+        factors += (seen << 10) // expected
+        if factors > 512 << 10:
+            row_sum >>= 1
+            factors >>= 1
+        row_mean = (row_sum << 10) // factors
 
 
 @numba_jit
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
-    """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
-    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, its row's mean times its
-    column's factor, both of what came before; the last four are for the bytes of what is no symbol."""
-    halving, begin = np.int64(len(after) > 1), 0
+    """Encode or decode int32 matrices of these `shapes`, one behind the other in `values`, see code_matrix.
+
+    `counts` (2 SIZE_CLASSES + 4, SYMBOLS + 1): contexts of even, then of odd integers by size class, and of
+    the bytes behind an ESCAPE.
+    """
+    begin = 0
     for rows, columns in shapes:
-        row_sum, row_size, weight = np.full(rows, 8 << 10), np.full(rows, 4 << 10), 2 << 10  # 1024 is 1
-        for j in range(columns):
-            seen, expected, state = 8 << 10, 8 << 10, 0  # of this column
-            for r in range(rows):
-                place, odd, context = begin + r * columns + j, state & 1, 0
-                size = row_size[r] * ((seen << 10) // expected) >> 16
-                while size >= 8:  # quarters of an octave
-                    size >>= 1
-                    context += 4
-                context = min(context + max(size - 4, 0), SIZE_CLASSES - 1) + odd * SIZE_CLASSES
-                k = np.int64(values[place]) >> halving
-                rest = k << 1 if k >= 0 else ~k << 1 | 1  # 0, -1, 1, -2, 2 ...
-                index = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
-                if index == SYMBOLS - 1:
-                    index = 0
-                    for i in range(0, 32, 8):
-                        byte = code_symbol(
-                            rest >> i & 255, counts[2 * SIZE_CLASSES + i // 8], coder, buffer, decoding
-                        )
-                        index |= byte << i
-                k = index >> 1 ^ -(index & 1)
-                values[place] = k << halving | odd
-                state = after[state, k & 1]
-                size = min(abs(k << halving | odd), 1 << 15) << 10
-                row_sum[r], seen, expected = row_sum[r] + size, seen + size, expected + row_size[r]
-            weight += (seen << 10) // expected
-            if weight > 512 << 10:  # forget
-                row_sum, weight = row_sum >> 1, weight >> 1
-            row_size = (row_sum << 10) // weight
-        begin += rows * columns
+        end = begin + rows * columns
+        matrix = values[begin:end].reshape(rows, columns)
+        code_matrix(matrix, after, counts, coder, buffer, decoding)
+        begin = end
+
+
+def initial_counts(states: int) -> np.ndarray:
+    """The counts (2 SIZE_CLASSES + 4, SYMBOLS + 1) that both sides start from; they save 0.2 % of the bytes.
+
+    One of every symbol, and in a size class around mu the expectation of 128 integers of geometric size,
+    chances proportional to (mu / (mu + 1))^|m|; in whole numbers, which come out the same on every machine.
+    """
+    classes = np.arange(SIZE_CLASSES)
+    mean = 9 + 2 * (classes % 4) << classes // 4  # middle of the class, 32 is 1
+    powers = np.full((SYMBOLS + 1, SIZE_CLASSES), 1 << 40)
+    for size in range(SYMBOLS):
+        powers[size + 1] = powers[size] * mean // (mean + 32)
+    symbols = np.arange(SYMBOLS)
+    even = (symbols + 1) // 2 << (states > 0)  # sizes |m| of the symbols; without a trellis of all integers
+    odd = symbols | 1
+    sizes = np.stack((even, odd))
+    shares = powers[sizes].transpose(0, 2, 1).reshape(-1, SYMBOLS)
+    counts = np.ones((2 * SIZE_CLASSES + 4, SYMBOLS + 1), np.int64)
+    counts[: 2 * SIZE_CLASSES, :SYMBOLS] += 128 * COUNT_GAIN * shares // shares.sum(1, keepdims=True)
+    counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
+    return counts
 
 
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
-    values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
-    # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 %
-    # fewer bytes.
-    mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(SIZE_CLASSES)]), np.arange(SYMBOLS)
-    decay = itertools.accumulate(
-        range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40)
-    )
-    weight = (
-        np.stack([*decay])[np.stack(((s + 1) // 2 << (states > 0), s | 1))]
-        .transpose(0, 2, 1)
-        .reshape(-1, SYMBOLS)
-    )
-    counts = np.ones((2 * SIZE_CLASSES + 4, SYMBOLS + 1), np.int64)
-    counts[: 2 * SIZE_CLASSES, :SYMBOLS] += 128 * COUNT_GAIN * weight // weight.sum(1, keepdims=True)
-    counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
-    buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
-    coder = np.array(
-        [0, INTERVAL_MASK + 1, 0]
-        if data is None
-        else [int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7]
-    )
-    code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
-    for m, part in zip(matrices, np.split(values, np.cumsum(shapes.prod(1))[:-1]), strict=True):
-        m[:] = part.reshape(m.shape)
-    return buffer[: coder[2]].tobytes() + bytes([coder[0] >> 48])  # read with 255s behind it: within the span
+    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it."""
+    values = np.concatenate([matrix.ravel() for matrix in matrices])
+    shapes = np.array([matrix.shape for matrix in matrices])
+    if data is None:
+        buffer = np.zeros(8 * values.size + 64, np.uint8)
+        coder = np.array([0, INTERVAL_MASK + 1, 0])
+    else:
+        buffer = np.frombuffer(bytearray(data + b"\xff" * 64), np.uint8)
+        coder = np.array([int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7])
+    code_integers(values, shapes, trellis(states)[0], initial_counts(states), coder, buffer, data is not None)
+    parts = np.split(values, np.cumsum(shapes.prod(1))[:-1])
+    for matrix, part in zip(matrices, parts, strict=True):
+        matrix[:] = part.reshape(matrix.shape)
+    return buffer[: coder[POSITION]].tobytes() + bytes([coder[LOW] >> 48])  # 255s behind it: within the span
 
 
 def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
@@ -3168,91 +3372,128 @@ def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     return brotli.decompress(data) if undo else brotli.compress(data, quality=11, lgwin=24)
 
 
+def byte_planes(part: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor as a view, uint8 (bytes of an element, elements), low ones first."""
+    return part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
+
+
 def code_stream(parts: list[Tensor], compressor: str, states: int, data: bytes | None = None) -> bytes:
-    """One stream of the artifact; with `data`, its parts are filled from it. int32 goes through `code` (matrices lie on
-    trellis paths, vectors do not), the rest through `compressor`, all low bytes before all high ones: these repeat."""
+    """One stream of the artifact; with `data`, its parts are filled from it.
+
+    int32 goes through code_matrices (matrices lie on trellis paths of so many `states`, vectors do not), the
+    rest through `compressor`, all low bytes of a part before all high ones: these repeat.
+    """
     if parts[0].dtype == torch.int32:
-        return code_matrices(
-            [part.view(len(part), -1).numpy() for part in parts], states * (parts[0].dim() > 1), data
-        )
-    planes = lambda part: part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
+        matrices = [part.view(len(part), -1).numpy() for part in parts]
+        return code_matrices(matrices, states if parts[0].dim() > 1 else 0, data)
     if data is None:
-        return compress(b"".join(planes(part).tobytes() for part in parts), compressor)
+        return compress(b"".join(byte_planes(part).tobytes() for part in parts), compressor)
     raw = np.frombuffer(compress(data, compressor, undo=True), np.uint8)
-    for part, flat in zip(parts, np.split(raw, np.cumsum([part.nbytes for part in parts])[:-1]), strict=True):
-        planes(part)[:] = flat.reshape(part.itemsize, -1)
+    ends = np.cumsum([part.nbytes for part in parts])
+    for part, flat in zip(parts, np.split(raw, ends[:-1]), strict=True):
+        byte_planes(part)[:] = flat.reshape(part.itemsize, -1)
     return data
 
 
 def streams_of(name: str, tensor: Quantized) -> list[tuple[str, Tensor]]:
     """Which stream each part of a tensor goes to: one per role, so that the coder sees like beside like."""
     role = "fp16" if tensor.scales is None else re.sub(r"\d+", "*", name)
-    return [
-        (stream, part)
-        for stream, part in zip((role, "scales", "delta"), tensor, strict=True)
-        if part is not None
-    ]
+    parts = zip((role, "scales", "delta"), tensor, strict=True)
+    return [(stream, part) for stream, part in parts if part is not None]
+
+
+def collect_streams(tensors: dict[str, Quantized]) -> dict[str, list[Tensor]]:
+    """The parts of all tensors by stream, both in the order of the artifact."""
+    streams: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        for stream, part in streams_of(name, tensor):
+            streams.setdefault(stream, []).append(part)
+    return streams
+
+
+def build_manifest(
+    config: Config, tensors: dict[str, Quantized], looped: bool, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """What a reader needs besides the payload; `sizes` are the bytes of the streams."""
+
+    def describe(name: str, tensor: Quantized) -> list:
+        parts = [part for _, part in streams_of(name, tensor)]
+        return [name, [[str(part.dtype).removeprefix("torch."), list(part.shape)] for part in parts]]
+
+    return {
+        "format": 2,
+        "looped": looped,
+        "states": config.trellis_states,
+        "model": config.chosen("Model"),
+        "tensors": [describe(name, tensor) for name, tensor in tensors.items()],
+        "streams": [[name, size] for name, size in sizes.items()],
+    }
 
 
 def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool) -> bytes:
-    """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role. It
-    holds no code and no pickle; the header carries the sha256 of what follows it. `looped`: the route to use."""
-    streams: dict[str, list[Tensor]] = {}
+    """The artifact: header, compressed manifest, one stream per role; `looped` is the route to evaluate on.
+
+    Stop if a value does not fit in fp16.
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.values.float()).all():
             raise Stop(
                 f"{name}: a value does not fit in fp16, nothing was packed; lower SCALAR_LR or raise ADAM_WD"
             )
-        for stream, part in streams_of(name, tensor):
-            streams.setdefault(stream, []).append(part)
-    coder, states = config.compressor, config.trellis_states
-    packed = parallel_map(
-        lambda parts: code_stream(parts, coder, states), streams.values()
-    )  # coders run without the lock
-    what = lambda part: [str(part.dtype).removeprefix("torch."), list(part.shape)]
-    manifest = {
-        "format": 2,
-        "looped": looped,
-        "states": states,
-        "model": config.chosen("Model"),
-        "tensors": [[name, [what(part) for _, part in streams_of(name, t)]] for name, t in tensors.items()],
-        "streams": [[name, len(data)] for name, data in zip(streams, packed, strict=True)],
-    }
-    head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
-    digest = hashlib.sha256(coder.encode() + head + payload).digest()
-    return (
-        ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder.encode(), len(head), len(payload), digest) + head + payload
-    )
+
+    def encode(parts: list[Tensor]) -> bytes:
+        return code_stream(parts, config.compressor, config.trellis_states)
+
+    streams = collect_streams(tensors)
+    coded = parallel_map(encode, streams.values())  # coders run without the interpreter's lock
+    sizes = {name: len(data) for name, data in zip(streams, coded, strict=True)}
+    manifest = json.dumps(build_manifest(config, tensors, looped, sizes), separators=(",", ":"))
+    head = compress(manifest.encode(), config.compressor)
+    payload = b"".join(coded)
+    coder = config.compressor.encode()
+    digest = hashlib.sha256(coder + head + payload).digest()
+    return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder, len(head), len(payload), digest) + head + payload
 
 
-def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
-    """(manifest, tensors by flat name, sha256 of the file) of the artifact at `path`; Stop if a byte of it is wrong."""
+def read_container(path: Path) -> tuple[str, bytes, bytes, str]:
+    """(compressor, compressed manifest, payload, sha256 of the file); Stop if a byte of `path` is wrong."""
     remedy = "copy it again, or make it again with STAGE=quantize"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     start = ARTIFACT_HEADER.size
-    stop_if(
-        len(data) < start or not data.startswith(ARTIFACT_MAGIC),
-        f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}",
-    )
+    if len(data) < start or not data.startswith(ARTIFACT_MAGIC):
+        raise Stop(f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}")
     _, coder, head, payload, digest = ARTIFACT_HEADER.unpack_from(data)
-    coder, size = coder.rstrip(b"\0"), start + head + payload
-    stop_if(len(data) != size, f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
-    found = hashlib.sha256(coder + data[start:]).digest()
-    stop_if(found != digest, f"{path}: a byte was changed, the checksum does not fit; {remedy}")
-    manifest = json.loads(compress(data[start : start + head], coder.decode(), undo=True))
-    tensors, streams, jobs, end = {}, {}, [], start + head
+    size = start + head + payload
+    if len(data) != size:
+        raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
+    coder = coder.rstrip(b"\0")
+    if hashlib.sha256(coder + data[start:]).digest() != digest:
+        raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
+    return coder.decode(), data[start : start + head], data[start + head :], hashlib.sha256(data).hexdigest()
+
+
+def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
+    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong."""
+    compressor, head, payload, digest = read_container(path)
+    manifest = json.loads(compress(head, compressor, undo=True))
+    tensors = {}
     for name, parts in manifest["tensors"]:
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
-        for stream, part in streams_of(name, tensors[name]):
-            streams.setdefault(stream, []).append(part)
-    for stream, size in manifest["streams"]:
-        jobs.append((streams[stream], coder.decode(), manifest["states"], data[end : end + size]))
-        end += size
-    parallel_map(lambda job: code_stream(*job), jobs)
-    return manifest, tensors, hashlib.sha256(data).hexdigest()
+    streams = collect_streams(tensors)
+    begin = 0
+    pieces = {}
+    for name, size in manifest["streams"]:
+        pieces[name] = payload[begin : begin + size]
+        begin += size
+
+    def fill(name: str) -> None:
+        code_stream(streams[name], compressor, manifest["states"], pieces[name])
+
+    parallel_map(fill, pieces)
+    return manifest, tensors, digest
 
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
@@ -3261,13 +3502,13 @@ def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tupl
     write_atomically(path, encode_artifact(run.config, tensors, looped))
     _, again, digest = decode_artifact(path)
     same = list(again) == list(tensors) and all(
-        torch.equal(again[n].restore(), tensors[n].restore()) for n in tensors
+        torch.equal(again[name].restore(), tensors[name].restore()) for name in tensors
     )
-    stop_if(
-        not same,
-        f"{path}: reads back differently than it was written; check the disk and the "
-        f"{run.config.compressor} package, nothing was scored",
-    )
+    if not same:
+        raise Stop(
+            f"{path}: reads back differently than it was written; check the disk and the "
+            f"{run.config.compressor} package, nothing was scored"
+        )
     return path.stat().st_size, digest
 
 
@@ -3282,22 +3523,28 @@ PACKED_SCRIPT = PACKED_HEAD + (
 
 @functools.lru_cache(1)
 def pack_source(source: str) -> tuple[str, str]:
-    """(`source` as a self-extracting script, how it was made); a script that is packed already comes back as it is."""
+    """(`source` as a self-extracting script, how it was made); one that is packed already stays as it is."""
     if source.startswith(PACKED_HEAD):
         return source, "already packed"
+    import ast
+
     try:
         import python_minifier
-
-        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
-        # text.
-        source, how = (
-            python_minifier.minify(
-                source, rename_locals=False, hoist_literals=False, remove_annotations=False
-            ),
-            "minified",
-        )
     except ImportError:
         how = "not minified (python-minifier is not installed)"
+    else:
+        how = "minified"
+        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
+        # text. Docstrings go, but for the head of the file, which --help prints.
+        head = ast.get_docstring(ast.parse(source), clean=False) or ""
+        minified = python_minifier.minify(
+            source,
+            rename_locals=False,
+            hoist_literals=False,
+            remove_annotations=False,
+            remove_literal_statements=True,
+        )
+        source = f"{head!r}\n{minified}"
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}
     ]

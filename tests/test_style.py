@@ -67,7 +67,7 @@ def test_public_functions_have_docstrings_and_annotations():
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
             continue
         assert ast.get_docstring(node), node.name
-        kernel = re.search("jit|compiled", "".join(map(ast.dump, node.decorator_list)))
+        kernel = re.search("jit|numba_inline", "".join(map(ast.dump, node.decorator_list)))
         if isinstance(node, ast.FunctionDef) and not kernel:
             assert node.returns is not None, node.name
             assert all(a.annotation for a in node.args.args if a.arg not in ("self", "cls")), node.name
