@@ -4584,7 +4584,8 @@ def find_memory(run: Run) -> Finding:
 def matmul_peak(run: Run) -> float:
     """FLOP/s of a square matrix product in the run's data type on the slowest rank."""
     size = 8192 if run.is_cuda else 512
-    left, right = (torch.ones(size, size, device=run.device, dtype=run.dtype) for _ in range(2))
+    # Random, not constant: the clock of a GPU follows its power, and that the bits that change.
+    left, right = (torch.randn(size, size, device=run.device, dtype=run.dtype) for _ in range(2))
     return worst_of_ranks(run, 2 * size**3 / least_seconds(run, lambda: left @ right))
 
 
