@@ -2731,10 +2731,18 @@ def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> 
         return list(pool.map(work, jobs))
 
 
-# Compiled code is cached beside the file that a function comes from; in the packed script there is none.
-HAS_FILE = os.path.exists(parallel_map.__code__.co_filename)
-numba_jit = numba.njit(nogil=True, cache=HAS_FILE)
-numba_inline = numba.njit(cache=HAS_FILE, forceinline=True)  # in a hot loop: calls would cost a fifth more
+def can_cache() -> bool:
+    """Whether numba finds a place for what it compiles; a packed script has no file, HOME may be unusable."""
+    try:
+        numba.njit(cache=True)(can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+HAS_CACHE = can_cache()
+numba_jit = numba.njit(nogil=True, cache=HAS_CACHE)
+numba_inline = numba.njit(cache=HAS_CACHE, forceinline=True)  # in a hot loop: calls would cost a fifth more
 
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
@@ -2915,7 +2923,7 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 @numba_jit
 def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both fp32 (R,).
+    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -4975,6 +4983,7 @@ def summarize(run: Run, data: Dataset) -> None:
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
+    announce(run.folder, "scored")
     run.log(f"compliance: {'legal' if verdict['legal'] else 'NOT LEGAL'} ({verdict['reason']})")
     run.log(
         f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} "
@@ -5024,6 +5033,13 @@ def warn_of_unread_settings(run: Run) -> None:
             run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
 
 
+def announce(folder: Path, state: str) -> None:
+    """Tell the launcher, in the file RUN_FOLDER_FILE if it names one, which folder it is. Rank 0 only."""
+    path = os.environ.get("RUN_FOLDER_FILE")
+    if path:
+        write_atomically(Path(path), f"{state} {folder.resolve()}\n".encode())
+
+
 STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
 
 
@@ -5034,6 +5050,7 @@ def main(config: Config) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, settings["data"])))
+    run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
     log_header(run, data)

@@ -75,8 +75,14 @@ def test_public_functions_have_docstrings_and_annotations():
 
 def test_settings_are_read_from_the_environment_in_one_place():
     config = SOURCE[SOURCE.index("# === CONFIG ===") : SOURCE.index("# === RUN ===")]
-    # Of torchrun, triton and CUDA.
-    allowed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES"}
+    allowed = {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "TRITON_INTERPRET",
+        "RUN_FOLDER_FILE",
+        "CUDA_VISIBLE_DEVICES",
+    }  # of launchers, triton and CUDA
     rest = SOURCE.replace(config, "")
     assert set(re.findall(r'os\.environ\.get\("(\w+)"', rest)) <= allowed and "getenv" not in SOURCE
 
