@@ -3,6 +3,7 @@
     python train_gpt.py                                      one GPU or the CPU; settings from the environment
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs: same batches, same losses
     python train_gpt.py --help                               every setting, its default and its meaning
+    python train_gpt.py --preflight                          what this machine will give, and what to mend
 
 This is the game of Parameter Golf. A run is train -> quantise -> pack -> evaluate, each also alone
 (STAGE=train|quantize|evaluate) from what the one before left in runs/$RUN_ID/. The score is computed from the
@@ -21,6 +22,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation, test-time training
     TRAIN        warm-up, the training loop, checkpoints
+    PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
 
 Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
@@ -131,8 +133,8 @@ class Config:
     val_loss_every: int = knob(
         0, "steps between diagnostic validations; 0: score only the artifact", not_negative
     )
-    attention: Literal["auto", "fa3", "fa2", "varlen", "sdpa"] = knob(
-        "auto", "attention; auto: the first usable"
+    attention: Literal["auto", "fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa"] = knob(
+        "auto", "attention; auto: the first that passes a trial, forward and backward"
     )
     kernels: Literal["auto", "triton", "reference"] = knob(
         "auto", "fused kernels; auto: triton if there is a GPU"
@@ -141,6 +143,7 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
     )
@@ -717,8 +720,8 @@ def find_place(environment: Mapping[str, str]) -> Place:
 
 
 def command_line(arguments: list[str]) -> Config:
-    """The settings of this process; ends it after --help or --print-config, Stop for any other argument."""
-    if not arguments:
+    """The settings of this process; ends it after --help or --print-config, Stop for an unknown argument."""
+    if arguments in ([], ["--preflight"]):
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
@@ -731,7 +734,7 @@ def command_line(arguments: list[str]) -> Config:
     else:
         raise Stop(
             f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
-            "the only arguments are --help and --print-config"
+            "the only arguments are --help, --print-config and --preflight"
         )
     raise SystemExit(0)
 
@@ -754,9 +757,37 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
     return " ".join(chosen) or "PyTorch's default"
 
 
+# The folders under COMPILE_CACHE, by the variable that the compiler reads when it is loaded.
+COMPILE_CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "NUMBA_CACHE_DIR": "numba",
+}
+
+
+def use_compile_cache(folder: str) -> None:
+    """Let torch.compile, Triton and numba keep their results under `folder`, if it is not empty.
+
+    Works only before they are loaded. The folder may be carried to another machine with the same GPU and the
+    same versions; what does not fit is compiled anew. Stop if it cannot be written.
+    """
+    if not folder:
+        return
+    path = Path(folder).expanduser().resolve()
+    try:
+        for variable, name in COMPILE_CACHES.items():
+            (path / name).mkdir(parents=True, exist_ok=True)
+            os.environ[variable] = str(path / name)
+    except OSError as error:
+        raise Stop(
+            f"COMPILE_CACHE={folder}: cannot be written ({error.strerror}); choose another folder or unset it"
+        ) from None
+
+
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     find_place(os.environ)
+    use_compile_cache(CONFIG.compile_cache)
     if importlib.util.find_spec("torch") is None:
         raise Stop(
             f"{sys.executable}: torch is not installed there; "
@@ -1878,11 +1909,17 @@ def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[st
     """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
 
     A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
-    the reasons against the backends before it.
+    the reasons against the backends before it. All ranks call this together and choose alike: what fails on
+    one is used on none.
     """
     refused = []
     for name in order if wanted == "auto" else [wanted]:
         found = order[name]()
+        if run.world_size > 1:
+            failed = torch.tensor(float(isinstance(found, str)), device=run.device)
+            count = int(run.sum_over_ranks(failed))
+            if count and not isinstance(found, str):
+                found = f"cannot be used on {count} other ranks"
         if not isinstance(found, str):
             reasons = f" (not {'; not '.join(refused)})" if refused else ""
             run.log(f"{what}: {name}{reasons}")
@@ -1912,6 +1949,11 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
             return missing
         if not fused and config.mlp_kernel != "triton":
             return f"KERNELS={config.kernels} chose the reference"
+        if config.mlp_kernel == "auto" and run.is_cuda:
+            # Compiled for sm_80 and sm_89 the tiles spill 3.8 to 13 kB of registers; for sm_90 none.
+            major, minor = torch.cuda.get_device_capability(run.device)
+            if major < 9:
+                return f"its tiles are made for compute capability 9.0, this GPU has {major}.{minor}"
         return mlp_triton
 
     def reference() -> MLP:
@@ -2119,57 +2161,135 @@ def attend_varlen() -> Attend:
     """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Builds from January 2026 on say it in keyword-only options (pytorch#172238), those before as a flag.
-    causal = {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True}
+    # Builds from January 2026 on have keyword-only options (pytorch#172238); those before take a flag and
+    # want as many heads of keys as of queries.
+    options = varlen_attn.__kwdefaults__ or {}
+    grouped = "enable_gqa" in options
+    causal = {"window_size": (-1, 0)} if options else {"is_causal": True}
+    if grouped:
+        causal["enable_gqa"] = True
 
     def attend(q, k, v, starts, longest):
         if starts is None:
             return attend_sdpa(q, k, v, None, longest)
-        queries = q[0]
-        keys, values = (t[0].repeat_interleave(q.size(2) // t.size(2), 1) for t in (k, v))
-        return varlen_attn(queries, keys, values, starts, starts, longest, longest, **causal)[None]
+        keys, values = k[0], v[0]
+        if not grouped:
+            copies = q.size(2) // k.size(2)
+            keys, values = keys.repeat_interleave(copies, 1), values.repeat_interleave(copies, 1)
+        return varlen_attn(q[0], keys, values, starts, starts[:], longest, longest, **causal)[None]
 
     return attend
 
 
+# The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_HUB = ("kernels-community/flash-attn3", 1)
+
+
 def attend_flash(backend: str) -> Attend:
-    """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, as attend_sdpa."""
+    """FlashAttention by its module or from the hub ("fa3_hub"), or PyTorch's varlen kernel, as attend_sdpa.
+
+    Raises what the package raises: ImportError if it is missing, AttributeError if it is another one, for the
+    hub whatever the download does.
+    """
     if backend == "varlen":
         return attend_varlen()
-    library = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
+    if backend == "fa3_hub":
+        name, version = FLASH_HUB
+        library = importlib.import_module("kernels").get_kernel(name, version=version)
+    else:
+        library = importlib.import_module(FLASH_MODULES[backend])
+    dense = library.flash_attn_func
+    packed = library.flash_attn_varlen_func
 
     def output(result):  # some builds give the log-sum-exp as well
         return result[0] if isinstance(result, tuple) else result
 
     def attend(q, k, v, starts, longest):
         if starts is None:
-            return output(library.flash_attn_func(q, k, v, causal=True))
-        packed = library.flash_attn_varlen_func(
-            q[0], k[0], v[0], starts, starts, longest, longest, causal=True
-        )
-        return output(packed)[None]
+            return output(dense(q, k, v, causal=True))
+        # A view for the second: autograd functions that are given one tensor twice cannot be traced.
+        edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts[:]}
+        sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return output(packed(q[0], k[0], v[0], **edges, **sizes, causal=True))[None]
 
     return attend
 
 
-def usable_attention(backend: str, run: Run) -> Attend | str:
+def wants_compile(config: Config, run: Run) -> bool:
+    """Whether COMPILE asks for torch.compile on this machine."""
+    return config.compile == "on" or (config.compile == "auto" and run.is_cuda)
+
+
+TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
+    """The output of `attend` on q, k and v, and the gradients of all three."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = attend(*leaves, starts, TRIAL_TOKENS)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs[0])]
+
+
+def try_attention(attend: Attend, config: Config, run: Run) -> str:
+    """Why `attend` cannot serve this run, empty if it can; raises what it raises.
+
+    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
+    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
+    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    """
+    tried = attend
+    if wants_compile(config, run):
+        tried = torch.compile(attend, dynamic=False, fullgraph=True)
+    width = config.model_dim // config.num_heads
+    packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
+    for rows, starts in ((2, None), (1, packed)):
+        inputs = []
+        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+            # Not random: the random numbers that follow belong to the initial weights.
+            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
+        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+        found = attention_and_gradients(tried, inputs, starts)
+        for ours, right in zip(found, wanted, strict=True):
+            close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
+            if not close:
+                return (
+                    f"gives other {'dense' if starts is None else 'packed'} results than PyTorch's attention"
+                )
+    return ""
+
+
+def usable_attention(backend: str, config: Config, run: Run) -> Attend | str:
     """The backend, or why it cannot be used."""
     if backend == "sdpa":
         return attend_sdpa
     if not run.is_cuda or run.dtype != torch.bfloat16:
         return "needs a GPU and bfloat16"
-    if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+    generation = torch.cuda.get_device_capability(run.device)[0]
+    if backend in ("fa3", "fa3_hub") and generation != 9:
         return "needs a Hopper GPU"
+    if backend == "fa4" and generation < 9:
+        return "needs a Hopper or Blackwell GPU"
     try:
-        return attend_flash(backend)
-    except ImportError as error:
-        return f"cannot be imported: {error}"
+        attend = attend_flash(backend)
+        trouble = try_attention(attend, config, run)
+    except Exception as error:  # whatever a foreign package raises is a reason against it
+        return describe_error(error)
+    return trouble if trouble else attend
+
+
+def describe_error(error: Exception) -> str:
+    """An exception of a foreign package in one line of at most 160 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    kind = "cannot be imported" if isinstance(error, ImportError) else type(error).__name__
+    return f"{kind}: {lines[0]}"[:160]
 
 
 def pick_attention(config: Config, run: Run) -> Attend:
-    """The backend ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
-    backends = ("fa3", "fa2", "varlen", "sdpa")
-    order = {backend: functools.partial(usable_attention, backend, run) for backend in backends}
+    """The backend ATTENTION, or the first in the order below that can be used; logs which and why."""
+    backends = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")
+    order = {backend: functools.partial(usable_attention, backend, config, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
@@ -4284,19 +4404,32 @@ def loop_states(config: Config) -> tuple[bool, ...]:
     return (False, True) if config.num_loops else (False,)
 
 
+def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
+    """Whether the forward is compiled; logs it with the reason, Stop if COMPILE=on cannot be had."""
+    compiled = wants_compile(config, run)
+    reason = f"COMPILE={config.compile}, {run.device.type}"
+    if compiled and config.loader == "packed" and attend is attend_sdpa:
+        # It reads where documents end, and no graph may depend on the values of a tensor.
+        reason = "LOADER=packed with attention sdpa cuts rows by document, which no graph can hold"
+        if config.compile == "on":
+            raise Stop(f"COMPILE=on: {reason}; set COMPILE=auto, LOADER=shuffled or another ATTENTION")
+        compiled = False
+    run.log(f"compile: {'on' if compiled else 'off'} ({reason})")
+    return compiled
+
+
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
     config = run.config
     torch.manual_seed(config.seed)
-    compiled = config.compile == "on" or (config.compile == "auto" and run.is_cuda)
     torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
     # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
     torch._dynamo.config.specialize_float = True
     attend = pick_attention(config, run)
+    compiled = choose_compile(config, run, attend)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
-    run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={config.compile}, {run.device.type})")
     for looped in loop_states(config):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -4420,6 +4553,7 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
+    cached = count_cached_files(config)
     model, forward, compiled = built
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
@@ -4436,9 +4570,19 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     model.load_state_dict(weights)
     optimizers.load(fresh)
     seconds = time.monotonic() - began
-    run.log(
+    line = (
         f"warm-up: {config.warmup_steps} steps per loop state in {seconds:.1f}s, untimed; all state restored"
     )
+    if config.compile_cache:
+        line += f"; compile cache: {cached} files before, {count_cached_files(config)} after"
+    run.log(line)
+
+
+def count_cached_files(config: Config) -> int:
+    """How many files lie under COMPILE_CACHE: few before a cold start, all before a warm one."""
+    if not config.compile_cache:
+        return 0
+    return sum(path.is_file() for path in Path(config.compile_cache).expanduser().rglob("*"))
 
 
 def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
@@ -4698,6 +4842,307 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     while training.goes_on:
         training.take_step()
     training.finish()
+
+
+# === PREFLIGHT ===
+# In: the settings and this machine. Out: Stop, in the first seconds, for what would fail at the end of a run
+# (`preflight`); and one line for each property of the machine that decides how many steps the budget gives,
+# with the remedy where it is bad (`inspect_machine`). `python train_gpt.py --preflight` prints all of them
+# and tries some steps; a run on GPUs starts with all but those. The limits below which a remedy is shown are
+# assumptions, not measured.
+
+
+SAMPLE_SECONDS = 60.0  # that --preflight spends in training steps
+# The oldest driver (its major version) that runs programs of a CUDA version: NVIDIA's compatibility table.
+LEAST_DRIVER = {"12": 525, "13": 580}
+# Dense bf16 TFLOP/s by a part of the GPU's name, the first that fits, from the makers' data sheets.
+DATA_SHEET_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
+LEAST_ALL_REDUCE = 100e9  # bytes per second, bus bandwidth: PCIe gives less, NVLink several times as much
+LEAST_DISK = 100e6  # bytes per second
+LEAST_SHARED_MEMORY = 2**30  # NCCL's buffers; a container has 64 MiB if nothing else was asked for
+
+
+def check_compressor(compressor: str) -> None:
+    """Stop unless `compressor` is installed and gives back what it packed."""
+    sample = bytes(range(256)) * 4
+    try:
+        again = compress(compress(sample, compressor), compressor, undo=True)
+    except ImportError:
+        raise Stop(f"COMPRESSOR={compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
+    if again != sample:
+        raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
+
+
+def preflight(run: Run) -> None:
+    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
+    config = run.config
+    check_compressor(config.compressor)
+    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
+    needed = 24 * sum(count for count, _ in counts) + 2**26
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise Stop(
+            f"OUT_DIR={config.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
+            "free disk space or set OUT_DIR elsewhere"
+        )
+    code = len(pack_source(Path(__file__).read_text())[0])
+    least = sum(count * least_bits(config, quantizer) / 8 for count, quantizer in counts)
+    left = config.artifact_cap_bytes - code
+    limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    if not config.artifact and least > limit:
+        raise Stop(
+            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
+            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
+            f"{least:.0f} needed; lower MODEL_DIM"
+        )
+
+
+class Finding(NamedTuple):
+    """One property of the machine: its name, how it stands, and what to do if that is bad (else empty)."""
+
+    what: str
+    state: str
+    remedy: str = ""
+
+
+def report(run: Run, finding: Finding) -> None:
+    """Log a finding in one line."""
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    run.log(f"preflight {finding.what}: {finding.state}{remedy}")
+
+
+def query_driver() -> tuple[list[list[str]], str]:
+    """[driver version, name] of every GPU that nvidia-smi lists; or none, and why."""
+    if not shutil.which("nvidia-smi"):
+        return [], "no nvidia-smi"
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi: {type(error).__name__}"
+    rows = [line.split(", ", 1) for line in shown.stdout.splitlines() if ", " in line]
+    if shown.returncode or not rows:
+        answer = (shown.stdout + shown.stderr).strip().splitlines() or ["nothing"]
+        return [], f"nvidia-smi answers {answer[0]!r}"
+    return rows, ""
+
+
+def find_driver(run: Run) -> Finding:
+    """The GPUs and the driver, against the CUDA version that this torch was built for."""
+    gpus, trouble = query_driver()
+    build = torch.version.cuda
+    wheel = f"torch {torch.__version__}, built for {f'CUDA {build}' if build else 'the CPU'}"
+    if not gpus:
+        device = torch.cuda.get_device_name(run.device) if run.is_cuda else "none, the CPU trains"
+        broken = not run.is_cuda and trouble != "no nvidia-smi"
+        remedy = "install the driver, or start the container with --gpus all" if broken else ""
+        return Finding("GPU", f"{device} ({trouble}; {wheel})", remedy)
+    version, name = gpus[0]
+    major = re.match(r"\d+", version)
+    needed = LEAST_DRIVER.get(build.split(".")[0], 0) if build else 0
+    remedy = ""
+    if not build:
+        remedy = (
+            "this torch cannot use it: start with a Python whose torch is a CUDA build (PYTHON=... ./run.sh)"
+        )
+    elif major and int(major[0]) < needed:
+        remedy = f"CUDA {build} needs driver {needed} or later: update it, or install torch for an older CUDA"
+    elif not run.is_cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        remedy = f"torch sees no GPU: check CUDA_VISIBLE_DEVICES ({visible}) and the container's --gpus"
+    return Finding("GPU", f"{len(gpus)} x {name}, driver {version} ({wheel})", remedy)
+
+
+def worst_of_ranks(run: Run, value: float) -> float:
+    """The least `value` of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=run.device)
+    if run.world_size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor.item()
+
+
+def least_seconds(run: Run, work: Callable[[], Any]) -> float:
+    """The shortest of five times that `work` takes on the device, after one that is not counted."""
+    times = []
+    for _ in range(6):
+        began = run.now()
+        work()
+        times.append(run.now() - began)
+    return min(times[1:])
+
+
+def find_memory(run: Run) -> Finding:
+    """The free memory of the fullest GPU."""
+    free, total = torch.cuda.mem_get_info(run.device)
+    held = torch.cuda.memory_reserved(run.device)  # by this process
+    share = worst_of_ranks(run, (free + held) / total)
+    remedy = "" if share > 0.9 else "another process holds the rest: nvidia-smi shows which"
+    return Finding("memory", f"{share * total / 2**30:.1f} of {total / 2**30:.1f} GiB free", remedy)
+
+
+def matmul_peak(run: Run) -> float:
+    """FLOP/s of a square matrix product in the run's data type on the slowest rank."""
+    size = 8192 if run.is_cuda else 512
+    # Random, not constant: the clock of a GPU follows its power, and that the bits that change.
+    left, right = (torch.randn(size, size, device=run.device, dtype=run.dtype) for _ in range(2))
+    return worst_of_ranks(run, 2 * size**3 / least_seconds(run, lambda: left @ right))
+
+
+def find_matmul(run: Run, peak: float) -> Finding:
+    """The measured matmul peak beside the data sheet's, if that is known."""
+    name = torch.cuda.get_device_name(run.device) if run.is_cuda else ""
+    promised = next((tflops for part, tflops in DATA_SHEET_TFLOPS.items() if part in name), None)
+    state = f"{peak / 1e12:.3g} TFLOP/s in {str(run.dtype).removeprefix('torch.')}"
+    remedy = ""
+    if promised and run.dtype == torch.bfloat16:
+        state += f", the data sheet says {promised}"
+        if peak < promised / 2 * 1e12:
+            remedy = "the GPU is throttled or shared: nvidia-smi -q -d PERFORMANCE; or take another machine"
+    return Finding("matmul", state, remedy)
+
+
+def find_all_reduce(run: Run) -> Finding:
+    """The bandwidth of an all-reduce over all ranks, as every byte crosses a link (NCCL's bus bandwidth)."""
+    size = 2**28 if run.is_cuda else 2**20
+    content = torch.zeros(size // 4, device=run.device)
+    seconds = least_seconds(run, lambda: dist.all_reduce(content))
+    bandwidth = worst_of_ranks(run, 2 * (run.world_size - 1) / run.world_size * size / seconds)
+    remedy = ""
+    if run.is_cuda and bandwidth < LEAST_ALL_REDUCE:
+        remedy = "not NVLink: see nvidia-smi topo -m, unset NCCL_P2P_DISABLE; or take another machine"
+    return Finding("all-reduce", f"{bandwidth / 1e9:.3g} GB/s over {run.world_size} ranks", remedy)
+
+
+def find_disk(run: Run) -> Finding:
+    """How fast OUT_DIR takes 64 MiB. Rank 0 only."""
+    path = Path(run.config.out_dir) / f".preflight-{os.getpid()}"
+    content = os.urandom(2**26)
+    began = time.monotonic()
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rate = len(content) / (time.monotonic() - began)
+    except OSError as error:
+        return Finding("disk", f"OUT_DIR={run.config.out_dir}: {error.strerror}", "set OUT_DIR elsewhere")
+    finally:
+        path.unlink(missing_ok=True)
+    remedy = "" if rate > LEAST_DISK else "checkpoints will be late: set OUT_DIR to a local disk"
+    return Finding("disk", f"{rate / 1e6:.0f} MB/s written to OUT_DIR", remedy)
+
+
+def find_shared_memory(run: Run, folder: str = "/dev/shm") -> Finding:
+    """The size of the shared memory, through which the ranks of one machine talk."""
+    if not os.path.isdir(folder):
+        return Finding("shared memory", f"no {folder}")
+    size = shutil.disk_usage(folder).total
+    small = size < LEAST_SHARED_MEMORY and (run.world_size > 1 or torch.cuda.device_count() > 1)
+    remedy = "several ranks need more: docker run --shm-size=8g (or --ipc=host)" if small else ""
+    return Finding("shared memory", f"{size >> 20} MiB in {folder}", remedy)
+
+
+def inspect_machine(run: Run, whole: bool) -> float:
+    """Log what this machine will give, on all ranks together; the matmul peak in FLOP/s (0: not measured).
+
+    Without a GPU and unless `whole`, only what became of the GPU.
+    """
+    if run.is_main:
+        report(run, find_driver(run))
+    if not (whole or run.is_cuda):
+        return 0.0
+    if run.is_cuda:
+        report(run, find_memory(run))
+    peak = matmul_peak(run)
+    report(run, find_matmul(run, peak))
+    if run.world_size > 1:
+        report(run, find_all_reduce(run))
+    if run.is_main:
+        report(run, find_disk(run))
+        report(run, find_shared_memory(run))
+    return peak
+
+
+def step_flops(config: Config, looped: bool) -> float:
+    """FLOPs of the matrix products of one step, forward and backward, without the scores of attention."""
+    width = config.model_dim
+    grouped = width // config.num_heads * config.num_kv_heads
+    visit = 2 * width * width + 2 * width * grouped + 2 * width * config.mlp_mult * width
+    weights = len(make_route(config, looped)) * visit + width * config.vocab_size
+    return 6 * config.train_batch_tokens * weights
+
+
+def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
+    """Steps per second over a whole run, from the seconds of one step by loop state."""
+    plain = seconds[False]
+    looped = seconds.get(True, plain)
+    share = config.enable_looping_at  # of the time or of the steps, as SCHEDULE says, without loops
+    if config.schedule == "steps":
+        return 1 / (share * plain + (1 - share) * looped)
+    return share / plain + (1 - share) / looped
+
+
+def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
+    """Seconds of one training step by loop state, after the warm-up; SAMPLE_SECONDS in all."""
+    config = run.config
+    built = build(run)
+    optimizers = Optimizers(run, built.model, built.compiled)
+    feed = Feed(run, LOADERS[config.loader](config, data))
+    warm_up(run, built, optimizers, feed)
+    seconds = {}
+    for looped in loop_states(config):
+        built.model.looped = looped
+        began = run.now()
+        count = 0
+        goes_on = True
+        while goes_on:
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            count += 1
+            spent = run.now() - began
+            # The ranks stop together, when the first of them has used its part and after 50 steps.
+            left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
+            goes_on = left > 0 and count < 50
+        seconds[looped] = spent / count
+    return seconds
+
+
+def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
+    """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
+    config = run.config
+    budget = config.max_wallclock_seconds - config.gptq_reserve_seconds
+    floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
+    most = budget * average_pace(config, floors)
+    if sum(floors.values()) > SAMPLE_SECONDS / 4:
+        slowest = max(floors.values())
+        remedy = "train on GPUs, or set TRAIN_BATCH_TOKENS and the model smaller"
+        return Finding(
+            "steps", f"not tried: a step takes {slowest:.0f}s or more, {most:.0f} in {budget:.0f}s", remedy
+        )
+    seconds = sample_steps(run, data)
+    steps = budget * average_pace(config, seconds)
+    times = ", ".join(f"{1000 * time:.1f}ms{' looped' if looped else ''}" for looped, time in seconds.items())
+    remedy = ""
+    if run.is_cuda and steps < most / 4:
+        remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"
+    share = f"{100 * steps / most:.0f}% of what the matmul peak would give without attention"
+    return Finding("steps", f"{steps:.0f} in {budget:.0f}s ({times}), {share}", remedy)
+
+
+def report_machine(config: Config) -> None:
+    """`--preflight`: log what this machine will give to a run of these settings; nothing of it is kept."""
+    # Two steps of warm-up are enough to compile.
+    run = Run(dataclasses.replace(config, warmup_steps=min(config.warmup_steps, 2)))
+    run.folder = Path(config.out_dir)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Stop(f"OUT_DIR={config.out_dir}: {error.strerror}; set it to a writable folder") from None
+    peak = inspect_machine(run, whole=True)
+    run.on_main_rank(lambda: preflight(run))
+    data = Dataset(config, need_training=True)
+    finding = find_steps(run, data, peak)
+    report(run, finding)
+    run.close()
 
 
 # === MAIN ===
@@ -4973,41 +5418,6 @@ def summarize(run: Run, data: Dataset) -> None:
     )
 
 
-def check_compressor(compressor: str) -> None:
-    """Stop unless `compressor` is installed and gives back what it packed."""
-    sample = bytes(range(256)) * 4
-    try:
-        again = compress(compress(sample, compressor), compressor, undo=True)
-    except ImportError:
-        raise Stop(f"COMPRESSOR={compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
-    if again != sample:
-        raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
-
-
-def preflight(run: Run) -> None:
-    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
-    config = run.config
-    check_compressor(config.compressor)
-    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
-    needed = 24 * sum(count for count, _ in counts) + 2**26
-    free = shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise Stop(
-            f"OUT_DIR={config.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
-            "free disk space or set OUT_DIR elsewhere"
-        )
-    code = len(pack_source(Path(__file__).read_text())[0])
-    least = sum(count * least_bits(config, quantizer) / 8 for count, quantizer in counts)
-    left = config.artifact_cap_bytes - code
-    limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
-    if not config.artifact and least > limit:
-        raise Stop(
-            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
-            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
-            f"{least:.0f} needed; lower MODEL_DIM"
-        )
-
-
 def pairs(values: Mapping[str, Any], mark: str) -> str:
     """`values` in one line, names and values separated by `mark`."""
     return " ".join(f"{name}{mark}{value}" for name, value in values.items())
@@ -5030,8 +5440,6 @@ def log_header(run: Run, data: Dataset) -> None:
         run.log(f"  {name:<24}{shape:<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
     if run.is_cuda:
         run.log(f"allocator: {describe_allocator(os.environ)}")
-        gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-        run.log(gpus, console=False)
     warn_of_unread_settings(run)
 
 
@@ -5077,6 +5485,7 @@ def main(config: Config) -> None:
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
     log_header(run, data)
+    inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()
     run.on_main_rank(lambda: write_atomically(run.folder / "config.json", content))
     built = build(run)
@@ -5088,6 +5497,9 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(CONFIG)
+        if sys.argv[1:] == ["--preflight"]:
+            report_machine(CONFIG)
+        else:
+            main(CONFIG)
     except KeyboardInterrupt:
         raise Stop("interrupted; the same command goes on from the last checkpoint") from None

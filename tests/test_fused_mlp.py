@@ -193,6 +193,7 @@ class Watched:
 
     def __init__(self, dtype=torch.float32, device="cpu"):
         self.dtype, self.device, self.is_cuda, self.lines = dtype, torch.device(device), device == "cuda", []
+        self.world_size = 1
 
     def log(self, line):
         """Remember one line."""
@@ -212,6 +213,15 @@ def test_the_choice_of_the_mlp_is_logged_with_the_reasons_against_the_better_one
         "mlp: triton",
         "mlp: reference",
     )
+
+
+def test_older_gpus_do_not_get_the_triton_mlp_unless_it_is_asked_for(config, monkeypatch):
+    for capability, expected in (((8, 9), t.mlp_reference), ((9, 0), t.mlp_triton), ((10, 0), t.mlp_triton)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        run = Watched(torch.float32, "cuda")
+        assert t.pick_mlp(config, run, fused=True) is expected
+        assert t.pick_mlp(replace(config, mlp_kernel="triton"), run, fused=True) is t.mlp_triton
+        assert ("compute capability 9.0, this GPU has 8.9" in run.lines[0]) == (expected is t.mlp_reference)
 
 
 def test_an_mlp_that_cannot_be_had_stops_the_run(config, monkeypatch, tmp_path):

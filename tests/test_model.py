@@ -392,7 +392,8 @@ def test_pytorchs_varlen_kernel_is_called_as_its_signature_asks(monkeypatch):
     from torch.nn.attention import varlen
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):
-        assert window_size == (-1, 0) and max_q == max_k == 8 and cu_q is cu_k
+        assert window_size == (-1, 0) and max_q == max_k == 8
+        assert torch.equal(cu_q, cu_k) and cu_q is not cu_k
         return t.attend_sdpa(q[None], k[None], v[None], cu_q, max_q)[0]
 
     fake = mock.create_autospec(varlen.varlen_attn, side_effect=stand_in)

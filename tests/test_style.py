@@ -24,6 +24,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "TRAIN",
+    "PREFLIGHT",
     "MAIN",
 ]
 SCREEN = 60  # lines
@@ -80,7 +81,8 @@ def test_settings_are_read_from_the_environment_in_one_place():
         "LOCAL_RANK",
         "TRITON_INTERPRET",
         "RUN_FOLDER_FILE",
-    }  # of launchers and triton
+        "CUDA_VISIBLE_DEVICES",
+    }  # of launchers, triton and CUDA
     rest = SOURCE.replace(config, "")
     assert set(re.findall(r'os\.environ\.get\("(\w+)"', rest)) <= allowed and "getenv" not in SOURCE
 
