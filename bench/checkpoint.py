@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048, 8.9 M parameters.
+"""Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048.
 
     python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 20] [--loops 2] [--quick]
 
-DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with STAGE=train
-and the settings below: the contest's model with fewer layers, no loops (unless asked for) and short contexts, in fp32.
-Few layers that are wide, and a small vocabulary, see the most tokens per second on a CPU.
+DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with
+STAGE=train and the settings below: the contest's model with fewer layers, no loops (unless asked for) and
+short contexts, in fp32; 8.9 M parameters. Few layers that are wide, and a small vocabulary, see the most
+tokens per second on a CPU.
 --quick: half a minute. A second call with the same arguments does nothing: the finished training is on disk.
 """
 

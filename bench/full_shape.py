@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The contest's model (11 x 512, vocabulary 8,192) through every stage on a CPU: time and peak memory of each.
+"""The contest's model (11 x 512, vocabulary 8,192) through every stage on a CPU: its time and memory.
 
     python bench/full_shape.py [--quick] [--tokens N]
 
-Two forms: GPT-J parallel residuals (#1738, #1755: 35,944,536 parameters) and two lanes (#1585: 35,944,602). Each does
-one training step, calibration, GPTQ of its 67 matrices, packing, reading back and a score, on random tokens: this shows
-that the full size works and what it costs, not quality. --quick: one form, fewer tokens and trellis states, LZMA.
+Two forms: GPT-J parallel residuals (#1738, #1755: 35,944,536 parameters) and two lanes (#1585: 35,944,602).
+Each does one training step, calibration, GPTQ of its 67 matrices, packing, reading back and a score, on
+random tokens: this shows that the full size works and what it costs, not quality. --quick: one form, fewer
+tokens and trellis states, LZMA.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ def main() -> None:
             write_shard(Path(name) / f"fineweb_{part}_000000.bin", ids)
         results = {form: measure(form, Path(name), tokens, options.quick) for form in forms}
     print(
-        f"{tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}; seconds unless named otherwise"
+        f"{tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        "seconds unless named otherwise"
     )
     print(f"{'':<18}" + "".join(f"{form:>24}" for form in results))
     for row in next(iter(results.values())):

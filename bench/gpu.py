@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""One GPU in eight minutes: what it can do, and what the kernels, the training step and the evaluation make of it.
+"""One GPU in eight minutes: what it can do, and what kernels, training step and evaluation make of it.
 
     python bench/gpu.py [--quick] [--parts kernels,step] [--record] [--against FILE]    on one GPU
-    python bench/gpu.py --device cpu --tiny             no GPU: the whole script at a small shape, times labelled CPU
+    python bench/gpu.py --device cpu --tiny     no GPU: the whole script at a small shape, times labelled CPU
 
 Parts, in the order of time spent on them; what the budget leaves no time for is skipped, and listed:
     ceilings    device copy, matmul peak, matmuls of the model's shapes
-    kernels     every fused kernel against its reference, eager and compiled, and against the floor: the larger of
-                its fewest operations over the matmul peak and its fewest bytes over the copy bandwidth
-    step        the training step of every recipe with one micro-batch, loops on and off: parts, kernel classes, share
-                of the matmul peak; the flagship also with KERNELS=reference and the same attention
+    kernels     every fused kernel against its reference, eager and compiled, and against the floor,
+                the larger of fewest operations over matmul peak and fewest bytes over copy bandwidth
+    step        the training step of every recipe with one micro-batch, loops on and off: parts, kernel
+                classes, share of the matmul peak; the flagship also with KERNELS=reference, same attention
     optimiser   alone; what one of 8 ranks computes, an estimate of what it communicates, a projected step
     evaluate    plain, adapters per document, SGD on chunks: tokens per second
     quantiser   seconds on the host for 36 M weights (bench/packing.py)
-Recompilations after each warm-up are counted in step and evaluate. All text is synthetic: random tokens in documents of
-log-normal length, so nothing is needed on disk. Times are medians, +- half the distance of the quartiles; methods that
-are compared take turns. --against times another implementation of the interface of bench/train_step.py beside ours.
-The last line is RESULT and every figure as JSON.
+Recompilations after each warm-up are counted in step and evaluate. All text is synthetic: random tokens in
+documents of log-normal length, so nothing is needed on disk. Times are medians, +- half the distance of the
+quartiles; methods that are compared take turns. --against times another implementation of the interface of
+bench/train_step.py beside ours. The last line is RESULT and every figure as JSON.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Bench:
         self.against = m.load_step(options.against).build if options.against else None
 
     def unit(self, name: str, seconds: float, work: Callable[[], Any]) -> Any:
-        """The result of `work`; None, and the reason noted, if there are no `seconds` left for it or if it fails."""
+        """The result of `work`; None, and the reason noted, if no `seconds` are left or if it fails."""
         left = self.budget - (time.monotonic() - self.began)
         if seconds > left:
             self.skipped[name] = (
@@ -338,7 +338,7 @@ class Bench:
     # --- step ---
 
     def batches(self, config: t.Config, count: int) -> list[t.Batch]:
-        """Micro-batches of one rank on the device, of the commonest number of document starts: one compilation."""
+        """Micro-batches of one rank on the device, with the commonest number of starts: one compilation."""
         loader = t.LOADERS[config.loader](config, m.Synthetic(config, 9 * config.train_batch_tokens + 9))
         drawn = [loader.get(step, stream) for step in range(4) for stream in range(t.STREAMS)]
         size = lambda batch: 0 if batch.starts is None else len(batch.starts)
@@ -349,7 +349,7 @@ class Bench:
         return [t.Batch(*map(move, batch)) for batch in chosen]
 
     def start_shapes(self, config: t.Config) -> dict[str, int]:
-        """How often a packed micro-batch has each number of padded starts: torch.compile compiles once per number."""
+        """How often a packed micro-batch has each number of padded starts, each of which is compiled once."""
         if config.loader != "packed":
             return {}
         sizes: dict[str, int] = {}
@@ -429,7 +429,7 @@ class Bench:
 
     @staticmethod
     def same_step(environment: dict[str, str]) -> str:
-        """What the time of a step depends on: recipes that differ in rates or initial values alone are one."""
+        """What a step's time depends on: recipes that differ in rates or initial values alone are one."""
         config = t.Config.from_env(environment)
         model = config.chosen("Model")
         for name in (
@@ -457,7 +457,7 @@ class Bench:
     def one_step(
         self, name: str, environment: dict[str, str], table: Table, classes: Table, rivals: bool
     ) -> dict[str, Any]:
-        """Times, parts, kernel classes and memory of one step; with `rivals`, other implementations take turns."""
+        """Times, parts, kernel classes and memory of one step; with `rivals`, others take turns."""
         ours = TrainStep(environment, self.device)
         config = ours.config
         batches = self.batches(config, 2)
@@ -932,7 +932,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         fail("--record: only figures of a GPU are recorded; leave it out or run on one")
     if options.device == "cuda" and not torch.cuda.is_available():
         fail(
-            "there is no GPU here (torch.cuda.is_available() is False); --device cpu --tiny tries the script without"
+            "there is no GPU here (torch.cuda.is_available() is False); "
+            "--device cpu --tiny tries the script without"
         )
     return options
 
@@ -952,8 +953,8 @@ def main(arguments: list[str] | None = None) -> int:
     warning = "" if bench.cuda else " (CPU: these times say nothing about a GPU)"
     print(", ".join(f"{name} {value}" for name, value in facts.items()) + warning)
     print(
-        f"synthetic text: random tokens in documents of {m.MEAN_LENGTH} tokens on average (log-normal, deviation "
-        f"{m.DEVIATION:g} of the logarithm); random weights"
+        f"synthetic text: random tokens in documents of {m.MEAN_LENGTH} tokens on average (log-normal, "
+        f"deviation {m.DEVIATION:g} of the logarithm); random weights"
     )
     work: dict[str, tuple[float, Callable[[], None]]] = {
         "ceilings": (15, bench.ceilings),
@@ -976,14 +977,14 @@ def main(arguments: list[str] | None = None) -> int:
         if table.rows:
             print("\n" + ("" if bench.cuda else "CPU: ") + table.text())
     print(
-        f"\nrecompilations after warm-up: {sum(counts)} (must be 0); shapes of packed micro-batches, each compiled "
-        f"once: {bench.results['recompilations'].get('start_shapes') or 'not looked at'}"
+        f"\nrecompilations after warm-up: {sum(counts)} (must be 0); shapes of packed micro-batches, each "
+        f"compiled once: {bench.results['recompilations'].get('start_shapes') or 'not looked at'}"
     )
     against = bench.flagship and bench.flagship["rivals"].get("KERNELS=reference")
     if against:
         print(
-            f"flagship's step over that with KERNELS=reference, compiled, same attention: {against['ratio']:.3f} "
-            "(asked for: at most 0.75)"
+            "flagship's step over that with KERNELS=reference, compiled, same attention: "
+            f"{against['ratio']:.3f} (asked for: at most 0.75)"
         )
     command = "python bench/gpu.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
     if options.record:

@@ -1,4 +1,4 @@
-"""What bench/gpu.py measures with: times, memory, operation counts, synthetic text, and the table of fused kernels.
+"""What bench/gpu.py measures with: times, memory, operation counts, synthetic text, the fused kernels.
 
 tests/gpu checks the kernels of the same table, so that whatever is timed is also checked.
 """
@@ -132,8 +132,8 @@ class Synthetic(t.Dataset):
 
 
 def forward_flops(config: t.Config, looped: bool, tokens: int, pairs: int) -> int:
-    """Floating-point operations of the products of one forward: two per multiplication. `pairs` are the pairs of a
-    query's and a key's position that attention looks at. A backward has twice as many."""
+    """Floating-point operations of the products of one forward: two per multiplication. `pairs` are the pairs
+    of a query's and a key's position that attention looks at. A backward has twice as many."""
     c, width, kv = config, config.model_dim, config.num_kv_heads * config.model_dim // config.num_heads
     gate = c.gate_width or width
     visit = 2 * width * width + 2 * kv * width + 2 * int(c.mlp_mult * width) * width
@@ -154,7 +154,7 @@ def causal_pairs(batch: t.Batch) -> int:
 
 @dataclasses.dataclass
 class Kernel:
-    """A fused kernel beside its reference: both take the operands, of which the first `leaves` get gradients."""
+    """A fused kernel beside its reference: both take the operands; the first `leaves` get gradients."""
 
     name: str
     shape: str
@@ -213,7 +213,7 @@ def cross_entropy(
 def mlp_kernels(
     dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """(the fused forms of the MLP that can run here, why the others cannot), by name; they take x, up, down."""
+    """(the fused forms of the MLP that run here, why the others do not), by name; they take x, up, down."""
     kept = (("slope", False), ("input", True))  # for the backward
     fused = {f"triton, {name} kept": functools.partial(t.mlp_triton, keep_input=flag) for name, flag in kept}
     missing = {}

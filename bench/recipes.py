@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The four published systems side by side: what each stage of their evaluation gives, on real text or at full size.
+"""The four published systems side by side: what each stage of evaluation gives, on text or at full size.
 
-    python bench/recipes.py DATASET [--steps N] [--val-tokens N] [--quick]      reduced shape, trained: the table
-    python bench/recipes.py DATASET --full [--quick]                            full shape, one and two processes
+    python bench/recipes.py DATASET [--steps N] [--val-tokens N] [--quick]   reduced shape, trained: the table
+    python bench/recipes.py DATASET --full [--quick]                         full shape, one and two processes
 
 DATASET is a folder made by data/prepare.py with a vocabulary of 8,192. Every system runs from its recipe in
-records/recipes/ through train_gpt.py; what is changed is printed. The reduced shape (6 layers, width 128) is trained on
-equal tokens. The full shape makes one step on a few tokens: that shows that all of it works, not how good it is.
+records/recipes/ through train_gpt.py; what is changed is printed. The reduced shape (6 layers, width 128) is
+trained on equal tokens of real text. The full shape makes one step on a few tokens: that shows that all of it
+works, not how good it is.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def recipe(name: str) -> dict[str, str]:
 def cut(
     dataset: Path, folder: Path, train_tokens: int, val_tokens: int, longest: int = 1 << 60
 ) -> dict[str, str]:
-    """Make `folder` the first tokens of `dataset`, no validation document longer than `longest`; returns the variables
-    that name it."""
+    """Make `folder` the first tokens of `dataset`, no validation document longer than `longest`; returns the
+    variables that name it."""
     folder.mkdir(parents=True)
     val = read_shard(dataset / "fineweb_val_000000.bin")
     starts = np.maximum.accumulate(np.where(val == BOS, np.arange(len(val)), 0))
@@ -138,14 +139,16 @@ def reduced(options: argparse.Namespace, folder: Path) -> dict:
     data = cut(options.dataset, folder / "data", 1 << 60, options.val_tokens)
     changes = REDUCED | data | {"ITERATIONS": str(options.steps)}
     print(
-        f"{options.steps} steps of 4,096 tokens, {options.val_tokens} validation tokens; changed in every recipe:"
+        f"{options.steps} steps of 4,096 tokens, {options.val_tokens} validation tokens; "
+        "changed in every recipe:"
     )
     print(
         "  " + " ".join(f"{key}={value}" for key, value in (REDUCED | {"ITERATIONS": options.steps}).items())
     )
     results = {}
     print(
-        f"{'val_bpb':<10}{'prequant':>12}{'after 1738':>12}{'quantized':>12}{'sliding':>12}{'ttt':>12}  legal",
+        f"{'val_bpb':<10}{'prequant':>12}{'after 1738':>12}"
+        f"{'quantized':>12}{'sliding':>12}{'ttt':>12}  legal",
         flush=True,
     )
     for name in options.systems:

@@ -1,14 +1,14 @@
-"""Our training step behind the interface that `bench/gpu.py --against FILE` times; FILE is a module like this one:
+"""Our training step behind the interface that `bench/gpu.py --against FILE` times; FILE is such a module:
 
     build(config_environment: dict[str, str], device: torch.device) -> step
     step(inputs: Tensor, targets: Tensor) -> Tensor
 
-`config_environment` are settings as train_gpt.py reads them, the defaults are not in it. A step is one forward and
-backward on int64 token ids (rows, length) on the device, clipping, and one update of all weights, optimiser state and
-weight average; it returns the mean loss in nats. Rates are those of half the run, so the loops are on if
-ENABLE_LOOPING_AT <= 0.5. Document starts are no argument: with LOADER=packed, attention stays within documents, which
-begin at token 1 and are cut every TRAIN_SEQ_LEN tokens. They may be remembered from one call to the next with the same
-`inputs`, because in training the loader's thread finds them.
+`config_environment` are settings as train_gpt.py reads them, the defaults are not in it. A step is one
+forward and backward on int64 token ids (rows, length) on the device, clipping, and one update of all weights,
+optimiser state and weight average; it returns the mean loss in nats. Rates are those of half the run, so the
+loops are on if ENABLE_LOOPING_AT <= 0.5. Document starts are no argument: with LOADER=packed, attention stays
+within documents, which begin at token 1 and are cut every TRAIN_SEQ_LEN tokens. They may be remembered from
+one call to the next with the same `inputs`, because in training the loader's thread finds them.
 """
 
 from __future__ import annotations

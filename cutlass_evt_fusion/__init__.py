@@ -2,9 +2,10 @@
 
     import cutlass_evt_fusion
     cutlass_evt_fusion.available()                             # "" or why not, with the remedy
-    cutlass_evt_fusion.leaky_relu_squared_mlp(x, up, down)     # differentiable, torch.compile(fullgraph=True) traces it
+    cutlass_evt_fusion.leaky_relu_squared_mlp(x, up, down)     # differentiable
 
-There is no fallback: an op that cannot run raises the text of available(). Shapes: x (..., D), up (H, D), down (D, H).
+torch.compile(fullgraph=True) traces it. There is no fallback: an op that cannot run raises the text of
+available(). Shapes: x (..., D), up (H, D), down (D, H).
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ TMA_BYTES = 16  # row starts and row lengths must be multiples of this
 
 
 def available(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cuda") -> str:
-    """Why the kernels cannot be used on `dtype` operands on `device` ("cuda": the current GPU), or "" if they can."""
+    """Why `dtype` operands on `device` ("cuda": the current GPU) cannot be used, or "" if they can."""
     if dtype != torch.bfloat16:
         return f"the operands are {dtype}; the kernels know torch.bfloat16 only: convert them"
     device = torch.device(device)
     if device.type != "cuda":
         return f"the operands are on {device}; the kernels need an H100 or H200"
     if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False; the kernels need an H100 or H200, its driver and torch for CUDA"
+        return (
+            "torch.cuda.is_available() is False; "
+            "the kernels need an H100 or H200, its driver and torch for CUDA"
+        )
     if problem := device_problem(torch.cuda.current_device() if device.index is None else device.index):
         return problem
     try:
@@ -47,8 +51,8 @@ def device_problem(index: int) -> str:
     if (major, minor) == (9, 0):
         return ""
     return (
-        f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {major}.{minor}; the kernels "
-        "are built for 9.0: use an H100 or H200"
+        f"cuda:{index} ({torch.cuda.get_device_name(index)}) has compute capability {major}.{minor}; "
+        "the kernels are built for 9.0: use an H100 or H200"
     )
 
 
@@ -82,7 +86,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def check_layout(op: str, **tensors: Tensor) -> None:
-    """ValueError unless every tensor is a packed matrix that TMA can address and all have one dtype and device."""
+    """ValueError unless every tensor is a packed matrix for TMA and all have one dtype and device."""
     first, *_ = tensors.values()
     for name, t in tensors.items():
         said = f"{op}: {name} {tuple(t.shape)}"
@@ -120,7 +124,7 @@ def check_extents(op: str, **pairs: tuple[int, int]) -> None:
 
 
 def launch(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], columns: int) -> None:
-    """Queue a kernel on the current stream: a (M, K), b, then aux and out or act and slope, each (M, `columns`)."""
+    """Queue a kernel on the current stream: a (M, K), b; aux and out or act and slope, all (M, `columns`)."""
     if reason := available(a.dtype, a.device):
         raise RuntimeError(f"cutlass_evt_fusion: {reason}")
     if not a.numel():

@@ -2,11 +2,11 @@
 
     python -m cutlass_evt_fusion.bench [--tokens 98304] [--width 512] [--hidden 2048] [--repeats 30] [--quick]
 
-Parity comes first, also at awkward sizes; nothing is timed if it fails. Rows: the forward (act and slope from x up^T),
-the backward (grad down, times slope) and the whole MLP with all gradients, each three ways: fused; cuBLAS and one
-elementwise kernel of torch.compile; cuBLAS and eager torch. "cuBLAS alone" is the bare product, which no fusion can be
-expected to beat. Times are medians of single calls by CUDA events, methods taking turns; +- is half the distance of the
-quartiles. The last line is RESULT and every figure as JSON.
+Parity comes first, also at awkward sizes; nothing is timed if it fails. Rows: the forward (act and slope from
+x up^T), the backward (grad down, times slope) and the whole MLP with all gradients, each three ways: fused;
+cuBLAS and one elementwise kernel of torch.compile; cuBLAS and eager torch. "cuBLAS alone" is the bare
+product, which no fusion can be expected to beat. Times are medians of single calls by CUDA events, methods
+taking turns; +- is half the distance of the quartiles. The last line is RESULT and every figure as JSON.
 --quick: an eighth of the tokens, few repeats; the same keys.
 """
 
@@ -61,7 +61,7 @@ def distance(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> float
 
 
 def parity(tokens: int, width: int, hidden: int) -> dict[str, float]:
-    """Errors of both kernels against fp32 and of the MLP's gradients against autograd, in units of the tolerance."""
+    """Errors of both kernels against fp32, of the MLP's gradients against autograd, over the tolerance."""
     t = operands(tokens, width, hidden)
     act, slope = fusion.gemm_leaky_relu_squared(t["x"], t["up"])
     wanted_act, wanted_slope = elementwise(t["x"].float() @ t["up"].float().T)
@@ -168,15 +168,16 @@ def main() -> int:
         "times": {},
     }
     print(
-        f"{result['device']}, torch {torch.__version__}, nvcc {record['nvcc']}, nvidia-cutlass {record['cutlass']}"
+        f"{result['device']}, torch {torch.__version__}, nvcc {record['nvcc']}, "
+        f"nvidia-cutlass {record['cutlass']}"
     )
     for sizes in (*AWKWARD, (tokens + 1, *shape[1:]), shape):
         errors = result["parity"]["x".join(map(str, sizes))] = parity(*sizes)
         print(f"parity {sizes}: " + " ".join(f"{name}:{error:.3f}" for name, error in errors.items()))
         if (worst := max(errors.values())) > 1:
             print(
-                f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times what is "
-                "allowed; nothing is timed",
+                f"cutlass_evt_fusion: at tokens, width, hidden = {sizes} an error is {worst:.2f} times "
+                "what is allowed; nothing is timed",
                 file=sys.stderr,
             )
             return 1

@@ -1,7 +1,7 @@
 """Builds libcutlass_evt_fusion.so for Hopper GPUs:  python cutlass_evt_fusion/build.py
 
-Needs nvcc (from CUDA_HOME, else from PATH) and the headers in the nvidia-cutlass wheel of this Python environment, but
-no GPU. What is already built from the same source, compiler, wheel and flags is kept.
+Needs nvcc (from CUDA_HOME, else from PATH) and the headers in the nvidia-cutlass wheel of this Python
+environment, but no GPU. What is already built from the same source, compiler, wheel and flags is kept.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LIBRARY = FOLDER / "libcutlass_evt_fusion.so"
 RECORD = LIBRARY.with_suffix(".json")  # what the library was built from, and what ptxas said
 KERNELS = ("backward", "forward")  # their numbers in the C interface
 OLDEST_NVCC = (12, 3)
-# NDEBUG: without it CUTLASS keeps its device-side asserts. Hidden symbols: the CUDA runtime is linked in, and another
-# one of torch's lives in the same process.
+# NDEBUG: without it CUTLASS keeps its device-side asserts. Hidden symbols: the CUDA runtime is linked in, and
+# another one of torch's lives in the same process.
 FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr "
     "-Xcompiler -fPIC -Xcompiler -fvisibility=hidden -Xptxas -v -shared"
@@ -124,7 +124,7 @@ def read_record() -> dict[str, Any]:
 
 
 def read_ptxas(log: str) -> dict[str, dict[str, int]]:
-    """Registers, stack and spill bytes of each kernel from what `ptxas -v` wrote; BuildError if a kernel spills."""
+    """Registers, stack and spill bytes of each kernel by `ptxas -v`; BuildError if a kernel spills."""
     found: dict[str, dict[str, int]] = {}
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "

@@ -1,4 +1,4 @@
-"""bench/gpu.py where there is no GPU: the whole script at a small shape, its messages, and its count of operations."""
+"""bench/gpu.py where there is no GPU: all of it at a small shape, its messages, its count of operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optional CUTLASS library: op and formulas without a GPU, the build, and the kernels where they can run."""
+"""The optional CUTLASS library: op and formulas without a GPU, the build, the kernels where they can run."""
 
 from __future__ import annotations
 

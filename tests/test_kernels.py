@@ -1,4 +1,4 @@
-"""Triton kernels: in the interpreter against their references, and compiled for the GPUs they are meant for."""
+"""Triton kernels: in the interpreter against their references, and compiled for the GPUs they are for."""
 
 from __future__ import annotations
 

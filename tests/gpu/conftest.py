@@ -1,5 +1,5 @@
-"""What the GPU tests share. They are skipped where there is no GPU; --dry tries them on the CPU at a small size, with
-the kernels in Triton's interpreter: that shows that the tests work, not that the kernels do.
+"""What the GPU tests share. They are skipped where there is no GPU; --dry tries them on the CPU at a small
+size, with the kernels in Triton's interpreter: that shows that the tests work, not that the kernels do.
 
     python -m pytest tests/gpu
 """

@@ -1,4 +1,4 @@
-"""Training and packing on the GPU: against the CPU, compiled against eager, no recompilation, artifacts for the CPU."""
+"""Training and packing on the GPU: against CPU and eager, no recompilation, artifacts for the CPU."""
 
 from __future__ import annotations
 
