@@ -124,9 +124,9 @@ def record(found: dict[str, dict[str, Any]], facts: dict[str, Any], command: str
         "",
         f"Written by `{command}`: see that script for what it does. One micro-batch of the flagship "
         "(98,304 tokens, loops on); bytes of generated kernels from Inductor's own dependencies, those of "
-        "hand-written ones from the tensors they are given; floors at 3.35 TB/s and 790 TFLOP/s. The "
-        "attention's own launches, bytes and operations are not in it. A part is the function of `train_gpt.py` that most "
-        "of a kernel's operations come from.",
+        "hand-written ones from the tensors they are given; floors at 3.35 TB/s and 790 TFLOP/s. Launches, "
+        "bytes and operations of attention itself are not in it. A part is the function of `train_gpt.py` "
+        "that most of a kernel's operations come from.",
         "",
     ]
     if found.get("training", {}).get("rows"):
