@@ -11,6 +11,9 @@ fails. The conditions are those of issue #1017 of the contest: causal, normalise
 
 from __future__ import annotations
 
+import environment
+
+environment.enter()
 import argparse
 import contextlib
 import hashlib

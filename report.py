@@ -10,6 +10,9 @@ reader's system is, and fits a phone. Its figures are those of summary.json, in 
 
 from __future__ import annotations
 
+import environment
+
+environment.enter()
 import argparse
 import html
 import math

@@ -12,6 +12,9 @@ each run from an empty folder, without network and training shards, on the artif
 
 from __future__ import annotations
 
+import environment
+
+environment.enter()
 import argparse
 import hashlib
 import json

@@ -14,6 +14,9 @@ tried again. The sweep folder keeps a copy of the script, so that an edit during
 
 from __future__ import annotations
 
+import environment
+
+environment.enter()
 import argparse
 import ctypes
 import fcntl

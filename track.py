@@ -11,6 +11,9 @@ TRACKER_PROJECT names the project (default parameter-golf).
 
 from __future__ import annotations
 
+import environment
+
+environment.enter()
 import importlib
 import json
 import os

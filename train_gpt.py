@@ -27,7 +27,7 @@ from __future__ import annotations
 import base64, ctypes, dataclasses, difflib, fcntl, functools, hashlib, importlib.util, itertools, json, lzma, math
 import os, pickle, platform, re, resource, shutil, signal, struct, subprocess, sys, time, typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -786,110 +786,158 @@ def versions(run: Run) -> dict[str, str]:
 
 
 # === DATA ===
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES, BOS = 20240520, 1, 1024, 1
+# From a dataset folder to what training and evaluation read. In: shards of tokens (fineweb_train_*.bin and
+# fineweb_val_*.bin), a SentencePiece tokenizer and, if there are any, the bytes of each validation token
+# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Batch` for each (step, stream), and the `Validation`
+# tokens with the bytes they stand for. The global batch is always STREAMS micro-batches, whatever the number
+# of ranks, so a run has the same data on one GPU and on eight. A new loader is a class with `get(step,
+# stream)` and a line in LOADERS.
+
+# A shard is a header of 256 int32 (magic, version, number of values, zeros) and then that many uint16 values,
+# all little-endian.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
+BOS = 1  # the token that begins every document
+WORD_START = "\u2581"  # SentencePiece's character for the space before a word
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map the uint16 values of one shard; Stop if magic, version or file size are not what the format says."""
+    """Map the values (N,) uint16 of one shard; Stop if magic, version or size are not as the format says."""
     remedy = "delete it and prepare or download the data again"
     try:
-        size, words = path.stat().st_size, np.fromfile(path, dtype="<i4", count=3)
+        size = path.stat().st_size
+        words = np.fromfile(path, dtype="<i4", count=3)
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    magic, version, count = map(int, words) if size >= SHARD_HEADER_BYTES else (SHARD_MAGIC, SHARD_VERSION, 0)
-    stop_if(
-        (magic, version) != (SHARD_MAGIC, SHARD_VERSION),
-        f"{path}: starts with {magic}, {version} instead of "
-        f"magic {SHARD_MAGIC}, version {SHARD_VERSION}: not a token shard; {remedy}",
-    )
-    stop_if(
-        count < 1 or size != SHARD_HEADER_BYTES + 2 * count,
-        f"{path}: {size} bytes, but a shard "
-        f"of {count} values has {SHARD_HEADER_BYTES + 2 * count}: truncated or empty; {remedy}",
-    )
+
+    # A file shorter than a header is called truncated, not one of another kind.
+    has_header = size >= SHARD_HEADER_BYTES
+    magic, version, count = words.tolist() if has_header else (SHARD_MAGIC, SHARD_VERSION, 0)
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise Stop(
+            f"{path}: starts with {magic}, {version} instead of "
+            f"magic {SHARD_MAGIC}, version {SHARD_VERSION}: not a token shard; {remedy}"
+        )
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if count < 1 or size != expected:
+        raise Stop(
+            f"{path}: {size} bytes, but a shard of {count} values has {expected}: "
+            f"truncated or empty; {remedy}"
+        )
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
+def load_tokenizer(path: Path, vocab_size: int) -> Any:
+    """The SentencePieceProcessor of a model file; Stop if it is none, or has not `vocab_size` entries."""
+    import sentencepiece  # not at the top: who makes tokens without it (bench/gpu.py) need not install it
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        reason = "not a SentencePiece model" if path.exists() else "no such file"
+        raise Stop(f"TOKENIZER_PATH={path}: {reason}; set it to that of the dataset") from None
+    size = pieces.vocab_size()
+    if size != vocab_size:
+        raise Stop(
+            f"VOCAB_SIZE={vocab_size}: {path} has {size} entries; "
+            f"set VOCAB_SIZE={size} or another TOKENIZER_PATH"
+        )
+    return pieces
+
+
+def short_digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 class Dataset:
-    """The shards, tokenizer and manifest of one dataset folder, checked for what the settings say about them."""
+    """The shards, tokenizer and manifest of a dataset folder, checked against the settings."""
 
     def __init__(self, config: Config, need_training: bool = True):
-        self.folder = Path(
-            config.datasets_dir or f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}"
-        )
-        shared = Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
-        beside = self.folder / "tokenizer.model"
-        self.tokenizer = Path(config.tokenizer_path or (beside if beside.exists() else shared))
         self.vocab_size = config.vocab_size
-        self.train_files, self.val_files, self.sidecar_files = (
-            sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin")) for kind in ("train", "val", "val_bytes")
-        )
-        for pattern, found in (
-            ("fineweb_val_*.bin", self.val_files),
-            ("fineweb_train_*.bin", self.train_files),
-        ):
-            stop_if(
-                not found and (need_training or found is self.val_files),
-                f"DATASETS_DIR={self.folder}: no "
-                f"{pattern} there; set it, or make data with data/demo.py, data/prepare.py or data/download.py",
-            )
-        self.train = [read_shard(path) for path in self.train_files]
-        self.manifest = read_json(self.folder / "manifest.json")
-        import sentencepiece
+        if config.datasets_dir:
+            self.folder = Path(config.datasets_dir)
+        else:
+            self.folder = Path(f"{config.data_dir}/datasets/fineweb10B_sp{config.vocab_size}")
+        self.tokenizer = self.find_tokenizer(config)
 
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
-        except (RuntimeError, OSError):
-            reason = "not a SentencePiece model" if self.tokenizer.exists() else "no such file"
-            raise Stop(f"TOKENIZER_PATH={self.tokenizer}: {reason}; set it to that of the dataset") from None
-        stop_if(
-            (size := self.pieces.vocab_size()) != self.vocab_size,
-            f"VOCAB_SIZE={self.vocab_size}: {self.tokenizer}"
-            f" has {size} entries; set VOCAB_SIZE={size} or another TOKENIZER_PATH",
-        )
+        self.val_files = self.find_shards("val")
+        self.train_files = self.find_shards("train", required=need_training)
+        self.sidecar_files = self.find_shards("val_bytes", required=False)
+        self.train = [read_shard(path) for path in self.train_files]
+
+        self.manifest = read_json(self.folder / "manifest.json")
+        self.pieces = load_tokenizer(self.tokenizer, self.vocab_size)
+
+    def find_tokenizer(self, config: Config) -> Path:
+        """TOKENIZER_PATH, else the tokenizer beside the shards, else the shared one of VOCAB_SIZE."""
+        if config.tokenizer_path:
+            return Path(config.tokenizer_path)
+        beside = self.folder / "tokenizer.model"
+        if beside.exists():
+            return beside
+        return Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
+
+    def find_shards(self, kind: str, required: bool = True) -> list[Path]:
+        """The files of one kind in order; Stop if they are required and there are none."""
+        found = sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        if required and not found:
+            raise Stop(
+                f"DATASETS_DIR={self.folder}: no fineweb_{kind}_*.bin there; set it, "
+                "or make data with data/demo.py, data/prepare.py or data/download.py"
+            )
+        return found
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What data this is: manifest and tokenizer hashes, and the counts of the manifest or of the shard headers."""
+        """What data this is, for the log, checkpoints and compliance.py.
+
+        Hashes of shards, manifest and tokenizer, whether the validation set is the contest's, and the counts
+        of the manifest and of the shard headers.
+        """
+        manifest_path = self.folder / "manifest.json"
+        counted = ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
+        counts = {key: self.manifest[key] for key in counted if key in self.manifest}
+        # The contest's validation set is the first 50,000 documents of FineWeb.
+        contest_size = counts.get("docs_val") == 50_000
+        return {
+            "shards": self.shards_digest(),
+            "manifest": short_digest(manifest_path) if manifest_path.exists() else None,
+            "standard": self.manifest.get("validation", {}).get("standard", contest_size),
+            "tokenizer": short_digest(self.tokenizer),
+            "train_shards": len(self.train_files),
+            "train_tokens": sum(map(len, self.train)),
+            **counts,
+        }
+
+    def shards_digest(self) -> str:
+        """A hash of the names and sizes of all shards and of the first 64 KiB of those for training."""
         digest = hashlib.sha256()
         for path in [*self.train_files, *self.val_files, *self.sidecar_files]:
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
         for path in self.train_files:  # only these: no validation token is read before the artifact is sealed
             with open(path, "rb") as file:
                 digest.update(file.read(1 << 16))
-        manifest, short = (
-            self.folder / "manifest.json",
-            lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        )
-        counts = {
-            key: self.manifest[key]
-            for key in ("name", "docs_train", "docs_val", "val_tokens", "val_bytes")
-            if key in self.manifest
-        }
-        # Whether validation is the contest's: the first 50,000 documents.
-        standard = self.manifest.get("validation", {}).get("standard", counts.get("docs_val") == 50_000)
-        return {
-            "shards": digest.hexdigest()[:16],
-            "manifest": short(manifest) if manifest.exists() else None,
-            "standard": standard,
-            "tokenizer": short(self.tokenizer),
-            "train_shards": len(self.train_files),
-            "train_tokens": sum(map(len, self.train)),
-            **counts,
-        }
+        return digest.hexdigest()[:16]
 
     def check_ids(self, tokens: np.ndarray, where: object) -> np.ndarray:
-        """`tokens`, or Stop if one of them is not in the vocabulary."""
-        stop_if(
-            (largest := tokens.max(initial=0)) >= self.vocab_size,
-            f"{where}: holds token {largest}, but VOCAB_SIZE"
-            f"={self.vocab_size}: the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE",
-        )
+        """`tokens`, or Stop naming `where` they are from if one of them is not in the vocabulary."""
+        largest = tokens.max(initial=0)
+        if largest >= self.vocab_size:
+            raise Stop(
+                f"{where}: holds token {largest}, but VOCAB_SIZE={self.vocab_size}: "
+                "the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE"
+            )
         return tokens
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T) int64 and, for packed documents (B = 1), the int32 segment starts with the total as padding."""
+    """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
+
+    `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
+    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -898,88 +946,120 @@ class Batch(NamedTuple):
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
-    """pad_starts of the attention segments in a packed row (T,): at every BOS and break, at most `longest` long."""
-    starts = np.flatnonzero(tokens == BOS)
-    starts = np.unique(np.concatenate([[0], starts, *([] if breaks is None else [breaks])]))
+    """The segments that attention keeps apart in a packed row (T,), as pad_starts gives them.
+
+    One starts at 0, at every BOS and at every place in `breaks`; none is longer than `longest`.
+    """
+    borders = [[0], np.flatnonzero(tokens == BOS)]
+    if breaks is not None:
+        borders.append(breaks)
+    starts = np.unique(np.concatenate(borders))
     lengths = np.diff(np.append(starts, len(tokens)))
+
+    # A segment longer than `longest` is cut into pieces; `within` numbers the pieces of each segment from 0.
     pieces = -(-lengths // longest)
     within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
 
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` as an int32 vector that ends with `total`, repeated up to a multiple of 64: few shapes (#1530)."""
+    """`starts` in int32, padded with `total` (at least once) to a multiple of 64, for few shapes (#1530)."""
     padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
     padded[: len(starts)] = starts
     return torch.from_numpy(padded)
 
 
 class ShuffledLoader:
-    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394). Stream s draws from files s, s+8,
-    ... (fewer than 8: its share of one). The order follows from the epoch alone: a resumed run has the same data."""
+    """Windows of TRAIN_SEQ_LEN tokens in random order, ignoring documents (#1394).
+
+    Stream s draws from files s, s+8, ...; with fewer than 8 files, it has its share of one. The order follows
+    from the epoch alone: a resumed run has the same data.
+    """
 
     def __init__(self, config: Config, data: Dataset):
-        self.data, self.length, self.plans = data, config.train_seq_len, {}
+        self.data = data
+        self.length = config.train_seq_len
         self.rows = config.train_batch_tokens // STREAMS // self.length
-        stop_if(
-            min(len(self.plan(stream, 0)) for stream in range(STREAMS)) == 0,
-            f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
-            f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN",
-        )
+        self.orders: dict[tuple[int, int], np.ndarray] = {}
+        # Windows of each stream, as many in every epoch.
+        self.windows = [len(self.window_order(stream, 0)) for stream in range(STREAMS)]
+        if min(self.windows) == 0:
+            raise Stop(
+                f"DATASETS_DIR={data.folder}: the training shards hold fewer than {STREAMS} windows of "
+                f"TRAIN_SEQ_LEN={self.length} tokens per file; use more data or a shorter TRAIN_SEQ_LEN"
+            )
 
-    def plan(self, stream: int, epoch: int) -> np.ndarray:
-        """(windows, 2): file index and first token of each window, in the order they are used."""
-        if (stream, epoch) not in self.plans:
-            self.plans = {
-                key: plan for key, plan in self.plans.items() if key[0] != stream or key[1] >= epoch - 1
-            }
-            generator = lambda *seed: np.random.Generator(np.random.PCG64(seed))
-            shards, parts = len(self.data.train), []
-            for file in range(stream % shards, shards, STREAMS):
-                windows = (len(self.data.train[file]) - self.length) // self.length  # the same in every epoch
-                phase = generator(epoch, file).integers(self.length)
-                mine = np.arange(stream // shards, max(windows, 0), max(1, len(range(file, STREAMS, shards))))
-                parts.append(np.stack([np.full(len(mine), file), phase + mine * self.length], 1))
-            windows = np.concatenate(parts)
-            self.plans[stream, epoch] = windows[generator(epoch, stream, 1).permutation(len(windows))]
-        return self.plans[stream, epoch]
+    def window_order(self, stream: int, epoch: int) -> np.ndarray:
+        """(windows, 2): file index and first token of each window, in the order they are used.
+
+        Kept for two epochs, as a micro-batch may hold the last windows of one and the first of the next.
+        """
+        if (stream, epoch) not in self.orders:
+            outdated = [key for key in self.orders if key[0] == stream and key[1] < epoch - 1]
+            for key in outdated:
+                del self.orders[key]
+            self.orders[stream, epoch] = self.shuffle_windows(stream, epoch)
+        return self.orders[stream, epoch]
+
+    def shuffle_windows(self, stream: int, epoch: int) -> np.ndarray:
+        """What window_order gives: files cut into windows from a random token on, and these shuffled."""
+        files = len(self.data.train)
+        parts = []
+        for file in range(stream % files, files, STREAMS):
+            windows = max(0, len(self.data.train[file]) // self.length - 1)
+            phase = seeded_generator(epoch, file).integers(self.length)
+            sharers = max(1, len(range(file, STREAMS, files)))  # streams that deal the windows of this file
+            share = np.arange(stream // files, windows, sharers)
+            parts.append(np.stack([np.full(len(share), file), phase + share * self.length], 1))
+        dealt = np.concatenate(parts)
+        return dealt[seeded_generator(epoch, stream, 1).permutation(len(dealt))]
 
     def get(self, step: int, stream: int) -> Batch:
-        """The micro-batch of `stream` at `step`: (rows, TRAIN_SEQ_LEN)."""
-        out = np.empty((self.rows, self.length + 1), dtype=np.int64)
-        size = len(self.plan(stream, 0))
+        """The micro-batch of `stream` at `step`: (TRAIN_BATCH_TOKENS / 8 / TRAIN_SEQ_LEN, TRAIN_SEQ_LEN)."""
+        tokens = np.empty((self.rows, self.length + 1), dtype=np.int64)
         for row in range(self.rows):
-            epoch, place = divmod(step * self.rows + row, size)
-            file, start = self.plan(stream, epoch)[place]
-            out[row] = self.data.train[file][start : start + self.length + 1]
-        tokens = torch.from_numpy(self.data.check_ids(out, self.data.folder))
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            epoch, place = divmod(step * self.rows + row, self.windows[stream])
+            file, start = self.window_order(stream, epoch)[place]
+            tokens[row] = self.data.train[file][start : start + self.length + 1]
+        rows = torch.from_numpy(self.data.check_ids(tokens, self.data.folder))
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+
+def seeded_generator(*seed: int) -> np.random.Generator:
+    """A random generator that is the same on every machine for the same numbers."""
+    return np.random.Generator(np.random.PCG64(seed))
 
 
 class PackedLoader:
-    """Consecutive tokens of the shards, 8 adjacent slices a step, without remainders; attention by document (#1530)."""
+    """Consecutive tokens of the shards, 8 adjacent slices a step, with attention by document (#1530).
+
+    What is left at the end of a shard, less than a step, is not used.
+    """
 
     def __init__(self, config: Config, data: Dataset):
-        self.data, self.longest = data, config.train_seq_len
-        self.slice = config.train_batch_tokens // STREAMS + 1
-        first_bos = [int(np.argmax(shard[: 1 << 20] == BOS)) for shard in data.train]
-        sizes = [len(shard) - first for shard, first in zip(data.train, first_bos, strict=True)]
-        self.first, self.ends = first_bos, np.cumsum([size // (STREAMS * self.slice) for size in sizes])
-        stop_if(
-            self.ends[-1] == 0,
-            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in "
-            f"{data.folder} has {max(sizes)} tokens; use a smaller batch or more data",
-        )
+        self.data = data
+        self.longest = config.train_seq_len
+        self.slice_size = config.train_batch_tokens // STREAMS + 1  # with the target of the last input
+        # A shard is read from its first document on; without a BOS in the first million tokens, from its
+        # first token.
+        self.firsts = [int(np.argmax(shard[: 1 << 20] == BOS)) for shard in data.train]
+        sizes = [len(shard) - first for shard, first in zip(data.train, self.firsts, strict=True)]
+        # Shard s holds the steps from ends[s - 1] up to ends[s].
+        self.ends = np.cumsum([size // (STREAMS * self.slice_size) for size in sizes])
+        if self.ends[-1] == 0:
+            raise Stop(
+                f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: the largest training shard in "
+                f"{data.folder} has {max(sizes)} tokens; use a smaller batch or more data"
+            )
 
     def get(self, step: int, stream: int) -> Batch:
-        """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS/8)."""
+        """The micro-batch of `stream` at `step`: (1, TRAIN_BATCH_TOKENS / 8)."""
         step %= int(self.ends[-1])
         shard = int(np.searchsorted(self.ends, step, side="right"))
-        local = step - (int(self.ends[shard - 1]) if shard else 0)
-        start = self.first[shard] + (local * STREAMS + stream) * self.slice
-        tokens = self.data.check_ids(
-            self.data.train[shard][start : start + self.slice], self.data.train_files[shard]
-        )
+        step_in_shard = step - (int(self.ends[shard - 1]) if shard else 0)
+        start = self.firsts[shard] + (step_in_shard * STREAMS + stream) * self.slice_size
+        tokens = self.data.train[shard][start : start + self.slice_size]
+        self.data.check_ids(tokens, self.data.train_files[shard])
         row = torch.from_numpy(tokens.astype(np.int64))
         return Batch(row[None, :-1], row[None, 1:], segment_starts(tokens[:-1], self.longest), self.longest)
 
@@ -989,52 +1069,67 @@ LOADERS = {"shuffled": ShuffledLoader, "packed": PackedLoader}
 
 def join_batches(batches: list[Batch]) -> Batch:
     """Several micro-batches as one: rows below each other, or packed rows one behind the other."""
+    first = batches[0]
     if len(batches) == 1:
-        return batches[0]
-    packed, size = batches[0].starts is not None, batches[0].inputs.size(1)
-    inputs, targets = (torch.cat([batch[side] for batch in batches], int(packed)) for side in range(2))
+        return first
+    packed = first.starts is not None
+    inputs = torch.cat([batch.inputs for batch in batches], int(packed))
+    targets = torch.cat([batch.targets for batch in batches], int(packed))
     if not packed:
         return Batch(inputs, targets)
-    starts = np.concatenate([np.unique(b.starts.numpy())[:-1] + i * size for i, b in enumerate(batches)])
-    return Batch(inputs, targets, pad_starts(starts, inputs.numel()), batches[0].longest)
+    starts = []
+    for place, batch in enumerate(batches):
+        unpadded = np.unique(batch.starts.numpy())[:-1]
+        starts.append(unpadded + place * first.inputs.size(1))
+    return Batch(inputs, targets, pad_starts(np.concatenate(starts), inputs.numel()), first.longest)
 
 
 class Feed:
-    """The micro-batches of this rank, step by step; a thread prepares the next step while the present one computes."""
+    """The micro-batches of this rank, step by step.
+
+    A thread prepares the next step while the present one computes.
+    """
 
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
-        self.run, self.loader, self.worker, self.step, self.ahead = (
-            run,
-            loader,
-            ThreadPoolExecutor(1),
-            -1,
-            None,
-        )
+        self.run = run
+        self.loader = loader
+        self.worker = ThreadPoolExecutor(1)
+        self.next_step: int | None = None
+        self.next_batches = None  # a Future of those of next_step
 
     def get(self, step: int) -> list[Batch]:
         """The micro-batches of `step` on the device."""
-        ready = self.ahead if step == self.step else self.worker.submit(self.load, step)
-        self.step, self.ahead = step + 1, self.worker.submit(self.load, step + 1)
-        return [to_device(batch, self.run) for batch in ready.result()]
+        if step == self.next_step:
+            batches = self.next_batches
+        else:
+            batches = self.worker.submit(self.load, step)
+        self.next_step = step + 1
+        self.next_batches = self.worker.submit(self.load, self.next_step)
+        return [to_device(batch, self.run) for batch in batches.result()]
 
     def load(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` in host memory."""
-        c, batches = self.run.config, [self.loader.get(step, stream) for stream in self.run.streams]
-        group = max(1, c.micro_batch_tokens * STREAMS // c.train_batch_tokens)
-        group = max(
-            n for n in range(1, len(batches) + 1) if len(batches) % n == 0 and n <= group
-        )  # equal parts
-        joined = [join_batches(batches[i : i + group]) for i in range(0, len(batches), group)]
-        return tree_map_only(Tensor, Tensor.pin_memory, joined) if self.run.is_cuda else joined
+        """The micro-batches of `step` in host memory.
+
+        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream).
+        """
+        config = self.run.config
+        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        count = len(batches)
+        most = max(1, config.micro_batch_tokens * STREAMS // config.train_batch_tokens)
+        group = max(size for size in range(1, count + 1) if count % size == 0 and size <= most)
+        joined = [join_batches(batches[first : first + group]) for first in range(0, count, group)]
+        if self.run.is_cuda:
+            return tree_map_only(Tensor, Tensor.pin_memory, joined)
+        return joined
 
 
 def to_device(batch: Batch, run: Run) -> Batch:
     """`batch` on the device of `run`, without waiting for the copy."""
-    return tree_map_only(Tensor, lambda t: t.to(run.device, non_blocking=True), batch)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), batch)
 
 
 class Validation(NamedTuple):
-    """All validation tokens (N,) uint16, the original bytes each accounts for (N,), and where those come from."""
+    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
 
     tokens: np.ndarray
     bytes: np.ndarray
@@ -1042,67 +1137,100 @@ class Validation(NamedTuple):
 
 
 def load_validation(data: Dataset) -> Validation:
-    """Tokens and byte counts of the whole validation set; Stop rather than count a byte that is not in the text. If no
-    sidecar holds them, the bytes are the UTF-8 length of the piece, and one for the space before it unless
-    the token before is a control token. Case operators (private-use code points) are no bytes and need the sidecar."""
-    tokens = data.check_ids(np.concatenate([read_shard(path) for path in data.val_files]), data.val_files[0])
+    """The whole validation set; Stop rather than count a byte that is not in the text.
+
+    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for.
+    """
+    tokens = np.concatenate([read_shard(path) for path in data.val_files])
+    data.check_ids(tokens, data.val_files[0])
     if data.sidecar_files:
-        sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
-        stop_if(
-            len(sizes) < len(tokens),
+        return Validation(tokens, read_sidecar(data, len(tokens)), "byte_sidecar")
+    return Validation(tokens, count_bytes(data, tokens), "lut")
+
+
+def read_sidecar(data: Dataset, count: int) -> np.ndarray:
+    """The bytes (count,) int32 of the validation tokens from the sidecar; Stop if it holds fewer values."""
+    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
+    if len(sizes) < count:
+        raise Stop(
             f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for "
-            f"{len(tokens)} validation tokens; prepare or download it again",
+            f"{count} validation tokens; prepare or download it again"
         )
-        return Validation(tokens, sizes[: len(tokens)].astype(np.int32), "byte_sidecar")
-    sp, size = data.pieces, data.vocab_size
-    pieces = [sp.id_to_piece(i) for i in range(size)]
-    operators = [i for i, piece in enumerate(pieces) if re.search("[\ue000-\uf8ff]", piece)]
-    stop_if(
-        operators,
-        f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), which "
-        "are no bytes of the text, and there is no fineweb_val_bytes_*.bin; prepare or download this sidecar",
-    )
-    special = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(size)])
-    lead = np.array([piece.startswith("\u2581") for piece in pieces]) & ~special
-    length = np.array(
-        [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
-    )
-    length[special] = 0
-    credit = length[tokens].astype(np.int32)
-    credit[1:] += lead[tokens[1:]] & ~special[tokens[:-1]]
-    return Validation(tokens, credit, "lut")
+    return sizes[:count].astype(np.int32)
+
+
+def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
+    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
+
+    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
+    Case operators (private-use code points) are no bytes of the text: Stop, as they need the sidecar.
+    """
+    pieces = data.pieces
+    ids = range(data.vocab_size)
+    texts = [pieces.id_to_piece(i) for i in ids]
+    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
+    if operators:
+        raise Stop(
+            f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), "
+            "which are no bytes of the text, and there is no fineweb_val_bytes_*.bin; "
+            "prepare or download this sidecar"
+        )
+
+    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
+    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
+    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
+    lengths[[pieces.is_byte(i) for i in ids]] = 1
+    lengths[special] = 0
+
+    counts = lengths[tokens].astype(np.int32)
+    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
+    return counts
 
 
 # === KERNELS ===
-# Per kernel: the plain reference, the Triton code, the launcher. Kernels take their dtype from the data and compute in
-# fp32. The CPU tests run them in Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
-OPERATORS = "golf_" + __name__.strip(
-    "_"
-)  # a second copy of this file in the process must not free these operators
+# Fused GPU kernels: the cross-entropy under the logit softcap, and one matrix product with several epilogues
+# that serves the MLP and Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the
+# operators that launch it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a
+# size as x.size(0): len(x) would fix it, and each number of rows would be compiled anew. At the end, the
+# functions that choose. Kernels take their dtype from the data and compute in fp32. The CPU tests run them in
+# Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+
+# The namespace of the operators; a second copy of this file in the process must not free those of the first.
+OPERATORS = "golf_" + __name__.strip("_")
 
 
 def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Cross-entropy in nats (N,) fp32 of raw `logits` (N, V) under cap*tanh(logits/cap), for `targets` (N,)."""
+    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
+
+    In nats, (N,) fp32.
+    """
     return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
 
 
 @triton_jit
+def softcap(raw, cap):
+    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
+    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
+
+
+@triton_jit
 def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program: streaming log-sum-exp of the capped logits; tanh as 2 sigmoid(2x) - 1."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row per program: streaming log-sum-exp of the capped logits."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
     line = logits + row * columns
-    largest, total = -float("inf"), 0.0
+    largest = -float("inf")
+    total = 0.0  # of exp(capped - largest) over the columns so far
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         live = column < columns
         raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        capped = tl.where(live, cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0), -float("inf"))
+        capped = tl.where(live, softcap(raw, cap), -float("inf"))
         larger = tl.maximum(largest, tl.max(capped, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
         largest = larger
     normalizer = largest + tl.log(total)
     chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, normalizer - cap * (2.0 * tl.sigmoid(2.0 * chosen / cap) - 1.0))
+    tl.store(losses + row, normalizer - softcap(chosen, cap))
     tl.store(normalizers + row, normalizer)
 
 
@@ -1115,20 +1243,21 @@ def softcapped_ce_backward_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < columns
     raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    rising, falling = tl.sigmoid(2.0 * raw / cap), tl.sigmoid(-2.0 * raw / cap)
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
     probability = tl.exp(cap * (2.0 * rising - 1.0) - tl.load(normalizers + row))
     hit = (column == tl.load(targets + row)).to(tl.float32)
-    slope = (
-        tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
-    )  # 1 - tanh^2, exact when saturated
+    # The last factor is 1 - tanh^2, exact when saturated.
+    slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
 
 @torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
 def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference."""
+    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
     rows, columns = logits.shape
-    losses, normalizers = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    normalizers = torch.empty_like(losses)
     block = min(triton.next_power_of_2(columns), 8192)
     softcapped_ce_forward_kernel[(rows,)](
         logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
@@ -1136,28 +1265,36 @@ def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tenso
     return losses, normalizers
 
 
+@softcapped_ce_op.register_fake
+def _softcapped_ce_fake(logits, targets, cap):
+    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
 @torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
 def softcapped_ce_backward_op(
     logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
 ) -> Tensor:
-    """The gradient of the losses with respect to `logits`, in their dtype."""
+    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
     rows, columns = logits.shape
-    gradient, block = torch.empty_like(logits), 1024
+    gradient = torch.empty_like(logits)
+    block = 1024
     softcapped_ce_backward_kernel[(rows, -(-columns // block))](
         logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
     )
     return gradient
 
 
-softcapped_ce_backward_op.register_fake(lambda logits, *_: torch.empty_like(logits))
-softcapped_ce_op.register_fake(
-    lambda x, *_: tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-)
+@softcapped_ce_backward_op.register_fake
+def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
+    return torch.empty_like(logits)
 
 
 def _softcapped_ce_save(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.cap = inputs[2]
+    logits, targets, cap = inputs
+    _, normalizers = output
+    ctx.cap = cap
+    ctx.save_for_backward(logits, targets, normalizers)
 
 
 def _softcapped_ce_gradient(ctx, upstream, _):
@@ -1166,6 +1303,13 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
+
+
+def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """LeakyReLU(x up^T, 1/2)^2 down^T."""
+    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
 @triton_jit
@@ -1185,93 +1329,135 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A tile of a (N, M, K) times b (N, C, K) transposed, or b (N, K, C) in backward, and what follows elementwise."""
+    """One tile (BLOCK_M, BLOCK_N) of one product per program, with the epilogue of MODE: see gemm."""
     BACKWARD: tl.constexpr = MODE == "times_slope" or MODE == "times_input"
     SYMMETRIC: tl.constexpr = MODE == "gram" or MODE == "polynomial"
-    # Programs near in time share rows of a and of b, so that L2 serves them.
-    tile, n, across = tl.program_id(0), tl.program_id(1), tl.cdiv(columns, BLOCK_N)
-    first, within = tile // (GROUP * across) * GROUP, tile % (GROUP * across)
-    height = min(tl.cdiv(rows, BLOCK_M) - first, GROUP)
-    i, j = (first + within % height) * BLOCK_M, within // height * BLOCK_N
-    if not SYMMETRIC or i <= j:
+
+    # Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a
+    # and of b, so that L2 serves them.
+    tile = tl.program_id(0)
+    matrix = tl.program_id(1)
+    across = tl.cdiv(columns, BLOCK_N)
+    band = tile // (GROUP * across) * GROUP
+    within = tile % (GROUP * across)
+    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
+    row = (band + within % height) * BLOCK_M
+    column = within // height * BLOCK_N
+
+    if not SYMMETRIC or row <= column:
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, depth, BLOCK_K):
-            left = a.load([n, i, k]).reshape(BLOCK_M, BLOCK_K)
+            left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
             if BACKWARD:
-                right = b.load([n, k, j]).reshape(BLOCK_K, BLOCK_N)
+                right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
             else:
-                right = b.load([n, j, k]).reshape(BLOCK_N, BLOCK_K).T
+                right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
             total = tl.dot(left, right, total)
+
         if BACKWARD or MODE == "polynomial":
-            other = aux.load([n, i, j]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+            other = aux.load([matrix, row, column]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if MODE == "polynomial":
                 total = linear * other + square * total
             elif MODE == "times_slope":
                 total *= other
             else:
                 total *= tl.where(other > 0, 2.0, 0.5) * other
-        elif (
-            not SYMMETRIC
-        ):  # two expressions without a common part: more than one tile alive would spill registers
+        elif not SYMMETRIC:
+            # Two expressions without a common part: more than one tile alive would spill registers.
             kept = tl.where(total > 0, 2.0, 0.5) * total if MODE == "act_and_slope" else total
-            aux.store([n, i, j], kept.to(aux.dtype).reshape(1, BLOCK_M, BLOCK_N))
+            aux.store([matrix, row, column], kept.to(aux.dtype).reshape(1, BLOCK_M, BLOCK_N))
             total = tl.where(total > 0, 1.0, 0.25) * total * total
-        out.store([n, i, j], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
-        if SYMMETRIC and i < j:
-            out.store([n, j, i], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
+
+        out.store([matrix, row, column], total.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        if SYMMETRIC and row < column:
+            out.store([matrix, column, row], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
+
+
+def gemm_tile(mode: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel.
+
+    The tiles of the MLP fill the shared memory of an H100. Those of the symmetric modes are square, as each
+    is stored again as its mirror image.
+    """
+    if dtype == torch.float32:
+        return 128, 128, 32
+    return 128, 128 if mode in ("gram", "polynomial") else 256, 64
+
+
+def describe_tiles(matrices: Tensor, height: int, width: int) -> Any:
+    """A TMA descriptor of `matrices` (N, M, C) by tiles; rows are padded to the whole 16 bytes it needs."""
+    missing = -matrices.size(2) % (16 // matrices.element_size())
+    padded = F.pad(matrices, (0, missing)) if missing else matrices.contiguous()
+    return TensorDescriptor.from_tensor(padded, [1, height, width])
 
 
 def gemm(
     mode: str, a: Tensor, b: Tensor, aux: Tensor | None = None, linear: float = 0.0, square: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(out, aux) of gemm_kernel for whole matrices, (N, M, C) each; an aux that is not given is what the mode keeps."""
+    """(out, aux), both (N, M, C): N matrix products z and what follows elementwise, in one kernel.
+
+    mode           a          b          z      out                        aux
+    act_and_slope  (N, M, K)  (N, C, K)  a b^T  LeakyReLU(z, 1/2)^2        stored: its derivative
+    act_and_input  (N, M, K)  (N, C, K)  a b^T  LeakyReLU(z, 1/2)^2        stored: z
+    times_slope    (N, M, K)  (N, K, C)  a b    z * aux                    read: the derivative
+    times_input    (N, M, K)  (N, K, C)  a b    z * derivative at aux      read: the input
+    gram           (N, M, K)  as a       a b^T  z                          not touched
+    polynomial     (N, M, M)  as a       a b^T  linear * aux + square * z  read: symmetric
+
+    An aux is given unless the mode stores it. The last two modes want b = a; they compute the tiles on and
+    above the diagonal and store each twice, so polynomial needs a symmetric aux.
+    """
     if a.dtype == torch.bfloat16 and not a.is_cuda:  # Triton's interpreter would multiply the bits
-        found = gemm(mode, a.float(), b.float(), aux if aux is None else aux.float(), linear, square)
-        return found[0].bfloat16(), found[1].bfloat16()
-    wide, align, backward = a.dtype == torch.float32, 16 // a.element_size(), mode.startswith("times")
-    m, n, k = 128, 128 if wide or mode in ("gram", "polynomial") else 256, 32 if wide else 64
-    rows, depth, columns = *a.shape[1:], b.size(2 if backward else 1)
-    out = torch.empty((len(a), rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
+        wide_aux = None if aux is None else aux.float()
+        out, kept = gemm(mode, a.float(), b.float(), wide_aux, linear, square)
+        return out.bfloat16(), kept.bfloat16()
+
+    backward = mode.startswith("times")
+    matrices, rows, depth = a.shape
+    columns = b.size(2 if backward else 1)
+    height, width, inner = gemm_tile(mode, a.dtype)
+    align = 16 // a.element_size()
+    out = torch.empty((matrices, rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
     kept = torch.empty_like(out) if aux is None else aux
-    crop = lambda t: t[..., :columns].contiguous()
-    fill = lambda t: (
-        F.pad(t, (0, -t.size(2) % align)) if t.size(2) % align else t.contiguous()
-    )  # TMA: whole 16 bytes
-    describe = lambda t, *block: TensorDescriptor.from_tensor(fill(t), [1, *block])
-    # The MLP's tiles fill the shared memory of an H100; in a smaller one half the stages have to do.
+    # In shared memory smaller than an H100's, half the stages have to do.
     large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
-    gemm_kernel[-(-rows // m) * -(-columns // n), len(a)](
-        describe(a, m, k),
-        describe(b, *((k, n) if backward else (n, k))),
-        describe(kept, m, n),
-        describe(out, m, n),
+    gemm_kernel[-(-rows // height) * -(-columns // width), matrices](
+        describe_tiles(a, height, inner),
+        describe_tiles(b, inner, width) if backward else describe_tiles(b, width, inner),
+        describe_tiles(kept, height, width),
+        describe_tiles(out, height, width),
         rows,
         columns,
         depth,
         linear,
         square,
         mode,
-        m,
-        n,
-        k,
+        height,
+        width,
+        inner,
         GROUP=8,
         num_warps=8,
         num_stages=4 if large else 2,
     )
-    return crop(out), crop(kept) if aux is None else aux
-
-
-@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
-def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
-    """linear x + square x x^T of the matrices of x (N, R, C), symmetric if linear is not 0, from half of the tiles."""
-    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+    out = out[..., :columns].contiguous()
+    return out, kept[..., :columns].contiguous() if aux is None else aux
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp", mutates_args=())
 def mlp_op(x: Tensor, up: Tensor, down: Tensor, keep_input: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mlp_reference of x (M, D); to keep, (M, H): the activation, and its derivative (#1523) or its input (#1530)."""
+    """mlp_reference of x (M, D), up (H, D), down (D, H), and two (M, H) that its backward needs.
+
+    These are the activation and its derivative (#1523) or, with `keep_input`, its input (#1530).
+    """
     act, aux = gemm("act_and_input" if keep_input else "act_and_slope", x[None], up[None])
     return act[0] @ down.T, act[0], aux[0]
+
+
+@mlp_op.register_fake
+def _mlp_fake(x, up, down, keep_input):
+    rows = x.size(0)
+    hidden = up.size(0)
+    return x.new_empty(rows, down.size(0)), x.new_empty(rows, hidden), x.new_empty(rows, hidden)
 
 
 @torch.library.custom_op(f"{OPERATORS}::mlp_backward", mutates_args=())
@@ -1280,70 +1466,103 @@ def mlp_backward_op(upstream: Tensor, down: Tensor, aux: Tensor, keep_input: boo
     return gemm("times_input" if keep_input else "times_slope", upstream[None], down[None], aux[None])[0][0]
 
 
-symmetric_product_op.register_fake(lambda x, *_: x.new_empty(len(x), x.size(1), x.size(1)))
-mlp_op.register_fake(lambda x, up, down, _: tuple(x.new_empty(len(x), len(w)) for w in (down, up, up)))
-mlp_backward_op.register_fake(lambda upstream, down, *_: upstream.new_empty(len(upstream), down.size(1)))
+@mlp_backward_op.register_fake
+def _mlp_backward_fake(upstream, down, aux, keep_input):
+    return upstream.new_empty(upstream.size(0), down.size(1))
 
 
 def _mlp_save(ctx, inputs, output):
-    ctx.keep_input = inputs[3]
-    ctx.mark_non_differentiable(*output[1:])
+    x, up, down, keep_input = inputs
+    _, act, aux = output
+    ctx.keep_input = keep_input
+    ctx.mark_non_differentiable(act, aux)
     ctx.set_materialize_grads(False)  # else the backward would fill two (M, H) blocks with zeros
-    ctx.save_for_backward(*inputs[:3], *output[1:])
+    ctx.save_for_backward(x, up, down, act, aux)
 
 
 def _mlp_gradients(ctx, upstream, *_):
-    (x, up, down, act, aux), need = ctx.saved_tensors, ctx.needs_input_grad
+    x, up, down, act, aux = ctx.saved_tensors
+    _, needs_up, needs_down, _ = ctx.needs_input_grad  # false where adapters train on frozen weights
     hidden = mlp_backward_op(upstream.contiguous(), down, aux, ctx.keep_input)
-    return hidden @ up, hidden.T @ x if need[1] else None, upstream.T @ act if need[2] else None, None
+    x_gradient = hidden @ up
+    up_gradient = hidden.T @ x if needs_up else None
+    down_gradient = upstream.T @ act if needs_down else None
+    return x_gradient, up_gradient, down_gradient, None
 
 
 mlp_op.register_autograd(_mlp_gradients, setup_context=_mlp_save)
-MLP = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """LeakyReLU(x up^T, 1/2)^2 down^T."""
-    return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
 def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep_input: bool = False) -> Tensor:
     """mlp_reference with all that is elementwise in the epilogues of two products, x (..., D)."""
-    return mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)[0].view(*x.shape[:-1], -1)
+    out, _, _ = mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)
+    return out.view(*x.shape[:-1], -1)
+
+
+@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
+def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
+    """linear x + square x x^T of the matrices of x (N, R, C), from half of the tiles; without a gradient.
+
+    With linear other than 0, x must be symmetric. The plain form stands in orthogonalize, which uses it.
+    """
+    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+
+
+@symmetric_product_op.register_fake
+def _symmetric_product_fake(x, linear, square):
+    return x.new_empty(x.size(0), x.size(1), x.size(1))
 
 
 def missing_triton(run: Run) -> str:
     """Why no Triton kernel can run here; empty if one can."""
-    interpreted = run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return "triton is not installed" if triton is None else "" if interpreted else "there is no GPU"
+    if triton is None:
+        return "triton is not installed"
+    if run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "there is no GPU"
 
 
 def pick_kernels(config: Config, run: Run) -> bool:
-    """Whether the Triton kernels are used; logs the choice and its reason, Stop if KERNELS=triton cannot be had."""
-    missing, kind, wanted = missing_triton(run), run.device.type, config.kernels
-    stop_if(
-        wanted == "triton" and missing,
-        f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)",
-    )
+    """Whether the Triton kernels are used; logs the reason, Stop if KERNELS=triton cannot be had."""
+    missing = missing_triton(run)
+    wanted = config.kernels
+    if wanted == "triton" and missing:
+        raise Stop(
+            f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)"
+        )
     chosen = wanted == "triton" or (wanted == "auto" and run.is_cuda and not missing)
-    reason = missing or ("interpreted" if chosen and not run.is_cuda else f"KERNELS={wanted}, {kind}")
+    if missing:
+        reason = missing
+    elif chosen and not run.is_cuda:
+        reason = "interpreted"
+    else:
+        reason = f"KERNELS={wanted}, {run.device.type}"
     run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
     return chosen
 
 
 def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
-    """What the function of the wanted backend gives, with auto the first to give no string: the reason against it."""
+    """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
+
+    A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
+    the reasons against the backends before it.
+    """
     refused = []
-    for name in order if wanted == "auto" else (wanted,):
-        if not isinstance(found := order[name](), str):
-            run.log(f"{what}: {name}" + (f" (not {'; not '.join(refused)})" if refused else ""))
+    for name in order if wanted == "auto" else [wanted]:
+        found = order[name]()
+        if not isinstance(found, str):
+            reasons = f" (not {'; not '.join(refused)})" if refused else ""
+            run.log(f"{what}: {name}{reasons}")
             return found
         refused.append(f"{name}: {found}")
     raise Stop(f"{variable}={wanted}: {found}; install it (requirements-gpu.txt) or set {variable}=auto")
 
 
 def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
-    """The MLP of all layers: MLP_KERNEL, or the first usable one; `fused`: whether KERNELS are the Triton ones."""
+    """The MLP of all layers: MLP_KERNEL, or with auto the first that can be used; logs which and why.
+
+    `fused`: whether KERNELS are the Triton ones.
+    """
 
     def cutlass() -> MLP | str:
         if not (Path(__file__).resolve().parent / "cutlass_evt_fusion").is_dir():
@@ -1351,21 +1570,24 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
         if config.model_dim % 8 or config.mlp_mult * config.model_dim % 8:
             return "MODEL_DIM and MLP_MULT*MODEL_DIM must be multiples of 8"
         library = importlib.import_module("cutlass_evt_fusion")
-        return library.available(run.dtype, run.device) or library.leaky_relu_squared_mlp
+        reason = library.available(run.dtype, run.device)
+        return reason if reason else library.leaky_relu_squared_mlp
 
-    kept = "" if fused or config.mlp_kernel == "triton" else f"KERNELS={config.kernels} chose the reference"
-    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %, others: not).
-    return first_usable(
-        run,
-        "mlp",
-        "MLP_KERNEL",
-        config.mlp_kernel,
-        {
-            "cutlass": cutlass,
-            "triton": lambda: missing_triton(run) or kept or mlp_triton,
-            "reference": lambda: mlp_reference,
-        },
-    )
+    def fused_triton() -> MLP | str:
+        missing = missing_triton(run)
+        if missing:
+            return missing
+        if not fused and config.mlp_kernel != "triton":
+            return f"KERNELS={config.kernels} chose the reference"
+        return mlp_triton
+
+    def reference() -> MLP:
+        return mlp_reference
+
+    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %,
+    # others: not).
+    order = {"cutlass": cutlass, "triton": fused_triton, "reference": reference}
+    return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
 # === MODEL ===
@@ -2602,15 +2824,26 @@ def pack_source(source: str) -> tuple[str, str]:
 
 
 # === EVALUATE ===
+# In: the model with the weights of the artifact, and the validation tokens. Out: the loss of every target,
+# entered exactly once into a Tally, the only place where losses become bits per byte. All modes score in
+# windows (`plan_windows`). What learns at test time learns only from targets that the Tally has seen
+# (`Tally.require`), so score-before-update is checked while it happens. To try another mode, write a function
+# `mode(run, ..., tally)` and give it a name in `evaluation_modes` (section MAIN).
+
+
 def plan_windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
-    """(W, 3) int64 rows (first input, end of the targets, first target to score): every target 1..length-1 is scored
-    once, `first` by the first window (0: as many as it sees), `stride` by each later one, with <= `context` inputs."""
+    """A plan that scores every target 1 ... length-1 once: (W, 3) int64 rows of windows.
+
+    A row holds the first input, the end of the targets and the first target to score. The first window scores
+    `first` targets (0: as many as it sees), every later one `stride`; none has more than `context` inputs.
+    """
     first = first or context
-    ends = np.minimum(np.arange(first, max(first, length - 1) + stride, stride), length - 1)
-    ends = ends[: np.searchsorted(ends, length - 1) + 1]
-    scored = np.concatenate([[0], ends[:-1]])
-    starts = np.maximum(0, scored + stride - context) * (scored > 0)
-    return np.stack([starts, ends + 1, scored + 1], 1).astype(np.int64)
+    last = length - 1
+    ends = np.minimum(np.arange(first, max(first, last) + stride, stride), last)
+    ends = ends[: np.searchsorted(ends, last) + 1]
+    scored_before = np.concatenate([[0], ends[:-1]])
+    starts = np.maximum(0, scored_before + stride - context) * (scored_before > 0)
+    return np.stack([starts, ends + 1, scored_before + 1], 1).astype(np.int64)
 
 
 class Score(NamedTuple):
@@ -2632,10 +2865,11 @@ class Score(NamedTuple):
 
 
 class Tally:
-    """The loss of every validation target, written exactly once: the one place where scores are summed (fp64)."""
+    """The loss of every validation target, written once: the one place where scores are summed (fp64)."""
 
     def __init__(self, run: Run, validation: Validation):
-        self.run, self.validation = run, validation
+        self.run = run
+        self.validation = validation
         self.nats = torch.zeros(len(validation.tokens), device=run.device)
         self.times = torch.zeros(len(validation.tokens), dtype=torch.int32, device=run.device)
 
@@ -2645,81 +2879,105 @@ class Tally:
         self.times.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
     def require(self, first: int, last: int) -> None:
-        """Stop unless the ranks have scored every target from `first` to `last`: nothing else may be learnt."""
-        stop_if(
-            (self.run.sum_over_ranks(self.times[first : last + 1].clone()) != 1).any(),
-            f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug",
-        )
+        """Stop unless every target from `first` to `last` was scored: nothing else may be learnt."""
+        times = self.run.sum_over_ranks(self.times[first : last + 1].clone())
+        if (times != 1).any():
+            raise Stop(
+                f"targets {first} to {last}: not all scored exactly once before they are learnt: a bug"
+            )
 
     def total(self, stage: str) -> Score:
         """The sums over all ranks; Stop if a target was left out or scored twice."""
-        self.run.sum_over_ranks(self.nats), self.run.sum_over_ranks(self.times)
+        self.run.sum_over_ranks(self.nats)
+        self.run.sum_over_ranks(self.times)
         wrong = int((self.times[1:] != 1).sum())
-        stop_if(wrong, f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
-        return Score(
-            self.nats.double().sum().item(), len(self.nats) - 1, int(self.validation.bytes[1:].sum())
-        )
+        if wrong:
+            raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
+        total_bytes = int(self.validation.bytes[1:].sum())
+        return Score(self.nats.double().sum().item(), len(self.nats) - 1, total_bytes)
 
 
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
-    """The score of all validation tokens by `how`; logs it, leaves sums by document and position in documents.npz."""
-    begin, tally = run.now(), Tally(run, validation)
+    """The score of all validation tokens by `how`; logs it and leaves its parts in documents.npz."""
+    began = run.now()
+    tally = Tally(run, validation)
     how(tally)
-    result, seconds = tally.total(stage), run.now() - begin
-    facts = {"val_loss": result.loss, "val_bpb": result.bpb, "tokens": result.tokens, "bytes": result.bytes}
+    result = tally.total(stage)
+    seconds = run.now() - began
+    facts = {
+        "val_loss": result.loss,
+        "val_bpb": result.bpb,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+    }
     run.metric("score", stage=stage, seconds=seconds, **facts)
     run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
-    if run.is_main and len(documents := find_documents(validation.tokens)):
-        sizes, nats = documents[:, 1] - documents[:, 0] - 1, tally.nats[1:].double().cpu().numpy()
-        octave = np.log2(np.arange(1, len(nats) + 1) - np.repeat(documents[:, 0], sizes)).astype(
-            int
-        )  # of the position
-        sums = {"tokens": sizes, "position_start": 2 ** np.arange(octave.max() + 1)}
-        for kind, values in (("nats", nats), ("bytes", validation.bytes[1:].astype(np.int64))):
-            sums |= {
-                kind: np.add.reduceat(values, documents[:, 0]),
-                f"position_{kind}": np.bincount(octave, values),
-            }
-        np.savez(run.folder / "documents.npz", **sums)
+    if run.is_main:
+        save_document_sums(run.folder / "documents.npz", tally)
     return result
+
+
+def save_document_sums(path: Path, tally: Tally) -> None:
+    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document."""
+    documents = find_documents(tally.validation.tokens)
+    if len(documents) == 0:
+        return
+    firsts = documents[:, 0]
+    sizes = documents[:, 1] - firsts - 1
+    nats = tally.nats[1:].double().cpu().numpy()
+    position = np.arange(1, len(nats) + 1) - np.repeat(firsts, sizes)
+    octave = np.log2(position).astype(int)
+    sums = {"tokens": sizes, "position_start": 2 ** np.arange(octave.max() + 1)}
+    for kind, values in (("nats", nats), ("bytes", tally.validation.bytes[1:].astype(np.int64))):
+        sums[kind] = np.add.reduceat(values, firsts)
+        sums[f"position_{kind}"] = np.bincount(octave, values)
+    np.savez(path, **sums)
 
 
 def window_batch(
     tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool
 ) -> tuple[Batch, Tensor, Tensor]:
-    """The windows `plan` as a batch of `rows` rows of `context` (packed: attention stays in documents), the mask of its
-    scored targets (rows, context), and their places (N,) in `tokens`."""
+    """The windows of `plan` as one batch of `rows` rows of `context` tokens; rows without a window are zeros.
+
+    With `packed` the rows lie one behind the other and attention stays within documents. Also returns the
+    mask of the scored targets (rows, context) and their places (N,) in `tokens`.
+    """
     place = plan[:, :1] + np.arange(context + 1)
     inside = place < plan[:, 1:2]
     ids = np.zeros((rows, context + 1), dtype=np.int64)
     ids[: len(plan)][inside] = tokens[place[inside]]
-    chosen = np.zeros((rows, context), dtype=bool)
-    chosen[: len(plan)] = inside[:, 1:] & (place[:, 1:] >= plan[:, 2:3])
-    batch = Batch(*(torch.from_numpy(side.copy()) for side in (ids[:, :-1], ids[:, 1:])))
+    scored = np.zeros((rows, context), dtype=bool)
+    scored[: len(plan)] = inside[:, 1:] & (place[:, 1:] >= plan[:, 2:3])
+    inputs = torch.from_numpy(ids[:, :-1].copy())
+    targets = torch.from_numpy(ids[:, 1:].copy())
+    batch = Batch(inputs, targets)
     if packed:
         starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
-        batch = Batch(batch.inputs.view(1, -1), batch.targets.view(1, -1), starts, context)
-    return batch, torch.from_numpy(chosen), torch.from_numpy(place[:, 1:][chosen[: len(plan)]])
+        batch = Batch(inputs.view(1, -1), targets.view(1, -1), starts, context)
+    return batch, torch.from_numpy(scored), torch.from_numpy(place[:, 1:][scored[: len(plan)]])
 
 
 @torch.no_grad()
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
-    """Score the targets of the windows `plan`, split over the ranks."""
-    c, rows = run.config, max(1, run.config.val_batch_tokens // STREAMS // run.config.eval_seq_len)
-    plan = plan[len(plan) * run.rank // run.world_size : len(plan) * (run.rank + 1) // run.world_size]
-    for first in run.progress("windows", range(0, len(plan), rows)):
-        batch, chosen, places = window_batch(
-            tally.validation.tokens, plan[first : first + rows], rows, c.eval_seq_len, c.loader == "packed"
+    """Score the targets of the windows of `plan`, of which each rank takes an equal part."""
+    config = run.config
+    context = config.eval_seq_len
+    rows = max(1, config.val_batch_tokens // STREAMS // context)
+    first = len(plan) * run.rank // run.world_size
+    end = len(plan) * (run.rank + 1) // run.world_size
+    mine = plan[first:end]
+    for row in run.progress("windows", range(0, len(mine), rows)):
+        batch, scored, places = window_batch(
+            tally.validation.tokens, mine[row : row + rows], rows, context, config.loader == "packed"
         )
         losses = forward(to_device(batch, run)).view(rows, -1)
-        tally.add(losses[chosen.to(run.device)], places.to(run.device))
+        tally.add(losses[scored.to(run.device)], places.to(run.device))
 
 
 def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
-    """Score in windows of EVAL_SEQ_LEN, `stride` new targets each; plain evaluation if that is all of them."""
-    score_windows(
-        run, forward, tally, plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
-    )
+    """Score in windows of EVAL_SEQ_LEN with `stride` new targets each (all of them: plain evaluation)."""
+    plan = plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
+    score_windows(run, forward, tally, plan)
 
 
 def cosine_decay(place: int, count: int) -> float:
@@ -2729,13 +2987,26 @@ def cosine_decay(place: int, count: int) -> float:
 
 def hash_weights(model: GPT) -> str:
     """16 hex digits that change with any bit of the weights, for the ledger."""
-    return hashlib.sha256(
-        str([torch.hash_tensor(p).item() for p in model.parameters()]).encode()
-    ).hexdigest()[:16]
+    hashes = [torch.hash_tensor(parameter).item() for parameter in model.parameters()]
+    return hashlib.sha256(str(hashes).encode()).hexdigest()[:16]
+
+
+def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
+    """The rows of each parameter that belong to the first `blocks` layers, with the embedding if any do."""
+    if blocks == 0:
+        return []
+    layers = model.config.num_layers
+    frozen: list[tuple[nn.Parameter, Any]] = [(model.embed, slice(None))]
+    for name, spec in model.table.items():
+        if spec.layered:
+            groups = spec.shape[0] // layers
+            rows = [group * layers + layer for group in range(groups) for layer in range(blocks)]
+            frozen.append((model.get_parameter(name), rows))
+    return frozen
 
 
 class Learner:
-    """Trains all weights of the model on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
+    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
 
     def __init__(
         self,
@@ -2748,83 +3019,96 @@ class Learner:
         shared: bool = True,
         packed: bool | None = None,
     ):
-        self.run, self.model, self.optimizer, self.clip = run, model.requires_grad_(True), optimizer, clip
-        self.batch_seqs, self.shared = batch_seqs, shared
+        self.run = run
+        self.model = model.requires_grad_(True)
+        self.optimizer = optimizer
+        self.clip = clip
+        self.batch_seqs = batch_seqs
+        self.shared = shared
         self.packed = model.config.loader == "packed" if packed is None else packed
-        self.parameters, layers, self.weights = (
-            list(model.parameters()),
-            model.config.num_layers,
-            hash_weights(model),
-        )
-        self.frozen = [(model.embed, slice(None))] if freeze else []
-        for name, spec in model.table.items():
-            rows = [
-                part * layers + i
-                for part in range(spec.shape[0] // layers)
-                for i in range(freeze)
-                if spec.layered
-            ]
-            self.frozen += [(model.get_parameter(name), rows)] if rows else []
+        self.parameters = list(model.parameters())
+        self.frozen = frozen_rows(model, freeze)
+        self.weights = hash_weights(model)
 
     def learn(self, tokens: np.ndarray, first: int, last: int, rate: float, epochs: int = 1) -> None:
         """`epochs` passes over the whole rows of EVAL_SEQ_LEN targets among tokens[first + 1:last + 1]."""
-        run, length = self.run, self.run.config.eval_seq_len
+        run = self.run
+        length = run.config.eval_seq_len
         starts = np.arange(first, last - length + 1, length)
         plan = np.stack([starts, starts + length + 1, starts + 1], 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         size = self.batch_seqs * (STREAMS if self.shared else 1)
-        for rows in [plan[i : i + size] for i in range(0, len(plan), size)] * epochs:
-            mine = rows[run.rank :: run.world_size] if self.shared else rows
-            if len(mine):  # else this rank only takes part in the sum
-                batch = to_device(window_batch(tokens, mine, len(mine), length, self.packed)[0], run)
-                (self.model(batch).sum() / (len(rows) * length)).backward()
-            self.step()
-        before, self.weights = self.weights, hash_weights(self.model)
+        for _ in range(epochs):
+            for place in range(0, len(plan), size):
+                self.learn_rows(tokens, plan[place : place + size])
+        before = self.weights
+        self.weights = hash_weights(self.model)
         run.ledger("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
+
+    def learn_rows(self, tokens: np.ndarray, plan: np.ndarray) -> None:
+        """One step on the windows of `plan`, dealt to the ranks if the step is shared."""
+        run = self.run
+        length = run.config.eval_seq_len
+        mine = plan[run.rank :: run.world_size] if self.shared else plan
+        if len(mine) > 0:  # else this rank only takes part in the sum
+            batch, _, _ = window_batch(tokens, mine, len(mine), length, self.packed)
+            losses = self.model(to_device(batch, run))
+            (losses.sum() / (len(plan) * length)).backward()
+        self.step()
 
     @torch.no_grad()
     def step(self) -> None:
         """One update: gradients summed over ranks if shared, clipped, frozen weights put back."""
         for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             if self.shared:
                 self.run.sum_over_ranks(parameter.grad)
         for parameter, rows in self.frozen:
             parameter.grad[rows] = 0
         nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        before = [parameter[rows].clone() for parameter, rows in self.frozen]
+        kept = [parameter[rows].clone() for parameter, rows in self.frozen]
         self.optimizer.step()
-        for (parameter, rows), kept in zip(self.frozen, before, strict=True):
-            parameter[rows] = kept
+        for (parameter, rows), before in zip(self.frozen, kept, strict=True):
+            parameter[rows] = before
         self.optimizer.zero_grad()
 
 
 def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
-    """Chunk by chunk but the last: score its targets in sliding windows, then train all weights on it (#1413, #1493). A
-    window belongs to the chunk of the first target that it scores, so all of a chunk are scored before it is learnt."""
-    c, tokens, size = run.config, tally.validation.tokens, run.config.ttt_chunk_tokens
-    plan = plan_windows(len(tokens), c.eval_seq_len, c.eval_stride)
-    chunk_of = (plan[:, 2] - 1) // size
-    count = int(chunk_of[-1]) + 1
-    optimizer = (
-        torch.optim.AdamW(model.parameters(), weight_decay=c.ttt_adamw_wd)
-        if c.ttt_optimizer == "adamw"
-        else torch.optim.SGD(model.parameters(), momentum=c.ttt_momentum)
+    """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
+
+    The last chunk is not learnt. A window belongs to the chunk of the first target that it scores, so all
+    targets of a chunk are scored before any of them is learnt.
+    """
+    config = run.config
+    tokens = tally.validation.tokens
+    size = config.ttt_chunk_tokens
+    plan = plan_windows(len(tokens), config.eval_seq_len, config.eval_stride)
+    chunk_of_window = (plan[:, 2] - 1) // size
+    count = int(chunk_of_window[-1]) + 1
+    if config.ttt_optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.ttt_adamw_wd)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), momentum=config.ttt_momentum)
+    learner = Learner(
+        run, model, optimizer, config.ttt_grad_clip, config.ttt_batch_seqs, config.ttt_freeze_blocks
     )
-    learner = Learner(run, model, optimizer, c.ttt_grad_clip, c.ttt_batch_seqs, c.ttt_freeze_blocks)
     for chunk in run.progress("val:ttt chunks", range(count)):
-        score_windows(run, forward, tally, plan[chunk_of == chunk])
+        score_windows(run, forward, tally, plan[chunk_of_window == chunk])
         run.ledger("scored", chunk=chunk, weights=learner.weights)
         if chunk + 1 < count:
-            tally.require(chunk * size + 1, (chunk + 1) * size)
-            learner.learn(
-                tokens, chunk * size, (chunk + 1) * size, c.ttt_lr * cosine_decay(chunk, count), c.ttt_epochs
-            )
+            first = chunk * size
+            last = first + size
+            tally.require(first + 1, last)
+            learner.learn(tokens, first, last, config.ttt_lr * cosine_decay(chunk, count), config.ttt_epochs)
 
 
 def find_documents(tokens: np.ndarray) -> np.ndarray:
-    """(D, 2): first token and one past the last target (the next BOS) of each document; no BOS: every 2,048 (#1670)."""
+    """The documents of a token stream as (D, 2): first token, and one past the last target (the next BOS).
+
+    A stream without BOS is cut every 2,048 tokens (#1670).
+    """
     starts = np.unique(np.append(0, np.flatnonzero(tokens == BOS)))
     if len(starts) == 1:
         starts = np.arange(0, len(tokens), 2048)
@@ -2833,48 +3117,66 @@ def find_documents(tokens: np.ndarray) -> np.ndarray:
 
 
 def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndarray]]:
-    """Per phase, the batches of document numbers in the order of scoring, longest first (#1530, #1626). Phase p ends at
-    PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for any number of ranks."""
-    order, size = np.argsort(lengths, kind="stable"), config.ttt_batch_size
-    batches = [order[i : i + size] for i in range(0, len(order), size)][::-1]
-    scored, phases = np.cumsum([len(batch) for batch in batches]), config.phased_ttt_num_phases
-    reached = [
-        np.searchsorted(scored, config.phased_ttt_prefix_docs * (p + 1) // phases) for p in range(phases)
-    ]
-    cuts = [0, *(-(-(int(batch) + 1) // STREAMS) * STREAMS for batch in reached), len(batches)]
-    return [batches[a:b] for a, b in itertools.pairwise(cuts) if a < len(batches)]
+    """Per phase, the batches of document numbers in the order of scoring, longest first (#1530, #1626).
+
+    Phase p ends at PHASED_TTT_PREFIX_DOCS * (p+1) / phases documents, rounded up to 8 batches: the same for
+    any number of ranks.
+    """
+    phases = config.phased_ttt_num_phases
+    size = config.ttt_batch_size
+    order = np.argsort(lengths, kind="stable")
+    batches = [order[place : place + size] for place in range(0, len(order), size)][::-1]
+    scored = np.cumsum([len(batch) for batch in batches])
+    cuts = [0]
+    for phase in range(phases):
+        last_batch = int(np.searchsorted(scored, config.phased_ttt_prefix_docs * (phase + 1) // phases))
+        cuts.append(-(-(last_batch + 1) // STREAMS) * STREAMS)
+    cuts.append(len(batches))
+    return [batches[first:end] for first, end in itertools.pairwise(cuts) if first < len(batches)]
+
+
+def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int) -> tuple[Batch, Tensor, Tensor]:
+    """As window_batch, a row per document: its window number `chunk`, or nothing if its plan has ended."""
+    ended = np.zeros(3, np.int64)
+    plan = np.stack([windows[chunk] if chunk < len(windows) else ended for windows in plans])
+    context = int((plan[:, 1] - plan[:, 0]).max()) - 1
+    return window_batch(tokens, plan, len(plan), context, packed=False)
 
 
 def adapt_documents(
     run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int
 ) -> None:
-    """Score the `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each chunk (#1530)."""
-    c, lora = run.config, LoRA(run.config, len(documents), run.device)
+    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530)."""
+    config = run.config
+    lora = LoRA(config, len(documents), run.device)
     lora.reset(seed)
     optimizer = torch.optim.AdamW(
         lora.parameters(),
-        c.ttt_lora_lr,
-        (c.ttt_beta1, c.ttt_beta2),
-        1e-10,
-        c.ttt_weight_decay,
+        lr=config.ttt_lora_lr,
+        betas=(config.ttt_beta1, config.ttt_beta2),
+        eps=1e-10,
+        weight_decay=config.ttt_weight_decay,
         fused=run.is_cuda,
     )
-    plans = [
-        plan_windows(b - a, c.ttt_eval_seq_len, c.ttt_chunk_size, c.ttt_chunk_size) + a for a, b in documents
-    ]
-    for chunk in range(max(map(len, plans))):
-        plan = np.stack([rows[chunk] if chunk < len(rows) else np.zeros(3, np.int64) for rows in plans])
-        context = int((plan[:, 1] - plan[:, 0]).max()) - 1
-        batch, chosen, places = window_batch(tally.validation.tokens, plan, len(plan), context, packed=False)
-        batch, chosen = to_device(batch, run), chosen.to(run.device)
-        later = torch.tensor([chunk + 1 < len(rows) for rows in plans], device=run.device)
-        weight = (chosen * later[:, None]) / chosen.sum(1, keepdim=True).clamp_min(1)
-        learning = chunk + 1 < max(map(len, plans))
-        for repeat in range(c.ttt_grad_steps if learning else 1):
+    plans = []
+    for first, end in documents:
+        plan = plan_windows(
+            end - first, config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size
+        )
+        plans.append(plan + first)
+    chunks = max(len(plan) for plan in plans)
+    for chunk in range(chunks):
+        batch, scored, places = chunk_batch(tally.validation.tokens, plans, chunk)
+        batch = to_device(batch, run)
+        scored = scored.to(run.device)
+        goes_on = torch.tensor([chunk + 1 < len(plan) for plan in plans], device=run.device)
+        weight = (scored * goes_on[:, None]) / scored.sum(1, keepdim=True).clamp_min(1)
+        learning = chunk + 1 < chunks
+        for repeat in range(config.ttt_grad_steps if learning else 1):
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
-                tally.add(losses.detach()[chosen], places.to(run.device))
+                tally.add(losses.detach()[scored], places.to(run.device))
             if learning:
                 (losses * weight).sum().backward()
                 optimizer.step()
@@ -2882,51 +3184,57 @@ def adapt_documents(
 
 
 def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
-    """One phase of SGD of all weights on the joined `documents` (N, 2), all scored; the last chunk is left (#1610)."""
-    c, text = run.config, np.concatenate([tokens[a:b] for a, b in documents])
-    optimizer = torch.optim.SGD(model.parameters(), momentum=c.global_ttt_momentum)
+    """One phase of SGD of all weights on the joined `documents` (N, 2), which are scored (#1610).
+
+    The last chunk is left out.
+    """
+    config = run.config
+    text = np.concatenate([tokens[first:end] for first, end in documents])
+    optimizer = torch.optim.SGD(model.parameters(), momentum=config.global_ttt_momentum)
     learner = Learner(
         run,
         model,
         optimizer,
-        c.global_ttt_grad_clip,
-        c.global_ttt_batch_seqs,
-        packed=c.global_ttt_respect_doc_boundaries,
+        config.global_ttt_grad_clip,
+        config.global_ttt_batch_seqs,
+        packed=config.global_ttt_respect_doc_boundaries,
     )
-    size, ramp = c.global_ttt_chunk_tokens, c.global_ttt_warmup_chunks
+    size = config.global_ttt_chunk_tokens
     count = -(-(len(text) - 1) // size)
     for chunk in range(count - 1):
-        rate = (
-            c.global_ttt_lr * cosine_decay(chunk - ramp, count - ramp)
-            if chunk >= ramp
-            else c.global_ttt_warmup_start_lr
-            + (c.global_ttt_lr - c.global_ttt_warmup_start_lr) * chunk / ramp
-        )
-        learner.learn(text, chunk * size, (chunk + 1) * size, rate, c.global_ttt_epochs)
+        rate = phase_rate(config, chunk, count)
+        learner.learn(text, chunk * size, (chunk + 1) * size, rate, config.global_ttt_epochs)
+
+
+def phase_rate(config: Config, chunk: int, count: int) -> float:
+    """The learning rate of a phase at `chunk` of `count`: a linear warm-up, then a cosine to 0."""
+    warmup = config.global_ttt_warmup_chunks
+    if chunk >= warmup:
+        return config.global_ttt_lr * cosine_decay(chunk - warmup, count - warmup)
+    start = config.global_ttt_warmup_start_lr
+    return start + (config.global_ttt_lr - start) * chunk / warmup
 
 
 def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
-    """Score documents with adapters of their own; between phases all weights learn the shortest scored (#1626)."""
-    c, tokens = run.config, tally.validation.tokens
+    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626)."""
+    tokens = tally.validation.tokens
     documents = find_documents(tokens)
-    phases, done, number = schedule_documents(c, documents[:, 1] - documents[:, 0]), [], 0
+    phases = schedule_documents(run.config, documents[:, 1] - documents[:, 0])
+    scored: list[np.ndarray] = []
+    batches_before = 0
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
         for place, batch in enumerate(run.progress(f"val:ttt phase {phase + 1}", batches)):
-            turn = place % (
-                2 * STREAMS
-            )  # dealt back and forth, so that no stream gets the longest of every round
-            if min(turn, 2 * STREAMS - 1 - turn) in run.streams:
-                adapt_documents(run, forward, tally, documents[batch], seed=number + place)
-            done.append(batch)
-        number += len(batches)
-        run.ledger("scored", phase=phase, documents=sum(map(len, done)), weights=hash_weights(model))
+            if stream_of_batch(place) in run.streams:
+                adapt_documents(run, forward, tally, documents[batch], seed=batches_before + place)
+            scored.append(batch)
+        batches_before += len(batches)
+        count = sum(len(batch) for batch in scored)
+        run.ledger("scored", phase=phase, documents=count, weights=hash_weights(model))
         if phase + 1 < len(phases):
-            prefix = np.concatenate(done[::-1])[
-                : c.phased_ttt_prefix_docs * (phase + 1) // c.phased_ttt_num_phases
-            ]
+            prefix = learnt_prefix(run.config, scored, phase)
             run.log(
-                f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{sum(map(len, done))}/{len(documents)} "
+                f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{count}/{len(documents)} "
                 f"learning {len(prefix)} of them"
             )
             for first, end in documents[prefix]:
@@ -2935,63 +3243,107 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     model.requires_grad_(True)
 
 
+def stream_of_batch(place: int) -> int:
+    """The stream that takes the batch at `place` of a phase.
+
+    Batches are dealt back and forth: they fall in length, and no stream shall get the longest of every round.
+    """
+    turn = place % (2 * STREAMS)
+    return min(turn, 2 * STREAMS - 1 - turn)
+
+
+def learnt_prefix(config: Config, scored: list[np.ndarray], phase: int) -> np.ndarray:
+    """The numbers of the documents that are learnt after `phase`: the shortest of those scored so far."""
+    shortest_first = np.concatenate(scored[::-1])
+    return shortest_first[: config.phased_ttt_prefix_docs * (phase + 1) // config.phased_ttt_num_phases]
+
+
 def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
-    """Train on the validation tokens before they are scored (#1735), averaging ranks after each pass. Not legal."""
-    c, tokens, size = run.config, validation.tokens, run.config.prequant_ttt_chunk_tokens
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=c.prequant_ttt_wd, fused=run.is_cuda)
-    freeze = c.prequant_ttt_freeze_blocks
-    learner = Learner(run, model, optimizer, c.prequant_ttt_grad_clip, len(tokens), freeze, shared=False)
+    """Train on the validation tokens before scoring (#1735), averaging ranks after each pass. Not legal."""
+    config = run.config
+    tokens = validation.tokens
+    last = len(tokens) - 1
+    size = config.prequant_ttt_chunk_tokens
+    epochs = config.prequant_ttt_epochs
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.prequant_ttt_wd, fused=run.is_cuda)
+    learner = Learner(
+        run,
+        model,
+        optimizer,
+        config.prequant_ttt_grad_clip,
+        batch_seqs=len(tokens),
+        freeze=config.prequant_ttt_freeze_blocks,
+        shared=False,
+    )
     average = [parameter.detach().clone() for parameter in learner.parameters]
-    for epoch in run.progress("prequant_ttt", range(c.prequant_ttt_epochs)):
-        rate = c.prequant_ttt_lr * (0.1 + 0.9 * cosine_decay(epoch, c.prequant_ttt_epochs + 1))
-        for first in range(run.rank * size, len(tokens) - 1, run.world_size * size):
-            learner.learn(tokens, first, min(first + size, len(tokens) - 1), rate)
+    share = 1 - config.ttt_ema_decay if config.ttt_ema_enabled else 1.0  # 1: the last pass alone
+    for epoch in run.progress("prequant_ttt", range(epochs)):
+        rate = config.prequant_ttt_lr * (0.1 + 0.9 * cosine_decay(epoch, epochs + 1))
+        for first in range(run.rank * size, last, run.world_size * size):
+            learner.learn(tokens, first, min(first + size, last), rate)
         with torch.no_grad():
             for parameter, mean in zip(learner.parameters, average, strict=True):
                 run.sum_over_ranks(parameter.data).div_(run.world_size)
-                mean.lerp_(parameter, 1 - c.ttt_ema_decay if c.ttt_ema_enabled else 1.0)
+                mean.lerp_(parameter, share)
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
 
 
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
-    """Run the stages on random tokens, so that nothing is compiled on the clock; the caller loads the weights again."""
-    begin, c = run.now(), run.config
-    tokens = np.random.default_rng(0).integers(
-        2, c.vocab_size, STREAMS * c.ttt_batch_size * 3 * c.ttt_chunk_size
-    )
-    tokens[:: 3 * c.ttt_chunk_size] = BOS
+    """Run `stages` on random tokens, so that nothing is compiled on the clock.
+
+    The weights change: the caller loads them again.
+    """
+    began = run.now()
+    config = run.config
+    document = 3 * config.ttt_chunk_size
+    count = STREAMS * config.ttt_batch_size * document
+    tokens = np.random.default_rng(0).integers(2, config.vocab_size, count)
+    tokens[::document] = BOS
     for how in stages.values():
-        how(Tally(run, Validation(tokens.astype("<u2"), np.zeros(len(tokens), np.int32), "random")))
-    run.log(
-        f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens in {run.now() - begin:.1f}s, untimed"
-    )
+        validation = Validation(tokens.astype("<u2"), np.zeros(count, np.int32), "random")
+        how(Tally(run, validation))
+    run.log(f"rehearsal: {', '.join(stages)} on {count} random tokens in {run.now() - began:.1f}s, untimed")
 
 
 # === TRAIN ===
+# In: the data and a freshly built model. Out: checkpoint.pt in the run folder with the averaged weights. The
+# clock starts after `warm_up` and stops at MAX_WALLCLOCK_SECONDS less the reserve for calibration; everything
+# that follows the progress of the run (learning rate, loops, weight decay) reads one number between 0 and 1.
+# A killed run goes on from its last checkpoint with the same data and the same schedule. What happens in one
+# step is `train_step`.
+
+
 class Built(NamedTuple):
-    """The model with the initial weights of SEED, its possibly compiled forward, and whether it is compiled."""
+    """The model with the initial weights of SEED, its forward, and whether that is compiled."""
 
     model: GPT
     forward: Callable[[Batch], Tensor]
     compiled: bool
 
 
+def loop_states(config: Config) -> tuple[bool, ...]:
+    """The values that `GPT.looped` takes during training."""
+    return (False, True) if config.num_loops else (False,)
+
+
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
-    c = run.config
-    torch.manual_seed(c.seed)
-    compiled = c.compile == "on" or (c.compile == "auto" and run.is_cuda)
+    config = run.config
+    torch.manual_seed(config.seed)
+    compiled = config.compile == "on" or (config.compile == "auto" and run.is_cuda)
     torch._dynamo.config.recompile_limit = 64  # one per number of 64 segment starts and loop state
-    attend, fused = pick_attention(c, run), pick_kernels(c, run)
-    model = GPT(c, attend, fused, run.dtype, pick_mlp(c, run, fused)).to(run.device)
-    run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={c.compile}, {run.device.type})")
-    for looped in (False, True) if c.num_loops else (False,):
+    attend = pick_attention(config, run)
+    fused = pick_kernels(config, run)
+    feed_forward = pick_mlp(config, run, fused)
+    model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
+    run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={config.compile}, {run.device.type})")
+    for looped in loop_states(config):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
-    run.log(
-        f"model_params:{sum(p.numel() for p in model.parameters())} matrices:{len(list_matrices(model.table))}"
-    )
-    return Built(model, torch.compile(model, dynamic=False, fullgraph=True) if compiled else model, compiled)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    return Built(model, forward, compiled)
 
 
 def train_step(
@@ -3002,40 +3354,65 @@ def train_step(
     progress: float,
     step: int,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; returns their mean loss (0-d, on the device)."""
-    c = run.config
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
+    config = run.config
     total = torch.zeros((), device=run.device)
     for batch in batches:
         loss = forward(batch).mean() / len(batches)
         loss.backward()
         total += loss.detach()
-    optimizers.step(learning_rate_scale(c, progress), muon_momentum(c, step), muon_weight_decay(c, progress))
+    optimizers.step(
+        learning_rate_scale(config, progress),
+        muon_momentum(config, step),
+        muon_weight_decay(config, progress),
+    )
     return total
 
 
-def agree_on_progress(
-    run: Run, waiting: list, elapsed: float, loss: Tensor, late: bool
-) -> tuple[float, bool]:
-    """(most elapsed seconds, is a loss not finite) over ranks; if `late`, a GPU's of a step before, from `waiting`."""
-    facts = torch.stack(
-        [torch.tensor(elapsed, dtype=torch.float64, device=run.device), (~loss.isfinite()).double()]
-    )
-    if run.world_size > 1:
-        dist.all_reduce(facts, dist.ReduceOp.MAX)
-    if run.is_cuda:
-        waiting.append((torch.empty(2, dtype=torch.float64, pin_memory=True), torch.cuda.Event()))
-        waiting[-1][0].copy_(facts, non_blocking=True)
-        waiting[-1][1].record()
-        del waiting[:-2]
-        facts, event = waiting[0 if late else -1]
+class Agreement:
+    """What the ranks must decide alike after each step: is the budget spent, is a loss not finite.
+
+    On a GPU the answer is that of the step before, so that the host does not wait for the step just queued.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.waiting: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def reach(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
+        """(most elapsed seconds, is a loss not finite) over ranks.
+
+        `late`: a GPU may answer for the step before.
+        """
+        run = self.run
+        seconds = torch.tensor(elapsed, dtype=torch.float64, device=run.device)
+        facts = torch.stack([seconds, (~loss.isfinite()).double()])
+        if run.world_size > 1:
+            dist.all_reduce(facts, dist.ReduceOp.MAX)
+        if run.is_cuda:
+            facts = self.copied(facts, late)
+        most_seconds, not_finite = facts.tolist()
+        return most_seconds, bool(not_finite)
+
+    def copied(self, facts: Tensor, late: bool) -> Tensor:
+        """`facts` in host memory, or those of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        copy.copy_(facts, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.waiting = [*self.waiting, (copy, event)][-2:]
+        copy, event = self.waiting[0 if late else -1]
         event.synchronize()
-    seconds, bad = facts.tolist()
-    return seconds, bool(bad)
+        return copy
 
 
 def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
-    """checkpoint.pt of the run folder, None if there is none; Stop if it is damaged or of other settings or data."""
-    path, shards = run.folder / "checkpoint.pt", data.fingerprint["shards"]
+    """checkpoint.pt of the run folder, None if there is none.
+
+    Stop if it is damaged or of other settings or data.
+    """
+    path = run.folder / "checkpoint.pt"
+    shards = data.fingerprint["shards"]
     if not path.exists():
         return None
     try:
@@ -3054,12 +3431,10 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
             f"{path}: cannot be read ({type(error).__name__}); delete it or choose another RUN_ID"
         ) from None
     different = describe_differences(settings, run.config.chosen("training"))
-    stop_if(
-        different, f"{path}: made with other settings ({different}); set them back or choose another RUN_ID"
-    )
-    stop_if(
-        fingerprint != shards, f"{path}: of other data ({fingerprint}, here {shards}); choose another RUN_ID"
-    )
+    if different:
+        raise Stop(f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
+    if fingerprint != shards:
+        raise Stop(f"{path}: of other data ({fingerprint}, here {shards}); choose another RUN_ID")
     return saved
 
 
@@ -3068,155 +3443,261 @@ def to_cpu(state: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
+def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Batch]:
+    """A packed batch with every number of segment starts that training may meet: shapes to be compiled.
+
+    From the fewest starts that a batch can have to one size (64) more than the first WARMUP_STEPS steps have.
+    """
+    batch = feed.get(0)[0]
+    seen = [len(one.starts) for step in range(config.warmup_steps) for one in feed.load(step)]
+    total = batch.inputs.numel()
+    fewest = pad_starts(np.arange(0, total, batch.longest), total)
+    most = max(seen, default=0) + 64
+    batches = []
+    for size in range(len(fewest), most + 1, 64):
+        starts = F.pad(fewest, (0, size - len(fewest)), value=total)
+        batches.append(batch._replace(starts=starts.to(device)))
+    return batches
+
+
 def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
-    """Compile and allocate before the clock: WARMUP_STEPS full steps per loop state; then put all state back."""
-    start, c, (model, forward, compiled), padded = time.monotonic(), run.config, built, []
-    weights, fresh = to_cpu(model.state_dict()), to_cpu(optimizers.state())
-    if (
-        compiled and c.loader == "packed" and c.warmup_steps
-    ):  # from the fewest starts to one size more than seen
-        batch, seen = (
-            feed.get(0)[0],
-            [len(b.starts) for step in range(c.warmup_steps) for b in feed.load(step)],
-        )
-        total = batch.inputs.numel()
-        fewest = pad_starts(np.arange(0, total, batch.longest), total)
-        padded = [
-            batch._replace(starts=F.pad(fewest, (0, more), value=total).to(run.device))
-            for more in range(0, max(seen, default=0) + 65 - len(fewest), 64)
-        ]
-    for looped in (False, True) if c.num_loops else (False,):
+    """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
+    began = time.monotonic()
+    config = run.config
+    model, forward, compiled = built
+    weights = to_cpu(model.state_dict())
+    fresh = to_cpu(optimizers.state())
+    padded = []
+    if compiled and config.loader == "packed" and config.warmup_steps > 0:
+        padded = padded_batches(config, feed, run.device)
+    for looped in loop_states(config):
         model.looped = looped
         for batch in padded:
             forward(batch).mean().backward()
-        for step in range(c.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 0.0, c.muon_momentum_warmup_steps)
+        for step in range(config.warmup_steps):
+            train_step(run, forward, optimizers, feed.get(step), 0.0, config.muon_momentum_warmup_steps)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
+    seconds = time.monotonic() - began
     run.log(
-        f"warm-up: {c.warmup_steps} steps per loop state in {run.now() - start:.1f}s, untimed; all state restored"
+        f"warm-up: {config.warmup_steps} steps per loop state in {seconds:.1f}s, untimed; all state restored"
     )
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process: one per shape."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class CheckpointWriter:
+    """Writes checkpoint.pt in a thread of rank 0 while training goes on, one at a time."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Start writing `content`, which nobody may change any more; waits for the checkpoint before it."""
+        self.wait()
+        if self.run.is_main:
+            save = functools.partial(torch.save, content)
+            self.pending = self.thread.submit(write_atomically, self.run.folder / "checkpoint.pt", save)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk; Stop if it could not be written."""
+        if self.pending is not None:
+            self.pending.result()
+
+
+class Training:
+    """The state of a training run between two steps, and what is done with it."""
+
+    def __init__(self, run: Run, data: Dataset, built: Built):
+        self.run = run
+        self.config = run.config
+        self.model, self.forward, compiled = built
+        self.optimizers = Optimizers(run, self.model, compiled)
+        self.feed = Feed(run, LOADERS[run.config.loader](run.config, data))
+        self.identity = {"settings": run.config.chosen("training"), "data": data.fingerprint["shards"]}
+        self.validation: Validation | None = None
+        self.writer = CheckpointWriter(run)
+        self.agreement = Agreement(run)
+        self.budget = run.config.max_wallclock_seconds - run.config.gptq_reserve_seconds
+        warm_up(run, built, self.optimizers, self.feed)
+        parameters = self.model.named_parameters()
+        self.average = {name: parameter.detach().float().clone() for name, parameter in parameters}
+        self.step = 0
+        self.first_step = 0  # of this process
+        self.seconds_before = 0.0  # on the clock of the processes that this one resumes
+        self.elapsed = 0.0
+        self.started = 0.0
+        self.graphs_before_clock = 0
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizers.load(saved["optimizers"])
+        self.average = {name: weight.to(self.run.device) for name, weight in saved["average"].items()}
+        self.step = saved["step"]
+        self.first_step = self.step
+        self.seconds_before = saved["train_seconds"]
+        self.model.looped = saved["looped"]
+        self.run.log(f"train: resumed at step {self.step} after {self.seconds_before:.1f}s of training")
+        # Records of later steps before this one are void.
+        self.run.metric("resume", step=self.step, seconds=self.seconds_before)
+
+    def start_clock(self, data: Dataset) -> None:
+        """From here on every second counts."""
+        if self.config.val_loss_every:
+            self.validation = load_validation(data)
+        self.elapsed = self.seconds_before
+        self.started = self.run.now()
+        self.graphs_before_clock = compiled_graphs()
+        self.run.ledger("train_clock_start", seconds=self.seconds_before)
+        if self.validation:
+            self.run.ledger("validation_read")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are steps and seconds left."""
+        return self.step < self.config.iterations and self.elapsed < self.budget
+
+    @property
+    def progress(self) -> float:
+        """What the schedules follow: the part of the steps or of the budget that is used, 0 to 1."""
+        if self.config.schedule == "steps":
+            return self.step / self.config.iterations
+        return self.elapsed / self.budget
+
+    def take_step(self) -> None:
+        """One step with all that belongs to it: loops, average, agreement, log, validation, checkpoint."""
+        config = self.config
+        run = self.run
+        progress = self.progress
+        if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
+            self.model.looped = True
+            run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
+        batches = self.feed.get(self.step)
+        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step)
+        update_ema(self.average, self.model, config.ema_decay)
+        self.step += 1
+        last = self.step == config.iterations
+        saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
+        here = self.seconds_before + time.monotonic() - self.started
+        self.elapsed, not_finite = self.agreement.reach(here, loss, late=not saves)
+        if not_finite:
+            raise Stop(
+                f"train_loss is not finite at step {self.step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
+                f"(nothing of this step was saved in {run.folder})"
+            )
+        if self.step % config.train_log_every == 0 or self.step <= 10 or last:
+            self.log_step(loss, learning_rate_scale(config, progress))
+        if self.validation and self.step % config.val_loss_every == 0:
+            self.validate(self.validation)
+        if saves:
+            self.writer.write(self.checkpoint())
+
+    def log_step(self, loss: Tensor, rate: float) -> None:
+        """The line and the record of one step; speeds are averages over the steps of this process."""
+        config = self.config
+        mean = self.run.sum_over_ranks(loss.double()).item() / self.run.world_size
+        here = self.run.now() - self.started
+        seconds = self.seconds_before + here
+        step_seconds = here / (self.step - self.first_step)
+        left = min(step_seconds * (config.iterations - self.step), max(self.budget - seconds, 0.0))
+        speed = config.train_batch_tokens / step_seconds
+        self.run.log(
+            f"step:{self.step}/{config.iterations} train_loss:{mean:.4f} lr:{rate:.3f} "
+            f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * step_seconds:.2f}ms tok/s:{speed:.0f} "
+            f"left:{left:.0f}s"
+        )
+        times = {"seconds": seconds, "step_ms": 1000 * step_seconds, "speed": speed}
+        self.run.metric("train", step=self.step, train_loss=mean, rate=rate, **times)
+
+    def validate(self, validation: Validation) -> None:
+        """A diagnostic score of the live weights, off the clock."""
+        paused = self.run.now()
+        graphs = compiled_graphs()
+        how = functools.partial(score_sliding, self.run, self.forward, self.config.eval_seq_len)
+        measure(self.run, validation, f"step{self.step}", how)
+        self.started += self.run.now() - paused
+        self.graphs_before_clock += compiled_graphs() - graphs
+
+    def checkpoint(self) -> dict[str, Any]:
+        """All that `resume` needs, in host memory."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state(),
+            "average": self.average,
+        }
+        place = {"step": self.step, "train_seconds": self.elapsed, "looped": self.model.looped}
+        return {**self.identity, "complete": False, **place, **to_cpu(state)}
+
+    def finish(self) -> None:
+        """Stop the clock, write the averaged weights and the facts of the training."""
+        config = self.config
+        run = self.run
+        seconds = self.seconds_before + run.now() - self.started
+        self.writer.wait()
+        mebibytes = peak_memory_mebibytes(run)
+        before = self.graphs_before_clock
+        late = torch.tensor(compiled_graphs() - before, device=run.device)
+        inside = int(run.sum_over_ranks(late))
+        step_ms = 1000 * seconds / max(self.step, 1)
+        facts = {
+            "steps": self.step,
+            "train_seconds": seconds,
+            "step_ms": step_ms,
+            "tokens_per_second": self.step * config.train_batch_tokens / seconds,
+            "peak_memory_mib": mebibytes,
+            "graphs_before_clock": before,
+            "graphs_inside_clock": inside,
+        }
+        warning = "warning: " if inside else ""
+        run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
+        limit = "ITERATIONS" if self.step >= config.iterations else "MAX_WALLCLOCK_SECONDS"
+        run.log(
+            f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
+            f"peak memory {mebibytes} MiB, stopped by {limit}"
+        )
+        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        content = {**self.identity, "complete": True, **place, "average": to_cpu(self.average)}
+        save = functools.partial(torch.save, content)
+        run.on_main_rank(lambda: write_atomically(run.folder / "checkpoint.pt", save))
+        record_stage(run, "train", facts)
+
+
+def peak_memory_mebibytes(run: Run) -> int:
+    """The most memory that was in use at once: of the GPU, or of the process."""
+    if run.is_cuda:
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # Linux counts in KiB
 
 
 def train(run: Run, data: Dataset, built: Built) -> None:
-    """Train from the last checkpoint, or from the start, to the end of the budget; leaves averaged weights on disk."""
-    c, path = run.config, run.folder / "checkpoint.pt"
+    """Train from the last checkpoint, or the start, to the end of the budget; averaged weights go to disk."""
     saved = load_checkpoint(run, data)
     if saved and saved["complete"]:
+        path = run.folder / "checkpoint.pt"
         run.log(f"train: {path} holds the finished training of {saved['step']} steps; going on from there")
         return
-    model, forward, compiled = built
-    optimizers, feed = Optimizers(run, model, compiled), Feed(run, LOADERS[c.loader](c, data))
-    warm_up(run, built, optimizers, feed)
-    average = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
-    waiting, step, before = [], 0, 0.0
+    training = Training(run, data, built)
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizers.load(saved["optimizers"])
-        average = {name: weight.to(run.device) for name, weight in saved["average"].items()}
-        step, before, model.looped = saved["step"], saved["train_seconds"], saved["looped"]
-        run.log(f"train: resumed at step {step} after {before:.1f}s of training")
-        run.metric("resume", step=step, seconds=before)  # records of later steps before this one are void
-    identity = {"settings": c.chosen("training"), "data": data.fingerprint["shards"]}
-    validation = load_validation(data) if c.val_loss_every else None
-    budget, writing = (
-        c.max_wallclock_seconds - c.gptq_reserve_seconds,
-        (writer := ThreadPoolExecutor(1)).submit(int),
-    )
-    graphs = lambda: torch._dynamo.utils.counters["stats"][
-        "unique_graphs"
-    ]  # torch.compile makes one per shape
-    first, elapsed, start, ready = step, before, run.now(), graphs()
-    run.ledger("train_clock_start", seconds=before)
-    if validation:
-        run.ledger("validation_read")
-    while step < c.iterations and elapsed < budget:
-        progress = step / c.iterations if c.schedule == "steps" else elapsed / budget
-        if not model.looped and c.num_loops and progress >= c.enable_looping_at:
-            model.looped = True
-            run.log(f"loops on at step {step} after {elapsed:.1f}s")
-        loss = train_step(run, forward, optimizers, feed.get(step), progress, step)
-        update_ema(average, model, c.ema_decay)
-        step += 1
-        checkpoint = c.checkpoint_every > 0 and step % c.checkpoint_every == 0 and step < c.iterations
-        elapsed, broken = agree_on_progress(
-            run, waiting, before + time.monotonic() - start, loss, late=not checkpoint
-        )
-        stop_if(
-            broken,
-            f"train_loss is not finite at step {step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
-            f"(nothing of this step was saved in {run.folder})",
-        )
-        if step % c.train_log_every == 0 or step <= 10 or step == c.iterations:
-            mean, here, rate = (
-                run.sum_over_ranks(loss.double()).item() / run.world_size,
-                run.now() - start,
-                learning_rate_scale(c, progress),
-            )
-            seconds, each = before + here, here / (step - first)  # the average is of this process
-            left, speed = (
-                min(each * (c.iterations - step), max(budget - seconds, 0.0)),
-                c.train_batch_tokens / each,
-            )
-            run.log(
-                f"step:{step}/{c.iterations} train_loss:{mean:.4f} lr:{rate:.3f} train_time:{1000 * seconds:.0f}ms "
-                f"step_avg:{1000 * each:.2f}ms tok/s:{speed:.0f} left:{left:.0f}s"
-            )
-            times = {"seconds": seconds, "step_ms": 1000 * each, "speed": speed}
-            run.metric("train", step=step, train_loss=mean, rate=rate, **times)
-        if validation and step % c.val_loss_every == 0:
-            paused, made = run.now(), graphs()
-            measure(
-                run, validation, f"step{step}", functools.partial(score_sliding, run, forward, c.eval_seq_len)
-            )
-            start, ready = start + run.now() - paused, ready + graphs() - made
-        if checkpoint:
-            content = {
-                **identity,
-                "complete": False,
-                "step": step,
-                "train_seconds": elapsed,
-                "looped": model.looped,
-                **to_cpu({"model": model.state_dict(), "optimizers": optimizers.state(), "average": average}),
-            }
-            writing.result()
-            save = functools.partial(torch.save, content)
-            writing = writer.submit(write_atomically, path, save) if run.is_main else writing
-    seconds = before + run.now() - start
-    writing.result()
-    kib = (
-        torch.cuda.max_memory_allocated() >> 10
-        if run.is_cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    late = int(run.sum_over_ranks(torch.tensor(graphs() - ready, device=run.device)))
-    facts = {
-        "steps": step,
-        "train_seconds": seconds,
-        "step_ms": 1000 * seconds / max(step, 1),
-        "tokens_per_second": step * c.train_batch_tokens / seconds,
-        "peak_memory_mib": kib >> 10,
-        "graphs_before_clock": ready,
-        "graphs_inside_clock": late,
-    }
-    run.log(f"{'warning: ' if late else ''}compile: {ready} graphs before the clock, {late} inside it")
-    run.log(
-        f"train: {step} steps in {seconds:.1f}s, {facts['step_ms']:.1f}ms per step, peak memory {kib >> 10} MiB, "
-        f"stopped by {'ITERATIONS' if step >= c.iterations else 'MAX_WALLCLOCK_SECONDS'}"
-    )
-    content = identity | {
-        "complete": True,
-        "step": step,
-        "train_seconds": seconds,
-        "looped": model.looped,
-        "average": to_cpu(average),
-    }
-    run.on_main_rank(lambda: write_atomically(path, functools.partial(torch.save, content)))
-    record_stage(run, "train", facts)
+        training.resume(saved)
+    training.start_clock(data)
+    while training.goes_on:
+        training.take_step()
+    training.finish()
 
 
 # === MAIN ===
+# The stages train -> quantise -> evaluate, each of which leaves its result in the run folder and its facts in
+# stages.json, from which `summarize` makes summary.json. Whatever can be refused is refused by `preflight`,
+# in the first seconds.
+
+
 def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
     """Keep the facts of a finished stage in stages.json, from which summary.json is made. Rank 0 only."""
     run.metric(stage, **facts)
@@ -3225,266 +3706,325 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
 
+def train_on_validation(run: Run, data: Dataset, model: GPT) -> dict[str, Tensor]:
+    """The fp32 weights after PREQUANT_TTT on the validation text, with scores before and after. Not legal."""
+    began = run.now()
+    validation = load_validation(data)
+    run.ledger("validation_read")
+    plain = functools.partial(score_sliding, run, model, run.config.eval_seq_len)
+    before = measure(run, validation, "before prequant_ttt", plain)
+    prequant_ttt(run, model, validation)
+    after = measure(run, validation, "prequant_ttt", plain)
+    weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    facts = {"before_bpb": before.bpb, "after_bpb": after.bpb, "prequant_ttt_seconds": run.now() - began}
+    record_stage(run, "prequant_ttt", facts)
+    return weights
+
+
 def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     """Calibration, rounding, packing: checkpoint.pt -> final_model.ptz and packed_train_gpt.py."""
-    c, model, saved = run.config, built.model, load_checkpoint(run, data)
+    model = built.model
+    saved = load_checkpoint(run, data)
     if not saved or not saved["complete"]:
-        raise Stop(
-            f"STAGE=quantize: {run.folder / 'checkpoint.pt'} holds no finished training; run STAGE=train first"
-        )
+        path = run.folder / "checkpoint.pt"
+        raise Stop(f"STAGE=quantize: {path} holds no finished training; run STAGE=train first")
     weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
-    if c.prequant_ttt_enabled:
-        begin, validation = run.now(), load_validation(data)
-        run.ledger("validation_read")
-        plain = functools.partial(score_sliding, run, model, c.eval_seq_len)
-        before = measure(run, validation, "before prequant_ttt", plain)
-        prequant_ttt(run, model, validation)
-        after = measure(run, validation, "prequant_ttt", plain)
-        weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
-        record_stage(
-            run,
-            "prequant_ttt",
-            {"before_bpb": before.bpb, "after_bpb": after.bpb, "prequant_ttt_seconds": run.now() - begin},
-        )
-    times, moments = [run.now()], collect_moments(run, model, data)
-    times.append(run.now())
+    if run.config.prequant_ttt_enabled:
+        weights = train_on_validation(run, data, model)
+    began = run.now()
+    moments = collect_moments(run, model, data)
+    calibration_seconds = run.now() - began
     run.ledger("train_read_last")
+    budgeted = saved["train_seconds"] + calibration_seconds
+    times = {"hessian_seconds": calibration_seconds, "budgeted_seconds": budgeted}
+    facts = run.on_main_rank(lambda: pack_run(run, model, weights, moments, times))
+    record_stage(run, "quantize", facts)
 
-    def seal() -> dict[str, Any]:
-        packed, how = pack_source(Path(__file__).read_text())
-        write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
-        goal = min(
-            c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - len(packed.encode())
-        )
-        tensors = quantize(run, model.table, weights, goal, model.looped, moments)
-        times.append(run.now())
-        size, digest = seal_artifact(run, tensors, model.looped)
-        run.ledger("artifact_sealed", sha256=digest)
-        hessian, rounding, packing = (b - a for a, b in itertools.pairwise([*times, run.now()]))
-        code, count = len(packed.encode()), sum(t.scales is not None for t in tensors.values())
-        run.log(
-            f"quantised {count} matrices ({c.quantizer}), {len(tensors) - count} tensors in fp16: calibration "
-            f"{hessian:.1f}s, rounding {rounding:.1f}s, sealing {packing:.1f}s; read back, all equal; code {how}"
-        )
-        run.log(
-            f"training and calibration: {saved['train_seconds'] + hessian:.1f}s of {c.max_wallclock_seconds:g}s"
-        )
-        run.log(
-            f"artifact bytes:{size} code:{code} total:{size + code} cap:{c.artifact_cap_bytes} "
-            f"left:{c.artifact_cap_bytes - size - code}"
-        )
-        return {
-            "artifact_bytes": size,
-            "code_bytes": code,
-            "artifact_sha256": digest,
-            "hessian_seconds": hessian,
-            "gptq_seconds": rounding,
-            "pack_seconds": packing,
-            "budgeted_seconds": saved["train_seconds"] + hessian,
-        }
 
-    record_stage(run, "quantize", run.on_main_rank(seal))
+def pack_run(
+    run: Run,
+    model: GPT,
+    weights: dict[str, Tensor],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    times: dict[str, float],
+) -> dict[str, Any]:
+    """Write the packed script and the artifact that fills what it leaves of the cap.
+
+    Returns the facts of both together with `times`. Rank 0 only.
+    """
+    config = run.config
+    began = run.now()
+    packed, how = pack_source(Path(__file__).read_text())
+    code_bytes = len(packed.encode())
+    write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
+    left = config.artifact_cap_bytes - code_bytes
+    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    tensors = quantize(run, model.table, weights, goal, model.looped, moments)
+    rounded = run.now()
+    artifact_bytes, digest = seal_artifact(run, tensors, model.looped)
+    run.ledger("artifact_sealed", sha256=digest)
+    sealed = run.now()
+    matrices = sum(tensor.scales is not None for tensor in tensors.values())
+    run.log(
+        f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: "
+        f"calibration {times['hessian_seconds']:.1f}s, rounding {rounded - began:.1f}s, "
+        f"sealing {sealed - rounded:.1f}s; read back, all equal; code {how}"
+    )
+    limit = config.max_wallclock_seconds
+    run.log(f"training and calibration: {times['budgeted_seconds']:.1f}s of {limit:g}s")
+    total = artifact_bytes + code_bytes
+    cap = config.artifact_cap_bytes
+    run.log(f"artifact bytes:{artifact_bytes} code:{code_bytes} total:{total} cap:{cap} left:{cap - total}")
+    return {
+        "artifact_bytes": artifact_bytes,
+        "code_bytes": code_bytes,
+        "artifact_sha256": digest,
+        "gptq_seconds": rounded - began,
+        "pack_seconds": sealed - rounded,
+        **times,
+    }
+
+
+def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None]]:
+    """The scores that the settings ask for, name -> what fills a Tally; the last is the one that counts."""
+    config = run.config
+    model, forward, compiled = built
+    modes: dict[str, Callable[[Tally], None]] = {
+        "quantized": functools.partial(score_sliding, run, forward, config.eval_seq_len)
+    }
+    if config.sliding_window_enabled:
+        modes["sliding"] = functools.partial(score_sliding, run, forward, config.eval_stride)
+    if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
+        modes["ttt"] = functools.partial(chunk_sgd, run, model, forward)
+    elif config.ttt_enabled:
+        # The context grows with the documents, so this one graph has dynamic lengths.
+        adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
+        modes["ttt"] = functools.partial(doc_lora, run, model, adapted)
+    return modes
 
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
-    """Score the sealed artifact from its bytes on disk: plain, sliding, test-time training; writes summary.json."""
-    c, path, (model, forward, compiled) = (
-        run.config,
-        Path(run.config.artifact or run.folder / "final_model.ptz"),
-        built,
-    )
+    """Score the sealed artifact from its bytes on disk in every mode that is set; writes summary.json."""
+    config = run.config
+    model = built.model
+    path = Path(config.artifact or run.folder / "final_model.ptz")
     manifest, tensors, digest = decode_artifact(path)
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
-    if different := describe_differences(manifest["model"], c.chosen("Model")):
+    different = describe_differences(manifest["model"], config.chosen("Model"))
+    if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
-    stages: dict[str, Callable[[Tally], None]] = {
-        "quantized": functools.partial(score_sliding, run, forward, c.eval_seq_len)
-    }
-    if c.sliding_window_enabled:
-        stages["sliding"] = functools.partial(score_sliding, run, forward, c.eval_stride)
-    if c.ttt_enabled and c.ttt_mode == "chunk_sgd":
-        stages["ttt"] = functools.partial(chunk_sgd, run, model, forward)
-    elif c.ttt_enabled:
-        adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
-        stages["ttt"] = functools.partial(doc_lora, run, model, adapted)
+    modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
-    if compiled:
-        rehearse(run, stages)
-    start = run.now()
+    if built.compiled:
+        rehearse(run, modes)
+    began = run.now()
     run.ledger("eval_clock_start")
     run.ledger("validation_read")
-    scores, validation = {}, load_validation(data)
+    validation = load_validation(data)
     run.log(
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
         f"val_bpb:{validation.source}:enabled"
     )
-    if c.eval_prequant:
-        saved = None if c.artifact else load_checkpoint(run, data)
-        if saved and saved["complete"]:
-            model.load_state_dict(saved["average"])
-            scores["prequant"] = measure(run, validation, "prequant", stages["quantized"])
-        else:
-            run.log("val:prequant not measured: the unquantised weights are not here")
+    scores = {}
+    if config.eval_prequant:
+        scores |= score_unquantized(run, data, model, validation, modes["quantized"])
     model.load_state_dict(assemble_weights(model.table, tensors))
-    for stage, how in stages.items():
-        if stage == "ttt" and c.hash_embed_enabled:
-            model.hash_embed = nn.Parameter(torch.zeros(c.hash_embed_size, c.model_dim, device=run.device))
-        scores[stage] = measure(run, validation, stage, how)
+    for mode, how in modes.items():
+        if mode == "ttt" and config.hash_embed_enabled:
+            rows = torch.zeros(config.hash_embed_size, config.model_dim, device=run.device)
+            model.hash_embed = nn.Parameter(rows)
+        scores[mode] = measure(run, validation, mode, how)
     run.ledger("eval_clock_end")
-    final = list(scores.values())[-1]
-    record_stage(
-        run,
-        "evaluate",
-        {
-            "val_bpb": final.bpb,
-            "val_loss": final.loss,
-            "val_tokens": final.tokens,
-            "val_bytes": final.bytes,
-            "bpb": {stage: result.bpb for stage, result in scores.items()},
-            "eval_seconds": run.now() - start,
-            "artifact_bytes": path.stat().st_size,
-            "artifact_sha256": digest,
-        },
-    )
+    final = scores[next(reversed(scores))]
+    facts = {
+        "val_bpb": final.bpb,
+        "val_loss": final.loss,
+        "val_tokens": final.tokens,
+        "val_bytes": final.bytes,
+        "bpb": {mode: score.bpb for mode, score in scores.items()},
+        "eval_seconds": run.now() - began,
+        "artifact_bytes": path.stat().st_size,
+        "artifact_sha256": digest,
+    }
+    record_stage(run, "evaluate", facts)
     run.on_main_rank(lambda: summarize(run, data))
 
 
-def summarize(run: Run, data: Dataset) -> None:
-    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
-    c, stages = run.config, read_json(run.folder / "stages.json")
-    facts = stages.get("train", {}) | stages.get("quantize", {}) | stages["evaluate"]
-    facts["eval_seconds"] += (adapted := stages.get("prequant_ttt", {})).get("prequant_ttt_seconds", 0.0)
-    facts["total_bytes"] = facts["artifact_bytes"] + facts["code_bytes"] if "code_bytes" in facts else None
+def score_unquantized(
+    run: Run, data: Dataset, model: GPT, validation: Validation, how: Callable[[Tally], None]
+) -> dict[str, Score]:
+    """The score of the weights before quantisation, if this run has them, to compare the artifact with."""
+    saved = None if run.config.artifact else load_checkpoint(run, data)
+    if not saved or not saved["complete"]:
+        run.log("val:prequant not measured: the unquantised weights are not here")
+        return {}
+    model.load_state_dict(saved["average"])
+    return {"prequant": measure(run, validation, "prequant", how)}
+
+
+def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bool) -> dict[str, Any]:
+    """What the run itself can say about its compliance: limits, the four conditions, and whether all hold."""
     limits = {
-        "train": (facts.get("budgeted_seconds"), c.max_wallclock_seconds),
-        "size": (facts["total_bytes"], c.artifact_cap_bytes),
-        "eval": (facts["eval_seconds"], c.eval_budget_seconds),
+        "train": (facts.get("budgeted_seconds"), config.max_wallclock_seconds),
+        "size": (facts["total_bytes"], config.artifact_cap_bytes),
+        "eval": (facts["eval_seconds"], config.eval_budget_seconds),
     }
-    broken = [
-        f"{name}: {value} of {limit} used" if value is not None else f"{name}: not measured here"
-        for name, (value, limit) in limits.items()
-        if value is None or value > limit
-    ]
-    order = (
-        "PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them"
-        if adapted
-        else "every target is counted as scored before SGD learns it; adapters learn recorded losses"
-    )
-    broken += [order] if adapted else []
+    broken = []
+    for name, (value, limit) in limits.items():
+        if value is None:
+            broken.append(f"{name}: not measured here")
+        elif value > limit:
+            broken.append(f"{name}: {value} of {limit} used")
+    order = "every target is counted as scored before SGD learns it; adapters learn recorded losses"
+    if adapted:
+        order = "PREQUANT_TTT_ENABLED=1: trained on validation tokens before scoring them"
+        broken.append(order)
+    if not own_artifact:
+        broken.append("artifact: not the one that this run sealed")
     unproven = {"holds": None, "evidence": "not probed by the run itself: python compliance.py RUN_FOLDER"}
-    once = f"{facts['val_tokens']:.0f} targets counted as scored exactly once, {facts['val_bytes']:.0f} bytes"
+    targets, size = facts["val_tokens"], facts["val_bytes"]
+    once = f"{targets:.0f} targets counted as scored exactly once, {size:.0f} bytes"
     conditions = {
         "causal": unproven,
         "normalised": unproven,
         "score before update": {"holds": not adapted, "evidence": order},
         "single pass": {"holds": True, "evidence": once},
     }
-    if stages.get("quantize", {}).get("artifact_sha256") != facts["artifact_sha256"]:
-        broken.append("artifact: not the one that this run sealed")
     reason = "; ".join(broken) or "training, evaluation and size are within their limits"
+    return {"legal": not broken, "reason": reason, "limits": limits, "conditions": conditions}
+
+
+def summarize(run: Run, data: Dataset) -> None:
+    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
+    stages = read_json(run.folder / "stages.json")
+    quantized = stages.get("quantize", {})
+    adapted = stages.get("prequant_ttt", {})
+    facts = stages.get("train", {}) | quantized | stages["evaluate"]
+    facts["eval_seconds"] += adapted.get("prequant_ttt_seconds", 0.0)
+    facts["total_bytes"] = facts["artifact_bytes"] + facts["code_bytes"] if "code_bytes" in facts else None
+    own_artifact = quantized.get("artifact_sha256") == facts["artifact_sha256"]
+    verdict = judge(run.config, facts, bool(adapted), own_artifact)
     facts |= {
-        "seed": c.seed,
+        "seed": run.config.seed,
         "world_size": run.world_size,
-        "overrides": c.overrides(),
+        "overrides": run.config.overrides(),
         "versions": versions(run),
         "data": data.fingerprint,
-        "compliance": {"legal": not broken, "reason": reason, "limits": limits, "conditions": conditions},
+        "compliance": verdict,
     }
     write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
-        run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {100 * (facts['val_bpb'] / bpb - 1):+.1f}%")
+        gain = 100 * (facts["val_bpb"] / bpb - 1)
+        run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {gain:+.1f}%")
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
-    run.log(f"compliance: {'legal' if not broken else 'NOT LEGAL'} ({reason})")
+    run.log(f"compliance: {'legal' if verdict['legal'] else 'NOT LEGAL'} ({verdict['reason']})")
     run.log(
-        f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} total_bytes:{facts['total_bytes']} "
-        f"train_time:{facts.get('train_seconds', math.nan):.1f}s eval_time:{facts['eval_seconds']:.1f}s"
+        f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} "
+        f"total_bytes:{facts['total_bytes']} train_time:{facts.get('train_seconds', math.nan):.1f}s "
+        f"eval_time:{facts['eval_seconds']:.1f}s"
     )
+
+
+def check_compressor(compressor: str) -> None:
+    """Stop unless `compressor` is installed and gives back what it packed."""
+    sample = bytes(range(256)) * 4
+    try:
+        again = compress(compress(sample, compressor), compressor, undo=True)
+    except ImportError:
+        raise Stop(f"COMPRESSOR={compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
+    if again != sample:
+        raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
 
 
 def preflight(run: Run) -> None:
-    """Find in the first seconds what would otherwise fail at the end: compressor, disk, code size. Rank 0 only."""
-    c, sample = run.config, bytes(range(256)) * 4
-    try:
-        stop_if(
-            compress(compress(sample, c.compressor), c.compressor, undo=True) != sample,
-            f"COMPRESSOR={c.compressor}: does not give back what it packed; set COMPRESSOR=lzma",
-        )
-    except ImportError:
+    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
+    config = run.config
+    check_compressor(config.compressor)
+    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
+    needed = 24 * sum(count for count, _ in counts) + 2**26
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
         raise Stop(
-            f"COMPRESSOR={c.compressor}: not installed; pip install it or set COMPRESSOR=lzma"
-        ) from None
-    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(c).values()]
-    needed, free = 24 * sum(count for count, _ in counts) + 2**26, shutil.disk_usage(run.folder).free
-    stop_if(
-        free < needed,
-        f"OUT_DIR={c.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
-        "free disk space or set OUT_DIR elsewhere",
-    )
+            f"OUT_DIR={config.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
+            "free disk space or set OUT_DIR elsewhere"
+        )
     code = len(pack_source(Path(__file__).read_text())[0])
-    least = sum(count * least_bits(c, quantizer) / 8 for count, quantizer in counts)
-    limit = min(c.artifact_target_bytes or c.artifact_cap_bytes, c.artifact_cap_bytes - code)
-    stop_if(
-        not c.artifact and least > limit,
-        f"ARTIFACT_CAP_BYTES={c.artifact_cap_bytes}, ARTIFACT_TARGET_BYTES="
-        f"{c.artifact_target_bytes}: {limit} left with the packed code, {least:.0f} needed; lower MODEL_DIM",
-    )
+    least = sum(count * least_bits(config, quantizer) / 8 for count, quantizer in counts)
+    left = config.artifact_cap_bytes - code
+    limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    if not config.artifact and least > limit:
+        raise Stop(
+            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
+            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
+            f"{least:.0f} needed; lower MODEL_DIM"
+        )
+
+
+def pairs(values: Mapping[str, Any], mark: str) -> str:
+    """`values` in one line, names and values separated by `mark`."""
+    return " ".join(f"{name}{mark}{value}" for name, value in values.items())
 
 
 def log_header(run: Run, data: Dataset) -> None:
     """What runs where on which data, and the settings that differ from the defaults."""
-    c, pairs = run.config, lambda values: " ".join(f"{name}:{value}" for name, value in values.items())
-    run.log(f"run: {run.folder} stage:{c.stage} world_size:{run.world_size} micro_steps:{len(run.streams)}")
-    run.log(f"versions: {pairs(versions(run))}")
-    run.log(f"data: {pairs(data.fingerprint)}")
+    config = run.config
+    micro_steps = len(run.streams)
+    run.log(f"run: {run.folder} stage:{config.stage} world_size:{run.world_size} micro_steps:{micro_steps}")
+    run.log(f"versions: {pairs(versions(run), ':')}")
+    run.log(f"data: {pairs(data.fingerprint, ':')}")
     if not data.fingerprint["standard"]:
-        run.log(
-            f"warning: these {data.manifest.get('docs_val', '')} validation documents are not the contest's 50,000"
-        )
-    run.log(
-        "overrides: "
-        + (" ".join(f"{name}={format_value(value)}" for name, value in c.overrides().items()) or "none")
-    )
-    for name, spec in parameter_table(c).items():
-        run.log(
-            f"  {name:<24}{'x'.join(map(str, spec.shape)):<16}{spec.optimizer:<8}{spec.quantizer}",
-            console=False,
-        )
+        documents = data.manifest.get("docs_val", "")
+        run.log(f"warning: these {documents} validation documents are not the contest's 50,000")
+    overrides = {name: format_value(value) for name, value in config.overrides().items()}
+    run.log(f"overrides: {pairs(overrides, '=') or 'none'}")
+    for name, spec in parameter_table(config).items():
+        shape = "x".join(map(str, spec.shape))
+        run.log(f"  {name:<24}{shape:<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
     if run.is_cuda:
-        run.log(
-            subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout, console=False
-        )
-    known = [f.name.upper() for f in dataclasses.fields(c)] + [*ALIASES, *FIXED]
+        gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+        run.log(gpus, console=False)
+    warn_of_unread_settings(run)
+
+
+def warn_of_unread_settings(run: Run) -> None:
+    """Log variables that look like settings but are none, and settings that only another mode reads."""
+    config = run.config
+    fields = dataclasses.fields(config)
+    known = [*(field.name.upper() for field in fields), *ALIASES, *FIXED]
     for name in sorted(set(os.environ) - set(known) - NOT_OURS):
-        if "_" in name and sum(other.startswith(name.split("_")[0] + "_") for other in known) > 1:
+        family = name.split("_")[0] + "_"
+        if "_" in name and sum(other.startswith(family) for other in known) > 1:
             run.log(
                 f"warning: {name} is set, but no setting of this program has that name; it changes nothing"
             )
-    reader = {f.name.upper(): f.metadata["meaning"].split(": ")[0] for f in dataclasses.fields(c)}
-    for name in c.overrides():
-        if reader[name] in {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {c.quantizer, c.ttt_mode}:
+    reader = {field.name.upper(): field.metadata["meaning"].split(": ")[0] for field in fields}
+    others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {config.quantizer, config.ttt_mode}
+    for name in config.overrides():
+        if reader[name] in others:
             run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
+
+
+STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
 
 
 def main(config: Config) -> None:
     """Run the stages of `config.stage`."""
     run = Run(config)
     data = Dataset(config, need_training=config.stage != "evaluate")
-    settings = config.chosen("nothing", "training", "artifact", "score") | {
-        "data": data.fingerprint["shards"]
-    }
+    settings = config.chosen("nothing", "training", "artifact", "score")
+    settings["data"] = data.fingerprint["shards"]
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, settings["data"])))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
     log_header(run, data)
-    run.on_main_rank(
-        lambda: write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
-    )
+    content = json.dumps(settings, indent=1).encode()
+    run.on_main_rank(lambda: write_atomically(run.folder / "config.json", content))
     built = build(run)
-    for stage, work in (("train", train), ("quantize", quantize_stage), ("evaluate", evaluate_stage)):
+    for stage, work in STAGES.items():
         if config.stage in ("all", stage):
             work(run, data, built)
     run.close()

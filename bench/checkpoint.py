@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048, 8.9 M parameters.
 
     python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 20] [--loops 2] [--quick]
@@ -10,16 +11,19 @@ Few layers that are wide, and a small vocabulary, see the most tokens per second
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
+import argparse
+import json
+import os
+import subprocess
+import time
 
 SETTINGS = {
     "STAGE": "train",

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+#!/usr/bin/env python3
 """Speed of the data side against its plain versions, in MB of raw text a second on one core.
 
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
@@ -9,19 +10,8 @@ python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes
 
 from __future__ import annotations
 
-import argparse
-import json
-import lzma
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 # As a script this file would be found under the name of the package `data`: its folder must not be searched.
@@ -30,6 +20,21 @@ sys.path[:] = [
     str(ROOT / "tests"),
     *(path for path in sys.path if Path(path).resolve() != ROOT / "bench"),
 ]
+import environment
+
+environment.enter()
+import argparse
+import json
+import lzma
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
 import caps_reference
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The contest's model (11 x 512, vocabulary 8,192) through every stage on a CPU: time and peak memory of each.
 
     python bench/full_shape.py [--quick] [--tokens N]
@@ -9,23 +10,25 @@ that the full size works and what it costs, not quality. --quick: one form, fewe
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import contextlib
 import functools
 import io
 import json
 import resource
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # not this folder: bench/data.py would hide the package data
 
 import train_gpt as t
 from data.shards import BOS, write_shard

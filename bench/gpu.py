@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """One GPU in eight minutes: what it can do, and what the kernels, the training step and the evaluation make of it.
 
     python bench/gpu.py [--quick] [--parts kernels,step] [--record] [--against FILE]    on one GPU
@@ -20,6 +21,14 @@ The last line is RESULT and every figure as JSON.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import contextlib
 import datetime
@@ -30,19 +39,14 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import nn
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
 
 import train_gpt as t
 from bench import gpu_meter as m

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Packers on one trained checkpoint at equal bytes: file size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
@@ -13,6 +14,14 @@ Time and memory of the full shape come from random weights of the contest's 36 M
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import dataclasses
 import json
@@ -22,12 +31,10 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -35,9 +42,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
 
 import train_gpt as t
 

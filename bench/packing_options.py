@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What options on top of both packers give at equal bytes, and what better estimates of the sensitivities give.
 
     python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--estimates] [--quick]
@@ -9,19 +10,23 @@ weight, as measured in the first rows), on the same validation tokens. Below 1 t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
 sys.path.append(str(ROOT / "bench"))
 
 from packing import CHUNK, Clip, Form, Packers, Subject

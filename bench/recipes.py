@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The four published systems side by side: what each stage of their evaluation gives, on real text or at full size.
 
     python bench/recipes.py DATASET [--steps N] [--val-tokens N] [--quick]      reduced shape, trained: the table
@@ -10,19 +11,22 @@ equal tokens. The full shape makes one step on a few tokens: that shows that all
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
 
 from data.shards import BOS, read_shard, write_shard
 

@@ -10,16 +10,21 @@ with every seed. Bits per byte are over the original bytes, from each dataset's 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not this folder: bench/data.py would hide the package data
+import environment
+
+environment.enter()
 import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 TRANSFORMS = ("caseops_v1", "caseops_v3")
 SHAPE = {

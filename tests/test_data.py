@@ -119,7 +119,7 @@ def test_shuffled_streams_share_no_window_and_cover_an_epoch(config, files):
     loader = t.ShuffledLoader(config, data)
     seen, firsts = set(), set()
     for stream in range(t.STREAMS):
-        windows = loader.plan(stream, 0)
+        windows = loader.window_order(stream, 0)
         firsts.add(tuple(windows[0]))
         for file, start in windows.tolist():
             assert start + length + 1 <= len(data.train[file])

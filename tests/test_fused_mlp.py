@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt as t
 from conftest import ROOT, environment, replace
@@ -97,6 +98,20 @@ def test_the_operators_are_traced_in_one_graph():
     muon = torch.compile(t.orthogonalize, backend="aot_eager", fullgraph=True)
     update, coefficients = up.detach()[None], t.NEWTON_SCHULZ["polar_express"]
     assert distance(muon(update, coefficients, True), t.orthogonalize(update, coefficients)) < 1e-5
+
+
+def test_one_dynamic_graph_serves_every_number_of_rows():
+    counter = CompileCounter()
+    compiled = torch.compile(t.mlp_triton, backend=counter, dynamic=True, fullgraph=True)
+    up, down = (tensor.requires_grad_() for tensor in random((16, 8), (8, 16)))
+    for rows in (6, 7, 19):
+        (x,) = random((rows, 8))
+        assert distance(compiled(x, up, down), t.mlp_reference(x, up, down)) < 1e-5
+    products = torch.compile(t.symmetric_product_op, backend=counter, dynamic=True, fullgraph=True)
+    for matrices, rows in ((2, 5), (3, 6), (4, 9)):
+        (x,) = random((matrices, rows, 7))
+        assert distance(products(x, 0.0, 1.0), x @ x.mT) < 1e-5
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -233,7 +248,7 @@ from triton.compiler import ASTSource
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 for capability, mode in ((90, "act_and_slope"), (90, "act_and_input"), (90, "times_slope"), (90, "times_input"),
                          (90, "gram"), (90, "polynomial"), (100, "act_and_slope"), (100, "gram")):
-    m, n, k = 128, 128 if mode in ("gram", "polynomial") else 256, 64
+    m, n, k = t.gemm_tile(mode, t.torch.bfloat16)
     tile = lambda *block: f"tensordesc<bf16[1,{{block[0]}},{{block[1]}}]>"
     right = tile(k, n) if mode.startswith("times") else tile(n, k)
     constants = dict(MODE=mode, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP=8)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import train_gpt as t
 from conftest import ROOT, environment
@@ -56,6 +57,17 @@ def test_the_kernel_can_be_traced_without_graph_breaks():
         (torch.randn(4, 16, requires_grad=True), torch.tensor([0, 1, 15, 3]), 30.0),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_one_dynamic_graph_serves_every_number_of_rows():
+    counter = CompileCounter()
+    compiled = torch.compile(t.softcapped_ce_op, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (4, 5, 17):
+        logits = torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows), requires_grad=True)
+        targets = torch.arange(rows) % 16
+        loss = compiled(logits, targets, 30.0)[0]
+        assert torch.allclose(loss, t.softcapped_ce_reference(logits, targets, 30.0), atol=1e-5)
+    assert counter.frame_count == 1
 
 
 COMPILE = """
