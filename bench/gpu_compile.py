@@ -77,22 +77,33 @@ def run_part(name: str, arguments: argparse.Namespace, library: Path) -> dict[st
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     settings = dict(word.split("=", 1) for word in arguments.set)
     options = {"cache": str(cache), "settings": settings, "flash_attn": arguments.flash_attn}
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        command = [sys.executable, "-m", "bench.null_gpu.parts", name, json.dumps(options), file.name]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        shown = [line for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL", "  "))]
-        print(f"--- {name}", *shown, sep="\n", flush=True)
-        text = file.read()
-    if done.returncode == 0 and text:
-        return json.loads(text)
-    last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no word"])[-1]
-    print(f"FAIL  {name}: ended with status {done.returncode}: {last[:300]}", flush=True)
-    return {"checks": [[False, f"{name}: ended with status {done.returncode}: {last[:300]}"]]}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "findings.json")
+        command = [sys.executable, "-m", "bench.null_gpu.parts", name, json.dumps(options), str(file)]
+        status, last = follow(command, environment, name)
+        if status == 0:
+            return json.loads(file.read_text())
+    text = f"{name}: ended with status {status}: {last[:300]}"
+    print(f"{name:<12}FAIL  {text}", flush=True)
+    return {"checks": [[False, text]]}
+
+
+def follow(command: list[str], environment: dict[str, str], name: str) -> tuple[int, str]:
+    """(Exit status, last line of the errors) of `command`; shows its checks and notes as they come."""
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process:
+            for line in process.stdout:
+                if line.startswith(("ok ", "FAIL", "  ")):
+                    print(f"{name:<12}{line.rstrip()}", flush=True)
+        errors.seek(0)
+        said = [line.strip() for line in errors if line.strip()]
+    return process.returncode, said[-1] if said else "no error message"
 
 
 def run_parts(names: list[str], arguments: argparse.Namespace, library: Path) -> dict[str, dict[str, Any]]:
-    """The findings of the parts by name, two at a time if there are two cores: they compile on one thread
-    each."""
+    """The findings of the parts by name, two at a time: each compiles on one thread."""
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         found = pool.map(lambda name: run_part(name, arguments, library), names)
         return dict(zip(names, found, strict=True))
@@ -104,8 +115,7 @@ def rows_of(findings: dict[str, Any]) -> list[account.Work]:
 
 
 def result(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys of RESULT; None where no part measured it. Spills are those of the flagship and of the
-    variants."""
+    """The keys of RESULT; None where no part measured it. Flagship and variants share the spills."""
     known: dict[str, Any] = dict.fromkeys(RESULT_KEYS)
     for key in ("graph_breaks", "recompiles", "spills"):
         values = [part[key] for part in found.values() if part.get(key) is not None]

@@ -16,8 +16,7 @@ TYPE_BYTES = {0: 4, 2: 2, 14: 2}  # of cudaDataType: fp32, fp16, bf16
 
 
 class Work(NamedTuple):
-    """Launches of one kind in one phase: their number, bytes moved and floating-point operations, all
-    summed."""
+    """Launches of one kind in one phase, with the sums of bytes moved and floating-point operations."""
 
     phase: str
     part: str
@@ -38,8 +37,7 @@ class Work(NamedTuple):
 
 
 class Hand(NamedTuple):
-    """Launches of a hand-written Triton kernel: their number, the bytes of the tensors given to it,
-    operations."""
+    """Launches of a hand-written Triton kernel, the bytes of the tensors given to it, its operations."""
 
     launches: int
     bytes: float
@@ -74,8 +72,7 @@ def product(name: str, calls: int) -> tuple[float, float] | None:
 
 
 def merge(rows: Iterable[Work]) -> list[Work]:
-    """Rows of the same phase, part and kind as one, the longest first within a phase; phases keep their
-    order."""
+    """Rows of the same phase, part and kind as one; phases keep their order, the longest row first."""
     found: dict[tuple[str, str, str], Work] = {}
     for row in rows:
         before = found.get(row[:3], row._replace(launches=0, bytes=0.0, operations=0.0))

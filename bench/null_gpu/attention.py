@@ -31,8 +31,7 @@ def accumulator(q: Tensor) -> Tensor:
 
 # --- FlashAttention-2: the extension is a module of plain functions ---
 def fa2_extension() -> types.ModuleType:
-    """A module with the functions of flash_attn_2_cuda that training calls, in the order of their
-    arguments."""
+    """A module with the functions of flash_attn_2_cuda that training calls, arguments in their order."""
 
     def fwd(q, k, v, out, *_):
         result, normalizers = forward_shapes(q, None)
@@ -72,8 +71,7 @@ FA3_BACKWARD = (
 
 
 def register_fa3_extension() -> torch.library.Library:
-    """The operators flash_attn_3::fwd and bwd, with fakes (builds before Dao-AILab/flash-attention#1769 lack
-    them)."""
+    """The operators flash_attn_3::fwd and bwd, with the fakes that flash-attention#1769 brought."""
 
     def fwd(q, k, v, k_new, v_new, q_v, out, cu_seqlens_q, *_):
         return forward_shapes(q, cu_seqlens_q)

@@ -169,8 +169,7 @@ def brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """torch.compile with another backend: "eager" traces alone, "aot_eager" differentiates too, neither
-    generates."""
+    """torch.compile with a backend that generates no code: "eager", or "aot_eager", which differentiates."""
     real = torch.compile
     torch.compile = lambda *arguments, **options: real(*arguments, **options, backend=name)
     torch._dynamo.reset()
@@ -196,16 +195,14 @@ def case(findings: Findings, label: str, expected: int, action: Callable[[], Any
 
 
 def real_nonzero() -> torch.library.Library:
-    """Make the null GPU's nonzero a real one: masks come from the host, and their number of places goes back
-    to it."""
+    """Let nonzero work on the host: masks come from there, and the number of their places goes back."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("nonzero", lambda mask: mask.cpu().nonzero().to(mask.device), "CUDA", allow_override=True)
     return library
 
 
 def without_orthogonal_start() -> None:
-    """Start from normal instead of orthogonal matrices: half a minute of QR decompositions for values that do
-    not matter."""
+    """Start from normal matrices: orthogonal ones take half a minute, and no value matters here."""
     torch.nn.init.orthogonal_ = lambda matrix: torch.nn.init.normal_(matrix, std=0.02)
 
 
@@ -235,8 +232,7 @@ def learn_packed_and_windows(findings: Findings, trainer: Trainer, label: str) -
 
 
 def adapt_over_lengths(findings: Findings, trainer: Trainer, label: str) -> None:
-    """Adapters: one graph for learning and one for scoring, whatever the length; other documents cost
-    none."""
+    """Adapters: a graph for learning and one for scoring, whatever the length and the documents."""
     adapted = trainer.adapted()
     trainer.model.requires_grad_(False)
     first, second = trainer.adapters(8), trainer.adapters(8)

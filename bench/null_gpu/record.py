@@ -1,5 +1,4 @@
-"""Every kernel that a process generates or launches under the null GPU: where it comes from, its bytes, its
-registers."""
+"""Every kernel that a process generates or launches on the null GPU: origin, bytes, registers."""
 
 from __future__ import annotations
 
@@ -144,8 +143,7 @@ class Recorder:
         return votes.most_common(1)[0][0] if votes else "unknown"
 
     def resources(self, cache: Path) -> dict[str, list[dict[str, Any]]]:
-        """Registers, stack and local memory of every generated kernel in each configuration, from its machine
-        code."""
+        """Registers, stack and local memory of every generated kernel and configuration (from its cubin)."""
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         files = {path.parent.name: path for path in cache.rglob("*.cubin")}
         found: dict[str, list[dict[str, Any]]] = {}

@@ -83,8 +83,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, settings: dict[str, str], flash_attn: str, ranks: int) -> list[str]:
-    """Run the trainer to its end in `ranks` processes; returns why it failed, one line a rank, empty if it
-    did not."""
+    """Run the trainer to its end in `ranks` processes; returns a line for each that failed."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     meetings = folder / f"meetings{ranks}"
     meetings.mkdir()
