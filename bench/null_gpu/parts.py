@@ -82,9 +82,8 @@ class Findings:
 
 
 # --- the trainer: all that this program knows of it ---
-HELPERS = frozenset(
-    {"norm", "matmul", "adapt", "sum", "<lambda>"}
-)  # functions that name no part of the model
+# Functions of the trainer that name no part of the model.
+HELPERS = frozenset({"rms_norm", "matmul", "adapt", "<lambda>"})
 
 
 class Trainer:
