@@ -1,31 +1,56 @@
-"""Train, quantise, pack and score the best language model that fits in 16,000,000 bytes (Parameter Golf), in one file.
+"""Train, quantise, pack and score the best language model that fits in 16,000,000 bytes, in one file.
 
-    python train_gpt.py                                        one GPU or the CPU, settings from the environment
-    torchrun --standalone --nproc_per_node=8 train_gpt.py      eight GPUs: same batches, same losses
-    python train_gpt.py --help                                 every setting, its default and its meaning
+    python train_gpt.py                                      one GPU or the CPU; settings from the environment
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs: same batches, same losses
+    python train_gpt.py --help                               every setting, its default and its meaning
 
-A run is train -> quantise -> pack -> evaluate, each also alone (STAGE=train|quantize|evaluate) from what the one before
-left in runs/$RUN_ID/. The score is computed from the bytes of the artifact on disk and nothing else.
+This is the game of Parameter Golf. A run is train -> quantise -> pack -> evaluate, each also alone
+(STAGE=train|quantize|evaluate) from what the one before left in runs/$RUN_ID/. The score is computed from the
+bytes of the artifact on disk and nothing else.
 
 Contents, in the order of execution (every section starts with a line `# === NAME ===`):
-    CONFIG      every setting, declared once: type, default, range, meaning
-    RUN         rank, device, run folder, log, metrics, errors
-    DATA        shards, the two training loaders, validation tokens and their bytes
-    KERNELS     fused GPU kernels, each beside its plain reference
-    MODEL       route (the order of layer visits) and parameter table, attention backends, the one forward
-    OPTIMIZERS  Muon on parameter banks, Adam, EMA, schedule
-    QUANTIZE    calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
-    ARTIFACT    entropy coder, the container on disk, the packed script
-    EVALUATE    windows, scores, plain and sliding evaluation, test-time training
-    TRAIN       warm-up, the training loop, checkpoints
-    MAIN        stages
+    CONFIG       every setting, declared once: type, default, range, meaning
+    ENVIRONMENT  rules between settings, other names of settings, the command line
+    RUN          rank, device, run folder, log, metrics, errors
+    DATA         shards, the two training loaders, validation tokens and their bytes
+    KERNELS      fused GPU kernels, each beside its plain reference
+    TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
+    MODEL        attention backends, adapters, the one forward
+    OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
+    QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    ARTIFACT     entropy coder, the container on disk, the packed script
+    EVALUATE     windows, scores, plain and sliding evaluation, test-time training
+    TRAIN        warm-up, the training loop, checkpoints
+    MAIN         stages
 
-Shapes: B batch, T positions, D model width, H heads, V vocabulary. This file stays under 2,400 lines."""
+Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
-import base64, ctypes, dataclasses, difflib, fcntl, functools, hashlib, importlib.util, itertools, json, lzma, math
-import os, pickle, platform, re, resource, shutil, signal, struct, subprocess, sys, time, typing
+import base64
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import lzma
+import math
+import os
+import pickle
+import platform
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,36 +59,44 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 # === CONFIG ===
-# Only the standard library up to here: a wrong setting stops the run before the seconds that loading torch takes.
+# Every setting is one row of Config, under the Section whose result it shapes: type, default, meaning, range.
+# Its name in capitals is its environment variable. Nothing after Config changes a setting.
+#
+# Only the standard library is loaded before the section RUN: a wrong setting stops the run before the seconds
+# that loading torch takes.
 
 
 class Stop(SystemExit):
     """A one-line error for the user: the variable or file, its value and the remedy. Exit status 1."""
 
 
-def stop_if(wrong: object, message: str) -> None:
-    """Raise Stop with `message` if `wrong`."""
-    if wrong:
-        raise Stop(message)
+class Check(NamedTuple):
+    """What a value must satisfy, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    rule: str
 
 
-Check = tuple[Callable[[Any], bool], str]
-finite: Check = (lambda v: not isinstance(v, float) or math.isfinite(v), "must be finite")
-positive: Check = (lambda v: v > 0, "must be greater than 0")
-not_negative: Check = (lambda v: v >= 0, "must not be negative")
-fraction: Check = (lambda v: 0 <= v <= 1, "must lie between 0 and 1")
-below_one: Check = (lambda v: 0 <= v < 1, "must be at least 0 and less than 1")
-bit_width: Check = (lambda v: 5 <= v <= 8, "must be 5, 6, 7 or 8")
-trellis_size: Check = (lambda v: v in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
-bit_width_or_default: Check = (lambda v: v == 0 or 5 <= v <= 8, "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)")
-file_name: Check = (
-    lambda v: re.fullmatch(r"(?!\.*$)[\w.-]+|", v, re.ASCII),
+finite = Check(lambda value: not isinstance(value, float) or math.isfinite(value), "must be finite")
+positive = Check(lambda value: value > 0, "must be greater than 0")
+not_negative = Check(lambda value: value >= 0, "must not be negative")
+above_one = Check(lambda value: value > 1, "must be greater than 1")
+below_one = Check(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
+fraction = Check(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
+vocabulary_size = Check(lambda value: 5 <= value <= 65_536, "must be 5 to 65536")
+trellis_size = Check(lambda value: value in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
+bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
+bit_width_or_default = Check(
+    lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
+)
+file_name = Check(
+    lambda value: re.fullmatch(r"(?!\.*$)[\w.-]+|", value, re.ASCII) is not None,
     "may hold letters, digits and ._- only",
 )
 
 
 def knob(default: Any, meaning: str, check: Check = finite) -> Any:
-    """One setting: default, meaning in one line, and what its value must satisfy."""
+    """One setting: default, meaning in one line, and what its value must satisfy besides being finite."""
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
 
 
@@ -76,7 +109,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting, read from the environment variable of its name in capitals, as #1585, #1738, #1755, #1693 do."""
+    """Every setting; read, as in #1585, #1738, #1755 and #1693, from the variable of its name in capitals."""
 
     _run = Section("Run", "nothing")
     stage: Literal["all", "train", "quantize", "evaluate"] = knob(
@@ -130,18 +163,14 @@ class Config:
         2048, "tokens per window, and the longest document segment when packed", positive
     )
     _model = Section("Model", "training")
-    vocab_size: int = knob(
-        8192, "entries of the tokenizer", (lambda v: 4 < v <= 65_536, "must be 5 to 65536")
-    )
+    vocab_size: int = knob(8192, "entries of the tokenizer", vocabulary_size)
     num_layers: int = knob(11, "layers with weights of their own", positive)
     model_dim: int = knob(512, "width of the residual stream", positive)
     num_heads: int = knob(8, "query heads", positive)
     num_kv_heads: int = knob(4, "key and value heads (grouped-query attention)", positive)
     mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM", positive)
     rope_dims: int = knob(16, "leading dimensions of each head that are rotated", not_negative)
-    rope_base: float = knob(
-        10_000.0, "base of the rotation frequencies", (lambda v: v > 1, "must be greater than 1")
-    )
+    rope_base: float = knob(10_000.0, "base of the rotation frequencies", above_one)
     rope_yarn: bool = knob(
         False, "raise the base for rows longer than TRAIN_SEQ_LEN (NTK), as #1585, #1738, #1755 do"
     )
@@ -328,105 +357,59 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, meaning = getattr(self, field.name), field.metadata["meaning"]
-            for holds, rule in (finite, field.metadata["check"]):
-                stop_if(not holds(value), f"{field.name.upper()}={value}: {rule} ({meaning})")
-        c, head_dim, micro = self, self.model_dim // self.num_heads, STREAMS * self.train_seq_len
-        stop_if(c.model_dim % c.num_heads, f"NUM_HEADS={c.num_heads}: must divide MODEL_DIM={c.model_dim}")
-        stop_if(
-            c.num_heads % c.num_kv_heads,
-            f"NUM_KV_HEADS={c.num_kv_heads}: must divide NUM_HEADS={c.num_heads}",
-        )
-        stop_if(
-            c.rope_dims % 2 or c.rope_dims > head_dim,
-            f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}",
-        )
-        stop_if(
-            not (c.mlp_mult * c.model_dim).is_integer(),
-            f"MLP_MULT={c.mlp_mult}: MLP_MULT*MODEL_DIM={c.mlp_mult * c.model_dim} must be a whole number",
-        )
-        stop_if(
-            c.num_loops and not c.loop_start <= c.loop_end < c.num_layers,
-            f"LOOP_START={c.loop_start}, LOOP_END="
-            f"{c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers} (or NUM_LOOPS=0)",
-        )
-        stop_if(
-            c.gate_width > c.model_dim, f"GATE_WIDTH={c.gate_width}: must not exceed MODEL_DIM={c.model_dim}"
-        )
-        stop_if(
-            c.train_batch_tokens % (STREAMS if c.loader == "packed" else micro),
-            f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: must be a multiple of {STREAMS}, with LOADER=shuffled of "
-            f"{STREAMS} x TRAIN_SEQ_LEN = {micro}",
-        )
-        stop_if(
-            c.eval_stride > c.eval_seq_len,
-            f"EVAL_STRIDE={c.eval_stride}: must not exceed EVAL_SEQ_LEN={c.eval_seq_len}, tokens would be skipped",
-        )
-        stop_if(
-            c.gptq_reserve_seconds >= c.max_wallclock_seconds,
-            f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds}: "
-            f"must be less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}",
-        )
-        stop_if(
-            c.ttt_optimizer not in ("auto", "adamw", "sgd" if c.ttt_mode == "chunk_sgd" else "adam"),
-            f"TTT_OPTIMIZER={c.ttt_optimizer}: not an optimiser of TTT_MODE={c.ttt_mode}; set TTT_OPTIMIZER=auto",
-        )
-        stop_if(
-            c.hash_embed_enabled and c.ttt_mode == "doc_lora" and c.phased_ttt_num_phases == 0,
-            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
-        )
-        stop_if(c.artifact and c.stage != "evaluate", f"ARTIFACT={c.artifact}: only STAGE=evaluate reads it")
+            value = getattr(self, field.name)
+            for check in (finite, field.metadata["check"]):
+                if not check.holds(value):
+                    raise Stop(f"{field.name.upper()}={value}: {check.rule} ({field.metadata['meaning']})")
+        for holds, message in model_rules(self) + run_rules(self):
+            if not holds:
+                raise Stop(message)
 
     @classmethod
     def from_env(cls, environment: Mapping[str, str]) -> Config:
-        """The settings in `environment`; Stop names a variable that is misspelt, of the wrong type or out of range."""
-        types, known, values = (
-            typing.get_type_hints(cls),
-            {f.name.upper(): f.name for f in dataclasses.fields(cls)},
-            {},
-        )
+        """The settings in `environment`; Stop if one is misspelt, of the wrong type or out of range."""
+        types = typing.get_type_hints(cls)
+        known = cls.variables()
+        values: dict[str, Any] = {}
         for name, text in environment.items():
-            stop_if(name in REFUSED, f"{name}={text}: {REFUSED.get(name)}; unset {name}")
-            if name in known or name in ALIASES:
-                names, meanings = ALIASES.get(name, (name, {}))
-                for target in names.split():
-                    value = parse_value(target, meanings.get(text, text), types[known[target]])
-                    if values.setdefault(known[target], value) not in (value,):  # `in`: nan is itself
-                        raise Stop(
-                            f"{name}={text}: another variable sets {target} to another value; unset one"
-                        )
-            elif name not in NOT_OURS | FIXED.keys() and (
-                near := difflib.get_close_matches(name, known, 1, 0.85)
-            ):
-                raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+            if name not in known and name not in ALIASES:
+                refuse_variable(name, text, known)
+                continue
+            targets, meanings = ALIASES.get(name, (name, {}))
+            for target in targets.split():
+                setting = target.lower()
+                value = parse_value(target, meanings.get(text, text), types[setting])
+                if setting in values and values[setting] != value:
+                    raise Stop(f"{name}={text}: another variable sets {target} to another value; unset one")
+                values[setting] = value
         config = cls(**values)
-        for name in FIXED.keys() & environment.keys():
-            only = format_value(getattr(config, FIXED[name].lower(), FIXED[name]))
-            if environment[name] not in (only, only + ".0"):
-                raise Stop(
-                    f"{name}={environment[name]}: every published run has {only}; nothing else is implemented"
-                )
+        refuse_other_values(environment, config)
         return config
+
+    @classmethod
+    def variables(cls) -> list[str]:
+        """The environment variables of the settings, in order of declaration."""
+        return [field.name.upper() for field in dataclasses.fields(cls)]
 
     def overrides(self) -> dict[str, Any]:
         """The settings that differ from their defaults, by variable name."""
-        return {
-            f.name.upper(): v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default
-        }
+        settings = {field: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {field.name.upper(): value for field, value in settings.items() if value != field.default}
 
     def chosen(self, *which: str) -> dict[str, Any]:
         """The settings of the sections with these titles, or that shape these results, by variable name."""
         return {
-            f.name.upper(): getattr(self, f.name)
+            field.name.upper(): getattr(self, field.name)
             for section, fields in self.sections()
-            for f in fields
-            if {section.title, section.shapes} & set(which)
+            for field in fields
+            if section.title in which or section.shapes in which
         }
 
     @classmethod
     def sections(cls) -> list[tuple[Section, list[dataclasses.Field]]]:
         """The settings under their headings, in order of declaration."""
-        fields, table = {f.name: f for f in dataclasses.fields(cls)}, []
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        table: list[tuple[Section, list[dataclasses.Field]]] = []
         for name, value in vars(cls).items():
             if isinstance(value, Section):
                 table.append((value, []))
@@ -440,15 +423,97 @@ class Config:
         types = typing.get_type_hints(cls)
         for section, fields in cls.sections():
             yield f"\n{section.title}"
-            for f in fields:
-                options = f" [{', '.join(options)}]" if (options := typing.get_args(types[f.name])) else ""
-                yield f"  {f.name.upper():<32} {format_value(f.default) or '(empty)':<14} {f.metadata['meaning']}{options}"
+            for field in fields:
+                options = typing.get_args(types[field.name])
+                suffix = f" [{', '.join(options)}]" if options else ""
+                default = format_value(field.default) or "(empty)"
+                yield f"  {field.name.upper():<32} {default:<14} {field.metadata['meaning']}{suffix}"
 
 
-STREAMS = (
-    8  # data streams: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same
-)
-# Of the four submissions: other names of settings and values, names of one value (or that of a setting), names unread.
+# === ENVIRONMENT ===
+# In: environment variables and the command line. Out: one frozen Config, or Stop with one line that says what
+# to do. A rule between settings is one row of `model_rules` or `run_rules`; what the four published scripts
+# call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
+
+
+# Streams of data: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same.
+STREAMS = 8
+TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
+
+
+def model_rules(config: Config) -> list[tuple[bool, str]]:
+    """(holds, what to say if not) of every rule between settings of the model."""
+    head_dim = config.model_dim // config.num_heads
+    hidden = config.mlp_mult * config.model_dim
+    return [
+        (
+            config.model_dim % config.num_heads == 0,
+            f"NUM_HEADS={config.num_heads}: must divide MODEL_DIM={config.model_dim}",
+        ),
+        (
+            config.num_heads % config.num_kv_heads == 0,
+            f"NUM_KV_HEADS={config.num_kv_heads}: must divide NUM_HEADS={config.num_heads}",
+        ),
+        (
+            config.rope_dims % 2 == 0 and config.rope_dims <= head_dim,
+            f"ROPE_DIMS={config.rope_dims}: must be even and at most MODEL_DIM/NUM_HEADS={head_dim}",
+        ),
+        (
+            hidden.is_integer(),
+            f"MLP_MULT={config.mlp_mult}: MLP_MULT*MODEL_DIM={hidden} must be a whole number",
+        ),
+        (
+            config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers,
+            f"LOOP_START={config.loop_start}, LOOP_END={config.loop_end}: "
+            f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
+        ),
+        (
+            config.gate_width <= config.model_dim,
+            f"GATE_WIDTH={config.gate_width}: must not exceed MODEL_DIM={config.model_dim}",
+        ),
+    ]
+
+
+def run_rules(config: Config) -> list[tuple[bool, str]]:
+    """(holds, what to say if not) of every other rule between settings."""
+    windows = STREAMS * config.train_seq_len
+    return [
+        (
+            config.train_batch_tokens % (STREAMS if config.loader == "packed" else windows) == 0,
+            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: must be a multiple of {STREAMS}, "
+            f"with LOADER=shuffled of {STREAMS} x TRAIN_SEQ_LEN = {windows}",
+        ),
+        (
+            config.eval_stride <= config.eval_seq_len,
+            f"EVAL_STRIDE={config.eval_stride}: must not exceed EVAL_SEQ_LEN={config.eval_seq_len}, "
+            "tokens would be skipped",
+        ),
+        (
+            config.gptq_reserve_seconds < config.max_wallclock_seconds,
+            f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
+            f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
+            f"TTT_OPTIMIZER={config.ttt_optimizer}: not an optimiser of TTT_MODE={config.ttt_mode}; "
+            "set TTT_OPTIMIZER=auto",
+        ),
+        (
+            not config.hash_embed_enabled
+            or config.ttt_mode == "chunk_sgd"
+            or config.phased_ttt_num_phases > 0,
+            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
+        ),
+        (
+            not config.artifact or config.stage == "evaluate",
+            f"ARTIFACT={config.artifact}: only STAGE=evaluate reads it",
+        ),
+    ]
+
+
+# The four submissions have variables that this program has not.
+#
+# Other names of settings: the settings (one or two), and what values mean here, if not the same.
 ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "PARALLEL_RESIDUAL": ("PARALLEL_RESIDUAL", {"0": "none", "1": "two_lane"}),
     "PARALLEL_RESIDUAL_START": ("PARALLEL_START_LAYER", {}),
@@ -456,6 +521,7 @@ ALIASES: dict[str, tuple[str, dict[str, str]]] = {
     "ARTIFACT_DIR": ("OUT_DIR", {"": "runs"}),
     "MATRIX_CLIP_SIGMAS": ("ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS", {}),
 }
+# One value in every published run, and nothing else is implemented: that value, or the setting that has it.
 FIXED = {
     "TIE_EMBEDDINGS": "1",
     "EMBEDDING_DIM": "MODEL_DIM",
@@ -470,63 +536,116 @@ FIXED = {
     "PHASED_TTT_ENABLED": "1",
     "GPTQ_BLOCKSIZE": "128",
 }
+# Variables that would be ignored or must not be used, and why.
+UNREAD = "declared in the published scripts, read by no code"
+SLOT = "SLOT fits a correction to the tokens it scores, which is not legal"
+UNTIED = "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)"
 REFUSED = {
-    name: reason
-    for reason, names in {
-        "declared in the published scripts, read by no code": "ROPE_TRAIN_SEQ_LEN MUON_BETA2 GPTQ_ENABLED SWA_ENABLED "
-        "SWA_EVERY LAWA_ENABLED LAWA_K LAWA_FREQ QAT_ENABLED LATE_QAT_THRESHOLD MTP_NUM_HEADS MTP_LOSS_WEIGHT BIGRAM_DIM "
-        "BIGRAM_VOCAB_SIZE DTG_ENABLED VE_ENABLED VE_DIM VE_LAYERS GATED_ATTENTION VALUE_RESIDUAL ETLB_ENABLED ETLB_LR "
-        "ETLB_STEPS ETLB_CLIP",
-        "SLOT fits a correction to the tokens it scores, which is not legal": "LBFGS_SLOT_ENABLED "
-        "LBFGS_SLOT_ITERS LBFGS_SLOT_HISTORY LBFGS_SLOT_FOCAL LBFGS_SLOT_CLAMP LBFGS_SLOT_LR",
-        "only untied embeddings would need it (TIED_EMBED_LR is the rate in use)": "EMBED_LR HEAD_LR",
-        "the parameter table decides what stays in fp16": "CONTROL_TENSOR_NAME_PATTERNS",
-    }.items()
-    for name in names.split()
+    "ROPE_TRAIN_SEQ_LEN": UNREAD,
+    "MUON_BETA2": UNREAD,
+    "GPTQ_ENABLED": UNREAD,
+    "SWA_ENABLED": UNREAD,
+    "SWA_EVERY": UNREAD,
+    "LAWA_ENABLED": UNREAD,
+    "LAWA_K": UNREAD,
+    "LAWA_FREQ": UNREAD,
+    "QAT_ENABLED": UNREAD,
+    "LATE_QAT_THRESHOLD": UNREAD,
+    "MTP_NUM_HEADS": UNREAD,
+    "MTP_LOSS_WEIGHT": UNREAD,
+    "BIGRAM_DIM": UNREAD,
+    "BIGRAM_VOCAB_SIZE": UNREAD,
+    "DTG_ENABLED": UNREAD,
+    "VE_ENABLED": UNREAD,
+    "VE_DIM": UNREAD,
+    "VE_LAYERS": UNREAD,
+    "GATED_ATTENTION": UNREAD,
+    "VALUE_RESIDUAL": UNREAD,
+    "ETLB_ENABLED": UNREAD,
+    "ETLB_LR": UNREAD,
+    "ETLB_STEPS": UNREAD,
+    "ETLB_CLIP": UNREAD,
+    "LBFGS_SLOT_ENABLED": SLOT,
+    "LBFGS_SLOT_ITERS": SLOT,
+    "LBFGS_SLOT_HISTORY": SLOT,
+    "LBFGS_SLOT_FOCAL": SLOT,
+    "LBFGS_SLOT_CLAMP": SLOT,
+    "LBFGS_SLOT_LR": SLOT,
+    "EMBED_LR": UNTIED,
+    "HEAD_LR": UNTIED,
+    "CONTROL_TENSOR_NAME_PATTERNS": "the parameter table decides what stays in fp16",
 }
 NOT_OURS = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"}  # torchrun's
+SWITCHES = {
+    "0": False,
+    "1": True,
+    "false": False,
+    "true": True,
+    "no": False,
+    "yes": True,
+    "off": False,
+    "on": True,
+}
+
+
+def refuse_variable(name: str, text: str, known: Sequence[str]) -> None:
+    """Stop if `name`, which sets nothing, is a refused variable or one of the `known` misspelt."""
+    if name in REFUSED:
+        raise Stop(f"{name}={text}: {REFUSED[name]}; unset {name}")
+    if name in NOT_OURS or name in FIXED:
+        return
+    near = difflib.get_close_matches(name, known, 1, 0.85)
+    if near:
+        raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+
+
+def refuse_other_values(environment: Mapping[str, str], config: Config) -> None:
+    """Stop if a variable of FIXED has another value."""
+    for name, fixed in FIXED.items():
+        if name not in environment:
+            continue
+        only = format_value(getattr(config, fixed.lower(), fixed))
+        if environment[name] not in (only, only + ".0"):
+            raise Stop(
+                f"{name}={environment[name]}: every published run has {only}; nothing else is implemented"
+            )
 
 
 def format_value(value: Any) -> str:
-    """A setting's value in the form `parse` reads back."""
+    """A setting's value in the form that `parse_value` reads back."""
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def parse_value(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
-    truth = dict.fromkeys(("0", "false", "no", "off"), False) | dict.fromkeys(
-        ("1", "true", "yes", "on"), True
-    )
     options = typing.get_args(kind)
-    stop_if(options and text not in options, f"{name}={text}: must be one of {', '.join(options)}")
-    if kind is bool:
-        stop_if(text.lower() not in truth, f"{name}={text}: must be 0 or 1")
-        return truth[text.lower()]
+    if options and text not in options:
+        raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
     if options or kind is str:
         return text
+    if kind is bool:
+        if text.lower() not in SWITCHES:
+            raise Stop(f"{name}={text}: must be 0 or 1")
+        return SWITCHES[text.lower()]
     try:
-        return kind(number if (number := float(text)).is_integer() else text)
+        number = float(text)
+        return kind(number if number.is_integer() else text)
     except ValueError:
         raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
 
 
 def command_line(arguments: list[str]) -> Config:
-    """The settings of this process; ends it after serving --help or --print-config, Stop for any other argument."""
+    """The settings of this process; ends it after --help or --print-config, Stop for any other argument."""
     if not arguments:
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
-        print(
-            (__doc__ or "").split("\n\nContents")[0], "\nSettings (environment)", *Config.describe(), sep="\n"
-        )
+        summary = (__doc__ or "").split("\n\nContents")[0]
+        print(summary, "\nSettings (environment)", *Config.describe(), sep="\n")
     elif arguments == ["--print-config"]:
         config = Config.from_env(os.environ)
-        print(
-            "\n".join(
-                f"{f.name.upper()}={format_value(getattr(config, f.name))}"
-                for f in dataclasses.fields(config)
-            )
-        )
+        for name in config.variables():
+            print(f"{name}={format_value(getattr(config, name.lower()))}")
     else:
         raise Stop(
             f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
@@ -539,67 +658,81 @@ if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
     if importlib.util.find_spec("torch") is None:
         raise Stop(
-            f"{sys.executable}: torch is not installed there; use ./run.sh, or pip install -r requirements.txt"
+            f"{sys.executable}: torch is not installed there; "
+            "use ./run.sh, or pip install -r requirements.txt"
         )
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # threads that spin while idle starve a busy machine 20-fold
+    # Threads that spin while idle starve a busy machine 20-fold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import numba, numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
+import numba
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 try:
-    import triton, triton.language as tl
+    import triton
+    import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     triton_jit = triton.jit
 except ImportError:  # there is no triton for macOS and Windows; pick_kernels says so where it is asked for
-    triton = tl = None
-    triton_jit = lambda function: function
+    triton = None
+    tl = None
+
+    def triton_jit(function: Callable) -> Callable:
+        return function
 
 
 # === RUN ===
+# In: the settings, and what torchrun says of the ranks. Out: a Run, which knows where this process is and
+# speaks for it, and the run folder, which one launch at a time may write. Only rank 0 writes: `log` for
+# people, `metric` for programs, `ledger` for compliance.py, whole files through `write_atomically`. A reader
+# may send the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
+
+
 class Run:
-    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks: if any)."""
+    """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks)."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        stop_if(
-            STREAMS % self.world_size,
-            f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8",
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if STREAMS % self.world_size:
+            raise Stop(f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
         self.is_main = self.rank == 0  # the rank that logs and writes
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-        self.is_cuda = self.device.type == "cuda"
-        native = self.is_cuda or torch.cpu._is_avx512_bf16_supported()
-        dtype = (
-            config.compute_dtype if config.compute_dtype != "auto" else "bfloat16" if native else "float32"
-        )
-        self.dtype = getattr(torch, dtype)
         self.streams = range(self.rank, STREAMS, self.world_size)
-        self.folder, self.lock, self.sink, self.metrics = Path(), None, None, None
+
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.is_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
+        self.dtype = choose_dtype(config, self.is_cuda)
+
+        # Set by `open`, on the main rank alone.
+        self.folder = Path()
+        self.lock: typing.TextIO | None = None
+        self.sink: typing.TextIO | None = None
+        self.metrics: typing.TextIO | None = None
+
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            dist.init_process_group(
-                "nccl" if self.is_cuda else "gloo", device_id=self.device if self.is_cuda else None
-            )
+            backend = "nccl" if self.is_cuda else "gloo"
+            dist.init_process_group(backend, device_id=self.device if self.is_cuda else None)
 
     def open(self, folder: Path) -> Path:
-        """Make `folder` the run folder, locked against a second run; Stop if it cannot be written or is in use."""
+        """Make `folder` the run folder, locked against a second run; Stop if it is in use or not writable."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            append = lambda name: open(folder / name, "a", buffering=1)  # noqa: SIM115
-            self.sink, self.metrics = append("train.log"), append("metrics.jsonl")
-            return folder
+            self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
+            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         except BlockingIOError:
             raise Stop(
                 f"{folder}: another process is writing this run; wait for it or choose another RUN_ID"
@@ -608,6 +741,7 @@ class Run:
             raise Stop(
                 f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder"
             ) from None
+        return folder
 
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
@@ -622,7 +756,7 @@ class Run:
             self.metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
 
     def ledger(self, event: str, **values: Any) -> None:
-        """Write to the ledger when data were read, clocks ran and the artifact was sealed, for compliance.py."""
+        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
         self.metric("ledger", event=event, **values)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -632,29 +766,33 @@ class Run:
         return tensor
 
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
-        """`action` on rank 0 alone; the others get its value or its Stop, so nobody waits in a collective for ever."""
-        outcome = ["", None]  # the message of a Stop, the value
+        """`action` on rank 0 alone; the others get its value or its Stop, so none waits for ever."""
+        message = ""  # of a Stop
+        value = None
         if self.is_main:
             try:
-                outcome[1] = action()
+                value = action()
             except Stop as stop:
-                outcome[0] = str(stop)
+                message = str(stop)
         if self.world_size > 1:
+            outcome = [message, value]
             dist.broadcast_object_list(outcome, device=self.device)
-        if outcome[0]:
-            raise Stop(outcome[0] if self.is_main else 1)
-        return outcome[1]
+            message, value = outcome
+        if message:
+            raise Stop(message if self.is_main else 1)  # one rank prints it, all exit with status 1
+        return value
 
     def progress(self, what: str, items: Sequence) -> Iterator:
-        """The items one by one, with a bar on a terminal, otherwise a line at most every 10 s. Rank 0 only."""
-        bar = tqdm(
-            items, what, leave=False, file=sys.stdout, disable=not (self.is_main and sys.stdout.isatty())
-        )
-        total, start = len(items), (last := time.monotonic())
-        for done, item in enumerate(bar):
-            if bar.disable and (now := time.monotonic()) - last >= 10:
-                left, last = (now - start) * (total - done) / max(done, 1), now
-                self.log(f"{what}: {100 * done / total:.0f}% left:{left:.0f}s")
+        """The items one by one; rank 0 shows a bar on a terminal, otherwise a line at most every 10 s."""
+        has_bar = self.is_main and sys.stdout.isatty()
+        start = time.monotonic()
+        last = start
+        for done, item in enumerate(tqdm(items, what, leave=False, file=sys.stdout, disable=not has_bar)):
+            now = time.monotonic()
+            if not has_bar and now - last >= 10:
+                last = now
+                left = (now - start) * (len(items) - done) / max(done, 1)
+                self.log(f"{what}: {100 * done / len(items):.0f}% left:{left:.0f}s")
             yield item
 
     def now(self) -> float:
@@ -665,68 +803,87 @@ class Run:
 
     def close(self) -> None:
         """Release the log files and the lock of the run folder; with several ranks, end this process."""
-        for file in filter(None, (self.sink, self.metrics, self.lock)):
-            file.close()
+        for file in (self.sink, self.metrics, self.lock):
+            if file:
+                file.close()
         if self.world_size > 1:
             dist.barrier()
             sys.stdout.flush()
-            os._exit(
-                0
-            )  # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8)
+            # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8).
+            os._exit(0)
+
+
+def choose_dtype(config: Config, is_cuda: bool) -> torch.dtype:
+    """The data type of products; auto: bfloat16 if it is native."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    return torch.bfloat16 if is_cuda or torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+# Without a GPU: glibc keeps freed blocks instead of returning them, which saves half of a step's time.
+MALLOC_OPTIONS = (
+    (-3, 2**30),  # M_MMAP_THRESHOLD
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD
+    (-2, 2**26),  # M_TOP_PAD
+)
 
 
 def tune_process(is_cuda: bool) -> None:
-    """Linux: die with torchrun, leaving no orphan. glibc without a GPU: keep freed blocks, which saves half a step."""
+    """Let this process die with torchrun, and keep memory that it will need again."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left
     if not is_cuda and platform.libc_ver()[0] == "glibc":
-        for parameter, value in (
-            (-3, 2**30),
-            (-1, 2**31 - 1),
-            (-2, 2**26),
-        ):  # M_MMAP_THRESHOLD, M_TRIM_..., M_TOP_PAD
-            ctypes.CDLL(None).mallopt(parameter, value)
+        for option, value in MALLOC_OPTIONS:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID, else the newest that this stage can go on from (same data, `shards`, and settings
-    up to what it still decides; with all and train neither finished nor being written), else a new name."""
+    """The folder of this run: RUN_ID, else the newest to go on from (of data `shards`), else a new one."""
     root = Path(config.out_dir)
+    trains = config.stage in ("all", "train")
     if config.run_id:
         folder = root / config.run_id
-        stop_if(
-            config.stage in ("all", "train") and (folder / "summary.json").exists(),
-            f"RUN_ID={config.run_id}: "
-            f"{folder} holds a finished run; choose another RUN_ID, or STAGE=evaluate to score it again",
-        )
+        if trains and (folder / "summary.json").exists():
+            raise Stop(
+                f"RUN_ID={config.run_id}: {folder} holds a finished run; choose another RUN_ID, "
+                "or STAGE=evaluate to score it again"
+            )
         return folder
-    kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
-    wanted, same = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt", config.chosen(*kinds)
-    for folder in sorted(
-        (path.parent for path in root.glob("*/config.json")), key=lambda f: f.name, reverse=True
-    ):
-        if (
-            describe_differences(read_json(folder / "config.json"), same | {"data": shards})
-            or not (folder / wanted).exists()
-        ):
-            continue
-        if config.stage in ("quantize", "evaluate") or not (
-            is_locked(folder) or (folder / "summary.json").exists()
-        ):
+
+    needed = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt"
+    for folder in matching_folders(config, shards, needed):
+        # Training goes on in a run that is neither being written nor finished; later stages may be repeated.
+        if not trains or not (is_locked(folder) or (folder / "summary.json").exists()):
             return folder
-    stop_if(
-        config.stage in ("quantize", "evaluate") and not config.artifact,
-        f"STAGE={config.stage}: no run under "
-        f"{root}/ with these settings has a {wanted}; set RUN_ID"
-        + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first"),
-    )
+    if not trains and not config.artifact:
+        raise Stop(
+            f"STAGE={config.stage}: no run under {root}/ with these settings has a {needed}; set RUN_ID"
+            + (" or ARTIFACT" if config.stage == "evaluate" else ", or train one first")
+        )
+
     digest = hashlib.sha256(json.dumps(config.chosen("training", "artifact")).encode()).hexdigest()
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
 
+def matching_folders(config: Config, shards: str, needed: str) -> Iterator[Path]:
+    """The run folders, newest first, with a file `needed` from the same data and settings."""
+    # STAGE=quantize starts from the trained model, so the settings of the quantiser may be others.
+    kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
+    ours = config.chosen(*kinds) | {"data": shards}
+    folders = [path.parent for path in Path(config.out_dir).glob("*/config.json")]
+    for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
+        differences = describe_differences(read_json(folder / "config.json"), ours)
+        if not differences and (folder / needed).exists():
+            yield folder
+
+
 def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """The first settings in which `theirs` differ from `ours`, for an error message; empty if none does."""
-    found = [f"{n}={theirs.get(n)} there, {v} here" for n, v in ours.items() if theirs.get(n) != v]
+    found = [
+        f"{name}={theirs.get(name)} there, {value} here"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
     return "; ".join(found[:3]) + ("; ..." if len(found) > 3 else "")
 
 
@@ -736,7 +893,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise Stop(f"{path}: cannot be read ({error}); delete it or make it again") from None
-    stop_if(not isinstance(content, dict), f"{path}: not a JSON object; delete it or make it again")
+    if not isinstance(content, dict):
+        raise Stop(f"{path}: not a JSON object; delete it or make it again")
     return content
 
 
@@ -744,17 +902,23 @@ def is_locked(folder: Path) -> bool:
     """Whether a living process writes to the run `folder`."""
     try:
         with open(folder / ".lock") as lock:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) is not None
-    except (FileNotFoundError, BlockingIOError) as error:
-        return isinstance(error, BlockingIOError)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]) -> None:
-    """Replace `path` by bytes, or by what `write` writes, so that a kill leaves the old file or the new one."""
+    """Replace `path` by bytes, or by what `write` writes; a kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(write) if isinstance(write, bytes) else write(file)
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -762,15 +926,16 @@ def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]
         raise Stop(f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere") from None
 
 
+def describe_commit(folder: Path) -> str:
+    """The git commit of `folder`, marked -dirty if files differ from it; none without one."""
+    if not shutil.which("git"):
+        return "none"
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "none"
+
+
 def versions(run: Run) -> dict[str, str]:
     """Versions, hardware and source of this run, for the log and summary.json."""
-    source, here = Path(__file__).read_bytes(), Path(__file__).resolve().parent
-    git = shutil.which("git") and subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -780,8 +945,8 @@ def versions(run: Run) -> dict[str, str]:
         "device": torch.cuda.get_device_name(run.device) if run.is_cuda else f"{os.cpu_count()}-core CPU",
         "dtype": str(run.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
-        "commit": (git and git.stdout.strip()) or "none",
-        "source_sha256": hashlib.sha256(source).hexdigest(),
+        "commit": describe_commit(Path(__file__).resolve().parent),
+        "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
 
 
@@ -1590,116 +1755,147 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
     return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
-# === MODEL ===
+# === TOPOLOGY ===
+# In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
+# outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
+# and quantiser; MATRICES says which of them are quantised with calibration. A new parameter is a row here and
+# its use in GPT; a new form of residual is a mark in the route and a method of GPT.
+
+
 class Visit(NamedTuple):
-    """One visit of a layer."""
+    """One pass through a layer."""
 
     layer: int  # whose weights
-    slot: int  # how many visits came before
-    push: bool  # U-Net encoder half: remember the output
-    pop: int | None  # U-Net decoder half: row of the skip parameters that merges a remembered output first
-    kind: Literal["serial", "gptj", "two_lane"]
+    index: int  # how many visits came before
+    pushes_skip: bool  # first half of the route, the U-Net's encoder: its output is remembered
+    skip_row: int | None  # second half: the row of the skip parameters that first merges a remembered output
+    residual: Literal["serial", "gptj", "two_lane"]  # GPT has a method of the same name for each
 
 
 def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layer visits: a looped layer appears again; the first half pushes skips, the second pops them."""
-    once, again = range(config.num_layers), range(config.loop_start, config.loop_end + 1)
+    """The order of layer visits; a looped layer appears again."""
+    layers = range(config.num_layers)
+    loop = range(config.loop_start, config.loop_end + 1)
     repeats = config.num_loops if looped else 0
-    order = [*once[: config.loop_end + 1], *[*again] * repeats, *once[config.loop_end + 1 :]]
+    order = [*layers[: loop.stop], *[*loop] * repeats, *layers[loop.stop :]]
     half = len(order) // 2
 
-    def kind(place: int, layer: int) -> str:
-        late = config.parallel_residual != "none" and layer >= config.parallel_start_layer
-        return (
-            config.parallel_residual
-            if late and (config.parallel_residual == "gptj" or place >= half)
-            else "serial"
-        )
+    def residual(index: int, layer: int) -> str:
+        if config.parallel_residual == "none" or layer < config.parallel_start_layer:
+            return "serial"
+        if config.parallel_residual == "two_lane" and index < half:
+            return "serial"  # a skip remembers one stream: the lanes part in the second half alone
+        return config.parallel_residual
 
-    return tuple(
-        Visit(layer, i, i < half, i - half if half <= i < 2 * half else None, kind(i, layer))
-        for i, layer in enumerate(order)
-    )
+    route = []
+    for index, layer in enumerate(order):
+        # The first half pushes skips, the second pops them; the last of an odd number has no partner.
+        skip_row = index - half if half <= index < 2 * half else None
+        route.append(Visit(layer, index, index < half, skip_row, residual(index, layer)))
+    return tuple(route)
 
 
 def show_route(route: tuple[Visit, ...]) -> str:
-    """The route as text: encoder | decoder; '=' marks a two-lane visit, '+' one with attention and MLP side by side."""
-    words = [str(s.layer) + {"serial": "", "gptj": "+", "two_lane": "="}[s.kind] for s in route]
-    half = sum(s.push for s in route)
+    """The route as text: encoder | decoder; '=': two lanes, '+': attention and MLP side by side."""
+    marks = {"serial": "", "gptj": "+", "two_lane": "="}
+    words = [f"{visit.layer}{marks[visit.residual]}" for visit in route]
+    half = sum(visit.pushes_skip for visit in route)
     return " ".join([*words[:half], "|", *words[half:]])
 
 
+Initialiser = Callable[[Tensor], Any]
+
+
+def normal(deviation: float) -> Initialiser:
+    """Normal values around 0."""
+    return functools.partial(nn.init.normal_, std=deviation)
+
+
+def constant(value: float) -> Initialiser:
+    """One value everywhere."""
+    return functools.partial(nn.init.constant_, val=value)
+
+
+def orthogonal(bank: Tensor) -> None:
+    """Each matrix of a bank."""
+    for matrix in bank:
+        nn.init.orthogonal_(matrix)
+
+
+def halves(dim: int, first: Initialiser, second: Initialiser) -> Initialiser:
+    """An initialiser for each half of dimension `dim`."""
+
+    def initialise(weight: Tensor) -> None:
+        for part, initialiser in zip(weight.chunk(2, dim), (first, second), strict=True):
+            initialiser(part)
+
+    return initialise
+
+
+# parameter -> its groups of layers along dim 0, each as (name in the artifact, site where its input is seen).
+MATRICES = {
+    "embed": (("tok_emb.weight", "head"),),  # tied: as a matrix it is the head, and no bank
+    "qo": (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o")),
+    "kv": (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
+    "up": (("blocks.{}.mlp.fc.weight", "up"),),
+    "down": (("blocks.{}.mlp.proj.weight", "down"),),
+}
+
+
 class ParameterSpec(NamedTuple):
-    """One row of the parameter table. A bank of matrices has as many equal groups of layers along dim 0 as `parts`."""
+    """One row of the parameter table."""
 
     shape: tuple[int, ...]
-    init: Callable[[Tensor], Any]
+    init: Initialiser
     optimizer: Literal["muon", "embed", "scalar"]
     quantizer: Literal["attn", "mlp", "embed", "fp16"]
-    parts: tuple[
-        tuple[str, str], ...
-    ] = ()  # (flat name with {} for the layer, calibration site) of each group
-    layered: bool = True  # dim 0 counts layers
+    layered: bool = True  # dim 0 counts layers: once, or once per group of MATRICES
 
 
 def parameter_table(config: Config) -> dict[str, ParameterSpec]:
-    """name -> Spec: it creates the parameters, splits them over optimisers and quantisers, and orders the artifact."""
-    c, layers, width = config, config.num_layers, config.model_dim
-    kv, hidden = c.num_kv_heads * width // c.num_heads, int(c.mlp_mult * width)
-    skips = len(make_route(c, c.num_loops > 0)) // 2
-    zero, one, constant = nn.init.zeros_, nn.init.ones_, lambda v: lambda t: nn.init.constant_(t, v)
-    orthogonal = lambda t: [nn.init.orthogonal_(matrix) for matrix in t]
+    """name -> row: creates parameters, splits them over optimisers and quantisers, orders the artifact."""
+    layers = config.num_layers
+    heads = config.num_heads
+    width = config.model_dim
+    kv_width = config.num_kv_heads * width // heads
+    hidden = int(config.mlp_mult * width)
+    gate_width = config.gate_width or width
+    skips = len(make_route(config, config.num_loops > 0)) // 2
+    both_routes = (*make_route(config, False), *make_route(config, True))
+    two_lanes = any(visit.residual == "two_lane" for visit in both_routes)
+
+    zeros = nn.init.zeros_
+    ones = nn.init.ones_
+    tied = normal(config.tied_embed_init_std)
+    # Initial values are drawn in the order of the rows.
     table = {
-        "embed": ParameterSpec(
-            (c.vocab_size, width),
-            lambda t: nn.init.normal_(t, std=c.tied_embed_init_std),
-            "embed",
-            "embed",
-            (("tok_emb.weight", "head"),),
-            False,
-        ),
-        "qo": ParameterSpec(
-            (2 * layers, width, width),
-            lambda t: (orthogonal(t[:layers]), zero(t[layers:])),
-            "muon",
-            "attn",
-            (("blocks.{}.attn.c_q.weight", "q"), ("blocks.{}.attn.proj.weight", "o")),
-        ),
-        "kv": ParameterSpec(
-            (2 * layers, kv, width),
-            orthogonal,
-            "muon",
-            "attn",
-            (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
-        ),
-        "up": ParameterSpec(
-            (layers, hidden, width), orthogonal, "muon", "mlp", (("blocks.{}.mlp.fc.weight", "up"),)
-        ),
-        "down": ParameterSpec(
-            (layers, width, hidden), zero, "muon", "mlp", (("blocks.{}.mlp.proj.weight", "down"),)
-        ),
-        "q_gain": ParameterSpec((layers, c.num_heads), constant(c.qk_gain_init), "scalar", "fp16"),
-        **dict.fromkeys(("attn_scale", "mlp_scale"), ParameterSpec((layers, width), one, "scalar", "fp16")),
-        "resid_mix": ParameterSpec(
-            (layers, 2, width), lambda t: (one(t[:, 0]), zero(t[:, 1])), "scalar", "fp16"
-        ),
-        "head_gate": ParameterSpec((layers, c.num_heads, c.gate_width or width), zero, "scalar", "fp16"),
-        "skip_weights": ParameterSpec((skips, width), one, "scalar", "fp16", layered=False),
-        "skip_gates": ParameterSpec((skips, width), zero, "scalar", "fp16", layered=False),
-        "smear_w": ParameterSpec((1, c.gate_width or width), zero, "scalar", "fp16", layered=False),
-        "smear_lambda": ParameterSpec((1,), zero, "scalar", "fp16", layered=False),
-        "parallel_post_lambdas": ParameterSpec((layers, 2, 2), one, "scalar", "fp16"),
+        "embed": ParameterSpec((config.vocab_size, width), tied, "embed", "embed", layered=False),
+        "qo": ParameterSpec((2 * layers, width, width), halves(0, orthogonal, zeros), "muon", "attn"),
+        "kv": ParameterSpec((2 * layers, kv_width, width), orthogonal, "muon", "attn"),
+        "up": ParameterSpec((layers, hidden, width), orthogonal, "muon", "mlp"),
+        "down": ParameterSpec((layers, width, hidden), zeros, "muon", "mlp"),
+        "q_gain": ParameterSpec((layers, heads), constant(config.qk_gain_init), "scalar", "fp16"),
+        "attn_scale": ParameterSpec((layers, width), ones, "scalar", "fp16"),
+        "mlp_scale": ParameterSpec((layers, width), ones, "scalar", "fp16"),
+        "resid_mix": ParameterSpec((layers, 2, width), halves(1, ones, zeros), "scalar", "fp16"),
+        "head_gate": ParameterSpec((layers, heads, gate_width), zeros, "scalar", "fp16"),
+        "skip_weights": ParameterSpec((skips, width), ones, "scalar", "fp16", layered=False),
+        "skip_gates": ParameterSpec((skips, width), zeros, "scalar", "fp16", layered=False),
+        "smear_w": ParameterSpec((1, gate_width), zeros, "scalar", "fp16", layered=False),
+        "smear_lambda": ParameterSpec((1,), zeros, "scalar", "fp16", layered=False),
+        "parallel_post_lambdas": ParameterSpec((layers, 2, 2), ones, "scalar", "fp16"),
         "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
     }
-    lanes = any(step.kind == "two_lane" for looped in (False, True) for step in make_route(c, looped))
-    used = {
-        "skip_weights": skips,
-        "skip_gates": skips and c.skip_gates_enabled,
-        "head_gate": c.head_gate != "none",
-        **dict.fromkeys(("smear_w", "smear_lambda"), c.smear_gate),
-        **dict.fromkeys(("parallel_post_lambdas", "parallel_resid_lambdas"), lanes),
+    exists = {  # all others always
+        "head_gate": config.head_gate != "none",
+        "skip_weights": skips > 0,
+        "skip_gates": skips > 0 and config.skip_gates_enabled,
+        "smear_w": config.smear_gate,
+        "smear_lambda": config.smear_gate,
+        "parallel_post_lambdas": two_lanes,
+        "parallel_resid_lambdas": two_lanes,
     }
-    return {name: spec for name, spec in table.items() if used.get(name, True)}
+    return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
 class Matrix(NamedTuple):
@@ -1715,78 +1911,97 @@ class Matrix(NamedTuple):
 def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
-    for parameter, spec in table.items():
+    for parameter, groups in MATRICES.items():
+        spec = table[parameter]
         banked = len(spec.shape) == 3
-        for part, (name, site) in enumerate(spec.parts):
-            layers = spec.shape[0] // len(spec.parts) if banked else 1
-            found += [
-                Matrix(
-                    name.format(layer),
-                    parameter,
-                    part * layers + layer if banked else None,
-                    (site, layer),
-                    spec.quantizer,
-                )
-                for layer in range(layers)
-            ]
+        layers = spec.shape[0] // len(groups) if banked else 1
+        for group, (name, site) in enumerate(groups):
+            for layer in range(layers):
+                index = group * layers + layer if banked else None
+                found.append(Matrix(name.format(layer), parameter, index, (site, layer), spec.quantizer))
     return found
 
 
+# === MODEL ===
+# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
+# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
+# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
+# `gptj`, `two_lane`), how attention is finished (`GPT.attention`), or add a backend to `pick_attention`.
+
+
+# A backend of causal attention: q (B, T, H, D), k and v (B, T, KV, D), and for a packed row (B = 1) the int32
+# starts of its segments and the length of the longest; gives (B, T, H, D).
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", int], Tensor]
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
-    """Causal attention by PyTorch alone: q (B, T, H, D), k and v (B, T, KV, D); a packed row document by document."""
-    dense = lambda *qkv: F.scaled_dot_product_attention(
-        *(t.transpose(1, 2) for t in qkv), is_causal=True, enable_gqa=True
-    ).transpose(1, 2)
+    """Causal attention by PyTorch alone, as Attend says; a packed row document by document."""
+
+    def dense(*qkv: Tensor) -> Tensor:
+        heads_first = (tensor.transpose(1, 2) for tensor in qkv)
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
     if starts is None:
         return dense(q, k, v)
     edges = torch.unique(starts).tolist()
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
 
 
+def attend_varlen() -> Attend:
+    """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Builds from January 2026 on say it in keyword-only options (pytorch#172238), those before as a flag.
+    causal = {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True}
+
+    def attend(q, k, v, starts, longest):
+        if starts is None:
+            return attend_sdpa(q, k, v, None, longest)
+        queries = q[0]
+        keys, values = (t[0].repeat_interleave(q.size(2) // t.size(2), 1) for t in (k, v))
+        return varlen_attn(queries, keys, values, starts, starts, longest, longest, **causal)[None]
+
+    return attend
+
+
 def attend_flash(backend: str) -> Attend:
     """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, as attend_sdpa."""
     if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
+        return attend_varlen()
+    library = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
 
-        dense, causal = (
-            attend_sdpa,
-            {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True},
-        )
+    def output(result):  # some builds give the log-sum-exp as well
+        return result[0] if isinstance(result, tuple) else result
 
-        def packed(q, k, v, starts, longest):
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-            return varlen_attn(q, k, v, starts, starts, longest, longest, **causal)
-    else:
-        module = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
-        first = lambda out: out[0] if isinstance(out, tuple) else out
-        dense = lambda q, k, v, *_: first(module.flash_attn_func(q, k, v, causal=True))
-        packed = lambda q, k, v, starts, longest: first(
-            module.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, causal=True)
+    def attend(q, k, v, starts, longest):
+        if starts is None:
+            return output(library.flash_attn_func(q, k, v, causal=True))
+        packed = library.flash_attn_varlen_func(
+            q[0], k[0], v[0], starts, starts, longest, longest, causal=True
         )
-    return lambda q, k, v, starts, longest: (
-        dense(q, k, v, None, longest) if starts is None else packed(q[0], k[0], v[0], starts, longest)[None]
-    )
+        return output(packed)[None]
+
+    return attend
+
+
+def usable_attention(backend: str, run: Run) -> Attend | str:
+    """The backend, or why it cannot be used."""
+    if backend == "sdpa":
+        return attend_sdpa
+    if not run.is_cuda or run.dtype != torch.bfloat16:
+        return "needs a GPU and bfloat16"
+    if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+        return "needs a Hopper GPU"
+    try:
+        return attend_flash(backend)
+    except ImportError as error:
+        return f"cannot be imported: {error}"
 
 
 def pick_attention(config: Config, run: Run) -> Attend:
-    """The attention backend: ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
-
-    def usable(backend: str) -> Attend | str:
-        if not run.is_cuda or run.dtype != torch.bfloat16:
-            return "needs a GPU and bfloat16"
-        if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
-            return "needs a Hopper GPU"
-        try:
-            return attend_flash(backend)
-        except ImportError as error:
-            return f"cannot be imported: {error}"
-
-    order = {name: functools.partial(usable, name) for name in ("fa3", "fa2", "varlen")} | {
-        "sdpa": lambda: attend_sdpa
-    }
+    """The backend ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
+    backends = ("fa3", "fa2", "varlen", "sdpa")
+    order = {backend: functools.partial(usable_attention, backend, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
@@ -1795,67 +2010,88 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-Tap = Callable[[str, int, Tensor, Tensor], None]
-
-
 class LoRA(nn.Module):
-    """Low-rank deltas x -> x A^T B^T, one per document, site and layer visit; the head has one visit (#1530)."""
+    """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
     def __init__(self, config: Config, documents: int, device: torch.device):
         super().__init__()
-        c, width, visits = config, config.model_dim, len(make_route(config, config.num_loops > 0))
-        kv, rank = c.num_kv_heads * width // c.num_heads, c.ttt_lora_rank
-        sites = {
-            "q": (visits, width, c.ttt_q_lora),
-            "k": (visits, kv, c.ttt_k_lora),
-            "v": (visits, kv, c.ttt_v_lora),
-            "o": (visits, width, c.ttt_o_lora),
-            "down": (visits, width, c.ttt_mlp_lora),
-            "head": (1, c.vocab_size, True),
+        width = config.model_dim
+        kv_width = config.num_kv_heads * width // config.num_heads
+        rank = config.ttt_lora_rank
+        visits = len(make_route(config, config.num_loops > 0))
+        sites = {  # (visits, outputs, whether it has adapters)
+            "q": (visits, width, config.ttt_q_lora),
+            "k": (visits, kv_width, config.ttt_k_lora),
+            "v": (visits, kv_width, config.ttt_v_lora),
+            "o": (visits, width, config.ttt_o_lora),
+            "down": (visits, width, config.ttt_mlp_lora),
+            "head": (1, config.vocab_size, True),
         }
-        empty = lambda *shape: nn.Parameter(torch.empty(shape, device=device))
-        self.read = nn.ParameterDict(
-            {s: empty(n, documents, rank, width) for s, (n, _, on) in sites.items() if on}
-        )
-        self.write = nn.ParameterDict(
-            {s: empty(n, documents, out, rank) for s, (n, out, on) in sites.items() if on}
-        )
-        self.scale = c.ttt_lora_alpha / rank if c.ttt_lora_alpha else 1.0
+        read = {}
+        write = {}
+        for site, (count, outputs, enabled) in sites.items():
+            if enabled:
+                read[site] = nn.Parameter(torch.empty(count, documents, rank, width, device=device))
+                write[site] = nn.Parameter(torch.empty(count, documents, outputs, rank, device=device))
+        # Given a dictionary, ParameterDict sorts it: the order in which `reset` draws.
+        self.read = nn.ParameterDict(read)
+        self.write = nn.ParameterDict(write)
+        self.scale = config.ttt_lora_alpha / rank if config.ttt_lora_alpha else 1.0
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
         generator = torch.Generator(self.read["head"].device).manual_seed(seed)
         for read, write in zip(self.read.values(), self.write.values(), strict=True):
-            read.uniform_(-(read.size(-1) ** -0.5), read.size(-1) ** -0.5, generator=generator)
+            bound = read.size(-1) ** -0.5
+            read.uniform_(-bound, bound, generator=generator)
             write.zero_()
 
     def per_visit(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """site -> (A, B) of each visit, (documents, rank, in) and (documents, out, rank), in `dtype`, A scaled."""
-        parts = lambda t: t.to(dtype).unbind(0)
-        return {
-            s: list(zip(parts(self.read[s] * self.scale), parts(self.write[s]), strict=True))
-            for s in self.read
-        }
+        """site -> (A, B) of each visit in `dtype`: scaled (documents, rank, in), (documents, out, rank)."""
+        adapters = {}
+        for site in self.read:
+            read = (self.read[site] * self.scale).to(dtype).unbind(0)
+            write = self.write[site].to(dtype).unbind(0)
+            adapters[site] = list(zip(read, write, strict=True))
+        return adapters
+
+
+# Calibration looks at every product through one: called with the site, the layer, the input and the output.
+Tap = Callable[[str, int, Tensor, Tensor], None]
 
 
 class Hooks(NamedTuple):
-    """What hangs on the matrices besides their weights: a calibration tap on the inputs, adapters by site and visit."""
+    """What hangs on the matrices besides their weights: a calibration tap, adapters by site and visit."""
 
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-    def adapt(self, site: str, step: Visit, x: Tensor, y: Tensor) -> Tensor:
+    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor) -> Tensor:
         """y plus what the site's adapter makes of x on this visit, if there is one."""
-        pairs = (self.lora or {}).get(site)
-        return y if pairs is None else y + x @ pairs[step.slot][0].mT @ pairs[step.slot][1].mT
+        if self.lora is None or site not in self.lora:
+            return y
+        read, write = self.lora[site][visit.index]
+        return y + x @ read.mT @ write.mT
 
 
-HEAD_VISIT = Visit(0, 0, False, None, "serial")
+# The head is no layer, but its product has the same hooks: a tap sees it as layer 0, its only adapter has
+# index 0. It comes after the last visit, so what is said of skips and residual means nothing here.
+HEAD_VISIT = Visit(layer=0, index=0, pushes_skip=False, skip_row=None, residual="serial")
+
+
+class Shared(NamedTuple):
+    """What all visits of one forward read."""
+
+    banks: dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+    rotation: tuple[Tensor, Tensor]
+    x0: Tensor  # the embedding (B, T, D), to which every layer may return
+    batch: Batch
+    hooks: Hooks
 
 
 class GPT(nn.Module):
-    """The one network: layers as the route says, weights from the parameter table, matrices in banks (#1523)."""
+    """The one network: layers as the route says, weights from the table, matrices in banks (#1523)."""
 
     def __init__(
         self,
@@ -1866,166 +2102,228 @@ class GPT(nn.Module):
         feed_forward: MLP = mlp_reference,
     ):
         super().__init__()
-        self.config, self.attend, self.fused, self.dtype, self.feed_forward = (
-            config,
-            attend,
-            fused,
-            dtype,
-            feed_forward,
-        )
-        self.table, self.looped = parameter_table(config), False
+        self.config = config
+        self.attend = attend
+        self.fused = fused
+        self.dtype = dtype
+        self.feed_forward = feed_forward
+        self.looped = False
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
+        self.table = parameter_table(config)
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
             spec.init(weight)
-            self.register_parameter(
-                name, nn.Parameter(weight.to(dtype) if spec.optimizer == "embed" else weight)
-            )
+            if spec.optimizer == "embed":
+                weight = weight.to(dtype)
+            self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
 
-    def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, ROPE_DIMS/2) of every position, from fp32 angles: rounding these would cost phase."""
-        c, dims, length = self.config, self.config.rope_dims, batch.inputs.size(1)
-        stretch = max(1.0, length / c.train_seq_len) if c.rope_yarn and dims > 2 else 1.0
-        base = c.rope_base * stretch ** (dims / max(dims - 2, 1))
-        count = lambda end, step: torch.arange(0, end, step, device=batch.inputs.device, dtype=torch.float32)
-        angle = torch.outer(count(length, 1), base ** -(count(dims, 2) / max(dims, 1)))[:, None]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
-        half, (cos, sin) = self.config.rope_dims // 2, rotation
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
-
-    @staticmethod
-    def matmul(
-        site: str, weight: Tensor, x: Tensor, step: Visit, hooks: Hooks, adapt: Tensor | None = None
-    ) -> Tensor:
-        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` where that is not x itself."""
-        y = F.linear(x, weight)
-        if hooks.tap:
-            hooks.tap(site, step.layer, x, y)
-        return hooks.adapt(site, step, x if adapt is None else adapt, y)
-
-    def attention(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        step: Visit,
-        banks: dict[str, Any],
-        batch: Batch,
-        rotation: tuple[Tensor, Tensor],
-        hooks: Hooks,
-    ) -> Tensor:
-        """Attention on x (B, T, D), `residual` normalised: QK norm, rotation and gain, XSA, head gate, projection."""
-        c, layer, (B, T, _) = self.config, step.layer, x.shape
-        raw = self.matmul("q", banks["qo"][layer], x, step, hooks)
-        q = raw.view(B, T, c.num_heads, -1)
-        k = self.matmul("k", banks["kv"][layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
-        v = self.matmul("v", banks["kv"][c.num_layers + layer], x, step, hooks).view(B, T, c.num_kv_heads, -1)
-        q, k = (
-            self.rotate(rms_norm(q), rotation) * banks["q_gain"][layer][:, None],
-            self.rotate(rms_norm(k), rotation),
-        )
-        y = self.attend(q, k, v, batch.starts, batch.longest)
-        if layer >= c.num_layers - c.xsa_last_n:
-            own = F.normalize(v, dim=-1)[:, :, :, None]
-            y = y.view(B, T, c.num_kv_heads, -1, y.size(-1))
-            y = y - (y * own).sum(-1, keepdim=True) * own
-        y = y.reshape(B, T, c.num_heads, -1)
-        if c.head_gate != "none":
-            source = {"residual": residual, "proj": x, "q": raw}[c.gate_attn_src][..., : c.gate_width or None]
-            opening = F.linear(source, banks["head_gate"][layer])
-            inside, outside = (1, 2) if c.head_gate == "attn_out" else (c.sparse_attn_gate_scale, 1)
-            y = y * (outside * torch.sigmoid(inside * opening))[..., None]
-        return self.matmul("o", banks["qo"][c.num_layers + layer], y.flatten(2), step, hooks, adapt=x)
-
-    def mlp(self, x: Tensor, step: Visit, banks: dict[str, Any], hooks: Hooks) -> Tensor:
-        """LeakyReLU(x up^T, 1/2)^2 down^T, and an adapter's delta; in one unless calibration looks inside."""
-        up, down = banks["up"][step.layer], banks["down"][step.layer]
-        if not hooks.tap:
-            return hooks.adapt("down", step, x, self.feed_forward(x, up, down))
-        hidden = F.leaky_relu(self.matmul("up", up, x, step, hooks), 0.5).square()
-        return self.matmul("down", down, hidden, step, hooks, adapt=x)
-
-    def embedding(self, batch: Batch) -> Tensor:
-        """The normalised token embeddings (B, T, D), with what they take from the token before."""
-        c, ids = self.config, batch.inputs
-        x = rms_norm(F.embedding(ids, self.embed))
-        opens = torch.zeros(
-            ids.size(1) + 1, dtype=torch.bool, device=ids.device
-        )  # where a packed row starts a segment
-        if batch.starts is not None:
-            opens = opens.index_fill(0, batch.starts.long(), True)
-        if (
-            self.hash_embed is not None
-        ):  # of (previous token, token); 0 comes before the start of a segment (#1523)
-            previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens[:-1], 0)
-            x = x + F.embedding((2039 * previous + ids) % c.hash_embed_size, self.hash_embed).to(x.dtype)
-        if c.smear_gate:
-            opening = F.linear(x[:, 1:, : c.gate_width or None], self.smear_w.to(x.dtype))
-            share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
-            if c.smear_gate_bos_fix:
-                share = share.masked_fill(((ids == BOS) | opens[:-1])[:, 1:, None], 0)
-            x = torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
-        return x
-
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, (B, T) fp32: the one path of training, scores, calibration and TTT."""
-        hooks = Hooks(tap, lora and lora.per_visit(self.dtype))
+        """Cross-entropy in nats of every target, (B, T) fp32."""
+        hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
-        targets, cap = batch.targets.flatten(), self.config.logit_softcap
-        fused = lambda *arguments: softcapped_ce_op(*arguments)[0]
-        return (fused if self.fused else softcapped_ce_reference)(logits, targets, cap).view_as(batch.targets)
+        targets = batch.targets.flatten()
+        if self.fused:
+            losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
+        else:
+            losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
+        return losses.view_as(batch.targets)
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
-        c, dtype = self.config, self.dtype
-        # One cast and one unbind per bank: looped layers reuse them, the backward has a node per bank, not per visit.
-        banks = {name: getattr(self, name).to(dtype).unbind(0) for name in self.table if name != "embed"}
-        rotation = self.rotation(batch)
-        x = x0 = self.embedding(batch)
-        lane, skips = None, []  # lane: the residual stream of the MLP once it has split off
-        for step in self.routes[self.looped]:
-            layer, depth = step.layer, (step.layer + 1) ** -0.5 if c.ln_scale else 1.0
-            splits, before = step.kind == "two_lane" and lane is None, x
-            if step.pop is not None:
-                skip = banks["skip_weights"][step.pop] * skips.pop()
-                gate = torch.sigmoid(banks["skip_gates"][step.pop]) if c.skip_gates_enabled else None
-                x = x + skip if gate is None else torch.lerp(skip, x, gate)
-            if splits:
-                lane = before if c.parallel_first_skip == "lane0" else x
-            keep, mix = banks["resid_mix"][layer]
-            read = keep * x + mix * x0
-            normed = rms_norm(read) * depth
-            attended = banks["attn_scale"][layer] * self.attention(
-                normed, read, step, banks, batch, rotation, hooks
-            )
-            # The three kinds of residual differ in what the MLP reads and where the two outputs go.
-            if step.kind == "serial":
-                read = read + attended
-                normed = rms_norm(read) * depth
-            elif step.kind == "two_lane":
-                normed = rms_norm(lane) * depth
-            transformed = banks["mlp_scale"][layer] * self.mlp(normed, step, banks, hooks)
-            if step.kind == "serial":
-                x = read + transformed
-            elif step.kind == "gptj":
-                x = read + attended + transformed
-            else:  # post[branch, lane] is how much of a branch each lane receives (#1529)
-                resid, post = banks["parallel_resid_lambdas"][layer], banks["parallel_post_lambdas"][layer]
-                x, lane = (
-                    resid[0] * x + post[0, 0] * attended + post[1, 0] * transformed,
-                    resid[1] * lane + post[0, 1] * attended + post[1, 1] * transformed,
-                )
-            if step.push:
+        # One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank,
+        # not per visit.
+        banks = {name: getattr(self, name).to(self.dtype).unbind(0) for name in self.table if name != "embed"}
+        shared = Shared(banks, self.rotation(batch), self.embedding(batch), batch, hooks)
+
+        x = shared.x0
+        lane = None  # the residual stream of the MLP, once it has parted from that of attention
+        skips = []
+        for visit in self.routes[self.looped]:
+            before = x
+            if visit.skip_row is not None:
+                x = self.merge_skip(x, skips.pop(), visit, shared)
+            if visit.residual == "two_lane":
+                if lane is None:
+                    lane = before if self.config.parallel_first_skip == "lane0" else x
+                x, lane = self.two_lane(x, lane, visit, shared)
+            elif visit.residual == "gptj":
+                x = self.gptj(x, visit, shared)
+            else:
+                x = self.serial(x, visit, shared)
+            if visit.pushes_skip:
                 skips.append(x)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
 
+    def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """x with a remembered output, channel by channel: through a gate between the two, or added."""
+        skip = shared.banks["skip_weights"][visit.skip_row] * skip
+        if not self.config.skip_gates_enabled:
+            return x + skip
+        gate = torch.sigmoid(shared.banks["skip_gates"][visit.skip_row])
+        return torch.lerp(skip, x, gate)
+
+    # The three forms of residual differ in what the MLP reads and where the outputs of attention and MLP go.
+    # In all of them attention reads its stream mixed with the embedding, normalised.
+
+    def serial(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The MLP reads what attention has written; both write to the mixed stream."""
+        x = self.mix(x, visit, shared)
+        x = x + self.attention(self.normalise(x, visit), x, visit, shared)
+        return x + self.mlp(self.normalise(x, visit), visit, shared)
+
+    def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""
+        x = self.mix(x, visit, shared)
+        normed = self.normalise(x, visit)
+        return x + self.attention(normed, x, visit, shared) + self.mlp(normed, visit, shared)
+
+    def two_lane(self, x: Tensor, lane: Tensor, visit: Visit, shared: Shared) -> tuple[Tensor, Tensor]:
+        """Attention reads x mixed, the MLP `lane` as it is; both write to both, without the mix (#1529)."""
+        mixed = self.mix(x, visit, shared)
+        attended = self.attention(self.normalise(mixed, visit), mixed, visit, shared)
+        transformed = self.mlp(self.normalise(lane, visit), visit, shared)
+        keep = shared.banks["parallel_resid_lambdas"][visit.layer]
+        post = shared.banks["parallel_post_lambdas"][visit.layer]  # [branch, lane]: its share for the lane
+        return (
+            keep[0] * x + post[0, 0] * attended + post[1, 0] * transformed,
+            keep[1] * lane + post[0, 1] * attended + post[1, 1] * transformed,
+        )
+
+    def mix(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """x with the embedding let in again, channel by channel."""
+        keep, again = shared.banks["resid_mix"][visit.layer]
+        return keep * x + again * shared.x0
+
+    def normalise(self, x: Tensor, visit: Visit) -> Tensor:
+        """x normalised, with LN_SCALE the smaller the deeper the layer."""
+        return rms_norm(x) * ((visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0)
+
+    @staticmethod
+    def matmul(
+        site: str, weight: Tensor, x: Tensor, visit: Visit, hooks: Hooks, adapt: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x."""
+        y = F.linear(x, weight)
+        if hooks.tap is not None:
+            hooks.tap(site, visit.layer, x, y)
+        return hooks.adapt(site, visit, x if adapt is None else adapt, y)
+
+    def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
+        config = self.config
+        banks = shared.banks
+        layer = visit.layer
+        B, T, _ = x.shape
+        raw = self.matmul("q", banks["qo"][layer], x, visit, shared.hooks)
+        k = self.matmul("k", banks["kv"][layer], x, visit, shared.hooks)
+        v = self.matmul("v", banks["kv"][config.num_layers + layer], x, visit, shared.hooks)
+        q = raw.view(B, T, config.num_heads, -1)
+        k = k.view(B, T, config.num_kv_heads, -1)
+        v = v.view(B, T, config.num_kv_heads, -1)
+
+        q = self.rotate(rms_norm(q), shared.rotation) * banks["q_gain"][layer][:, None]
+        k = self.rotate(rms_norm(k), shared.rotation)
+        y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        if layer >= config.num_layers - config.xsa_last_n:
+            y = self.without_own_value(y, v)
+        if config.head_gate != "none":
+            source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
+            y = self.gate_heads(y, source, banks["head_gate"][layer])
+
+        weight = banks["qo"][config.num_layers + layer]
+        y = self.matmul("o", weight, y.flatten(2), visit, shared.hooks, adapt=x)
+        return banks["attn_scale"][layer] * y
+
+    def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
+        length = batch.inputs.size(1)
+        dims = self.config.rope_dims
+        base = self.config.rope_base
+        if self.config.rope_yarn and dims > 2:
+            # NTK: where rows are longer than in training, the slowest wave becomes longer by the same factor.
+            base = base * max(1.0, length / self.config.train_seq_len) ** (dims / (dims - 2))
+        # Angles in fp32: rounding these would cost phase.
+        options = {"device": batch.inputs.device, "dtype": torch.float32}
+        frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
+        angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
+        half = self.config.rope_dims // 2
+        cos, sin = rotation
+        a = x[..., :half]
+        b = x[..., half : 2 * half]
+        rest = x[..., 2 * half :]
+        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+    @staticmethod
+    def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+        """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
+        own = F.normalize(v, dim=-1)[:, :, :, None]
+        grouped = y.view(*v.shape[:3], -1, y.size(-1))
+        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+
+    def gate_heads(self, y: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+        """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, >= G)."""
+        opening = F.linear(source[..., : self.config.gate_width or None], weight)
+        if self.config.head_gate == "attn_out":
+            gate = 2 * torch.sigmoid(opening)  # 1 with the initial weights
+        else:
+            gate = torch.sigmoid(self.config.sparse_attn_gate_scale * opening)
+        return y * gate[..., None]
+
+    def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
+        hooks = shared.hooks
+        up = shared.banks["up"][visit.layer]
+        down = shared.banks["down"][visit.layer]
+        if hooks.tap is None:
+            y = hooks.adapt("down", visit, x, self.feed_forward(x, up, down))
+        else:
+            hidden = F.leaky_relu(self.matmul("up", up, x, visit, hooks), 0.5).square()
+            y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
+        return shared.banks["mlp_scale"][visit.layer] * y
+
+    def embedding(self, batch: Batch) -> Tensor:
+        """The normalised token embeddings (B, T, D), with what they take from the token before."""
+        ids = batch.inputs
+        # Where a packed row starts a segment; the starts that are padding lie behind its end.
+        opens = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
+        if batch.starts is not None:
+            opens = opens.index_fill(0, batch.starts.long(), True)
+        opens = opens[:-1]
+
+        x = rms_norm(F.embedding(ids, self.embed))
+        if self.hash_embed is not None:
+            x = x + self.hashed_pairs(ids, opens).to(x.dtype)
+        if self.config.smear_gate:
+            x = self.smear(x, ids, opens)
+        return x
+
+    def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
+        """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
+        previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
+        return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
+
+    def smear(self, x: Tensor, ids: Tensor, opens: Tensor) -> Tensor:
+        """x with a gated share of the position before (#1667)."""
+        opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
+        share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
+        if self.config.smear_gate_bos_fix:  # nothing into the start of a document or segment (#1851)
+            share = share.masked_fill(((ids == BOS) | opens)[:, 1:, None], 0)
+        return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
+
 
 # === OPTIMIZERS ===
-# Per iteration (a, b, c) of X <- aX + (bA + cA^2)X with A = XX^T: Muon's own quintic, and Polar Express as in #1787.
+# In: the gradients of this rank's share of a batch. Out: parameters one step further, the same on every rank.
+# Muon moves the banks of matrices, AdamW the embedding and everything small: a column of the parameter table
+# says which. Ranks divide Muon's work bank by bank and do the rest in full each. The schedules at the end are
+# functions of progress or step alone: change them freely.
+
+# A row (a, b, c) per iteration of X <- aX + (bA + cA^2)X with A = XX^T; iterations after the last row repeat
+# it. "classic" is Muon's own quintic, "polar_express" as in #1787.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
@@ -2041,13 +2339,18 @@ NEWTON_SCHULZ = {
 def orthogonalize(
     update: Tensor, coefficients: tuple[tuple[float, float, float], ...], fused: bool = False
 ) -> Tensor:
-    """The matrices (N, R, C) of `update` with all singular values moved close to 1, in their dtype (Newton-Schulz)."""
+    """The matrices (N, R, C) of `update`, all singular values moved close to 1, by Newton-Schulz."""
     wide = update.size(-2) <= update.size(-1)
-    x = update if wide else update.mT
+    x = update if wide else update.mT  # the Gram matrix of the shorter side is the smaller one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in coefficients:
-        gram = symmetric_product_op(x, 0.0, 1.0) if fused else x @ x.mT
-        x = a * x + (symmetric_product_op(gram, b, c) if fused else b * gram + c * gram @ gram) @ x
+        if fused:
+            gram = symmetric_product_op(x, 0.0, 1.0)
+            polynomial = symmetric_product_op(gram, b, c)
+        else:
+            gram = x @ x.mT
+            polynomial = b * gram + c * gram @ gram
+        x = a * x + polynomial @ x
     return x if wide else x.mT
 
 
@@ -2060,7 +2363,7 @@ def muon_update(
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
 ) -> Tensor:
-    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`, compiled as one."""
+    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`."""
     buffer.mul_(momentum).add_(gradient)
     update = (gradient + momentum * buffer).float()
     if rows:
@@ -2076,38 +2379,56 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of each."""
 
+    # A step in the order of its communication, all of it asynchronous:
+    #   reduce  starts a reduce-scatter per bank. While these run, the caller reduces and moves the rest.
+    #   step    bank by bank, in the same order: wait for this rank's shard, orthogonalise it, start to gather
+    #           the results of all ranks; then apply those of the bank before, which were gathered meanwhile.
+    # So every rank issues the same collectives in the same order. Zeros fill up a bank until its shards are
+    # equal in size. One rank alone does the same without communication.
+
     def __init__(self, run: Run, banks: dict[str, nn.Parameter], compiled: bool, fused: bool = False):
-        self.run, self.fused, c = run, fused, run.config
-        table = NEWTON_SCHULZ[c.muon_coefficients]
-        self.coefficients = tuple(table[min(i, len(table) - 1)] for i in range(c.muon_backend_steps))
+        self.run = run
+        self.fused = fused
+        self.dtype = run.dtype
+        rows = NEWTON_SCHULZ[run.config.muon_coefficients]
+        self.coefficients = tuple(rows[min(i, len(rows) - 1)] for i in range(run.config.muon_backend_steps))
+        # Compiled as one, so that what is elementwise is fused.
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
-        self.dtype, self.shards, self.momenta, self.pending = run.dtype, {}, {}, {}
+        self.momenta = {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world_size)
             self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+        self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
+        self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
 
     def reduce(self) -> None:
-        """Start averaging the gradients; afterwards `shards` (once waited for) hold this rank's part of each bank."""
+        """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
+        world_size = self.run.world_size
         for name, bank in self.banks.items():
-            self.shards[name] = gradient = bank.grad.to(self.dtype)
-            if self.run.world_size > 1:
-                padded = gradient.new_zeros((len(self.momenta[name]) * self.run.world_size, *bank.shape[1:]))
-                padded[: len(bank)] = gradient / self.run.world_size
-                self.shards[name] = torch.empty_like(self.momenta[name])
-                self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
+            gradient = bank.grad.to(self.dtype)
+            if world_size == 1:
+                self.shards[name] = gradient
+                continue
+            padded = gradient.new_zeros((len(self.momenta[name]) * world_size, *bank.shape[1:]))
+            padded[: len(bank)] = gradient / world_size
+            self.shards[name] = torch.empty_like(self.momenta[name])
+            self.pending[name] = reduce_scatter(self.shards[name], padded, async_op=True), padded
+
+    def wait(self, name: str) -> None:
+        """Until the shard of a bank has arrived."""
+        if name in self.pending:
+            handle, _ = self.pending.pop(name)
+            handle.wait()
 
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale` multiplies the gradients first."""
-        mu, rows = (
-            torch.tensor(momentum, dtype=self.dtype, device=self.run.device),
-            self.run.config.muon_row_normalize,
-        )
-        applied = None
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+        mu = torch.tensor(momentum, dtype=self.dtype, device=self.run.device)
+        rows = self.run.config.muon_row_normalize
+        previous = None
         for name, bank in self.banks.items():
-            if name in self.pending:
-                self.pending.pop(name)[0].wait()
+            self.wait(name)
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
@@ -2115,91 +2436,116 @@ class Muon:
                 shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused
             )
             gathered = self.gather(update)
-            if applied:
-                self.apply(*applied, rate, decay)
-            applied = bank, *gathered
-        self.apply(*applied, rate, decay)
+            if previous is not None:
+                self.apply(*previous, rate, decay)
+            previous = (bank, *gathered)
+        self.apply(*previous, rate, decay)
 
-    def gather(self, shard: Tensor) -> tuple[Tensor, Callable[[], Any]]:
-        """The shards of all ranks as one tensor, and how to wait for it."""
+    def gather(self, shard: Tensor) -> tuple[Tensor, Any]:
+        """The shards of all ranks as one tensor, and what to wait for before reading it (one rank: None)."""
         if self.run.world_size == 1:
-            return shard, lambda: None
+            return shard, None
         whole = shard.new_empty((len(shard) * self.run.world_size, *shard.shape[1:]))
-        return whole, all_gather(whole, shard.contiguous(), async_op=True).wait
+        return whole, all_gather(whole, shard.contiguous(), async_op=True)
 
     @staticmethod
-    def apply(
-        bank: nn.Parameter, gathered: Tensor, wait: Callable[[], Any], rate: float, decay: float
-    ) -> None:
+    def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
         """Move one bank by its gathered update."""
-        wait()
+        if handle is not None:
+            handle.wait()
         scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
         bank.data.mul_(1 - rate * decay).add_(gathered[: len(bank)].to(bank.dtype), alpha=-rate * scale)
 
     def state(self) -> dict[str, Tensor]:
         """The whole momentum of each bank, whatever the number of ranks."""
-        pairs = {name: self.gather(shard) for name, shard in self.momenta.items()}
-        for _, wait in pairs.values():
-            wait()
-        return {name: whole[: len(self.banks[name])].clone() for name, (whole, _) in pairs.items()}
+        gathered = {name: self.gather(shard) for name, shard in self.momenta.items()}
+        state = {}
+        for name, (whole, handle) in gathered.items():
+            if handle is not None:
+                handle.wait()
+            state[name] = whole[: len(self.banks[name])].clone()
+        return state
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take this rank's part of a `state`."""
         for name, shard in self.momenta.items():
             part = state[name][self.run.rank * len(shard) : (self.run.rank + 1) * len(shard)]
-            shard.zero_()[: len(part)] = part.to(shard)
+            shard.zero_()
+            shard[: len(part)] = part.to(shard)
 
 
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and for everything small, one gradient clip for all of it."""
+    """Muon for the banks, AdamW for the embedding and everything small, one gradient clip for all of it."""
 
     def __init__(self, run: Run, model: GPT, compiled: bool):
-        self.run, c = run, run.config
-        group = lambda kind: {n: p for n, p in model.named_parameters() if model.table[n].optimizer == kind}
-        self.muon = Muon(run, group("muon"), compiled, model.fused)
-        self.replicated = [*group("embed").values(), *group("scalar").values()]
+        self.run = run
+        config = run.config
+
+        def moved_by(optimizer: str) -> dict[str, nn.Parameter]:
+            parameters = model.named_parameters()
+            return {name: p for name, p in parameters if model.table[name].optimizer == optimizer}
+
+        embed = list(moved_by("embed").values())
+        scalar = list(moved_by("scalar").values())
+        self.muon = Muon(run, moved_by("muon"), compiled, model.fused)
+        self.replicated = [*embed, *scalar]  # moved in full on every rank
         self.parameters = [*self.muon.banks.values(), *self.replicated]
         groups = [
-            {"params": list(group(kind).values()), "lr": rate, "weight_decay": decay}
-            for kind, rate, decay in (
-                ("embed", c.tied_embed_lr, c.embed_wd),
-                ("scalar", c.scalar_lr, c.adam_wd),
-            )
+            {"params": embed, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
+            {"params": scalar, "lr": config.scalar_lr, "weight_decay": config.adam_wd},
         ]
-        self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=run.is_cuda)
-        self.rates = [g["lr"] for g in self.adam.param_groups]
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
+        self.rates = [group["lr"] for group in self.adam.param_groups]
 
     def step(self, rate_scale: float, momentum: float, decay: float) -> None:
-        """One update of all parameters from their gradients, which are freed; `decay`: that of the matrices."""
-        c, world = self.run.config, self.run.world_size
+        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices."""
+        config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
                 parameter.grad = torch.zeros_like(parameter)
-        if c.grad_clip_norm and c.grad_clip_scope == "local":
-            nn.utils.clip_grad_norm_(self.parameters, c.grad_clip_norm, foreach=True)
+
+        if config.grad_clip_norm and config.grad_clip_scope == "local":
+            nn.utils.clip_grad_norm_(self.parameters, config.grad_clip_norm, foreach=True)
         self.muon.reduce()
-        for dtype in {p.dtype for p in self.replicated} if world > 1 else ():  # one flat all-reduce each
-            gradients = [p.grad for p in self.replicated if p.dtype == dtype]
-            flat = self.run.sum_over_ranks(torch.cat([g.flatten() for g in gradients]) / world)
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        self.reduce_replicated()
         scale = None
-        if c.grad_clip_norm and c.grad_clip_scope == "global":
-            for handle, _ in self.muon.pending.values():
-                handle.wait()
-            self.muon.pending.clear()
-            norms = lambda tensors: sum(tensor.float().square().sum() for tensor in tensors)
-            square = self.run.sum_over_ranks(norms(self.muon.shards.values())) + norms(
-                p.grad for p in self.replicated
-            )
-            scale = (c.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.replicated], scale)
+        if config.grad_clip_norm and config.grad_clip_scope == "global":
+            scale = self.global_clip_scale()
+            torch._foreach_mul_([parameter.grad for parameter in self.replicated], scale)
+
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(c.matrix_lr * rate_scale, momentum, decay, scale)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale)
+
         for parameter in self.parameters:
             parameter.grad = None
+
+    def reduce_replicated(self) -> None:
+        """Average the gradients of `replicated`, in one flat all-reduce per dtype."""
+        world_size = self.run.world_size
+        if world_size == 1:
+            return
+        # In the order of the parameters: that of a set differs between ranks, which would mix the dtypes up.
+        for dtype in dict.fromkeys(parameter.dtype for parameter in self.replicated):
+            gradients = [parameter.grad for parameter in self.replicated if parameter.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / world_size
+            parts = self.run.sum_over_ranks(flat).split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def global_clip_scale(self) -> Tensor:
+        """What brings the norm of all averaged gradients down to GRAD_CLIP_NORM."""
+
+        def square(gradients: Iterable[Tensor]) -> Tensor:
+            return sum(gradient.float().square().sum() for gradient in gradients)
+
+        for name in self.muon.banks:
+            self.muon.wait(name)
+        sharded = self.run.sum_over_ranks(square(self.muon.shards.values()))
+        norm = (sharded + square(parameter.grad for parameter in self.replicated)).sqrt()
+        return (self.run.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def state(self) -> dict[str, Any]:
         """Everything `load` needs, as tensors and numbers."""
@@ -2213,61 +2559,64 @@ class Optimizers:
 
 @torch.no_grad()
 def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
-    """Move the fp32 `average` of all parameters towards the live ones by 1 - decay, in two fused calls (#1585)."""
-    torch._foreach_mul_(list(average.values()), decay)
+    """Move the fp32 `average` of all parameters towards the live ones by 1 - decay (#1585)."""
+    averages = list(average.values())
+    # Two fused calls instead of two per parameter.
     live = [model.get_parameter(name).detach().float() for name in average]
-    torch._foreach_add_(list(average.values()), live, alpha=1 - decay)
+    torch._foreach_mul_(averages, decay)
+    torch._foreach_add_(averages, live, alpha=1 - decay)
 
 
 def learning_rate_scale(config: Config, progress: float) -> float:
-    """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over the last WARMDOWN_FRAC, at least MIN_LR."""
-    warmdown = config.warmdown_frac
-    return 1.0 if progress < 1 - warmdown or warmdown == 0 else max((1 - progress) / warmdown, config.min_lr)
+    """Learning-rate multiplier at `progress` (0 to 1): 1, then linear over WARMDOWN_FRAC, at least MIN_LR."""
+    if config.warmdown_frac == 0 or progress < 1 - config.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / config.warmdown_frac, config.min_lr)
 
 
 def muon_weight_decay(config: Config, progress: float) -> float:
-    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it at the end (#1729)."""
-    taper = max(0.0, progress - config.wd_taper_start_frac) / max(1 - config.wd_taper_start_frac, 1e-9)
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
+    start = config.wd_taper_start_frac
+    taper = max(0.0, progress - start) / max(1 - start, 1e-9)
     return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
 
 
 def muon_momentum(config: Config, step: int) -> float:
     """Muon momentum at `step`: a linear ramp, then constant."""
-    ramp = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    if config.muon_momentum_warmup_steps == 0:
+        return config.muon_momentum
+    ramp = min(1.0, step / config.muon_momentum_warmup_steps)
     return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
 
 
 # === QUANTIZE ===
-# A matrix (R, C) becomes integers times steps. QUANTIZER=sdclip: one step per row, integers clipped. rate_distortion:
-# delta 2^(row/8) 2^(column/8), following how much outputs and inputs matter, delta such that the file is full. Going
-# down a column, the state of a trellis gives the parity of each integer: only integer >> 1 is coded.
+# In: the averaged weights and calibration windows. Out: every tensor as the artifact holds it (`Quantized`),
+# small ones in fp16, matrices (R, C) as integers times step sizes. QUANTIZER=sdclip: one step size per row,
+# integers clipped. rate_distortion: delta 2^(row/8) 2^(column/8), which follows how much the outputs and
+# inputs of the matrix matter, with the one delta that fills the file. Going down a column, the state of a
+# trellis gives the parity of each integer: only integer >> 1 is coded. SENSITIVITY_POWERS and BIT_PRICE are
+# free to change; the trellis and STEPS_PER_OCTAVE are part of the artifact's format.
 
-TRELLIS_POLYNOMIALS = {
-    8: (0o13, 0o4),
-    64: (0o103, 0o24),
-    256: (0o515, 0o362),
-}  # parity polynomials of Ungerboeck's codes
-STEPS_PER_OCTAVE = 8  # steps are 2^(n/OCTAVE)
-SENSITIVITY_POWERS, BIT_PRICE = (
-    (1.0, 1.0, 1.0),
-    0.5,
-)  # of the sensitivities between matrices, of rows, of columns; weight of the bits
-SYMBOLS, SIZE_CLASSES, COUNT_GAIN, COUNT_LIMIT, INTERVAL_MASK = (
-    256,
-    40,
-    32,
-    1 << 18,
-    (1 << 56) - 1,
-)  # of the entropy coder: counts, interval
-numba_jit = numba.njit(
-    nogil=True, cache=os.path.exists((lambda: 0).__code__.co_filename)
-)  # packed: it has no file
+# Parity polynomials (h0, h1) of Ungerboeck's codes by number of states.
+TRELLIS_POLYNOMIALS = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}
+STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_PER_OCTAVE)
+SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
+BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
+GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
     """[work(job)] on as many threads as there are cores, or on `threads`."""
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return list(pool.map(work, jobs))
+
+
+# Compiled code is cached beside the file that a function comes from; those of the packed script come from
+# none.
+HAS_FILE = os.path.exists(parallel_map.__code__.co_filename)
+numba_jit = numba.njit(nogil=True, cache=HAS_FILE)
+# Parts of a hot loop: calls would make it 20 % slower.
+numba_inline = numba.njit(cache=HAS_FILE, forceinline=True)
 
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
@@ -2280,246 +2629,355 @@ def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
 
 
 def least_bits(config: Config, quantizer: str) -> float:
-    """Bits that a weight needs at least: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
-    if quantizer == "fp16" or config.quantizer == "rate_distortion":
-        return 16 if quantizer == "fp16" else 1.5
+    """Least bits of a weight: 16 in fp16, 1.5 in rate_distortion, 95 % of a Gaussian's entropy in SDClip."""
+    if quantizer == "fp16":
+        return 16
+    if config.quantizer == "rate_distortion":
+        return 1.5
     sigmas, bits = clip_and_bits(config, quantizer)
-    return 0.95 * (math.log2((2 ** (bits - 1) - 1) / sigmas) + 2.05)
+    return 0.95 * (math.log2((2 ** (bits - 1) - 1) / sigmas) + GAUSSIAN_BITS)
+
+
+def head_sensitivity(y: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(E[g^2] of the loss gradients at the head's outputs `y`, label probabilities), both (N, V) like `y`.
+
+    With z = cap tanh(y / cap), p = softmax(z) and a label drawn from p: g_v = (p_v - [v is the label])
+    dz_v/dy_v, hence E[g_v^2] = p_v (1 - p_v) (1 - tanh^2(y_v / cap))^2. The closed form, because few tokens
+    would draw a rare label.
+    """
+    bend = torch.tanh(y / cap)
+    probabilities = torch.softmax(cap * bend, -1)
+    return probabilities * (1 - probabilities) * (1 - bend.square()).square(), probabilities
+
+
+@dataclass(frozen=True)
+class MomentTap:
+    """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
+
+    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), by (site, layer);
+    the gradients arrive in the backward. `labels` are replaced by draws from the model once its head is
+    reached, which makes g^2 the Fisher diagonal. Without `sensitive` the gradients and the labels stay alone.
+    """
+
+    sums: dict[tuple[str, int], tuple[Tensor, Tensor]]
+    labels: Tensor
+    generator: torch.Generator
+    cap: float
+    sensitive: bool
+
+    def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
+        inputs, outputs = self.sums[site, layer]
+        x = x.detach().flatten(0, -2).float()
+        inputs.addmm_(x.T, x)
+        if not self.sensitive:
+            return
+        if site == "head":
+            squares, probabilities = head_sensitivity(y.detach().flatten(0, -2).float(), self.cap)
+            outputs.add_(squares.sum(0))
+            drawn = torch.multinomial(probabilities, 1, generator=self.generator)
+            self.labels.copy_(drawn.view_as(self.labels))
+            return
+
+        def add_squares(gradient: Tensor) -> None:
+            outputs.add_(gradient.flatten(0, -2).float().square().sum(0))
+
+        y.register_hook(add_squares)
 
 
 def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-    """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) of every matrix, by (site, layer).
-    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number changes
-    nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher diagonal (SDClip: 0)."""
-    c, cap, keys = (
-        run.config,
-        run.config.logit_softcap,
-        {m.key: m.parameter for m in list_matrices(model.table)},
-    )
-    rows = max(1, c.train_batch_tokens // STREAMS // c.train_seq_len)
-    part = max(1, min(rows, 2**14 // c.train_seq_len))  # per forward: the backward keeps every activation
-    count, tokens = c.gptq_calibration_batches * rows // part, part * c.train_seq_len
-    loader = ShuffledLoader(
-        dataclasses.replace(c, loader="shuffled", train_batch_tokens=STREAMS * tokens), data
-    )
-    zeros, shape = lambda *n: torch.zeros(n, device=run.device), lambda name: model.get_parameter(name).shape
-    sums = {key: (zeros(*2 * shape(name)[-1:]), zeros(shape(name)[-2])) for key, name in sorted(keys.items())}
-    sensitive = c.quantizer == "rate_distortion"
+    """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) by (site, layer) of the matrix.
 
-    def tap(site: str, layer: int, x: Tensor, y: Tensor) -> None:
-        (inputs, outputs), x = sums[site, layer], x.detach().flatten(0, -2).float()
-        inputs.addmm_(x.T, x)
-        if sensitive and site != "head":
-            y.register_hook(lambda g: [outputs.add_(g.flatten(0, -2).float().square().sum(0))][1:] or None)
-        elif sensitive:  # the head in closed form: few tokens would draw a rare label
-            bend = torch.tanh(y.detach().flatten(0, -2).float() / cap)
-            chance = torch.softmax(cap * bend, -1)
-            outputs.add_((chance * (1 - chance) * (1 - bend.square()).square()).sum(0))
-            batch.targets.copy_(torch.multinomial(chance, 1, generator=generator).view_as(batch.targets))
+    GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
+    changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
+    diagonal (SDClip needs none: E[g^2] is 0).
+    """
+    config = run.config
+    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
+    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
+    forwards = config.gptq_calibration_batches * windows // part
+    tokens = part * config.train_seq_len
+    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
+    loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
+    sensitive = config.quantizer == "rate_distortion"
+    parameters = {matrix.key: matrix.parameter for matrix in list_matrices(model.table)}
+    sums = {}
+    for key in sorted(parameters):
+        rows, columns = model.get_parameter(parameters[key]).shape[-2:]
+        inputs = torch.zeros(columns, columns, device=run.device)
+        sums[key] = inputs, torch.zeros(rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
-        for index in run.progress("calibration", range(run.rank, count, run.world_size)):
-            generator = torch.Generator(run.device).manual_seed(index)
+        for index in run.progress("calibration", range(run.rank, forwards, run.world_size)):
             batch = to_device(loader.get(index // STREAMS, index % STREAMS), run)
             batch = batch._replace(targets=batch.targets.clone())  # they may share memory with the inputs
+            generator = torch.Generator(run.device).manual_seed(index)
+            tap = MomentTap(sums, batch.targets, generator, config.logit_softcap, sensitive)
             loss = model(batch, tap).sum()
             if sensitive:
                 loss.backward()
     model.zero_grad()
-    return {
-        key: tuple(run.sum_over_ranks(total) / (tokens * count) for total in pair)
-        for key, pair in sums.items()
-    }
+
+    def mean(total: Tensor) -> Tensor:
+        return run.sum_over_ranks(total) / (tokens * forwards)
+
+    return {key: (mean(inputs), mean(outputs)) for key, (inputs, outputs) in sums.items()}
 
 
 class RoundingProblem(NamedTuple):
-    """A matrix ready to be rounded."""
+    """A matrix (R, C) ready to be rounded."""
 
     weight: Tensor  # fp32 (R, C)
-    order: Tensor  # of the columns, by falling diagonal of the damped inputs
-    factor: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what the error of a column does to the later ones
-    rows: np.ndarray  # int32 (R,) exponents of the steps
-    columns: np.ndarray  # int32 (C,)
+    column_order: Tensor  # int64 (C,), in which columns are rounded: by falling diagonal of `inputs`
+    feedback: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what a column's error does to others
+    row_exponents: np.ndarray  # int32 (R,) of the step sizes
+    column_exponents: np.ndarray  # int32 (C,), in the order of `weight`
 
 
 def rounding_problem(
     weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]
 ) -> RoundingProblem:
-    """Steps by reverse water-filling: outputs^(-1/2) times the diagonal of GPTQ's factor, to powers. The first of the
-    `powers` is for the geometric means of whole matrices, the others for rows and columns within."""
-    inputs, outputs = inputs.double().cpu().clone(), outputs.double().cpu()
-    weight = weight.float().cpu() * (
-        inputs.diagonal() > 0
-    )  # a column whose input is always zero costs no bits
+    """The problem of rounding `weight` (R, C) with E[x x^T] of `inputs` (C, C) and E[g^2] of `outputs` (R,).
+
+    An error E of the weights costs sum_r outputs_r E_r H E_r^T, where H is `inputs` with `damping` times its
+    mean diagonal added. With H = R R^T, R upper, and U = R^-1, an error e of column j costs (e / U_jj)^2 once
+    the later columns have made up for it: GPTQ adds -e U_jk / U_jj to column k. Reverse water-filling wants
+    the same distortion everywhere, so step sizes follow outputs_r^(-1/2) U_jj, to the `powers`: the first is
+    for the geometric means of whole matrices, the others for rows and for columns within.
+    torch.linalg.LinAlgError: H is not positive definite.
+    """
+    inputs = inputs.double().cpu().clone()
+    outputs = outputs.double().cpu()
+    weight = weight.float().cpu() * (inputs.diagonal() > 0)  # a column whose input is always 0 costs no bits
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
-    # inputs = R R^T with R upper, a Cholesky factor from the last column on; R^-1 is the factor that GPTQ needs.
+
+    # R is a Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
     root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
-    factor = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    feedback = (inverse / inverse.diagonal()[:, None]).float()
+
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
-    column = torch.log2(factor.diagonal())[torch.argsort(order)]
-    level, bend = row.mean() + column.mean(), lambda x, power: power * (x - x.mean())
-    exponents = (powers[0] * level + bend(row, powers[1]), bend(column, powers[2]))
-    rows, columns = ((STEPS_PER_OCTAVE * x).round().int().numpy() for x in exponents)
-    return RoundingProblem(weight, order, (factor / factor.diagonal()[:, None]).float(), rows, columns)
+    column = torch.log2(inverse.diagonal())[torch.argsort(order)]
+    level = powers[0] * (row.mean() + column.mean())
+    row_exponents = level + powers[1] * (row - row.mean())
+    column_exponents = powers[2] * (column - column.mean())
+    return RoundingProblem(
+        weight,
+        order,
+        feedback,
+        (STEPS_PER_OCTAVE * row_exponents).round().int().numpy(),
+        (STEPS_PER_OCTAVE * column_exponents).round().int().numpy(),
+    )
 
 
-def step_sizes(rows: np.ndarray, columns: np.ndarray, delta: float) -> np.ndarray:
-    """The fp32 step delta 2^(row/8) 2^(column/8) of every weight (R, C), the same bits on every machine."""
+def step_sizes(row_exponents: np.ndarray, column_exponents: np.ndarray, delta: float) -> np.ndarray:
+    """The fp32 step sizes delta 2^(row/8) 2^(column/8) of all weights (R, C): the same bits everywhere."""
     roots = np.array([2.0 ** (n / STEPS_PER_OCTAVE) for n in range(STEPS_PER_OCTAVE)], np.float32)
-    scale = lambda n: np.ldexp(roots[n % STEPS_PER_OCTAVE], n // STEPS_PER_OCTAVE).astype(np.float32)
-    return (np.float32(delta) * scale(rows))[:, None] * scale(columns)
+
+    def power(n: np.ndarray) -> np.ndarray:
+        return np.ldexp(roots[n % STEPS_PER_OCTAVE], n // STEPS_PER_OCTAVE).astype(np.float32)
+
+    return (np.float32(delta) * power(row_exponents))[:, None] * power(column_exponents)
 
 
 def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
-    """(S, 2) state after s by the integer's second bit (its first is s & 1), (2, S) state before; of 0 states: none."""
+    """(after (S, 2), before (2, S)): the states that follow and precede a state, by the integer's second bit.
+
+    The lowest two bits of an integer coded in state s are s & 1 and then a free bit b; the next state is
+    s >> 1 ^ (s & 1) (h0 >> 1) ^ b (h1 >> 1). No states: every integer is free, and `before` is empty.
+    """
     if states == 0:
         return np.zeros((1, 2), np.int64), np.zeros((2, 0), np.uint8)
-    (h0, h1), s, bit = TRELLIS_POLYNOMIALS[states], np.arange(states)[:, None], np.arange(2)
-    after = (s >> 1) ^ (h0 >> 1) * (s & 1) ^ (h1 >> 1) * bit
-    return after, np.argsort(after, axis=0).T.astype(np.uint8)  # column `bit` of `after` is a permutation
+    h0, h1 = TRELLIS_POLYNOMIALS[states]
+    state = np.arange(states)[:, None]
+    bit = np.arange(2)
+    after = (state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * bit
+    return after, np.argsort(after, axis=0).T.astype(np.uint8)  # either column of `after` is a permutation
 
 
 @numba_jit
-def viterbi(goal, price, before):
-    """Integers (R,) on a trellis path from state 0 with the least sum of price (goal - integer)^2, all fp32 (R,)."""
-    rows, states = len(goal), before.shape[1]
-    metric, choice = np.empty(4, np.float32), np.empty((rows, states), np.uint8)
-    cost, low, high = (
-        np.full(states, 1e30, np.float32),
-        np.empty(states, np.float32),
-        np.empty(states, np.float32),
-    )
+def viterbi(goals, prices, before):
+    """Integers m (R,) on a trellis path from state 0 with the least sum of price_r (goal_r - m_r)^2.
+
+    A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
+    every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
+    followed back.
+    """
+    rows = len(goals)
+    states = before.shape[1]
+    choices = np.empty((rows, states), np.uint8)
+    branch = np.empty(4, np.float32)  # cost of a branch by m modulo 4
+    cost = np.full(states, 1e30, np.float32)  # of the best path that ends in a state
     cost[0] = 0
-    for r in range(rows):
-        for c in range(4):  # to the nearest integer that is c modulo 4
-            distance = (goal[r] - np.float32(c)) * np.float32(0.25)
-            metric[c] = price[r] * np.float32(16) * (distance - np.rint(distance)) ** 2
-        for s in range(states):
-            low[s], high[s] = cost[s] + metric[s & 1], cost[s] + metric[2 + (s & 1)]
-        for s in range(states):
-            a, b = low[before[0, s]], high[before[1, s]]
-            cost[s], choice[r, s] = min(a, b), b < a
-    integers, s = np.empty(rows, np.int32), np.int64(np.argmin(cost))
-    for r in range(rows - 1, -1, -1):
-        bit = choice[r, s]
-        s = np.int64(before[bit, s])
-        c = np.float32(2 * bit + (s & 1))
-        integers[r] = np.int32(np.rint((goal[r] - c) * np.float32(0.25)) * np.float32(4) + c)
+    with_0 = np.empty(states, np.float32)  # of that path, continued with bit 0
+    with_1 = np.empty(states, np.float32)
+    for row in range(rows):
+        for residue in range(4):
+            distance = (goals[row] - np.float32(residue)) * np.float32(0.25)
+            branch[residue] = prices[row] * np.float32(16) * (distance - np.rint(distance)) ** 2
+        for state in range(states):
+            with_0[state] = cost[state] + branch[state & 1]
+            with_1[state] = cost[state] + branch[2 + (state & 1)]
+        for state in range(states):
+            cost_0 = with_0[before[0, state]]
+            cost_1 = with_1[before[1, state]]
+            cost[state] = min(cost_0, cost_1)
+            choices[row, state] = cost_1 < cost_0
+
+    integers = np.empty(rows, np.int32)
+    state = np.int64(np.argmin(cost))
+    for row in range(rows - 1, -1, -1):
+        bit = choices[row, state]
+        state = np.int64(before[bit, state])
+        residue = np.float32(2 * bit + (state & 1))
+        integers[row] = np.int32(np.rint((goals[row] - residue) * np.float32(0.25)) * np.float32(4) + residue)
     return integers
 
 
 @numba_jit
-def round_columns(w, step, factor, price, before, largest):
-    """Integers (C, R) of the columns w (C, R) in turn, the error of one going to the later ones; the errors stay in w.
-    No BLAS: its sums depend on the number of threads."""
+def round_columns(w, step_size, feedback, bit_prices, before, largest):
+    """Integers (C, R) of the columns w (C, R) in turn; the error of each goes to later ones and stays in w.
+
+    With s the step size and p the price of an integer's square (R,), a column minimises (w/s - m)^2 + p s^2
+    m^2, which is g (w/(s g) - m)^2 and a constant for g = 1 + p s^2. No BLAS: its sums depend on the number
+    of threads.
+    """
+    columns, rows = w.shape
     integers = np.empty(w.shape, np.int32)
-    for j in range(len(w)):
+    for j in range(columns):
         for i in range(j):
-            for r in range(w.shape[1]):
-                w[j, r] -= factor[i, j] * w[i, r]
-        weight = (
-            np.float32(1) + price * step[j] * step[j]
-        )  # (x/s - m)^2 + p s^2 m^2 = g (x/sg - m)^2 + constant
-        goal = w[j] / (step[j] * weight)
+            for row in range(rows):
+                w[j, row] -= feedback[i, j] * w[i, row]
+        g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
+        goals = w[j] / (step_size[j] * g)
         if before.shape[1]:
-            integers[j] = viterbi(goal, weight, before)
+            integers[j] = viterbi(goals, g, before)
         else:
-            integers[j] = np.minimum(np.maximum(np.rint(goal), -largest), largest)
-        w[j] -= integers[j] * step[j]
+            integers[j] = np.minimum(np.maximum(np.rint(goals), -largest), largest)
+        w[j] -= integers[j] * step_size[j]
     return integers
 
 
 def round_matrix(
-    p: RoundingProblem, step: np.ndarray, states: int, rate: float = 0.0, largest: int = 1 << 30
+    problem: RoundingProblem,
+    step_size: np.ndarray,
+    states: int,
+    bit_price: float = 0.0,
+    largest: int = 1 << 30,
 ) -> np.ndarray:
-    """Integers int32 (R, C), so that integers*step has little error under the inputs: column by column, the error of
-    one goes to those not yet rounded (GPTQ). `rate` is how much of the price of its bits an integer pays: in units of
-    the squared step a bit is worth 2 ln 2 of the distortion, 0.26 with a trellis and 1/12 without, and a Gaussian
-    integer m has log2(e) m^2 / (2 variance) bits."""
-    order, integers = p.order.numpy(), np.empty(step.T.shape, np.int32)
-    w, step = (np.ascontiguousarray(x.T[order]) for x in (p.weight.numpy(), step))
-    price = (
-        rate * np.float32(0.26 if states else 1 / 12) / np.maximum(np.square(w).mean(0), np.float32(1e-20))
+    """Integers int32 (R, C) so that integers * step_size, fp32 (R, C), has little error under the inputs.
+
+    Column by column, the error of one goes to those not yet rounded (GPTQ). `bit_price` is how much of the
+    price of its bits an integer pays: a bit is worth 2 ln 2 of the distortion D, and a Gaussian integer m has
+    log2(e) m^2 / (2 variance) bits, together D m^2 / variance. In units of the squared step size D is 0.26
+    with a trellis and 1/12 without. `largest` clips the integers, but only without a trellis.
+    """
+    order = problem.column_order.numpy()
+    weight = problem.weight.numpy()
+    w = np.ascontiguousarray(weight.T[order])
+    step_size = np.ascontiguousarray(step_size.T[order])
+    distortion = np.float32(0.26 if states else 1 / 12)
+    bit_prices = bit_price * distortion / np.maximum(np.square(w).mean(0), np.float32(1e-20))
+    integers = np.empty(w.shape, np.int32)
+    integers[order] = round_columns(
+        w, step_size, problem.feedback.numpy(), bit_prices, trellis(states)[1], largest
     )
-    integers[order] = round_columns(w, step, p.factor.numpy(), price, trellis(states)[1], largest)
     return np.ascontiguousarray(integers.T)
 
 
 class Quantized(NamedTuple):
-    """What the artifact holds of one tensor: integers and steps of a matrix, or fp16 values."""
+    """What the artifact holds of one tensor: integers and step sizes of a matrix, or fp16 values."""
 
     values: Tensor  # int8 or int32 (R, C), or fp16 of any shape
-    scales: Tensor | None = (
-        None  # fp16 (R,) steps of the rows, or int32 (R + C,) exponents of rows and columns
-    )
-    delta: Tensor | None = None  # fp32 (1,), the factor of steps with exponents
+    # fp16 (R,) step sizes of rows, or int32 (R + C,) exponents of rows and columns
+    scales: Tensor | None = None
+    delta: Tensor | None = None  # fp32 (1,), the factor of step sizes with exponents
 
     def restore(self) -> Tensor:
         """The fp32 tensor this stands for."""
-        if self.delta is not None:
-            rows, columns = np.split(self.scales.numpy(), [len(self.values)])
-            return self.values * torch.from_numpy(step_sizes(rows, columns, self.delta.item()))
-        return (
-            self.values.float() if self.scales is None else self.values.float() * self.scales.float()[:, None]
-        )
+        if self.scales is None:
+            return self.values.float()
+        if self.delta is None:
+            return self.values.float() * self.scales.float()[:, None]
+        row_exponents, column_exponents = np.split(self.scales.numpy(), [len(self.values)])
+        return self.values * torch.from_numpy(step_sizes(row_exponents, column_exponents, self.delta.item()))
 
 
-def round_clipped(p: RoundingProblem, sigmas: float, bits: int) -> Quantized:
-    """int8 integers of at most `bits` bits and fp16 row steps: `sigmas` standard deviations of the row over the largest
-    integer, what lies beyond is clipped (SDClip, #1394)."""
+def round_clipped(problem: RoundingProblem, sigmas: float, bits: int) -> Quantized:
+    """int8 integers of at most `bits` bits and fp16 step sizes of rows (SDClip, #1394).
+
+    A step size is `sigmas` standard deviations of its row over the largest integer; what lies beyond is
+    clipped.
+    """
+    weight = problem.weight
     largest = 2 ** (bits - 1) - 1
-    scales = (sigmas * p.weight.std(dim=1) / largest).clamp_min(2.0**-24).half()  # a row of zeros: not 0 / 0
-    integers = round_matrix(p, scales.float()[:, None].expand(p.weight.shape).numpy(), 0, largest=largest)
+    scales = (sigmas * weight.std(dim=1) / largest).clamp_min(2.0**-24).half()  # a row of zeros: not 0 / 0
+    step_size = scales.float()[:, None].expand(weight.shape).numpy()
+    integers = round_matrix(problem, step_size, 0, largest=largest)
     return Quantized(torch.from_numpy(integers.astype(np.int8)), scales)
 
 
 def round_matrices(
-    plans: dict[str, RoundingProblem], delta: float, states: int, rate: float, threads: int = 0
+    problems: dict[str, RoundingProblem], delta: float, states: int, bit_price: float, threads: int = 0
 ) -> dict[str, Quantized]:
-    """Every matrix on its trellis with steps of `delta`, the same for any number of threads."""
-    integers = parallel_map(
-        lambda p: round_matrix(p, step_sizes(p.rows, p.columns, delta), states, rate), plans.values(), threads
-    )
-    parts = lambda p, m: (
-        torch.from_numpy(m),
-        torch.from_numpy(np.append(p.rows, p.columns)),
-        torch.tensor([delta]),
-    )
-    return {name: Quantized(*parts(p, m)) for (name, p), m in zip(plans.items(), integers, strict=True)}
+    """Every matrix on its trellis with step sizes of `delta`, the same for any number of threads."""
+
+    def round_one(problem: RoundingProblem) -> Quantized:
+        rows, columns = problem.row_exponents, problem.column_exponents
+        integers = round_matrix(problem, step_sizes(rows, columns, delta), states, bit_price)
+        scales = torch.from_numpy(np.append(rows, columns))
+        return Quantized(torch.from_numpy(integers), scales, torch.tensor([delta]))
+
+    rounded = parallel_map(round_one, problems.values(), threads)
+    return dict(zip(problems, rounded, strict=True))
 
 
-def guess_delta(plans: dict[str, RoundingProblem], goal: float, states: int) -> float:
-    """The delta that makes about `goal` bytes: a Gaussian of deviation s costs log2(s/step) + 2.05 bits."""
-    bits = [
-        p.weight.numel()
-        * (
-            2.05
-            - (states > 0)
-            - (p.rows.mean() + p.columns.mean()) / STEPS_PER_OCTAVE
-            + float(torch.log2(p.weight.std() + 1e-9))
-        )
-        for p in plans.values()
-    ]
-    return 2.0 ** ((sum(bits) - 8 * goal) / sum(p.weight.numel() for p in plans.values()))
+def guess_delta(problems: dict[str, RoundingProblem], goal: float, states: int) -> float:
+    """The delta that makes about `goal` bytes.
+
+    A matrix of N weights with deviation s and mean exponents r and c costs about N (log2(s) - r/8 - c/8 -
+    log2(delta) + GAUSSIAN_BITS) bits, N less with a trellis; the sum over matrices is solved for log2(delta).
+    """
+    count = 0
+    bits = 0  # at delta = 1
+    for problem in problems.values():
+        weights = problem.weight.numel()
+        exponent = (problem.row_exponents.mean() + problem.column_exponents.mean()) / STEPS_PER_OCTAVE
+        deviation = float(torch.log2(problem.weight.std() + 1e-9))
+        bits += weights * (GAUSSIAN_BITS - (states > 0) - exponent + deviation)
+        count += weights
+    return 2.0 ** ((bits - 8 * goal) / count)
 
 
 def fit_delta(
     delta: float, goal: float, slope: float, size_of: Callable[[float], int], log: Callable
 ) -> float:
-    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8: a secant in its
-    log2 from `delta`, `slope` being about how many bytes fewer an octave makes."""
-    at, tried = math.log2(delta), {}
+    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8.
+
+    A secant in x = log2(delta) from `delta` on, aimed at the middle of the tolerance. `slope` is about how
+    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial is logged with
+    `log`.
+    """
+    x = math.log2(delta)
+    sizes: dict[float, int] = {}
     for _ in range(8):
-        tried[at] = size = size_of(2.0**at)
-        log(f"size: delta 2^{at:.5f} gives {size} bytes, {100 * (size / goal - 1):+.3f}% of the goal")
-        if 0 <= goal - size <= 5e-4 * goal:
+        sizes[x] = size_of(2.0**x)
+        log(f"size: delta 2^{x:.5f} gives {sizes[x]} bytes, {100 * (sizes[x] / goal - 1):+.3f}% of the goal")
+        if 0 <= goal - sizes[x] <= 5e-4 * goal:
             break
-        if len(tried) > 1:
-            (a, before), (b, size) = list(tried.items())[-2:]
-            slope = min(max((before - size) / (b - a), slope / 2), slope * 2)
-        at += (size - goal * (1 - 2.5e-4)) / slope
-    return 2.0 ** min((at for at in tried if tried[at] <= goal), default=max(tried))
+        if len(sizes) > 1:
+            before = list(sizes)[-2]
+            secant = (sizes[before] - sizes[x]) / (x - before)
+            slope = min(max(secant, slope / 2), slope * 2)
+        x += (sizes[x] - goal * (1 - 2.5e-4)) / slope
+    fitting = [x for x, size in sizes.items() if size <= goal]
+    return 2.0 ** min(fitting, default=max(sizes))
+
+
+def matrix_weight(weights: dict[str, Tensor], matrix: Matrix) -> Tensor:
+    """The weight (R, C) of `matrix`, a view of its bank or the parameter itself."""
+    weight = weights[matrix.parameter]
+    return weight if matrix.index is None else weight[matrix.index]
 
 
 def quantize(
@@ -2530,152 +2988,266 @@ def quantize(
     looped: bool,
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
 ) -> dict[str, Quantized]:
-    """Every tensor of `weights` as the artifact holds it, by flat name in table order; rate_distortion makes a file of
-    `goal` bytes. Rank 0 only: the matrices are spread over its threads."""
-    c, todo = run.config, list_matrices(table)
+    """Every tensor of `weights` as the artifact holds it, by flat name: matrices in table order, then others.
+
+    rate_distortion makes a file of `goal` bytes. Rank 0 only: the matrices are spread over its threads. Stop
+    if the `moments` of a matrix's inputs are not positive definite.
+    """
+    config = run.config
+    matrices = list_matrices(table)
     small = {
         name: Quantized(weights[name].half().cpu())
         for name, spec in table.items()
         if spec.quantizer == "fp16"
     }
-    pick = lambda m: weights[m.parameter] if m.index is None else weights[m.parameter][m.index]
-    powers = SENSITIVITY_POWERS if c.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+    powers = SENSITIVITY_POWERS if config.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
+
+    def pose(matrix: Matrix) -> RoundingProblem:
+        weight = matrix_weight(weights, matrix)
+        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers)
+
+    def clip(matrix: Matrix) -> Quantized:
+        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
+
     try:
-        made = parallel_map(
-            lambda m: rounding_problem(pick(m), *moments[m.key], c.gptq_dampening, powers), todo
-        )
+        posed = parallel_map(pose, matrices)
     except torch.linalg.LinAlgError:
         raise Stop(
-            f"GPTQ_DAMPENING={c.gptq_dampening}: the second moments of a matrix's inputs are not positive "
-            "definite; raise it or GPTQ_CALIBRATION_BATCHES"
+            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs are not "
+            "positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
         ) from None
-    plans = {m.name: p for m, p in zip(todo, made, strict=True)}
-    if c.quantizer == "sdclip":
-        rounded = parallel_map(lambda m: round_clipped(plans[m.name], *clip_and_bits(c, m.quantizer)), todo)
-        return dict(zip(plans, rounded, strict=True)) | small
-    count, found = sum(p.weight.numel() for p in plans.values()), {}
-    goal = min(goal, count)  # 8 bits a weight: finer would be waste
+    problems = {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+    if config.quantizer == "sdclip":
+        return dict(zip(problems, parallel_map(clip, matrices), strict=True)) | small
+
+    trials: dict[float, dict[str, Quantized]] = {}
 
     def size_of(delta: float) -> int:
-        found[delta] = round_matrices(plans, delta, c.trellis_states, BIT_PRICE) | small
-        return len(encode_artifact(c, found[delta], looped))
+        trials[delta] = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
+        return len(encode_artifact(config, trials[delta], looped))
 
-    return found[fit_delta(guess_delta(plans, goal, c.trellis_states), goal, count / 8, size_of, run.log)]
+    count = sum(problem.weight.numel() for problem in problems.values())
+    goal = min(goal, count)  # 8 bits a weight: finer would be waste
+    guess = guess_delta(problems, goal, config.trellis_states)
+    return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
 
 
 def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
     """The fp32 parameters, banks put together again, from the tensors of an artifact."""
     weights = {name: tensors[name].restore() for name, spec in table.items() if spec.quantizer == "fp16"}
     parts: dict[str, list[Tensor]] = {}
-    for m in list_matrices(table):
-        parts.setdefault(m.parameter, []).append(tensors[m.name].restore())
-    return weights | {
-        name: torch.stack(ms) if len(table[name].shape) == 3 else ms[0] for name, ms in parts.items()
-    }
+    for matrix in list_matrices(table):
+        parts.setdefault(matrix.parameter, []).append(tensors[matrix.name].restore())
+    for name, matrices in parts.items():
+        banked = len(table[name].shape) == 3
+        weights[name] = torch.stack(matrices) if banked else matrices[0]
+    return weights
 
 
 # === ARTIFACT ===
-# The header: magic, compressor, bytes of the manifest and of the payload, sha256 of both.
-ARTIFACT_MAGIC, ARTIFACT_HEADER = b"GOLFPAK2", struct.Struct("<8s8sIQ32s")
+# In: every tensor as `Quantized`. Out: the bytes on disk, and from these the same tensors again; and the
+# script that is shipped. Integers go through an adaptive range coder in integer arithmetic (the same bytes on
+# every machine), everything else through `compressor`. What is free to change: COUNT_GAIN, COUNT_LIMIT,
+# SIZE_CLASSES and the initial counts move a few bytes, and files written before the change can no longer be
+# read: ARTIFACT_MAGIC has to change with them.
+#
+# The container, little-endian; it holds no code and no pickle:
+#
+#     offset  bytes  what
+#          0      8  ARTIFACT_MAGIC
+#          8      8  name of the compressor, filled up with zeros
+#         16      4  M, bytes of the manifest
+#         20      8  P, bytes of the payload
+#         28     32  sha256 of the compressor's name, manifest and payload
+#         60      M  manifest: compressed JSON, see build_manifest
+#     60 + M      P  payload: the streams one behind the other, see streams_of; the manifest has their lengths
+ARTIFACT_MAGIC = b"GOLFPAK2"
+ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")
+
+# The entropy coder. Its state is an int64 array: the interval [LOW, LOW + SPAN), where LOW has the 56 bits
+# that follow the POSITION bytes in the buffer. A decoder keeps in LOW how far the bytes that it has read lie
+# above the interval's end.
+LOW = 0
+SPAN = 1
+POSITION = 2
+INTERVAL_MASK = (1 << 56) - 1
+SYMBOLS = 256  # of an alphabet
+ESCAPE = SYMBOLS - 1  # the symbol that four bytes follow
+SIZE_CLASSES = 40  # contexts by the size to expect, for each parity
+COUNT_GAIN = 32  # what a symbol's count grows by
+COUNT_LIMIT = 1 << 18  # of the sum: beyond it all counts are halved
+
+
+@numba_inline
+def add_carry(buffer, position):
+    """Add 1 to the number that ends before `position`: bytes of 255 become 0, the one before them grows."""
+    position -= 1
+    while buffer[position] == 255:
+        buffer[position] = 0
+        position -= 1
+    buffer[position] += 1
 
 
 @numba_jit
-def code_symbol(symbol, counts, coder, buffer, decoding):
-    """Code one symbol by its `counts`, the last of which is their sum, and count it; `coder` is low, span, position."""
-    unit, start, s = coder[1] // counts[SYMBOLS], 0, 0
-    while s < SYMBOLS - 1 and ((start + counts[s]) * unit <= coder[0] if decoding else s < symbol):
-        start += counts[s]
-        s += 1
-    coder[0] += -start * unit if decoding else start * unit
-    coder[1] = unit * counts[s]
-    if coder[0] > INTERVAL_MASK:
-        place = coder[2] - 1
-        while buffer[place] == 255:  # a carry
-            buffer[place] = 0
-            place -= 1
-        buffer[place] += 1
-        coder[0] &= INTERVAL_MASK
-    while coder[1] <= INTERVAL_MASK >> 8:
+def code_symbol(symbol, context, counts, coder, buffer, decoding):
+    """Encode `symbol`, or decode one, with the counts of `context`, the last of which is their sum; count it.
+
+    The interval shrinks to the symbol's part: its count's share of the span, behind those of smaller symbols.
+    An encoder whose LOW outgrows its 56 bits carries into the buffer. Then, while the span has at most 48
+    bits, the next byte moves from LOW to the buffer, or back when decoding.
+    """
+    low = coder[LOW]
+    unit = coder[SPAN] // counts[context, SYMBOLS]
+    if decoding:
+        symbol = 0
+        while symbol < SYMBOLS - 1 and unit * counts[context, symbol] <= low:
+            low -= unit * counts[context, symbol]
+            symbol += 1
+    else:
+        for smaller in range(symbol):
+            low += unit * counts[context, smaller]
+        if low > INTERVAL_MASK:
+            add_carry(buffer, coder[POSITION])
+            low &= INTERVAL_MASK
+
+    span = unit * counts[context, symbol]
+    while span <= INTERVAL_MASK >> 8:
         if decoding:
-            coder[0] = coder[0] << 8 | buffer[coder[2]]
+            low = low << 8 | buffer[coder[POSITION]]
         else:
-            buffer[coder[2]] = coder[0] >> 48
-            coder[0] = coder[0] << 8 & INTERVAL_MASK
-        coder[1] <<= 8
-        coder[2] += 1
-    counts[s] += COUNT_GAIN
-    counts[SYMBOLS] += COUNT_GAIN
-    if counts[SYMBOLS] > COUNT_LIMIT:
-        counts[:SYMBOLS] = (counts[:SYMBOLS] + 1) >> 1
-        counts[SYMBOLS] = counts[:SYMBOLS].sum()
-    return s
+            buffer[coder[POSITION]] = low >> 48
+            low = low << 8 & INTERVAL_MASK
+        span <<= 8
+        coder[POSITION] += 1
+    coder[LOW] = low
+    coder[SPAN] = span
+
+    counts[context, symbol] += COUNT_GAIN
+    counts[context, SYMBOLS] += COUNT_GAIN
+    if counts[context, SYMBOLS] > COUNT_LIMIT:
+        counts[context, :SYMBOLS] = (counts[context, :SYMBOLS] + 1) >> 1
+        counts[context, SYMBOLS] = counts[context, :SYMBOLS].sum()
+    return symbol
+
+
+@numba_inline
+def code_integer(integer, context, counts, coder, buffer, decoding):
+    """Encode `integer`, or decode one; 0, -1, 1, -2, 2 ... have the indices 0, 1, 2, 3, 4 ...
+
+    An index below ESCAPE is a symbol of `context`. Any other is ESCAPE and then its four bytes, low one
+    first, each of which has a context of its own.
+    """
+    index = integer << 1 if integer >= 0 else ~integer << 1 | 1
+    found = code_symbol(min(index, ESCAPE), context, counts, coder, buffer, decoding)
+    if found == ESCAPE:
+        found = 0
+        for byte in range(4):
+            part = index >> 8 * byte & 255
+            found |= code_symbol(part, 2 * SIZE_CLASSES + byte, counts, coder, buffer, decoding) << 8 * byte
+    return found >> 1 ^ -(found & 1)
+
+
+@numba_inline
+def size_class(size):
+    """The class of an expected size in sixteenths: four to the octave, the first is everything below 5/16."""
+    octave = 0
+    while size >= 8:
+        size >>= 1
+        octave += 4
+    return min(octave + max(size - 4, 0), SIZE_CLASSES - 1)
+
+
+@numba_jit
+def code_matrix(matrix, after, counts, coder, buffer, decoding):
+    """Encode or decode an int32 matrix (R, C) in place, column by column.
+
+    The context of an integer is its parity, known from the trellis, and its expected size: the mean of its
+    row times the factor of its column, both from what came before. A column's factor is the sum of the sizes
+    |m| in it over the sum of its rows' means; a row's mean is the sum of its sizes over the sum of the
+    columns' factors, and both of these are halved when the latter reaches 512, to forget. Fixed point, 1024
+    is 1.
+    """
+    rows, columns = matrix.shape
+    halving = np.int64(len(after) > 1)  # with a trellis the lowest bit is known
+    row_sum = np.full(rows, 8 << 10)  # as if two columns of size 4 had come before
+    row_mean = np.full(rows, 4 << 10)
+    factors = 2 << 10
+    for column in range(columns):
+        seen = 8 << 10  # as if two integers as large as expected had come before
+        expected = 8 << 10
+        state = 0
+        for row in range(rows):
+            parity = state & 1
+            sixteenths = row_mean[row] * ((seen << 10) // expected) >> 16
+            context = parity * SIZE_CLASSES + size_class(sixteenths)
+            known = np.int64(matrix[row, column]) >> halving
+            half = code_integer(known, context, counts, coder, buffer, decoding)
+            integer = half << halving | parity
+            matrix[row, column] = integer
+            state = after[state, half & 1]
+            size = min(abs(integer), 1 << 15) << 10
+            row_sum[row] += size
+            seen += size
+            expected += row_mean[row]
+        factors += (seen << 10) // expected
+        if factors > 512 << 10:
+            row_sum >>= 1
+            factors >>= 1
+        row_mean = (row_sum << 10) // factors
 
 
 @numba_jit
 def code_integers(values, shapes, after, counts, coder, buffer, decoding):
-    """Encode or decode int32 matrices (R, C), one behind the other in `values`, column by column. Which of the `counts`
-    (2 CLASSES + 4, SYMBOLS + 1) serve a symbol: those of its parity and of the size to expect, its row's mean times its
-    column's factor, both of what came before; the last four are for the bytes of what is no symbol."""
-    halving, begin = np.int64(len(after) > 1), 0
+    """Encode or decode int32 matrices of these `shapes`, one behind the other in `values`, see code_matrix.
+
+    `counts` (2 SIZE_CLASSES + 4, SYMBOLS + 1): contexts of even, then of odd integers by size class, and of
+    the bytes behind an ESCAPE.
+    """
+    begin = 0
     for rows, columns in shapes:
-        row_sum, row_size, weight = np.full(rows, 8 << 10), np.full(rows, 4 << 10), 2 << 10  # 1024 is 1
-        for j in range(columns):
-            seen, expected, state = 8 << 10, 8 << 10, 0  # of this column
-            for r in range(rows):
-                place, odd, context = begin + r * columns + j, state & 1, 0
-                size = row_size[r] * ((seen << 10) // expected) >> 16
-                while size >= 8:  # quarters of an octave
-                    size >>= 1
-                    context += 4
-                context = min(context + max(size - 4, 0), SIZE_CLASSES - 1) + odd * SIZE_CLASSES
-                k = np.int64(values[place]) >> halving
-                rest = k << 1 if k >= 0 else ~k << 1 | 1  # 0, -1, 1, -2, 2 ...
-                index = code_symbol(min(rest, SYMBOLS - 1), counts[context], coder, buffer, decoding)
-                if index == SYMBOLS - 1:
-                    index = 0
-                    for i in range(0, 32, 8):
-                        byte = code_symbol(
-                            rest >> i & 255, counts[2 * SIZE_CLASSES + i // 8], coder, buffer, decoding
-                        )
-                        index |= byte << i
-                k = index >> 1 ^ -(index & 1)
-                values[place] = k << halving | odd
-                state = after[state, k & 1]
-                size = min(abs(k << halving | odd), 1 << 15) << 10
-                row_sum[r], seen, expected = row_sum[r] + size, seen + size, expected + row_size[r]
-            weight += (seen << 10) // expected
-            if weight > 512 << 10:  # forget
-                row_sum, weight = row_sum >> 1, weight >> 1
-            row_size = (row_sum << 10) // weight
-        begin += rows * columns
+        end = begin + rows * columns
+        matrix = values[begin:end].reshape(rows, columns)
+        code_matrix(matrix, after, counts, coder, buffer, decoding)
+        begin = end
+
+
+def initial_counts(states: int) -> np.ndarray:
+    """The counts (2 SIZE_CLASSES + 4, SYMBOLS + 1) that both sides start from; they save 0.2 % of the bytes.
+
+    One of every symbol, and in a size class around mu the expectation of 128 integers of geometric size,
+    chances proportional to (mu / (mu + 1))^|m|; in whole numbers, which come out the same on every machine.
+    """
+    classes = np.arange(SIZE_CLASSES)
+    mean = 9 + 2 * (classes % 4) << classes // 4  # 32 is 1
+    powers = np.full((SYMBOLS + 1, SIZE_CLASSES), 1 << 40)
+    for size in range(SYMBOLS):
+        powers[size + 1] = powers[size] * mean // (mean + 32)
+    symbols = np.arange(SYMBOLS)
+    even = (symbols + 1) // 2 << (states > 0)  # sizes |m| of the symbols; without a trellis of all integers
+    odd = symbols | 1
+    sizes = np.stack((even, odd))
+    shares = powers[sizes].transpose(0, 2, 1).reshape(-1, SYMBOLS)
+    counts = np.ones((2 * SIZE_CLASSES + 4, SYMBOLS + 1), np.int64)
+    counts[: 2 * SIZE_CLASSES, :SYMBOLS] += 128 * COUNT_GAIN * shares // shares.sum(1, keepdims=True)
+    counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
+    return counts
 
 
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C) whose columns lie on trellis paths; with `data` they are filled from it."""
-    values, shapes = np.concatenate([m.ravel() for m in matrices]), np.array([m.shape for m in matrices])
-    # Counts start as 128 symbols of a geometric distribution, its mean that of the class (32 is 1): 0.2 % fewer bytes.
-    mean, s = np.array([9 + 2 * (c % 4) << c // 4 for c in range(SIZE_CLASSES)]), np.arange(SYMBOLS)
-    decay = itertools.accumulate(
-        range(2 * SYMBOLS), lambda w, _: w * mean // (mean + 32), initial=0 * mean + (1 << 40)
-    )
-    weight = (
-        np.stack([*decay])[np.stack(((s + 1) // 2 << (states > 0), s | 1))]
-        .transpose(0, 2, 1)
-        .reshape(-1, SYMBOLS)
-    )
-    counts = np.ones((2 * SIZE_CLASSES + 4, SYMBOLS + 1), np.int64)
-    counts[: 2 * SIZE_CLASSES, :SYMBOLS] += 128 * COUNT_GAIN * weight // weight.sum(1, keepdims=True)
-    counts[:, SYMBOLS] = counts[:, :SYMBOLS].sum(1)
-    buffer = np.frombuffer(bytearray(8 * values.size + 64 if data is None else data + b"\xff" * 64), np.uint8)
-    coder = np.array(
-        [0, INTERVAL_MASK + 1, 0]
-        if data is None
-        else [int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7]
-    )
-    code_integers(values, shapes, trellis(states)[0], counts, coder, buffer, data is not None)
-    for m, part in zip(matrices, np.split(values, np.cumsum(shapes.prod(1))[:-1]), strict=True):
-        m[:] = part.reshape(m.shape)
-    return buffer[: coder[2]].tobytes() + bytes([coder[0] >> 48])  # read with 255s behind it: within the span
+    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it."""
+    values = np.concatenate([matrix.ravel() for matrix in matrices])
+    shapes = np.array([matrix.shape for matrix in matrices])
+    if data is None:
+        buffer = np.zeros(8 * values.size + 64, np.uint8)
+        coder = np.array([0, INTERVAL_MASK + 1, 0])
+    else:
+        buffer = np.frombuffer(bytearray(data + b"\xff" * 64), np.uint8)
+        coder = np.array([int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7])
+    code_integers(values, shapes, trellis(states)[0], initial_counts(states), coder, buffer, data is not None)
+    parts = np.split(values, np.cumsum(shapes.prod(1))[:-1])
+    for matrix, part in zip(matrices, parts, strict=True):
+        matrix[:] = part.reshape(matrix.shape)
+    return buffer[: coder[POSITION]].tobytes() + bytes([coder[LOW] >> 48])  # 255s behind it: within the span
 
 
 def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
@@ -2687,91 +3259,128 @@ def compress(data: bytes, compressor: str, undo: bool = False) -> bytes:
     return brotli.decompress(data) if undo else brotli.compress(data, quality=11, lgwin=24)
 
 
+def byte_planes(part: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor as a view, uint8 (bytes of an element, elements), low ones first."""
+    return part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
+
+
 def code_stream(parts: list[Tensor], compressor: str, states: int, data: bytes | None = None) -> bytes:
-    """One stream of the artifact; with `data`, its parts are filled from it. int32 goes through `code` (matrices lie on
-    trellis paths, vectors do not), the rest through `compressor`, all low bytes before all high ones: these repeat."""
+    """One stream of the artifact; with `data`, its parts are filled from it.
+
+    int32 goes through code_matrices (matrices lie on trellis paths of so many `states`, vectors do not), the
+    rest through `compressor`, all low bytes of a part before all high ones: these repeat.
+    """
     if parts[0].dtype == torch.int32:
-        return code_matrices(
-            [part.view(len(part), -1).numpy() for part in parts], states * (parts[0].dim() > 1), data
-        )
-    planes = lambda part: part.contiguous().numpy().reshape(-1, 1).view(np.uint8).T
+        matrices = [part.view(len(part), -1).numpy() for part in parts]
+        return code_matrices(matrices, states if parts[0].dim() > 1 else 0, data)
     if data is None:
-        return compress(b"".join(planes(part).tobytes() for part in parts), compressor)
+        return compress(b"".join(byte_planes(part).tobytes() for part in parts), compressor)
     raw = np.frombuffer(compress(data, compressor, undo=True), np.uint8)
-    for part, flat in zip(parts, np.split(raw, np.cumsum([part.nbytes for part in parts])[:-1]), strict=True):
-        planes(part)[:] = flat.reshape(part.itemsize, -1)
+    ends = np.cumsum([part.nbytes for part in parts])
+    for part, flat in zip(parts, np.split(raw, ends[:-1]), strict=True):
+        byte_planes(part)[:] = flat.reshape(part.itemsize, -1)
     return data
 
 
 def streams_of(name: str, tensor: Quantized) -> list[tuple[str, Tensor]]:
     """Which stream each part of a tensor goes to: one per role, so that the coder sees like beside like."""
     role = "fp16" if tensor.scales is None else re.sub(r"\d+", "*", name)
-    return [
-        (stream, part)
-        for stream, part in zip((role, "scales", "delta"), tensor, strict=True)
-        if part is not None
-    ]
+    parts = zip((role, "scales", "delta"), tensor, strict=True)
+    return [(stream, part) for stream, part in parts if part is not None]
+
+
+def collect_streams(tensors: dict[str, Quantized]) -> dict[str, list[Tensor]]:
+    """The parts of all tensors by stream, both in the order of the artifact."""
+    streams: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        for stream, part in streams_of(name, tensor):
+            streams.setdefault(stream, []).append(part)
+    return streams
+
+
+def build_manifest(
+    config: Config, tensors: dict[str, Quantized], looped: bool, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """What a reader needs besides the payload; `sizes` are the bytes of the streams."""
+
+    def describe(name: str, tensor: Quantized) -> list:
+        parts = [part for _, part in streams_of(name, tensor)]
+        return [name, [[str(part.dtype).removeprefix("torch."), list(part.shape)] for part in parts]]
+
+    return {
+        "format": 2,
+        "looped": looped,
+        "states": config.trellis_states,
+        "model": config.chosen("Model"),
+        "tensors": [describe(name, tensor) for name, tensor in tensors.items()],
+        "streams": [[name, size] for name, size in sizes.items()],
+    }
 
 
 def encode_artifact(config: Config, tensors: dict[str, Quantized], looped: bool) -> bytes:
-    """The artifact: header, compressed JSON manifest (settings, tensors, streams), one compressed stream per role. It
-    holds no code and no pickle; the header carries the sha256 of what follows it. `looped`: the route to use."""
-    streams: dict[str, list[Tensor]] = {}
+    """The artifact: header, compressed manifest, one stream per role; `looped` is the route to evaluate on.
+
+    Stop if a value does not fit in fp16.
+    """
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.values.float()).all():
             raise Stop(
                 f"{name}: a value does not fit in fp16, nothing was packed; lower SCALAR_LR or raise ADAM_WD"
             )
-        for stream, part in streams_of(name, tensor):
-            streams.setdefault(stream, []).append(part)
-    coder, states = config.compressor, config.trellis_states
-    packed = parallel_map(
-        lambda parts: code_stream(parts, coder, states), streams.values()
-    )  # coders run without the lock
-    what = lambda part: [str(part.dtype).removeprefix("torch."), list(part.shape)]
-    manifest = {
-        "format": 2,
-        "looped": looped,
-        "states": states,
-        "model": config.chosen("Model"),
-        "tensors": [[name, [what(part) for _, part in streams_of(name, t)]] for name, t in tensors.items()],
-        "streams": [[name, len(data)] for name, data in zip(streams, packed, strict=True)],
-    }
-    head, payload = compress(json.dumps(manifest, separators=(",", ":")).encode(), coder), b"".join(packed)
-    digest = hashlib.sha256(coder.encode() + head + payload).digest()
-    return (
-        ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder.encode(), len(head), len(payload), digest) + head + payload
-    )
+
+    def encode(parts: list[Tensor]) -> bytes:
+        return code_stream(parts, config.compressor, config.trellis_states)
+
+    streams = collect_streams(tensors)
+    coded = parallel_map(encode, streams.values())  # coders run without the interpreter's lock
+    sizes = {name: len(data) for name, data in zip(streams, coded, strict=True)}
+    manifest = json.dumps(build_manifest(config, tensors, looped, sizes), separators=(",", ":"))
+    head = compress(manifest.encode(), config.compressor)
+    payload = b"".join(coded)
+    coder = config.compressor.encode()
+    digest = hashlib.sha256(coder + head + payload).digest()
+    return ARTIFACT_HEADER.pack(ARTIFACT_MAGIC, coder, len(head), len(payload), digest) + head + payload
 
 
-def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
-    """(manifest, tensors by flat name, sha256 of the file) of the artifact at `path`; Stop if a byte of it is wrong."""
+def read_container(path: Path) -> tuple[str, bytes, bytes, str]:
+    """(compressor, compressed manifest, payload, sha256 of the file); Stop if a byte of `path` is wrong."""
     remedy = "copy it again, or make it again with STAGE=quantize"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise Stop(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     start = ARTIFACT_HEADER.size
-    stop_if(
-        len(data) < start or not data.startswith(ARTIFACT_MAGIC),
-        f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}",
-    )
+    if len(data) < start or not data.startswith(ARTIFACT_MAGIC):
+        raise Stop(f"{path}: not an artifact (it should start with {ARTIFACT_MAGIC.decode()}); {remedy}")
     _, coder, head, payload, digest = ARTIFACT_HEADER.unpack_from(data)
-    coder, size = coder.rstrip(b"\0"), start + head + payload
-    stop_if(len(data) != size, f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
-    found = hashlib.sha256(coder + data[start:]).digest()
-    stop_if(found != digest, f"{path}: a byte was changed, the checksum does not fit; {remedy}")
-    manifest = json.loads(compress(data[start : start + head], coder.decode(), undo=True))
-    tensors, streams, jobs, end = {}, {}, [], start + head
+    size = start + head + payload
+    if len(data) != size:
+        raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
+    coder = coder.rstrip(b"\0")
+    if hashlib.sha256(coder + data[start:]).digest() != digest:
+        raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
+    return coder.decode(), data[start : start + head], data[start + head :], hashlib.sha256(data).hexdigest()
+
+
+def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
+    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong."""
+    compressor, head, payload, digest = read_container(path)
+    manifest = json.loads(compress(head, compressor, undo=True))
+    tensors = {}
     for name, parts in manifest["tensors"]:
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
-        for stream, part in streams_of(name, tensors[name]):
-            streams.setdefault(stream, []).append(part)
-    for stream, size in manifest["streams"]:
-        jobs.append((streams[stream], coder.decode(), manifest["states"], data[end : end + size]))
-        end += size
-    parallel_map(lambda job: code_stream(*job), jobs)
-    return manifest, tensors, hashlib.sha256(data).hexdigest()
+    streams = collect_streams(tensors)
+    begin = 0
+    pieces = {}
+    for name, size in manifest["streams"]:
+        pieces[name] = payload[begin : begin + size]
+        begin += size
+
+    def fill(name: str) -> None:
+        code_stream(streams[name], compressor, manifest["states"], pieces[name])
+
+    parallel_map(fill, pieces)
+    return manifest, tensors, digest
 
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
@@ -2780,18 +3389,18 @@ def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tupl
     write_atomically(path, encode_artifact(run.config, tensors, looped))
     _, again, digest = decode_artifact(path)
     same = list(again) == list(tensors) and all(
-        torch.equal(again[n].restore(), tensors[n].restore()) for n in tensors
+        torch.equal(again[name].restore(), tensors[name].restore()) for name in tensors
     )
-    stop_if(
-        not same,
-        f"{path}: reads back differently than it was written; check the disk and the "
-        f"{run.config.compressor} package, nothing was scored",
-    )
+    if not same:
+        raise Stop(
+            f"{path}: reads back differently than it was written; check the disk and the "
+            f"{run.config.compressor} package, nothing was scored"
+        )
     return path.stat().st_size, digest
 
 
-# The packed script: a decoder line around the compressed source. It registers the source with linecache because Triton
-# reads the text of its kernels through inspect, which a bare exec would leave without any.
+# The packed script: a decoder line around the compressed source. It registers the source with linecache
+# because Triton reads the text of its kernels through inspect, which a bare exec would leave without any.
 PACKED_HEAD = "import base64 as b,linecache as l,lzma as z\n"
 PACKED_SCRIPT = PACKED_HEAD + (
     "s=z.decompress(b.b85decode(\"{}\"),3,None,[{{'id':33,'dict_size':1<<20}}]).decode()\n"
@@ -2801,21 +3410,24 @@ PACKED_SCRIPT = PACKED_HEAD + (
 
 @functools.lru_cache(1)
 def pack_source(source: str) -> tuple[str, str]:
-    """(`source` as a self-extracting script, how it was made); a script that is packed already comes back as it is."""
+    """(`source` as a self-extracting script, how it was made); one that is packed already stays as it is."""
     if source.startswith(PACKED_HEAD):
         return source, "already packed"
     try:
         import python_minifier
-
-        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels' text.
-        source, how = (
-            python_minifier.minify(
-                source, rename_locals=False, hoist_literals=False, remove_annotations=False
-            ),
-            "minified",
-        )
     except ImportError:
         how = "not minified (python-minifier is not installed)"
+    else:
+        how = "minified"
+        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
+        # text. Of the docstrings only the head of the file stays, which --help prints.
+        source = python_minifier.minify(
+            source,
+            rename_locals=False,
+            hoist_literals=False,
+            remove_annotations=False,
+            remove_literal_statements=True,
+        )
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}
     ]

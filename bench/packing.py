@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Packers on one trained checkpoint at equal bytes: file size, KL to the unquantised model, BPB, time and memory.
+"""Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
 
-The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with equally
-many trials at about 3.3 bit per weight, and reported on others; the figures of RESULT are those of ours as shipped,
-untuned. Schemes: SDClip with brotli and, if lrzip is there, its zpaq per role (brotli for the small streams); ours
-with each part switched on in turn. Every file is decoded again and the KL is that of the decoded weights. The rows
-that show single parts are judged on --part-tokens, the others on --tokens and (last column) on the same as these.
-Time and memory of the full shape come from random weights of the contest's 36 M.
---quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the same keys.
+The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
+equally many trials at about 3.3 bit per weight, and reported on others; the figures of RESULT are those of
+ours as shipped, untuned. Schemes: SDClip with brotli and, if lrzip is there, its zpaq per role (brotli for
+the small streams); ours with each part switched on in turn. Every file is decoded again and the KL is that of
+the decoded weights. The rows that show single parts are judged on --part-tokens, the others on --tokens and
+(last column) on the same as these. Time and memory of the full shape come from random weights of the
+contest's 36 M.
+--quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
+same keys.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ class Subject:
 
     @torch.no_grad()
     def divergence(self, weights: dict[str, Tensor], chunks: range) -> tuple[np.ndarray, float]:
-        """(KL in nats per token of the model's distribution from that with `weights`, by chunk; more bits per byte)."""
+        """(KL in nats per token of the model from the one with `weights`, by chunk; more bits per byte)."""
         cap, worse, head, found = self.config.logit_softcap, 0.0, self.weights["embed"], []
         chances = lambda hidden, matrix: F.log_softmax(cap * torch.tanh(hidden @ matrix.T / cap), -1)
         self.model.load_state_dict(weights)
@@ -130,7 +132,7 @@ def symbol_bits(tensors: dict[str, t.Quantized]) -> float:
 
 
 def zpaq_bytes(tensors: dict[str, t.Quantized], lrzip: str) -> tuple[int, float, float]:
-    """(bytes, encode seconds, decode seconds) with one lrzip zpaq file per role; brotli where that is smaller."""
+    """(bytes, encode and decode seconds) with one lrzip zpaq file per role; brotli where that is smaller."""
     streams: dict[str, list[bytes]] = {}
     for name, tensor in tensors.items():
         for stream, part in t.streams_of(name, tensor):  # columns of integers one after the other: smaller
@@ -165,11 +167,9 @@ class Form(NamedTuple):
     """Our packer's settings."""
 
     states: int = 64
-    between: float = t.SENSITIVITY_POWERS[
-        0
-    ]  # exponents of the sensitivities between matrices, of rows and of columns
-    rows: float = t.SENSITIVITY_POWERS[1]
-    columns: float = t.SENSITIVITY_POWERS[2]
+    between: float = t.SENSITIVITY_POWERS[0]  # powers of the sensitivities between matrices,
+    rows: float = t.SENSITIVITY_POWERS[1]  # of rows
+    columns: float = t.SENSITIVITY_POWERS[2]  # and of columns
     rate: float = t.BIT_PRICE  # weight of the rate term
 
 
@@ -179,7 +179,7 @@ class Packers:
     def __init__(self, subject: Subject, calibration: int):
         self.subject = subject
         self.moments = subject.moments(calibration)
-        self.flat = self.plans(Form(rows=0, columns=0, between=0))
+        self.flat = self.problems(Form(rows=0, columns=0, between=0))
 
     def sdclip(self, c: Clip, factor: float = 1.0) -> dict[str, t.Quantized]:
         """All tensors by SDClip GPTQ with the steps of `c` times `factor`."""
@@ -191,21 +191,21 @@ class Packers:
 
         return dict(t.parallel_map(one, self.subject.todo)) | self.subject.small()
 
-    def plans(self, f: Form) -> dict[str, t.RoundingProblem]:
+    def problems(self, form: Form) -> dict[str, t.RoundingProblem]:
         """What our packer rounds."""
-        one = lambda m: t.rounding_problem(
-            self.subject.weight(m), *self.moments[m.key], 0.01, (f.between, f.rows, f.columns)
-        )
-        return dict(
-            zip((m.name for m in self.subject.todo), t.parallel_map(one, self.subject.todo), strict=True)
-        )
+        powers = (form.between, form.rows, form.columns)
+
+        def pose(m: t.Matrix) -> tuple[str, t.RoundingProblem]:
+            return m.name, t.rounding_problem(self.subject.weight(m), *self.moments[m.key], 0.01, powers)
+
+        return dict(t.parallel_map(pose, self.subject.todo))
 
     def trellised(
-        self, plans: dict[str, t.RoundingProblem], f: Form, delta: float
+        self, problems: dict[str, t.RoundingProblem], form: Form, delta: float
     ) -> tuple[dict[str, t.Quantized], bytes]:
         """All tensors by our packer, and the file."""
-        tensors = t.round_matrices(plans, delta, f.states, f.rate) | self.subject.small()
-        return tensors, self.write(tensors, f.states)
+        tensors = t.round_matrices(problems, delta, form.states, form.rate) | self.subject.small()
+        return tensors, self.write(tensors, form.states)
 
     def write(self, tensors: dict[str, t.Quantized], states: int = 0) -> bytes:
         """The artifact."""
@@ -220,7 +220,7 @@ class Packers:
 
 
 def tune(start: Any, choices: dict[str, list], trials: int, score: Callable[[Any], float], log: str) -> Any:
-    """The best settings that so many trials find, one setting after the other, each value from the best so far."""
+    """The best settings that so many trials find, one after the other, each value from the best so far."""
     best, least, seen = start, score(start), {start}
     for name, values in [*choices.items()] * 3:
         for value in values:
@@ -263,7 +263,8 @@ class Report:
         """Print one line."""
         row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         print(
-            f"{row['scheme']:<26}{row['setting']:>10}{row['bytes']:>11}{8 * row['bytes'] / self.subject.count:>8.3f}"
+            f"{row['scheme']:<26}{row['setting']:>10}{row['bytes']:>11}"
+            f"{8 * row['bytes'] / self.subject.count:>8.3f}"
             f"{row['kl']:>10.5f}{row['delta_bpb']:>+10.5f}{row['encode']:>9.1f}{row['decode']:>8.1f}"
             f"{row['peak_mib']:>7}{row['kl_part']:>10.5f}",
             flush=True,
@@ -300,20 +301,20 @@ class Report:
 
     def ours(self, name: str, form: Form, goals: list[int], whole: bool) -> list[Row]:
         """Our packer at each goal in bytes, decoded again from its file."""
-        plans, rows = self.packers.plans(form), []
+        problems = self.packers.problems(form)
+        rows = []
         for goal in goals:
             files: dict[float, tuple[dict[str, t.Quantized], bytes, float]] = {}
 
             def size_of(delta: float, files: dict = files) -> int:
                 began = time.perf_counter()
-                tensors, data = self.packers.trellised(plans, form, delta)
+                tensors, data = self.packers.trellised(problems, form, delta)
                 files[delta] = tensors, data, time.perf_counter() - began
                 return len(data)
 
-            guess = t.guess_delta(plans, goal, form.states)
-            tensors, data, seconds = files[
-                t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
-            ]
+            guess = t.guess_delta(problems, goal, form.states)
+            delta = t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
+            tensors, data, seconds = files[delta]
             began = time.perf_counter()
             weights = self.packers.read(data)
             back = time.perf_counter() - began
@@ -327,24 +328,33 @@ class Report:
 
 
 @numba.njit(nogil=True)
-def count_symbol(symbol, counts, coder, buffer, decoding):
+def count_symbol(symbol, context, counts, coder, buffer, decoding):
     """Stands in for code_symbol: only counts."""
-    counts[symbol] += 1
+    counts[context, symbol] += 1
     return symbol
 
 
+def counting_coder() -> Callable:
+    """code_integers, with count_symbol in the place of code_symbol."""
+    compiled = count_symbol
+    callee = "code_symbol"
+    for name in ("code_integer", "code_matrix", "code_integers"):  # each calls the one before
+        source = getattr(t, name).py_func
+        compiled = numba.njit(types.FunctionType(source.__code__, source.__globals__ | {callee: compiled}))
+        callee = name
+    return compiled
+
+
 def overhead(tensors: dict[str, t.Quantized], states: int) -> float:
-    """Bytes of the integer streams over the empirical entropy of their symbols in the coder's own contexts, less 1."""
-    source = t.code_integers.py_func
-    counting = numba.njit(
-        types.FunctionType(source.__code__, source.__globals__ | {"code_symbol": count_symbol})
-    )
+    """Bytes of the integer streams over the empirical entropy of their symbols by context, less 1."""
+    count_integers = counting_coder()
+    after = t.trellis(states)[0]
     real, bits = 0, 0.0
     for parts in by_role(tensors).values():
         counts = np.zeros((2 * t.SIZE_CLASSES + 4, t.SYMBOLS + 1), np.int64)
-        values, shapes = np.concatenate([m.ravel() for m in parts]), np.array([m.shape for m in parts])
-        nothing = np.zeros(64, np.uint8)
-        counting(values, shapes, t.trellis(states)[0], counts, np.zeros(3, np.int64), nothing, False)
+        values = np.concatenate([m.ravel() for m in parts])
+        shapes = np.array([m.shape for m in parts])
+        count_integers(values, shapes, after, counts, np.zeros(3, np.int64), np.zeros(64, np.uint8), False)
         share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         bits -= float((counts * np.log2(np.where(share > 0, share, 1))).sum())
         real += len(t.code_matrices(parts, states))
@@ -359,7 +369,7 @@ def interpolate(rows: list[Row], x: str, y: str, at: float) -> float:
 
 
 def full_shape(form: Form, layers: int) -> dict[str, float]:
-    """Seconds to plan, round, encode and decode random weights of the contest's shape once, and peak memory."""
+    """Seconds to plan, round, encode and decode random weights of the full shape once, and peak memory."""
     generator, scaled = torch.Generator().manual_seed(0), 11 / layers
     random = lambda *shape: torch.randn(*shape, generator=generator)
     block = {
@@ -380,25 +390,26 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     }
     moments = {width: x.T @ x for width, x in inputs.items()}
     outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
-    one = lambda n: t.rounding_problem(
-        weights[n], moments[shapes[n][1]], outputs[n], 0.01, (0.0, form.rows, form.columns)
-    )
-    first = one("k.0")
-    t.code_stream(
-        [t.round_matrices({"": first}, 1.0, form.states, 0.0)[""].values], "brotli", form.states
-    )  # compiles
+    powers = (0.0, form.rows, form.columns)
+
+    def pose(name: str) -> t.RoundingProblem:
+        return t.rounding_problem(weights[name], moments[shapes[name][1]], outputs[name], 0.01, powers)
+
+    first = t.round_matrices({"": pose("k.0")}, 1.0, form.states, 0.0)[""]  # compiles
+    t.code_stream([first.values], "brotli", form.states)
     began = time.perf_counter()
-    plans = dict(zip(shapes, t.parallel_map(one, shapes), strict=True))
+    problems = dict(zip(shapes, t.parallel_map(pose, shapes), strict=True))
     times = [time.perf_counter() - began]
     count = sum(math.prod(shape) for shape in shapes.values())
-    mean = np.mean([p.rows.mean() + p.columns.mean() for p in plans.values()]) / t.STEPS_PER_OCTAVE
+    exponents = [p.row_exponents.mean() + p.column_exponents.mean() for p in problems.values()]
+    mean = np.mean(exponents) / t.STEPS_PER_OCTAVE
     delta = 2 ** (math.log2(0.02) - mean + 2.05 - 3.3 - (form.states > 0))
     roles: dict[str, list[str]] = {}
     for name in shapes:
         roles.setdefault(role(name), []).append(name)
     groups = sorted(roles.values(), key=lambda names: -sum(math.prod(shapes[n]) for n in names))
     began = time.perf_counter()
-    tensors = t.round_matrices(plans, delta, form.states, form.rate)
+    tensors = t.round_matrices(problems, delta, form.states, form.rate)
     integers = {name: tensor.values.numpy() for name, tensor in tensors.items()}
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
@@ -470,9 +481,9 @@ def main() -> None:
         return at_goal(t.assemble_weights(subject.model.table, tensors), bits)
 
     def score_ours(form: Form) -> float:
-        plans = packers.plans(form)
-        delta = t.guess_delta(plans, goal * subject.count / 8, form.states) * 2 ** shift["ours"]
-        data = packers.trellised(plans, form, delta)[1]
+        problems = packers.problems(form)
+        delta = t.guess_delta(problems, goal * subject.count / 8, form.states) * 2 ** shift["ours"]
+        data = packers.trellised(problems, form, delta)[1]
         shift["ours"] += 8 * len(data) / subject.count - goal
         return at_goal(packers.read(data), 8 * len(data))
 

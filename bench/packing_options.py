@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What options on top of both packers give at equal bytes, and what better estimates of the sensitivities give.
+"""What options on top of both packers give at equal bytes, and what better estimates of sensitivities give.
 
     python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--estimates] [--quick]
 
-On the checkpoint of bench/checkpoint.py, at about 3.3 bit per weight. Each row is one change: its divergence from the
-unquantised model over that without the change, moved to equal bytes (an octave of divergence is worth half a bit per
-weight, as measured in the first rows), on the same validation tokens. Below 1 the change pays for its bytes.
+On the checkpoint of bench/checkpoint.py, at about 3.3 bit per weight. Each row is one change: its divergence
+from the unquantised model over that without the change, moved to equal bytes (an octave of divergence is
+worth half a bit per weight, as measured in the first rows), on the same validation tokens. Below 1 the change
+pays for its bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Weights = dict[str, Tensor]
 
 
 def low_rank(packers: Packers, tensors: dict[str, t.Quantized], rank: int, count: int) -> tuple[Weights, int]:
-    """The parameters with int8 low-rank corrections of the `count` matrices that gain most, and their bytes (LQER)."""
+    """(parameters with int8 low-rank corrections of the `count` best matrices, their bytes) (LQER)."""
     found = []
     for m in packers.subject.todo:
         inputs, outputs = (part.double() for part in packers.moments[m.key])
@@ -61,7 +62,7 @@ def low_rank(packers: Packers, tensors: dict[str, t.Quantized], rank: int, count
 
 
 def scaled_columns(packers: Packers, clip: Clip, power: float) -> dict[str, tuple[Tensor, np.ndarray]]:
-    """(matrices, integers) of SDClip on columns multiplied by the RMS of their inputs to a power and divided after."""
+    """(matrices, integers) of SDClip on columns multiplied by a power of their inputs' RMS."""
     tensors = {}
     for m in packers.subject.todo:
         p, inputs = packers.flat[m.name], packers.moments[m.key][0].diagonal()
@@ -150,13 +151,14 @@ class Table:
 
 def ours(packers: Packers, form: Form, goal: int) -> tuple[dict[str, t.Quantized], int]:
     """Our tensors at the goal in bytes, and the bytes they take."""
-    plans, files = packers.plans(form), {}
+    problems = packers.problems(form)
+    files = {}
 
     def size_of(delta: float) -> int:
-        files[delta] = packers.trellised(plans, form, delta)
+        files[delta] = packers.trellised(problems, form, delta)
         return len(files[delta][1])
 
-    guess = t.guess_delta(plans, goal, form.states)
+    guess = t.guess_delta(problems, goal, form.states)
     tensors, data = files[t.fit_delta(guess, goal, packers.subject.count / 8, size_of, lambda line: None)]
     return tensors, len(data)
 

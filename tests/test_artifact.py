@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import base64
+import lzma
 import random
 import subprocess
 import sys
@@ -16,11 +19,9 @@ from conftest import ROOT, environment, launch, replace
 
 def legal(integers, states=64):
     """int32 with the parities that the trellis path of each column gives."""
-    after, state, out = (
-        t.trellis(states)[0],
-        np.zeros(integers.size(1), np.int64),
-        integers.numpy().astype(np.int32),
-    )
+    after = t.trellis(states)[0]
+    state = np.zeros(integers.size(1), np.int64)
+    out = integers.numpy().astype(np.int32)
     for row in out:
         row[:] = row & ~1 | (state & 1)
         state = after[state, row >> 1 & 1]
@@ -30,13 +31,15 @@ def legal(integers, states=64):
 def tensors(seed=0, trellised=False):
     """Something like the contents of an artifact."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator)
-    matrix = lambda r, c: t.Quantized(
-        numbers(-31, 32, r, c).to(torch.int8), torch.rand(r, generator=generator).half()
-    )
-    if trellised:
-        exponents = lambda r, c: numbers(-20, 20, r + c).int()
-        matrix = lambda r, c: t.Quantized(legal(numbers(-9, 9, r, c)), exponents(r, c), torch.tensor([0.1]))
+
+    def matrix(rows, columns):
+        if trellised:
+            values = legal(torch.randint(-9, 9, (rows, columns), generator=generator))
+            exponents = torch.randint(-20, 20, (rows + columns,), generator=generator).int()
+            return t.Quantized(values, exponents, torch.tensor([0.1]))
+        values = torch.randint(-31, 32, (rows, columns), generator=generator).to(torch.int8)
+        return t.Quantized(values, torch.rand(rows, generator=generator).half())
+
     return {
         "tok_emb.weight": matrix(40, 16),
         "blocks.0.attn.c_q.weight": matrix(16, 16),
@@ -110,10 +113,9 @@ def test_what_is_written_is_read_back_and_compared(config, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_streams_of_any_shape_come_back(compressor):
+    shapes = ((), (1,), (3, 5), (0,), (2, 1, 7))
     for dtype in ("float16", "int8", "float32"):
-        numbers = [
-            np.random.default_rng(0).integers(-99, 99, shape) for shape in ((), (1,), (3, 5), (0,), (2, 1, 7))
-        ]
+        numbers = [np.random.default_rng(0).integers(-99, 99, shape) for shape in shapes]
         parts = [torch.from_numpy(np.asarray(n).astype(dtype)) for n in numbers]
         again = [torch.empty_like(part) for part in parts]
         t.code_stream(again, compressor, 64, t.code_stream(parts, compressor, 64))
@@ -127,8 +129,23 @@ def test_the_packed_script_is_small_and_packing_it_again_changes_nothing():
     assert t.pack_source(packed) == (packed, "already packed")
 
 
+def test_the_packed_script_has_the_help_but_no_docstrings(tmp_path):
+    packed = tmp_path / "packed.py"
+    packed.write_text(t.pack_source((ROOT / "train_gpt.py").read_text())[0])
+    printed = []
+    for script in (packed, ROOT / "train_gpt.py"):
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
+        printed.append(done.stdout)
+    assert printed[0] == printed[1] and "torchrun" in printed[0]
+    encoded = packed.read_text().split('"')[1]
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+    tree = ast.parse(lzma.decompress(base64.b85decode(encoded), lzma.FORMAT_RAW, None, filters))
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    assert not [node.name for node in ast.walk(tree) if isinstance(node, kinds) and ast.get_docstring(node)]
+
+
 def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
-    """From an empty folder, in a process of its own, through every stage, the fused kernel in Triton's interpreter."""
+    """From an empty folder, in a process of its own, through every stage, with an interpreted kernel."""
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "train_gpt.py").write_text(t.pack_source((ROOT / "train_gpt.py").read_text())[0])

@@ -50,11 +50,11 @@ def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
     config = replace(FULL, **changes)
     for looped in (False, True):
         route, depth = t.make_route(config, looped), 0
-        for step in route:
-            depth += step.push - (step.pop is not None)
+        for visit in route:
+            depth += visit.pushes_skip - (visit.skip_row is not None)
             assert depth >= 0
         assert depth == 0
-        pops = [step.pop for step in route if step.pop is not None]
+        pops = [visit.skip_row for visit in route if visit.skip_row is not None]
         rows = t.parameter_table(config)["skip_weights"].shape[0] if pops else 0
         assert pops == list(range(len(pops))) and len(pops) <= rows
 

@@ -161,6 +161,28 @@ def test_schedules():
     assert t.muon_weight_decay(replace(c, muon_wd=0.1), 1.0) == 0.1
 
 
+def test_gradients_of_two_dtypes_are_reduced_in_the_order_of_the_parameters(config):
+    """The order of a set follows addresses and so differs between ranks."""
+    run = t.Run(config)
+    optimizers = t.Optimizers(run, t.GPT(config, dtype=torch.bfloat16), compiled=False)
+    run.world_size = 2
+    reduced = []
+
+    def record(flat):
+        reduced.append(flat.dtype)
+        return flat
+
+    run.sum_over_ranks = record
+    forwards = optimizers.replicated
+    for parameters in (forwards, forwards[::-1]):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizers.replicated = parameters
+        optimizers.reduce_replicated()
+        assert all((parameter.grad == 0.5).all() for parameter in parameters)
+    assert reduced == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+
+
 TWO_RANKS = """
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]

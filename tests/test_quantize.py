@@ -9,7 +9,7 @@ import train_gpt as t
 from conftest import replace
 
 
-def problem(rows, columns, seed=0):
+def random_matrix(rows, columns, seed=0):
     """A weight matrix and the Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
@@ -18,12 +18,15 @@ def problem(rows, columns, seed=0):
 
 
 def plain_gptq(weight, hessian, sigmas, bits, dampening):
-    """One column at a time in fp64; the inverse Hessian is updated by elimination instead of taken from a factor."""
-    weight, hessian, largest = weight.double(), hessian.double(), 2 ** (bits - 1) - 1
+    """One column at a time in fp64; the inverse Hessian is updated by elimination, without a factor."""
+    weight = weight.double()
+    hessian = hessian.double()
+    largest = 2 ** (bits - 1) - 1
     scale = (sigmas * weight.std(dim=1) / largest).half().double()
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     hessian = hessian + dampening * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-    weight, inverse = weight[:, order].clone(), torch.linalg.inv(hessian[order][:, order])
+    weight = weight[:, order].clone()
+    inverse = torch.linalg.inv(hessian[order][:, order])
     integers = torch.zeros_like(weight)
     for j in range(weight.size(1)):
         integers[:, j] = (weight[:, j] / scale).round().clamp(-largest, largest)
@@ -36,17 +39,16 @@ def plain_gptq(weight, hessian, sigmas, bits, dampening):
 
 
 def clipped(weight, hessian, sigmas, bits):
-    """Integers and row steps of SDClip."""
-    quantized = t.round_clipped(
-        t.rounding_problem(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0)), sigmas, bits
-    )
+    """Integers and step sizes of rows by SDClip."""
+    problem = t.rounding_problem(weight, hessian, torch.zeros(len(weight)), 0.01, (0.0, 0.0, 0.0))
+    quantized = t.round_clipped(problem, sigmas, bits)
     return quantized.values, quantized.scales
 
 
 @pytest.mark.parametrize("rows, columns", [(8, 20), (16, 40), (3, 64), (5, 130)])
 @pytest.mark.parametrize("sigmas, bits", [(12.85, 6), (3.0, 5), (20.0, 8)])
 def test_gptq_equals_the_plain_column_loop(rows, columns, sigmas, bits):
-    weight, hessian = problem(rows, columns)
+    weight, hessian = random_matrix(rows, columns)
     integers, scales = clipped(weight, hessian, sigmas, bits)
     expected, scale = plain_gptq(weight, hessian, sigmas, bits, 0.01)
     assert torch.equal(scales.double(), scale) and integers.dtype == torch.int8
@@ -62,7 +64,7 @@ def test_gptq_equals_the_plain_column_loop(rows, columns, sigmas, bits):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_gptq_is_better_than_rounding_under_its_hessian(seed):
-    weight, hessian = problem(32, 96, seed)
+    weight, hessian = random_matrix(32, 96, seed)
     integers, scales = clipped(weight, hessian, 12.85, 6)
     rounded = (weight / scales.float()[:, None]).round().clamp(-31, 31)
 
@@ -75,7 +77,7 @@ def test_gptq_is_better_than_rounding_under_its_hessian(seed):
 
 
 def test_gptq_survives_dead_columns_and_rows_of_zeros():
-    weight, hessian = problem(6, 12)
+    weight, hessian = random_matrix(6, 12)
     hessian[3, :] = hessian[:, 3] = 0
     weight[2] = 0
     integers, scales = clipped(weight, hessian, 12.85, 6)
@@ -84,7 +86,8 @@ def test_gptq_survives_dead_columns_and_rows_of_zeros():
 
 def test_calibration_does_not_depend_on_the_ranks(config):
     torch.manual_seed(0)
-    model, data = t.GPT(config), t.Dataset(config)
+    model = t.GPT(config)
+    data = t.Dataset(config)
     with torch.no_grad():
         for bank in (model.qo, model.down):
             bank += 0.1 * torch.randn_like(bank)
@@ -93,7 +96,9 @@ def test_calibration_does_not_depend_on_the_ranks(config):
         parts = []
         for rank in range(world):
             run = t.Run(config)
-            run.rank, run.world_size, run.sum_over_ranks = rank, world, lambda x: x
+            run.rank = rank
+            run.world_size = world
+            run.sum_over_ranks = lambda x: x
             parts.append(t.collect_moments(run, model, data))
         for key in whole:
             for kind in (0, 1):
@@ -117,10 +122,8 @@ def perturbed(config):
 
 @pytest.mark.parametrize("quantizer", ["sdclip", "rate_distortion"])
 def test_quantised_weights_come_back_in_their_banks(config, quantizer):
-    wide = {f"{kind}_clip_sigmas": 5.0 for kind in ("attn", "mlp", "embed")} | {
-        "matrix_bits": 8,
-        "embed_bits": 8,
-    }
+    wide = {f"{kind}_clip_sigmas": 5.0 for kind in ("attn", "mlp", "embed")}
+    wide |= {"matrix_bits": 8, "embed_bits": 8}
     run = t.Run(replace(config, quantizer=quantizer, **wide))
     table, weights, moments = perturbed(config)
     tensors = t.quantize(run, table, weights, 1 << 30, False, moments)
@@ -160,7 +163,7 @@ def test_a_model_that_cannot_fit_is_refused_before_training(config, tmp_path):
 
 
 def test_each_class_has_its_own_width_and_clip():
-    c = t.Config(
+    config = t.Config(
         matrix_bits=6,
         attn_bits=5,
         mlp_bits=0,
@@ -169,4 +172,8 @@ def test_each_class_has_its_own_width_and_clip():
         mlp_clip_sigmas=2.0,
         embed_clip_sigmas=3.0,
     )
-    assert [t.clip_and_bits(c, kind) for kind in ("attn", "mlp", "embed")] == [(1.0, 5), (2.0, 6), (3.0, 8)]
+    assert [t.clip_and_bits(config, kind) for kind in ("attn", "mlp", "embed")] == [
+        (1.0, 5),
+        (2.0, 6),
+        (3.0, 8),
+    ]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import problem
+from test_quantize import random_matrix
 
 import train_gpt as t
 from conftest import replace
@@ -19,9 +19,9 @@ STATES = [8, 64, 256]
 INT32 = st.integers(-(2**31), 2**31 - 1)
 
 
-def make_plan(rows, columns, seed=0):
-    """A plan of a random matrix with correlated inputs and uneven outputs."""
-    weight, inputs = problem(rows, columns, seed)
+def make_problem(rows, columns, seed=0):
+    """The rounding problem of a random matrix with correlated inputs and uneven outputs."""
+    weight, inputs = random_matrix(rows, columns, seed)
     outputs = torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.1
     return t.rounding_problem(weight, inputs, outputs, 0.01, (0.5, 0.5, 1.0))
 
@@ -35,7 +35,8 @@ def decode(data, shapes, states):
 
 def is_legal(integers, states):
     """Whether each column's parities are those that its trellis path from state 0 gives."""
-    after, state = t.trellis(states)[0], np.zeros(integers.shape[1], np.int64)
+    after = t.trellis(states)[0]
+    state = np.zeros(integers.shape[1], np.int64)
     for row in integers:
         if ((row & 1) != (state & 1)).any():
             return False
@@ -45,7 +46,9 @@ def is_legal(integers, states):
 
 def make_legal(integers, states):
     """The integers with their parities set to those of their trellis paths."""
-    after, state, out = t.trellis(states)[0], np.zeros(integers.shape[1], np.int64), integers.copy()
+    after = t.trellis(states)[0]
+    state = np.zeros(integers.shape[1], np.int64)
+    out = integers.copy()
     for row in out:
         row[:] = row & ~1 | (state & 1)
         state = after[state, row >> 1 & 1]
@@ -61,18 +64,20 @@ def test_two_ways_lead_into_and_out_of_every_state(states):
 
 @pytest.mark.parametrize("states, seed", [(s, seed) for s in STATES for seed in range(4)])
 def test_viterbi_finds_what_trying_all_paths_finds(states, seed):
-    generator, after = np.random.default_rng(seed), t.trellis(states)[0]
+    generator = np.random.default_rng(seed)
+    after, before = t.trellis(states)
     goal = (3 * generator.standard_normal(9)).astype(np.float32)
     price = generator.uniform(0.5, 2, 9).astype(np.float32)
     least = np.inf
     for bits in itertools.product((0, 1), repeat=9):
-        state, cost = 0, 0.0
+        state = 0
+        cost = 0.0
         for r, bit in enumerate(bits):
             residue = 2 * bit + (state & 1)
             cost += price[r] * (goal[r] - (4 * np.rint((goal[r] - residue) / 4) + residue)) ** 2
             state = after[state, bit]
         least = min(least, cost)
-    found = t.viterbi(goal, price, t.trellis(states)[1])
+    found = t.viterbi(goal, price, before)
     assert is_legal(found[:, None], states)
     assert (price * (goal - found) ** 2).sum() == pytest.approx(least, rel=1e-5)
 
@@ -82,42 +87,43 @@ def test_the_trellis_gains_decibels_on_a_gaussian(states, least_gain):
     goal = (np.random.default_rng(0).standard_normal(20_000) / 0.2).astype(np.float32)
     found = t.viterbi(goal, np.ones_like(goal), t.trellis(states)[1])
     counts = np.unique(found >> 1, return_counts=True)[1] / len(found)
-    bits, error = -(counts * np.log2(counts)).sum(), ((goal - found) ** 2).mean() * 0.04
+    bits = -(counts * np.log2(counts)).sum()
+    error = ((goal - found) ** 2).mean() * 0.04
     assert 10 * np.log10(2 * np.pi * np.e / 12 * 2 ** (-2 * bits) / error) > least_gain
 
 
 @pytest.mark.parametrize("states", [0, *STATES])
 def test_two_threads_round_as_one_does(states):
-    plans = {
-        f"{rows}x{columns}": make_plan(rows, columns)
+    problems = {
+        f"{rows}x{columns}": make_problem(rows, columns)
         for rows, columns in [(40, 33), (7, 130), (64, 64), (1, 5)]
     }
-    one = t.round_matrices(plans, 0.02, states, 0.5, threads=1)
-    two = t.round_matrices(plans, 0.02, states, 0.5, threads=2)
-    assert list(one) == list(plans)
-    assert all(torch.equal(a, b) for name in plans for a, b in zip(one[name], two[name], strict=True))
+    one = t.round_matrices(problems, 0.02, states, 0.5, threads=1)
+    two = t.round_matrices(problems, 0.02, states, 0.5, threads=2)
+    assert list(one) == list(problems)
+    assert all(torch.equal(a, b) for name in problems for a, b in zip(one[name], two[name], strict=True))
     assert states == 0 or all(is_legal(quantized.values.numpy(), states) for quantized in one.values())
 
 
 def test_error_under_the_inputs_falls_with_each_part():
-    p = make_plan(256, 96)
-    inputs = problem(256, 96)[1]
+    problem = make_problem(256, 96)
+    inputs = random_matrix(256, 96)[1]
+    row_exponents = np.full_like(problem.row_exponents, int(problem.row_exponents.mean()))
+    column_exponents = np.zeros_like(problem.column_exponents)
+    flat = problem._replace(row_exponents=row_exponents, column_exponents=column_exponents)
 
-    def cost(integers, rows, columns, delta):
-        error = p.weight - torch.from_numpy(integers * t.step_sizes(rows, columns, delta)).float()
+    def cost(integers, step_size):
+        error = problem.weight - torch.from_numpy(integers * step_size).float()
         return float(torch.einsum("ri,ij,rj->", error, inputs, error))
 
-    zeros = p.rows * 0 + int(p.rows.mean()), p.columns * 0
-    flat = p._replace(rows=zeros[0], columns=zeros[1])
-    step = t.step_sizes(*zeros, 0.25)
-    nearest = np.rint(p.weight.numpy() / step).astype(np.int32)
-    scalar = t.round_matrix(flat, step, 0)
-    trellised = t.round_matrix(
-        flat, step, 64
-    )  # twice the distance between the integers of a coset: a finer grid
-    assert cost(trellised, *zeros, 0.25) > cost(scalar, *zeros, 0.25) < 0.9 * cost(nearest, *zeros, 0.25)
-    half = t.step_sizes(*zeros, 0.125)  # now as many bits as the scalar one
-    assert cost(t.round_matrix(flat, half, 64), *zeros, 0.125) < 0.9 * cost(scalar, *zeros, 0.25)
+    whole = t.step_sizes(row_exponents, column_exponents, 0.25)
+    nearest = np.rint(problem.weight.numpy() / whole).astype(np.int32)
+    scalar = cost(t.round_matrix(flat, whole, 0), whole)
+    assert scalar < 0.9 * cost(nearest, whole)
+    # A trellis with half the step size takes as many bits as scalars: its cosets are twice as wide.
+    half = t.step_sizes(row_exponents, column_exponents, 0.125)
+    assert cost(t.round_matrix(flat, whole, 64), whole) > scalar
+    assert cost(t.round_matrix(flat, half, 64), half) < 0.9 * scalar
 
 
 def test_scales_are_powers_of_two_and_eight_constants():
@@ -127,18 +133,18 @@ def test_scales_are_powers_of_two_and_eight_constants():
     assert np.array_equal(scale[8:], 2 * scale[:-8])
 
 
-def test_the_steps_of_a_matrix_are_its_sensitivities_to_the_powers():
-    weight, inputs = problem(12, 7)
+def test_the_step_sizes_of_a_matrix_are_its_sensitivities_to_the_powers():
+    weight, inputs = random_matrix(12, 7)
     outputs = torch.arange(1.0, 13)
-    means = [
-        t.rounding_problem(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1)).rows.mean()
-        for scale in (1, 16)
-    ]
-    assert (
-        means[0] - means[1] == t.STEPS_PER_OCTAVE
-    )  # half of the four halvings that a 16-fold sensitivity means
-    p = t.rounding_problem(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
-    assert np.allclose(t.step_sizes(p.rows, p.columns, 1.0), 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
+    means = []
+    for scale in (1, 16):
+        problem = t.rounding_problem(weight, inputs, outputs * scale, 0.01, (0.5, 1, 1))
+        means.append(problem.row_exponents.mean())
+    # A 16-fold sensitivity makes step sizes two octaves smaller, one with the power of matrices at 0.5.
+    assert means[0] - means[1] == t.STEPS_PER_OCTAVE
+    problem = t.rounding_problem(weight, 4 * torch.eye(7), outputs, 0.0, (1, 1, 1))
+    found = t.step_sizes(problem.row_exponents, problem.column_exponents, 1.0)
+    assert np.allclose(found, 0.5 * outputs.numpy()[:, None] ** -0.5, rtol=0.1)
 
 
 @settings(max_examples=40)
@@ -148,9 +154,12 @@ def test_the_steps_of_a_matrix_are_its_sensitivities_to_the_powers():
     st.data(),
 )
 def test_streams_come_back(shapes, states, data):
-    values = lambda n: data.draw(st.lists(INT32 | st.integers(-3, 3), min_size=n, max_size=n))
-    matrices = [np.array(values(a * b), np.int64).astype(np.int32).reshape(a, b) for a, b in shapes]
-    matrices = [make_legal(m, states) if states else m for m in matrices]
+    matrices = []
+    for rows, columns in shapes:
+        count = rows * columns
+        values = data.draw(st.lists(INT32 | st.integers(-3, 3), min_size=count, max_size=count))
+        matrix = np.array(values, np.int32).reshape(rows, columns)
+        matrices.append(make_legal(matrix, states) if states else matrix)
     again = decode(t.code_matrices(matrices, states), shapes, states)
     assert all(np.array_equal(a, b) for a, b in zip(matrices, again, strict=True))
 
@@ -165,6 +174,27 @@ def test_streams_are_little_longer_than_their_entropy(states):
         counts = np.unique(part, return_counts=True)[1]
         bits -= (counts * np.log2(counts / counts.sum())).sum()
     assert len(t.code_matrices([integers], states)) < 1.01 * bits / 8
+
+
+def test_size_classes_are_quarters_of_an_octave():
+    for size in (5, 6, 7):
+        octaves = [t.size_class(size << octave) for octave in range(10)]
+        assert octaves == list(range(size - 4, t.SIZE_CLASSES, 4))
+    assert [t.size_class(size) for size in (0, 4)] == [0, 0]
+    assert t.size_class(1 << 40) == t.SIZE_CLASSES - 1
+
+
+@pytest.mark.parametrize("states", [0, 64])
+def test_counts_start_as_geometric_distributions_of_the_size_to_expect(states):
+    counts = t.initial_counts(states)
+    assert (counts[:, t.SYMBOLS] == counts[:, : t.SYMBOLS].sum(1)).all() and (counts > 0).all()
+    assert (counts[2 * t.SIZE_CLASSES :, : t.SYMBOLS] == 1).all()
+    magnitude = (np.arange(t.SYMBOLS) + 1) // 2 << (states > 0)
+    for middle in (1.125, 1.375, 4.5):  # of the classes that these sixteenths fall into
+        extra = counts[t.size_class(int(16 * middle)), : t.SYMBOLS] - 1
+        powers = (middle / (middle + 1)) ** magnitude
+        exact = 128 * t.COUNT_GAIN * powers / powers.sum()
+        assert (np.abs(exact - 0.5 - extra) < 0.51).all()  # rounded down
 
 
 def test_carries_run_through_the_stream():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import train_gpt as t
@@ -11,9 +13,11 @@ import train_gpt as t
 SOURCE = Path(t.__file__).read_text()
 SECTIONS = [
     "CONFIG",
+    "ENVIRONMENT",
     "RUN",
     "DATA",
     "KERNELS",
+    "TOPOLOGY",
     "MODEL",
     "OPTIMIZERS",
     "QUANTIZE",
@@ -22,11 +26,30 @@ SECTIONS = [
     "TRAIN",
     "MAIN",
 ]
+SCREEN = 60  # lines
 
 
-def test_the_file_stays_short_and_narrow():
-    lines = SOURCE.splitlines()
-    assert len(lines) < 2400 and max(map(len, lines)) <= 120 and SOURCE.isascii()
+def test_the_file_is_readable_source():
+    assert SOURCE.isascii()
+    assert not SOURCE.startswith(t.PACKED_HEAD)
+    assert max(map(len, SOURCE.splitlines())) <= 110
+
+
+def test_a_line_holds_one_statement():
+    tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)
+    assert [token.start[0] for token in tokens if token.type == tokenize.OP and token.string == ";"] == []
+    first_of_line = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.stmt):
+            assert node.lineno not in first_of_line, f"line {node.lineno} starts two statements"
+            first_of_line.add(node.lineno)
+
+
+def test_a_function_fits_on_a_screen():
+    functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
+    lengths = [(function.name, function.end_lineno - function.lineno + 1) for function in functions]
+    assert len(lengths) > 150, "the functions were not found"
+    assert [(name, length) for name, length in lengths if length > SCREEN] == []
 
 
 def test_the_sections_are_those_of_the_contents_in_order():
