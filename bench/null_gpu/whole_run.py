@@ -7,14 +7,19 @@ as for the script."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pickle
 import random
 import runpy
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -102,18 +107,30 @@ def start(folder: Path, settings: dict[str, str], flash_attn: str, ranks: int) -
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[-1], stderr=subprocess.STDOUT)
         )
-    failures = []
-    for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
-        status = process.wait()
-        log.seek(0)
-        lines = [line for line in log.read().splitlines() if line.strip()]
-        log.close()
-        if status:
-            words = [line for line in lines if line.startswith("null GPU:")] or lines[-1:]
-            failures.append(
-                f"rank {rank} of {ranks}: exit status {status}: {words[0][:200] if words else ''}"
-            )
-    return failures
+    wait_for_all(processes)
+    return [
+        f"rank {rank} of {ranks}: exit status {process.returncode}: {reason(log)}"
+        for rank, (process, log) in enumerate(zip(processes, logs, strict=True))
+        if process.returncode
+    ]
+
+
+def wait_for_all(processes: list[subprocess.Popen]) -> None:
+    """Until all have ended; if one fails, the others, who would wait for it in a collective, are ended."""
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode for process in processes):
+            for process in processes:
+                process.terminate()
+        time.sleep(0.2)
+
+
+def reason(log: TextIO) -> str:
+    """Why a process failed: the null GPU's own word if it spoke, or the last line; closes the log."""
+    log.seek(0)
+    lines = [line.strip() for line in log if line.strip()] or ["no word"]
+    log.close()
+    spoken = [line for line in lines if line.startswith("null GPU:")]
+    return (spoken or lines[-1:])[0][:300]
 
 
 def graphs_inside_clock(folder: Path) -> int:
@@ -121,8 +138,25 @@ def graphs_inside_clock(folder: Path) -> int:
     return json.loads((folder / "stages.json").read_text())["train"]["graphs_inside_clock"]
 
 
+def objects_through_the_store() -> Callable[..., None]:
+    """A broadcast_object_list without kernels: PyTorch's adds up sizes on the device, where nothing adds."""
+    import torch.distributed as dist
+
+    numbers = itertools.count()
+
+    def broadcast(objects: list[Any], src: int = 0, **_: Any) -> None:
+        store, key = dist.distributed_c10d._get_default_store(), f"objects{next(numbers)}"
+        if dist.get_rank() == src:
+            store.set(key, pickle.dumps(objects))
+        objects[:] = pickle.loads(store.get(key))
+
+    return broadcast
+
+
 def main() -> None:
-    """Become the script, with FlashAttention's functions and a nonzero that counts."""
+    """Become the script, with FlashAttention's functions, a nonzero that counts, and objects that arrive."""
+    import torch.distributed as dist
+
     from bench.null_gpu import attention
     from bench.null_gpu.parts import real_nonzero, without_orthogonal_start
 
@@ -130,6 +164,7 @@ def main() -> None:
     attention.install(Path(flash_attn) if flash_attn else None)
     without_orthogonal_start()
     keep = real_nonzero()
+    dist.broadcast_object_list = objects_through_the_store()
     sys.argv = [str(ROOT / "train_gpt.py")]
     runpy.run_path(sys.argv[0], run_name="__main__")
     del keep
