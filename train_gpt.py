@@ -1762,11 +1762,10 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
 # === HEADS ===
 # What attention does head by head around its products, each as one fused GPU kernel per direction beside its
-# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate act
-# on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels read
-# each tensor once and write each result once; a program takes BLOCK tokens and goes through their heads. Which
-# tokens a gradient of a small parameter comes from is summed in a fixed order: first in a program, then over
-# the programs.
+# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate
+# act on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels
+# read each tensor once and write each result once; a program takes HEAD_BLOCK tokens and goes through their
+# heads. Gradients of small parameters are summed in a fixed order: in each program, then over programs.
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotation_tables", mutates_args=())
@@ -1922,7 +1921,7 @@ def rotated_heads_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) have the part of each program."""
+    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum."""
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
@@ -1933,7 +1932,7 @@ def rotated_heads_backward_kernel(
     rotate_rows_back(k, k_upstream, k_gradient, None, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
 
 
-# Tokens of a program, and the warps that share it. Not measured on a GPU: 8 fp32 per thread and tile at D = 64.
+# Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
 HEAD_BLOCK = 16
 HEAD_WARPS = 4
 MOST_READ = 64  # channels that a gate may read in the kernel
@@ -2061,7 +2060,7 @@ def attention_output_kernel(
     WIDTH: tl.constexpr,
     READ_WIDTH: tl.constexpr,
 ):
-    """attention_output_reference of BLOCK tokens per program; a row of `source` begins every `stride` values."""
+    """attention_output_reference of BLOCK tokens per program; rows of `source` begin `stride` values apart."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     channel = tl.arange(0, READ_WIDTH)
@@ -2105,7 +2104,7 @@ def attention_output_backward_kernel(
     WIDTH: tl.constexpr,
     READ_WIDTH: tl.constexpr,
 ):
-    """The gradients of attention_output_kernel; `weight_gradients` (programs, heads, READ) are parts of a sum.
+    """The gradients of attention_output_kernel; `weight_gradients` (programs, H, READ) are parts of a sum.
 
     With u the upstream, n the direction of v, a = y n and b = gate u n, head by head:
     dy = gate u - b n, and dv = sum over the group of (2 a b n - a gate u - b y) / |v|.
@@ -2172,7 +2171,7 @@ def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[
 def attention_output_op(
     y: Tensor, v: Tensor, source: Tensor, weight: Tensor, height: float, slope: float
 ) -> Tensor:
-    """attention_output_reference in one kernel; `source` may be the first channels of wider contiguous rows."""
+    """attention_output_reference in one kernel; `source` may be the first channels of wider rows."""
     out = torch.empty_like(y)
     grid, sizes = attention_output_sizes(y, v, source)
     attention_output_kernel[grid](y, v, source, weight, out, height=height, slope=slope, **sizes)
@@ -2642,8 +2641,8 @@ class GPT(nn.Module):
 
         One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank, not
         per visit. If `folded`, the rows of o and down are multiplied by attn_scale and mlp_scale, which is
-        the same as scaling each output: less to move by two of four (T, D) blocks in a visit's backward, since
-        the gradients of the scales follow from those of the matrices.
+        the same as scaling each output. It moves less: the gradients of the scales follow from those of the
+        matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
         """
         banked = [name for name in self.table if name not in ("embed", "smear_w", "smear_lambda")]
         weights = {name: getattr(self, name) for name in banked}

@@ -1,4 +1,4 @@
-"""The fused kernels around attention, in Triton's interpreter: against their references and in the network."""
+"""The fused kernels around attention, interpreted: against their references and in the network."""
 
 from __future__ import annotations
 
@@ -215,7 +215,8 @@ for capability in (90, 100):
         signature = {{name: "constexpr" if name in SIZES else NUMBERS.get(name, "*bf16")
                       for name in kernel.arg_names}}
         source = ASTSource(kernel, signature, {{n: SIZES[n] for n in kernel.arg_names if n in SIZES}})
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=t.HEAD_WARPS))
+        target = GPUTarget("cuda", capability, 32)
+        built = triton.compile(source, target=target, options=dict(num_warps=t.HEAD_WARPS))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
             file.flush()

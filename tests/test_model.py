@@ -264,7 +264,7 @@ def test_the_one_forward_equals_the_published_equations(config, changes):
 @pytest.mark.parametrize("bos_fix", [True, False])
 @pytest.mark.parametrize("order", ["before_norm", "after_norm"])
 def test_the_smear_gate_is_the_published_one(config, order, bos_fix):
-    """On a packed row of two documents, the second cut at 25; our own shutting at the cut changes one token."""
+    """On a packed row of two documents, the second cut at 25, where our own shutting changes one token."""
     changes = {"smear_gate_order": order, "smear_gate_bos_fix": bos_fix, "smear_gate_segment_fix": False}
     model = make(config, **changes)
     inputs, targets, *_ = tokens(config, rows=1, length=40)
