@@ -1808,6 +1808,18 @@ def rotated_heads_reference(
 
 
 @triton_jit
+def load_rows(start, line, column, live):
+    """The columns of several rows in fp32, 0 where nothing lives; `line` is where each row begins."""
+    return tl.load(start + line + column[None, :], mask=live, other=0.0).to(tl.float32)
+
+
+@triton_jit
+def store_rows(start, line, column, live, values):
+    """What load_rows reads, rounded to the type of `start`."""
+    tl.store(start + line + column[None, :], values.to(start.dtype.element_ty), mask=live)
+
+
+@triton_jit
 def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
     """(cos, signed sin, partner) per token and dimension: x_d becomes x_d cos + x_partner sin.
 
@@ -1828,13 +1840,13 @@ def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.co
     """Every head of these tokens normalised, times its gain (1 without a pointer), rotated."""
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        here = tl.load(x + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
-        there = tl.load(x + line + partner[None, :], mask=live, other=0.0).to(tl.float32)
+        here = load_rows(x, line, dim, live)
+        there = load_rows(x, line, partner, live)
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
         if gain is not None:
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (here * c + there * s) * scale[:, None]
-        tl.store(out + line + dim[None, :], result.to(out.dtype.element_ty), mask=live)
+        store_rows(out, line, dim, live, result)
 
 
 @triton_jit
@@ -1885,9 +1897,9 @@ def rotate_rows_back(
     """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        raw = tl.load(x + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
-        here = tl.load(upstream + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
-        there = tl.load(upstream + line + partner[None, :], mask=live, other=0.0).to(tl.float32)
+        raw = load_rows(x, line, dim, live)
+        here = load_rows(upstream, line, dim, live)
+        there = load_rows(upstream, line, partner, live)
         turned = here * c - there * s
         scale = tl.rsqrt(tl.sum(raw * raw, 1) / D + eps)
         normed = raw * scale[:, None]
@@ -1896,7 +1908,7 @@ def rotate_rows_back(
             tl.store(gain_gradient + head, tl.sum(along, 0))
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (turned - normed * (along / D)[:, None]) * scale[:, None]
-        tl.store(gradient + line + dim[None, :], result.to(gradient.dtype.element_ty), mask=live)
+        store_rows(gradient, line, dim, live, result)
 
 
 @triton_jit
@@ -2035,10 +2047,17 @@ def attention_output_reference(y: Tensor, v: Tensor, source: Tensor, weight: Ten
 @triton_jit
 def load_own(v, line, dim, live):
     """(The value's direction, one over its length, whether this is not cut off at 1e-12) as F.normalize."""
-    own = tl.load(v + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
+    own = load_rows(v, line, dim, live)
     norm = tl.sqrt(tl.sum(own * own, 1))
     inverse = 1.0 / tl.maximum(norm, 1e-12)
     return own * inverse[:, None], inverse, norm > 1e-12
+
+
+@triton_jit
+def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
+    """(What the gate of a head reads with, the sigmoid of what it has read in `seen`)."""
+    reader = tl.load(weight + head * READ + channel, mask=channel < READ, other=0.0).to(tl.float32)
+    return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
 
 
 @triton_jit
@@ -2060,25 +2079,23 @@ def attention_output_kernel(
     WIDTH: tl.constexpr,
     READ_WIDTH: tl.constexpr,
 ):
-    """attention_output_reference of BLOCK tokens per program; rows of `source` begin `stride` values apart."""
+    """attention_output_reference of BLOCK tokens a program; rows of `source` lie `stride` values apart."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     channel = tl.arange(0, READ_WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     reads = (token < tokens)[:, None] & (channel < READ)[None, :]
-    seen = tl.load(source + token[:, None] * stride + channel[None, :], mask=reads, other=0.0).to(tl.float32)
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
     for kv_head in range(KV_HEADS):
         own, _, _ = load_own(v, (token[:, None] * KV_HEADS + kv_head) * D, dim, live)
         for member in tl.static_range(GROUP):
             head = kv_head * GROUP + member
-            reader = tl.load(weight + head * READ + channel, mask=channel < READ, other=0.0).to(tl.float32)
-            opening = tl.sum(seen * reader[None, :], 1)
-            gate = height * tl.sigmoid(slope * opening)
+            _, risen = load_gate(weight, seen, head, channel, slope, READ)
             line = (token[:, None] * KV_HEADS * GROUP + head) * D
-            here = tl.load(y + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
+            here = load_rows(y, line, dim, live)
             along = tl.sum(here * own, 1)
-            result = (here - along[:, None] * own) * gate[:, None]
-            tl.store(out + line + dim[None, :], result.to(out.dtype.element_ty), mask=live)
+            result = (here - along[:, None] * own) * (height * risen)[:, None]
+            store_rows(out, line, dim, live, result)
 
 
 @triton_jit
@@ -2115,7 +2132,7 @@ def attention_output_backward_kernel(
     channel = tl.arange(0, READ_WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     reads = (token < tokens)[:, None] & (channel < READ)[None, :]
-    seen = tl.load(source + token[:, None] * stride + channel[None, :], mask=reads, other=0.0).to(tl.float32)
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
     seen_gradient = tl.zeros((BLOCK, READ_WIDTH), dtype=tl.float32)
     for kv_head in range(KV_HEADS):
         kv_line = (token[:, None] * KV_HEADS + kv_head) * D
@@ -2123,11 +2140,10 @@ def attention_output_backward_kernel(
         turning = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
         for member in tl.static_range(GROUP):
             head = kv_head * GROUP + member
-            reader = tl.load(weight + head * READ + channel, mask=channel < READ, other=0.0).to(tl.float32)
-            risen = tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
+            reader, risen = load_gate(weight, seen, head, channel, slope, READ)
             line = (token[:, None] * KV_HEADS * GROUP + head) * D
-            here = tl.load(y + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
-            given = tl.load(upstream + line + dim[None, :], mask=live, other=0.0).to(tl.float32)
+            here = load_rows(y, line, dim, live)
+            given = load_rows(upstream, line, dim, live)
             a = tl.sum(here * own, 1)
             given_along = tl.sum(given * own, 1)
             gate_gradient = tl.sum(here * given, 1) - a * given_along
@@ -2136,17 +2152,13 @@ def attention_output_backward_kernel(
             part = tl.sum(opening_gradient[:, None] * seen, 0)
             place = (program * KV_HEADS * GROUP + head) * READ + channel
             tl.store(weight_gradients + place, part, mask=channel < READ)
-
             given = given * (height * risen)[:, None]
             b = given_along * height * risen
-            result = given - b[:, None] * own
-            tl.store(y_gradient + line + dim[None, :], result.to(y_gradient.dtype.element_ty), mask=live)
+            store_rows(y_gradient, line, dim, live, given - b[:, None] * own)
             straight = tl.where(is_unit, 2.0 * a * b, 0.0)
             turning += straight[:, None] * own - a[:, None] * given - b[:, None] * here
-        result = turning * inverse[:, None]
-        tl.store(v_gradient + kv_line + dim[None, :], result.to(v_gradient.dtype.element_ty), mask=live)
-    place = token[:, None] * READ + channel[None, :]
-    tl.store(source_gradient + place, seen_gradient.to(source_gradient.dtype.element_ty), mask=reads)
+        store_rows(v_gradient, kv_line, dim, live, turning * inverse[:, None])
+    store_rows(source_gradient, token[:, None] * READ, channel, reads, seen_gradient)
 
 
 def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[int], dict[str, Any]]:
