@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Probe whether the score of a run is legal: the four conditions, the data, the shipped bytes and every budget.
+"""Probe whether the score of a run is legal: four conditions, the data, the shipped bytes, every budget.
 
-    python compliance.py runs/NAME                               every probe; evidence in runs/NAME/compliance.json
-    python compliance.py runs/NAME --tokens 5000 --positions 2   a smaller sample, fewer replaced futures
+    ./compliance.py runs/NAME                               every probe; evidence in runs/NAME/compliance.json
+    ./compliance.py runs/NAME --tokens 5000 --positions 2   a smaller sample, fewer replaced futures
 
-What is probed is the script that the run ships (packed_train_gpt.py), on whole documents from the start of the
-validation set and with the stages that its own evaluation builds. Exit status 1, and one line per violation, if a probe
-fails. The conditions are those of issue #1017 of the contest: causal, normalised, score before update, single pass.
+What is probed is the script that the run ships (packed_train_gpt.py), on whole documents from the start of
+the validation set and with the stages that its own evaluation builds. Exit status 1, and one line per
+violation, if a probe fails. The conditions are those of issue #1017 of the contest: causal, normalised, score
+before update, single pass.
 """
 
 from __future__ import annotations
@@ -40,17 +41,36 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import verify_bytes
 from data.documents import DataError
 from data.shards import BOS, ShardError, read_shard, sha256_file, write_shard
-from data.sidecar import byte_tables
-from results import NAMES, Run, Stop, read_arrays, write_atomically
+from data.sidecar import VERSIONS, byte_tables
+from lossless_caps import TRANSFORMS, decode_caseops
+from results import (
+    NAMES,
+    PLACES,
+    Run,
+    Stop,
+    check_present,
+    check_summary,
+    place_of,
+    read_arrays,
+    read_json,
+    run_tool,
+    write_atomically,
+)
 
 ROOT = Path(__file__).resolve().parent
 CONDITIONS = ("causal", "normalised", "score before update", "single pass")
 GROUPS = (*CONDITIONS, "documents apart", "data", "shipped bytes", "budgets")
-CAP_BYTES, BUDGET_SECONDS = 16_000_000, 600
-SAMPLE_TOKENS, LEAST_DOCUMENTS, POSITIONS, SUMS_PER_POSITION = 20_000, 10, 3, 8
+CAP_BYTES = 16_000_000
+BUDGET_SECONDS = 600
+SAMPLE_TOKENS = 20_000
+LEAST_DOCUMENTS = 10
+POSITIONS = 3
+SUMS_PER_POSITION = 8
 CPU_WORK = 2_000_000_000  # parameters x sample tokens that a CPU scores a dozen times within some minutes
-SUM_TOLERANCE, ENTRY_TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-4, 1e-5
-# Two scorings of one sample: on a CPU they are the same program, on a GPU one is compiled and additions are reordered.
+SUM_TOLERANCE = 1e-4
+ENTRY_TOLERANCE = 1e-4
+GPU_TOLERANCE = 1e-5
+# Two scorings of one sample: the same program on a CPU; on a GPU one is compiled, with additions reordered.
 SAME_SCORE = {"cpu": 1e-9, "cuda": 5e-4}
 ROUNDING = 1e-9  # relative; sums are kept in fp64
 WARMUP_RUN = 8  # tokens in a row that random text does not share with the validation text
@@ -60,7 +80,10 @@ KNOWN_WRONG = {
     36_562_944: "a validation set built in parallel",
     164_594_398: "case operators charged as bytes",
 }
-USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions")  # of summary.json
+USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions.source_sha256")  # of summary.json
+SETTINGS = ("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")  # of config.json
+DECODED = 5_000  # documents whose bytes are counted in their text
+NORMALISED = 0.02  # most that a normaliser is believed to change; case operators charged as bytes are 9 %
 NEEDED = (
     "Config",
     "Run",
@@ -150,7 +173,8 @@ class Report:
 
     def table(self) -> str:
         """The probes for people, group by group."""
-        words, lines = {True: "holds", False: "BROKEN", None: "not measured"}, []
+        words = {True: "holds", False: "BROKEN", None: "not measured"}
+        lines = []
         width = max(len(row.probe) for row in self.rows)
         for group in GROUPS:
             lines.append(f"{group}: {words[self.verdict(group)]}")
@@ -205,6 +229,7 @@ def quiet() -> contextlib.redirect_stdout:
 def settings_of(trainer: ModuleType, run: Run, **changes: Any) -> dict[str, str]:
     """The run's settings as environment variables, with some of them changed."""
     kept = {name: value for name, value in run.config.items() if name not in NAMES}
+    kept |= {name: place_of(str(kept[name])) for name in PLACES if kept.get(name)}
     return {name: trainer.format_value(value) for name, value in (kept | changes).items()}
 
 
@@ -214,7 +239,7 @@ def config_of(trainer: ModuleType, run: Run, **changes: Any) -> Any:
 
 
 def bytes_of(data: Any, tokens: np.ndarray) -> np.ndarray:
-    """The original bytes of each validation token: those of the sidecar, or those that the tokenizer's tables give."""
+    """The original bytes of each validation token: the sidecar's, or those of the tokenizer's tables."""
     if data.sidecar_files:
         return np.concatenate([read_shard(path) for path in data.sidecar_files])[: len(tokens)].astype(
             np.int64
@@ -245,9 +270,12 @@ def take_sample(data: Any, tokens: np.ndarray, sizes: np.ndarray, wanted: int, f
 
 
 def scaled(trainer: ModuleType, config: Any, sample: Sample) -> dict[str, int]:
-    """Settings made small enough for the sample to hold several chunks, batches and phases of what the run learns."""
-    length, size, streams = config.eval_seq_len, len(sample.tokens), trainer.STREAMS
-    documents, phases = len(trainer.find_documents(sample.tokens)), config.phased_ttt_num_phases
+    """Settings so small that the sample holds several chunks, batches and phases of what the run learns."""
+    length = config.eval_seq_len
+    size = len(sample.tokens)
+    streams = trainer.STREAMS
+    documents = len(trainer.find_documents(sample.tokens))
+    phases = config.phased_ttt_num_phases
     # A phase ends after a multiple of 8 batches, and one batch must be left to score.
     most = (documents - 1) // (streams * phases) if phases else documents // 3
     side_by_side = min(config.ttt_batch_size, max(1, most))
@@ -276,7 +304,7 @@ def fingerprint(parameters: Any) -> str:
 
 
 def softmax_of(logits: Tensor, cap: float) -> Tensor:
-    """Log-probabilities (N, V) of raw `logits` under the softcap: what the head says, whatever the loss makes of it."""
+    """Log-probabilities (N, V) of raw `logits` under the softcap, whatever the loss makes of them."""
     return (cap * torch.tanh(logits.float() / cap)).log_softmax(-1)
 
 
@@ -295,11 +323,12 @@ class Forward:
 
 
 class Watch:
-    """Sees one scoring from outside: what is recorded when, from which distribution, what is learnt, and the weights.
+    """Sees one scoring from outside: what is recorded when, from what, what is learnt, and the weights.
 
-    It wraps the trainer's window_batch (which targets a forward holds), both loss functions (the logits, and through
-    the gradient of each loss what is learnt), Tally.add (the records) and, inside torch, every optimiser's step.
-    `closely`: each recorded forward is repeated with other targets, and weights are hashed at records and updates.
+    It wraps the trainer's window_batch (which targets a forward holds), both loss functions (the logits, and
+    through the gradient of each loss what is learnt), Tally.add (the records) and, inside torch, every
+    optimiser's step. `closely`: each recorded forward is repeated with other targets, and weights are hashed
+    at records and updates.
     """
 
     def __init__(
@@ -311,40 +340,44 @@ class Watch:
         closely: bool = False,
         tolerance: float = 0.0,
     ):
-        self.trainer, self.model, self.tokens, self.closely, self.tolerance = (
-            trainer,
-            model,
-            tokens,
-            closely,
-            tolerance,
-        )
+        self.trainer = trainer
+        self.model = model
+        self.tokens = tokens
+        self.closely = closely
+        self.tolerance = tolerance
         size = len(tokens)
         self.ask = set(map(int, ask))
         self.answers: dict[
             int, Tensor
         ] = {}  # place -> log-probability of each token, as the loss function gives it
-        self.recorded, self.entry = torch.full((size,), math.nan), torch.full((size,), math.nan)
-        self.event, self.times = np.full(size, -1), np.zeros(size, int)
+        self.recorded = torch.full((size,), math.nan)
+        self.entry = torch.full((size,), math.nan)
+        self.event = np.full(size, -1)
+        self.times = np.zeros(size, int)
         self.learnt = np.zeros(size, bool)
         self.events = self.updates = self.repeated = 0
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.ledger: list[tuple[str, str, str]] = []  # (what, hash of the weights, hash of the adapters)
-        self.stopped, self.tally, self.final = "", None, torch.zeros(0)
-        self.latest, self.batch, self.text, self.aside = Forward(), None, None, None
+        self.stopped = ""
+        self.tally = None
+        self.final = torch.zeros(0)
+        self.latest = Forward()
+        self.batch = None
+        self.text = None
+        self.aside = None
 
     def fault(self, group: str, probe: str, text: str) -> None:
         """Note a violation."""
         self.faults.setdefault((group, probe), []).append(text)
 
     def __enter__(self) -> Watch:
-        trainer, self.stack = self.trainer, contextlib.ExitStack()
-        add, real = (
-            trainer.Tally.add,
-            {
-                name: getattr(trainer, name)
-                for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
-            },
-        )
+        trainer = self.trainer
+        self.stack = contextlib.ExitStack()
+        add = trainer.Tally.add
+        real = {
+            name: getattr(trainer, name)
+            for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
+        }
 
         def window_batch(tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool) -> Any:
             found = real["window_batch"](tokens, plan, rows, context, packed)
@@ -392,7 +425,8 @@ class Watch:
         self.stack.close()
         if self.tally is not None:
             self.final = self.tally.nats.cpu().clone()
-        self.latest, self.tally = Forward(), None  # they hold batches and logits
+        self.latest = Forward()  # they hold batches and logits
+        self.tally = None
 
     def starts(self, model: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         """A forward of the model begins."""
@@ -404,7 +438,9 @@ class Watch:
             self.aside.append(logits.detach())
             return
         latest = self.latest
-        latest.logits, latest.function, latest.cap = logits.detach(), function, cap
+        latest.logits = logits.detach()
+        latest.function = function
+        latest.cap = cap
         places = np.zeros(0, int) if self.batch is None else self.batch[0].ravel()
         named = places > 0
         latest.known = len(places) == len(losses) and np.array_equal(
@@ -454,8 +490,9 @@ class Watch:
             self.ledger.append(("update", *self.hashes()))
 
     def record(self, tally: Any, losses: Tensor, places: Tensor) -> None:
-        """Scores are entered: they must come from the latest forward, and their targets must not be learnt yet."""
-        where, latest = places.cpu().numpy(), self.latest
+        """Scores are entered: they come from the latest forward, and their targets are not learnt yet."""
+        where = places.cpu().numpy()
+        latest = self.latest
         self.tally, self.recorded[places.cpu()] = tally, losses.float().cpu()
         self.event[where] = self.events
         np.add.at(self.times, where, 1)
@@ -501,7 +538,8 @@ class Watch:
 
     def look_closely(self, losses: Tensor, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
-        latest, hashes = self.latest, self.hashes()
+        latest = self.latest
+        hashes = self.hashes()
         if self.ledger and self.ledger[-1][0] == "record" and self.ledger[-1][1] != hashes[0]:
             self.fault(
                 "score before update",
@@ -523,7 +561,8 @@ class Watch:
         changed, logits = self.again(other)
         shift = 0.0
         for part in rows.split(2048):
-            before, after = softmax_of(latest.logits[part], latest.cap), softmax_of(logits[part], latest.cap)
+            before = softmax_of(latest.logits[part], latest.cap)
+            after = softmax_of(logits[part], latest.cap)
             self.entry[places.cpu()[torch.isin(rows, part).cpu()]] = before.gather(
                 1, targets.flatten()[part][:, None]
             )[:, 0].cpu()
@@ -559,10 +598,12 @@ class Watch:
 
 
 class Stages:
-    """The stages that the trainer's evaluate_stage builds and runs on the sample, each watched and repeatable."""
+    """The stages that the trainer's evaluate_stage runs on the sample, each watched and repeatable."""
 
     def __init__(self, trainer: ModuleType, config: Any, sample: Sample, positions: int):
-        self.trainer, self.config, self.sample = trainer, config, sample
+        self.trainer = trainer
+        self.config = config
+        self.sample = sample
         self.random = np.random.default_rng(0)
         text = np.flatnonzero(sample.tokens >= 4)
         self.asked = self.random.choice(text, min(SUMS_PER_POSITION * positions, len(text)), replace=False)
@@ -622,7 +663,8 @@ class Stages:
 
     def replaced(self, tokens: np.ndarray, where: np.ndarray) -> np.ndarray:
         """`tokens` with other ones at `where`; control tokens stay, so that documents keep their borders."""
-        size, chosen = self.config.vocab_size - 4, where & (tokens >= 4)
+        size = self.config.vocab_size - 4
+        chosen = where & (tokens >= 4)
         shift = self.random.integers(1, size, len(tokens))
         return np.where(chosen, (tokens.astype(np.int64) - 4 + shift) % size + 4, tokens).astype("<u2")
 
@@ -634,9 +676,12 @@ def gap(ours: Tensor, theirs: Tensor, where: Any) -> float:
 
 
 def probe_passes(report: Report, stages: Stages, stage: str) -> None:
-    """Single pass: every target recorded once, left to right, never touched again, and the score is their sum."""
-    watch, score, sample = stages.watches[stage], stages.scores[stage], stages.sample
-    size, wrong = len(watch.tokens), np.flatnonzero(watch.times[1:] != 1) + 1
+    """Single pass: every target recorded once, left to right, never changed; the score is their sum."""
+    watch = stages.watches[stage]
+    score = stages.scores[stage]
+    sample = stages.sample
+    size = len(watch.tokens)
+    wrong = np.flatnonzero(watch.times[1:] != 1) + 1
     if watch.stopped:
         group = "score before update" if "learnt" in watch.stopped else "single pass"
         report.add(group, f"{stage}: finishes", False, watch.stopped)
@@ -683,7 +728,7 @@ def probe_passes(report: Report, stages: Stages, stage: str) -> None:
 
 
 def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
-    """Normalised: the recorded score is the entry of the distribution, which sums to 1 over the whole vocabulary."""
+    """Normalised: the recorded score is the entry of a distribution that sums to 1 over the vocabulary."""
     watch = stages.watches[stage]
     off = gap(watch.recorded, -watch.entry, slice(1, None))
     worst = int((watch.recorded + watch.entry)[1:].abs().nan_to_num(math.inf).argmax()) + 1
@@ -713,11 +758,12 @@ def probe_distributions(report: Report, stages: Stages, stage: str) -> None:
 
 
 def probe_updates(report: Report, stages: Stages, stage: str) -> None:
-    """Score before update: the order of records, gradients and updates, and the hashes of the weights around them."""
+    """Score before update: the order of records, gradients and updates, and the weights' hashes there."""
     watch = stages.watches[stage]
     names = ("learnt after it was scored", "hash before the update", "known text")
     faults = [text for name in names for text in watch.faults.get(("score before update", name), [])]
-    learns, probe = stage == "ttt", f"{stage}: records and updates"
+    learns = stage == "ttt"
+    probe = f"{stage}: records and updates"
     if faults:
         report.add("score before update", probe, False, f"{faults[0]} ({len(faults)} such events)")
     elif not watch.ledger or (learns and not watch.updates):
@@ -735,14 +781,15 @@ def probe_updates(report: Report, stages: Stages, stage: str) -> None:
             if not watch.updates
             else f"{watch.events} records and {watch.updates} updates: {len(states)} "
             f"states of the weights, {states[0]} to {states[-1]}, and {adapters} of adapters; all "
-            f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update are "
-            "those of the record before it, and gave its scores a second time",
+            f"{int(watch.learnt.sum())} targets learnt were recorded before; the weights before an update "
+            "are those of the record before it, and gave its scores a second time",
         )
 
 
 def probe_causality(report: Report, stages: Stages, stage: str, positions: int) -> None:
-    """Causal: nothing scored before a place changes with what comes after it, nor the distribution with its token."""
-    watch, tokens = stages.watches[stage], stages.validation.tokens
+    """Causal: no score changes with what comes after its place, nor its distribution with its token."""
+    watch = stages.watches[stage]
+    tokens = stages.validation.tokens
     for probe in ("token itself replaced", "known distribution"):
         group = "causal" if probe.startswith("token") else "normalised"
         for text in watch.faults.get((group, probe), [])[:1]:
@@ -756,7 +803,11 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             "the stage does not finish" if watch.stopped else "too few distributions were seen",
         )
         return
-    tolerance, compared, worst, moved, alone = stages.tolerance(stage), 0, 0.0, 0.0, 0.0
+    tolerance = stages.tolerance(stage)
+    compared = 0
+    worst = 0.0
+    moved = 0.0
+    alone = 0.0
     for number in range(positions):
         place = int(order[(2 * number + 1) * len(order) // (2 * positions)])
         event = watch.event[place]
@@ -786,7 +837,8 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
         f"{stage}: future replaced",
         worst <= tolerance,
         f"all tokens scored later replaced after "
-        f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed {tolerance:.2g})",
+        f"{positions} places: {compared} earlier scores move by at most {worst:.2g} (allowed "
+        f"{tolerance:.2g})",
     )
     if ("causal", "token itself replaced") not in watch.faults:
         report.add(
@@ -794,14 +846,16 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
             f"{stage}: token itself replaced",
             moved <= tolerance and alone <= ENTRY_TOLERANCE,
             f"at {watch.repeated} targets given to the forward, and in the text at {positions} places: "
-            f"distributions move by at most {moved:.2g}, the score of the new token is the old distribution's "
-            f"to {alone:.2g}",
+            f"distributions move by at most {moved:.2g}, the score of the new token is the old "
+            f"distribution's to {alone:.2g}",
         )
 
 
 def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     """No score of a document depends on the one before it, where attention is confined to documents."""
-    config, tokens, probe = stages.config, stages.validation.tokens, f"{stage}: previous document replaced"
+    config = stages.config
+    tokens = stages.validation.tokens
+    probe = f"{stage}: previous document replaced"
     if not ((stage == "ttt" and config.ttt_mode == "doc_lora") or config.loader == "packed"):
         report.add(
             "documents apart",
@@ -814,8 +868,8 @@ def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     inside = np.zeros(len(tokens), bool)
     for a, b in documents[::2]:
         inside[a + 1 : b] = True
-    # What is learnt from a scored document may change the next one's scores, so nothing is learnt for all; and several
-    # documents lie side by side, however few of them the sample has.
+    # What is learnt from a scored document may change the next one's scores, so nothing is learnt for all;
+    # and several documents lie side by side, however few of them the sample has.
     still = {
         "ttt_lr": 0.0,
         "global_ttt_lr": 0.0,
@@ -863,7 +917,8 @@ def probe_warmup(report: Report, stages: Stages) -> None:
 
 def probe_stages(report: Report, stages: Stages, positions: int) -> None:
     """Every probe of every stage."""
-    sample, read = stages.sample, stages.validation.tokens
+    sample = stages.sample
+    read = stages.validation.tokens
     report.add(
         "single pass",
         "whole validation set",
@@ -895,15 +950,17 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
 def probe_data(
     report: Report, run: Run, data: Any, tokens: np.ndarray, sizes: np.ndarray, trainer: ModuleType
 ) -> None:
-    """Totals and sums per document against the shards and the sidecar, and the dataset against its own rules."""
-    summary, documents = run.summary, trainer.find_documents(tokens)
+    """Totals and sums per document against shards and sidecar, and the dataset against its own rules."""
+    summary = run.summary
+    documents = trainer.find_documents(tokens)
     report.add(
         "data",
         "same dataset",
         data.fingerprint["shards"] == run.config.get("data"),
         f"shards {data.fingerprint['shards']}, the run has {run.config.get('data')}",
     )
-    count, credited = len(tokens) - 1, int(sizes[1:].sum())
+    count = len(tokens) - 1
+    credited = int(sizes[1:].sum())
     hint = lambda value: f" ({KNOWN_WRONG[value]})" if value in KNOWN_WRONG else ""
     said = int(summary["val_tokens"]), int(summary["val_bytes"])
     report.add(
@@ -955,11 +1012,65 @@ def probe_data(
             f"nats / ln 2 / bytes over {len(arrays['tokens'])} documents = {sums:.8f}, "
             f"val_bpb {summary['val_bpb']:.8f}" + "".join(f"; differs from the shards: {w}" for w in wrong),
         )
-    probe_dataset(report, data)
+    transform = probe_dataset(report, data)
+    probe_decoding(report, data, tokens, sizes, transform)
 
 
-def probe_dataset(report: Report, data: Any) -> None:
-    """verify_bytes.py on the dataset: operators worth no bytes, published constants, no validation text in training."""
+def decoded_bytes(data: Any, transform: str, tokens: np.ndarray) -> int | None:
+    """UTF-8 bytes of the original text that one document's tokens decode to; None if they do not decode.
+
+    U+2581 is a space of the text: SentencePiece writes spaces that way before it splits.
+    """
+    text = data.pieces.decode(tokens.tolist()).replace("\u2581", " ")
+    try:
+        if transform in VERSIONS:
+            text = decode_caseops(text, version=VERSIONS[transform], normalised=True)
+        return len(text.encode())
+    except ValueError:
+        return None
+
+
+def probe_decoding(
+    report: Report, data: Any, tokens: np.ndarray, sizes: np.ndarray, transform: str | None
+) -> None:
+    """The counted bytes against those of the decoded text: neither tables nor sidecar are asked.
+
+    Exact where the tables count. A sidecar counts the text as it was before the tokenizer's normaliser, which
+    decoding cannot undo: there the two may differ by what a normaliser changes.
+    """
+    probe = "bytes by decoding"
+    starts = np.flatnonzero(tokens == BOS)
+    unknown = data.pieces.unk_id()
+    if not len(starts) or transform is None or (data.sidecar_files and not TRANSFORMS[transform].lossless):
+        reason = "no document has a BOS" if not len(starts) else f"transform {transform or 'unknown'}"
+        report.add("data", probe, None, f"cannot be decoded to the original: {reason}")
+        return
+    borders = np.append(starts, len(tokens))
+    chosen = np.unique(np.linspace(0, len(starts) - 1, min(DECODED, len(starts))).astype(int))
+    counted = found = 0
+    wrong = []
+    for number in chosen:
+        begin, end = int(borders[number]) + 1, int(borders[number + 1])
+        if (tokens[begin:end] == unknown).any():  # its text is lost
+            continue
+        ours = int(sizes[begin:end].sum())
+        theirs = decoded_bytes(data, transform, tokens[begin:end])
+        counted += ours
+        found += theirs or 0
+        if ours != theirs:
+            wrong.append(number)
+    near = bool(data.sidecar_files) and abs(counted - found) <= NORMALISED * found
+    hint = f", the first difference in document {wrong[0]}" if wrong else ""
+    report.add(
+        "data",
+        probe,
+        (None if near else False) if wrong else True,
+        f"{counted} bytes counted in {len(chosen)} documents, their decoded text has {found}{hint}",
+    )
+
+
+def probe_dataset(report: Report, data: Any) -> str | None:
+    """verify_bytes.py on the dataset: operators without bytes, constants, no validation text in training."""
     claimed = (
         []
         if data.manifest
@@ -980,14 +1091,17 @@ def probe_dataset(report: Report, data: Any) -> None:
         report.add("data", "verify_bytes", False, str(error))
     except DataError as error:
         report.add("data", "verify_bytes", None, str(error))
+    return getattr(proof, "transform", None)
 
 
 def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
     """Bytes, seconds and code of the run against its limits, none of them above the contest's."""
-    summary, folder = run.summary, run.folder
-    artifact, code = folder / "final_model.ptz", folder / "packed_train_gpt.py"
+    summary = run.summary
+    folder = run.folder
+    artifact = folder / "final_model.ptz"
+    code = folder / "packed_train_gpt.py"
     sizes = [path.stat().st_size for path in (artifact, code)]
-    cap = min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"])
+    cap = min(CAP_BYTES, run.setting("ARTIFACT_CAP_BYTES"))
     report.add(
         "budgets",
         "artifact and code",
@@ -1008,14 +1122,16 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
         ("training and calibration", "budgeted_seconds", "MAX_WALLCLOCK_SECONDS"),
         ("evaluation", "eval_seconds", "EVAL_BUDGET_SECONDS"),
     ):
-        used, most = summary.get(key), min(BUDGET_SECONDS, run.config[limit])
+        used = summary.get(key)
+        most = min(BUDGET_SECONDS, run.setting(limit))
         report.add(
             "budgets",
             name,
             None if used is None else used <= most,
             f"not recorded: no {key}" if used is None else f"{used:.2f} of {most:g} s ({key})",
         )
-    source, recorded = ROOT / "train_gpt.py", summary["versions"]["source_sha256"]
+    source = ROOT / "train_gpt.py"
+    recorded = summary["versions"]["source_sha256"]
     if sha256_file(code) == recorded:
         report.add(
             "shipped bytes",
@@ -1036,9 +1152,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
             f"train_gpt.py {recorded[:16]} packs to "
             f"{'the' if packed else 'another'} packed_train_gpt.py {sha256_file(code)[:16]}",
         )
-    trained = run.config.get("PREQUANT_TTT_ENABLED") or "prequant_ttt" in json.loads(
-        (folder / "stages.json").read_text() if (folder / "stages.json").exists() else "{}"
-    )
+    trained = run.config.get("PREQUANT_TTT_ENABLED") or "prequant_ttt" in run.stages()
     report.add(
         "score before update",
         "no training before scoring",
@@ -1047,14 +1161,18 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
         if trained
         else "PREQUANT_TTT_ENABLED=0",
     )
-    verdict = summary.get("compliance", {})
+    verdict = summary.get("compliance") or {}
+    legal = verdict.get("legal")
     report.add(
-        "budgets", "the run's own verdict", verdict.get("legal"), str(verdict.get("reason", "not recorded"))
+        "budgets",
+        "the run's own verdict",
+        None if legal is None else legal is True,
+        str(verdict.get("reason", "not recorded")),
     )
 
 
 def probe_ledger(report: Report, run: Run) -> None:
-    """The order of events in metrics.jsonl: training data within the budget, validation data only after the seal."""
+    """Order in metrics.jsonl: training data within the budget, validation data only after the seal."""
     probes = (
         "validation read after the seal",
         "calibration before the bell",
@@ -1066,32 +1184,34 @@ def probe_ledger(report: Report, run: Run) -> None:
         for probe in probes:
             report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
         return
-    phase, early, begun, last, seconds, begins, clock, sealed = (
-        "nothing",
-        [],
-        None,
-        None,
-        None,
-        None,
-        None,
-        "",
-    )
+    phase = "nothing"
+    early = []
+    begun = None
+    last = None
+    seconds = None
+    begins = None
+    clock = None
+    sealed = ""
     for record in events:
-        event, moment = record.get("event"), record["time"]
+        event = record.get("event")
+        moment = record["time"]
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
             phase = event
         if event == "start":
             begun = None  # another process: the wall clock says nothing about the training clock
         elif event == "train_clock_start":
-            begun, last = moment - record.get("seconds", 0.0), None  # a resumed run has used some already
+            begun = moment - record.get("seconds", 0.0)  # a resumed run has used some already
+            last = None
         elif event == "train_read_last":
-            last, seconds = moment, moment - begun if begun else None
+            last = moment
+            seconds = moment - begun if begun else None
         elif event == "artifact_sealed":
             sealed = record.get("sha256", "")
         elif event == "validation_read" and phase != "eval_clock_start":
             early.append(phase)
         elif event == "eval_clock_start":
-            begins, clock = moment, None
+            begins = moment
+            clock = None
         elif event == "eval_clock_end":
             clock = moment - begins if begins else None
     when = {
@@ -1107,7 +1227,7 @@ def probe_ledger(report: Report, run: Run) -> None:
         if early
         else "no validation token was read before the artifact was sealed and the evaluation clock started",
     )
-    limit = min(BUDGET_SECONDS, run.config["MAX_WALLCLOCK_SECONDS"])
+    limit = min(BUDGET_SECONDS, run.setting("MAX_WALLCLOCK_SECONDS"))
     report.add(
         "budgets",
         probes[1],
@@ -1116,7 +1236,7 @@ def probe_ledger(report: Report, run: Run) -> None:
         if seconds is None
         else f"training data was last read {seconds:.2f} s after the clock started, limit {limit:g} s",
     )
-    limit = min(BUDGET_SECONDS, run.config["EVAL_BUDGET_SECONDS"])
+    limit = min(BUDGET_SECONDS, run.setting("EVAL_BUDGET_SECONDS"))
     report.add(
         "budgets",
         probes[2],
@@ -1135,7 +1255,7 @@ def probe_ledger(report: Report, run: Run) -> None:
 
 # === THE SHIPPED SCRIPT ALONE ===
 
-# Loaded by Python at its start: no connection leaves the machine, and every file that is opened is written down.
+# Loaded by Python at its start: no connection leaves the machine, and every opened file is written down.
 GUARD = """
 import os, sys
 
@@ -1156,10 +1276,11 @@ sys.addaudithook(_guard)
 def run_alone(
     run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, Any], place: Path
 ) -> tuple[dict[str, Any], str, list[str]]:
-    """Run the packed script on the sample in an empty folder: (summary, error, what it tried or opened elsewhere)."""
+    """(summary, error, what it opened elsewhere) of the packed script on the sample in an empty folder."""
     (place / "guard").mkdir(parents=True)
     (place / "guard" / "sitecustomize.py").write_text(GUARD)
-    empty, log = place / "empty", place / "opened"
+    empty = place / "empty"
+    log = place / "opened"
     empty.mkdir()
     shutil.copy(run.folder / "packed_train_gpt.py", empty / "train_gpt.py")
     shutil.copy(run.folder / "final_model.ptz", empty / "model.ptz")
@@ -1175,23 +1296,23 @@ def run_alone(
     }
     settings = settings_of(trainer, run, **changes | where)
     ours = settings.keys() | trainer.ALIASES.keys() | trainer.FIXED.keys() | trainer.REFUSED.keys()
-    environment = (
+    variables = (
         {name: value for name, value in os.environ.items() if name not in ours}
         | settings
         | {"PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(log), "HF_HUB_OFFLINE": "1"}
     )
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
+    environment.forget_launcher(variables)
     done = subprocess.run(
         [sys.executable, "train_gpt.py"],
         cwd=empty,
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
         check=False,
     )
     path = empty / "runs" / "alone" / "summary.json"
-    summary = json.loads(path.read_text()) if done.returncode == 0 and path.exists() else {}
+    summary = read_json(path) if done.returncode == 0 and path.exists() else {}
+    check_summary(path, summary)
     error = "" if summary else (done.stderr.strip() or done.stdout.strip() or "no summary").splitlines()[-1]
     python = [str(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix}]
     foreign = []
@@ -1244,15 +1365,14 @@ def check(
     trainer: ModuleType | None = None,
     alone: bool = True,
 ) -> Report:
-    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: what the hardware can do)."""
-    run, report = Run.read(folder), Report(folder)
+    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: as the hardware can)."""
+    run = Run.read(folder)
+    report = Report(folder)
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise Stop(f"{folder / name}: no such file; finish the run, or copy the whole folder")
-    if missing := [name for name in USED if name not in run.summary]:
-        raise Stop(
-            f"{folder / 'summary.json'}: has no {', '.join(missing)}; score the run again with STAGE=evaluate"
-        )
+    check_present(folder / "summary.json", run.summary, USED, "score the run again with STAGE=evaluate")
+    check_present(folder / "config.json", run.config, SETTINGS, "copy it again, or repeat the run")
     trainer = trainer or load_trainer(folder)
     try:
         config = config_of(trainer, run)
@@ -1327,4 +1447,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -6,7 +6,11 @@
     import numpy as np
 
 Standard library only, and plain enough for an old Python to read: it runs before anything is known of the
-interpreter. `python environment.py` says what run.sh asks of an interpreter that it did not make.
+interpreter. The shell scripts ask it, too:
+
+    python3 environment.py packages [tests]      one line and status 2 if this interpreter lacks any of them
+    python3 environment.py gpus                  their number; one line and status 2 if torch cannot use them
+    python3 environment.py launcher              commands that unset a launcher's variables
 """
 
 import importlib.util
@@ -14,12 +18,19 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TRIED = "GOLF_ENVIRONMENT"  # the process that has changed its interpreter already; os.execv keeps its number
 MODULES = {"protobuf": "google.protobuf", "pytest-xdist": "xdist"}  # where it is not the package's name
+# What torchrun and its like set. A tool is one process, and starts others under numbers of their own.
+LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+)
 FOR_TESTS = ("pytest", "pytest-xdist", "hypothesis", "ruff")  # no tool needs them
 
 
@@ -58,6 +69,41 @@ def missing(tests: bool = False) -> list:
     return [name for name in required(tests) if not is_there(MODULES.get(name, name.replace("-", "_")))]
 
 
+def gpus() -> list:
+    """The GPUs that a process started here may use, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    A driver that fails writes its complaint where the list should be, so only its own form of line counts.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        names = [name.strip() for name in chosen.split(",")]
+        hidden = [place for place, name in enumerate(names) if not name or name.startswith("-")]
+        return names[: hidden[0]] if hidden else names  # CUDA reads as far as the first that is none
+    if not shutil.which("nvidia-smi"):
+        return []
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--list-gpus"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=60,  # seconds; a driver that hangs would hang the tool
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"warning: nvidia-smi: {error}; going on without a GPU", file=sys.stderr)
+        return []
+    lines = done.stdout.decode(errors="replace").splitlines() if done.returncode == 0 else []
+    return [str(number) for number in range(sum(bool(re.match(r"GPU \d+:", line)) for line in lines))]
+
+
+def forget_launcher(variables: MutableMapping) -> list:
+    """Remove a launcher's numbers, such as a stale WORLD_SIZE whose ranks one would wait for; their names."""
+    names = [name for name in variables if name in LAUNCHER or name.startswith("TORCHELASTIC_")]
+    for name in names:
+        del variables[name]
+    return names
+
+
 def is_ours(script: str) -> bool:
     """Whether a file is a command of this repository (and not, say, pytest)."""
     path = Path(script).resolve()
@@ -74,6 +120,7 @@ def enter() -> None:
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is None or not is_ours(script):
         return
+    forget_launcher(os.environ)
     lacking = missing()
     if not lacking:
         return
@@ -94,7 +141,7 @@ def enter() -> None:
     sys.exit(2)
 
 
-def check(tests: bool) -> int:
+def complain(tests: bool) -> int:
     """Say in one line what the running interpreter lacks and how to install exactly that; the exit status."""
     lacking = missing(tests)
     if not lacking:
@@ -102,10 +149,54 @@ def check(tests: bool) -> int:
     pins = " ".join(shlex.quote(required(tests)[name]) for name in lacking)
     print(
         f"PYTHON={sys.executable}: has no {', '.join(lacking)}; "
-        f"{shlex.quote(sys.executable)} -m pip install {pins}"
+        f"{shlex.quote(sys.executable)} -m pip install {pins}",
+        file=sys.stderr,
     )
     return 2
 
 
+def count_gpus() -> int:
+    """Print how many GPUs a run may use, and say so in one line if torch sees fewer; the exit status."""
+    listed = len(gpus())
+    if listed:
+        import torch
+
+        seen = torch.cuda.device_count()
+        if seen < listed:
+            print(
+                f"{listed} GPUs are listed, but torch {torch.__version__} (CUDA {torch.version.cuda}) can "
+                f"use {seen}; renew the driver, name a Python with a fitting torch in PYTHON, or run without "
+                "any by CUDA_VISIBLE_DEVICES=",
+                file=sys.stderr,
+            )
+            return 2
+    print(listed)
+    return 0
+
+
+def unset_launcher() -> int:
+    """Print shell commands that unset a launcher's variables; a warning if it has several ranks; status 0."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    names = forget_launcher(os.environ)
+    if ranks != "1":
+        print(
+            f"warning: WORLD_SIZE={ranks} is ignored: run.sh starts the processes of this machine itself",
+            file=sys.stderr,
+        )
+    print("".join(f"unset {name}\n" for name in names), end="")
+    return 0
+
+
+def main(words: list) -> int:
+    """Answer the shell scripts; the exit status."""
+    answers = {"gpus": count_gpus, "launcher": unset_launcher}
+    if len(words) == 1 and words[0] in answers:
+        return answers[words[0]]()
+    if words[:1] == ["packages"] and words[1:] in ([], ["tests"]):
+        return complain(tests=len(words) == 2)
+    print(__doc__)
+    return 0 if words in (["-h"], ["--help"]) else 2
+
+
 if __name__ == "__main__":
-    sys.exit(check(tests="--tests" in sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

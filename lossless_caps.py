@@ -8,15 +8,16 @@ CaseOps writes every ASCII letter in lower case and says in private-use operator
     ESC      the next character is an operator that stands in the text itself
     LOWER    (v3) the first letter of the word is not the capital that was expected
 
-A word is a maximal run of ASCII letters; everything else is copied. v1 writes TITLE and ALLCAPS right before the word.
-v3 writes them and LOWER before the whitespace that leads the word, so that the word keeps its leading-space piece in
-the tokenizer. v3 also expects a capital at a sentence start, and leaves TITLE out there: at the start of the text, and
-after . ! ? with an optional closing quote or bracket and some whitespace.
+A word is a maximal run of ASCII letters; everything else is copied. v1 writes TITLE and ALLCAPS right before
+the word. v3 writes them and LOWER before the whitespace that leads the word, so that the word keeps its
+leading-space piece in the tokenizer. v3 also expects a capital at a sentence start, and leaves TITLE out
+there: at the start of the text, and after . ! ? with an optional closing quote or bracket and some
+whitespace.
 
-SentencePiece makes one space of every run of whitespace and none of that at the ends of a text. v3 holds through that:
-no rule depends on the length or the kind of a run, whitespace is all that the normaliser makes a space of, and at the
-start of the text the operator follows the whitespace. So the code of the normalised text is the normalised code, and
-the tokens decode to the normalised text.
+SentencePiece makes one space of every run of whitespace and none of that at the ends of a text. v3 holds
+through that: no rule depends on the length or the kind of a run, whitespace is all that the normaliser makes
+a space of, and at the start of the text the operator follows the whitespace. So the code of the normalised
+text is the normalised code, and the tokens decode to the normalised text.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ class CaseOpsError(ValueError):
 
 # === TEXT AS NUMBERS ===
 
-# UTF-16: every character that the grammars know is one unit, and half a surrogate pair is never taken for one of them.
+# UTF-16: every character that the grammars know is one unit, and half
+# a surrogate pair is never taken for one of them.
 UNIT, CODEC = np.dtype("<u2"), "utf-16-le"
-# Each block of text has one unit in front, which is its context, and zeros behind, so that every rule may look ahead.
+# Each block of text has one unit in front, which is its context, and
+# zeros behind, so that every rule may look ahead.
 CONTEXT, BEHIND = "\0", "\0\0\0\0"
 # Working memory that stays in the cache, and bounded for any document: twice the speed of one piece on 10 MB.
 BLOCK = 1 << 16
@@ -64,7 +67,8 @@ CUT = re.compile(
     f"[^{re.escape(WHITESPACE + SENTENCE_ENDS + CLOSERS + ''.join(OPERATORS[3]))}](?=[{WHITESPACE}])"
 )
 
-# The kinds of unit that the rules tell apart; letters are odd, and from EVENT on come the ones at which a rule starts.
+# The kinds of unit that the rules tell apart; letters are odd, and
+# from EVENT on come the ones at which a rule starts.
 OTHER, SMALL, BLANK, CLOSER, EVENT, CAPITAL, SENTENCE_END = 0, 1, 2, 4, 64, 65, 68
 NEXT, ESCAPE, TITLED, SHOUTED, LOWERED = 76, 80, 84, 88, 92
 LETTER = 1
@@ -72,7 +76,9 @@ CASE = UNIT.type(ord("a") ^ ord("A"))
 
 
 def _kinds(members: dict[int, str]) -> np.ndarray:
-    """The kind of each of the 65,536 units, uint8: the keys of `members` for their characters, OTHER for the rest."""
+    """The kind of each of the 65,536 units, uint8: the keys of
+    `members` for their characters, OTHER for the rest.
+    """
     kinds = np.full(1 << 16, OTHER, dtype=np.uint8)
     for kind, characters in members.items():
         kinds[[ord(character) for character in characters]] = kind
@@ -94,7 +100,9 @@ ALLOWED = np.isin(np.arange(256), (TITLED, SHOUTED, SHOUTED + 1, LOWERED + 1))
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str]]:
-    """The `text` in pieces that can be transformed one by one: (index of the piece, context and piece and zeros)."""
+    """The `text` in pieces that can be transformed one by one: (index
+    of the piece, context and piece and zeros).
+    """
     start = 0
     while len(text) - start > BLOCK and (cut := CUT.search(text, start + BLOCK)):
         yield start, CONTEXT + text[start : cut.end()] + BEHIND
@@ -144,7 +152,7 @@ def _sentence_starts(kinds: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _after_blanks(kinds: np.ndarray, starts: np.ndarray, blank: np.ndarray) -> np.ndarray:
-    """The index of the first unit at or after each of `starts` that is no whitespace; `blank` says which are."""
+    """The index of the first unit from each of `starts` on that is no whitespace; `blank` says which are."""
     ends = starts + blank
     long = _where(kinds.take(ends) == BLANK)
     if len(long):
@@ -172,7 +180,9 @@ def _text_start(kinds: np.ndarray) -> int:
 
 
 def encode_caseops(text: str, version: int = 1) -> str:
-    """The CaseOps encoding of any `text`, which `decode_caseops` gives back; UnicodeEncodeError on a lone surrogate."""
+    """The CaseOps encoding of any `text`, which `decode_caseops`
+    gives back; UnicodeEncodeError on a lone surrogate.
+    """
     encode = _encode_v1 if _version(version) == 1 else _encode_v3
     if not text.isascii():
         text = text.replace(ESC, ESC + ESC)
@@ -220,7 +230,9 @@ def _encode_v3(block: str, first: bool) -> str:
 
 
 def _case_signs(kinds: np.ndarray, capitals: np.ndarray, before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The operator of each of `capitals`, which have kinds `before` before them, and whether it is to be written."""
+    """The operator of each of `capitals`, which have kinds `before`
+    before them, and whether it is to be written.
+    """
     signs = SIGN.take(before)
     kept = np.ones(len(capitals), dtype=bool)
     after = kinds.take(capitals + 1)
@@ -237,7 +249,9 @@ def _case_signs(kinds: np.ndarray, capitals: np.ndarray, before: np.ndarray) -> 
 
 
 def _inserted(units: np.ndarray, capitals: np.ndarray, at: np.ndarray, signs: np.ndarray) -> str:
-    """The block `units`, its `capitals` in lower case, with each of `signs` inserted before its index in `at`."""
+    """The block `units`, its `capitals` in lower case, with each of
+    `signs` inserted before its index in `at`.
+    """
     units[capitals] |= CASE
     at = at + np.arange(len(at))
     code = np.empty(len(units) + len(at), dtype=UNIT)
@@ -252,12 +266,13 @@ def _inserted(units: np.ndarray, capitals: np.ndarray, at: np.ndarray, signs: np
 
 
 def decode_caseops(code: str, version: int = 1, normalised: bool = False) -> str:
-    """The text whose CaseOps encoding is `code`; CaseOpsError, with the position, where the grammar is broken.
+    """The text whose CaseOps encoding is `code`; CaseOpsError, with
+    the position, where the grammar is broken.
 
-    v3 accepts exactly what the encoder writes, and with `normalised` also capitals, which stay: SentencePiece makes
-    them of characters that are none (the trade mark sign becomes TM) after the encoding. v1 accepts the published
-    grammar, which is wider: it also allows capitals in `code`, ESC before any character, CAPNEXT to begin a word or
-    under ALLCAPS, and ALLCAPS on one letter.
+    v3 accepts exactly what the encoder writes, and with `normalised` also capitals, which stay: SentencePiece
+    makes them of characters that are none (the trade mark sign becomes TM) after the encoding. v1 accepts the
+    published grammar, which is wider: it also allows capitals in `code`, ESC before any character, CAPNEXT to
+    begin a word or under ALLCAPS, and ALLCAPS on one letter.
     """
     decode = _decode_v1 if _version(version) == 1 else partial(_decode_v3, normalised=normalised)
     texts = []
@@ -363,7 +378,9 @@ def _decode_v3(block: str, first: bool, normalised: bool) -> str:
 
 
 def _operators(block: str, version: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The units of `block`, their kinds (an escaped operator is OTHER), the indices of the events and their kinds."""
+    """The units of `block`, their kinds (an escaped operator is
+    OTHER), the indices of the events and their kinds.
+    """
     units = _units(block)
     kinds = DECODE_KINDS[version].take(units)
     found = _where(kinds >= EVENT)
@@ -381,7 +398,8 @@ def _operators(block: str, version: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _spelled_out(kinds: np.ndarray, nexts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Which of the words that begin with a capital at `first` have two letters or more and a CAPNEXT before each other.
+    """Which of the words that begin with a capital at `first` have
+    two letters or more and a CAPNEXT before each other.
 
     `nexts` are the places of all CAPNEXT that are between two letters.
     """
@@ -389,9 +407,8 @@ def _spelled_out(kinds: np.ndarray, nexts: np.ndarray, first: np.ndarray) -> np.
     some = some[(kinds.take(first[some]) == SMALL) & (kinds.take(first[some] + 2) == SMALL)]
     if not len(some):
         return some
-    ends = (
-        nexts[np.append(np.diff(nexts) != 2, True)] + 2
-    )  # of each chain of CAPNEXT, letter, CAPNEXT, letter
+    # Of each chain of CAPNEXT, letter, CAPNEXT, letter.
+    ends = nexts[np.append(np.diff(nexts) != 2, True)] + 2
     stop = kinds.take(ends[ends.searchsorted(first[some] + 2)])
     return some[(stop & LETTER == 0) & (stop != NEXT)]
 
@@ -410,7 +427,9 @@ def _without(units: np.ndarray, places: np.ndarray) -> str:
 
 
 def _fault(units: np.ndarray, *faults: tuple[np.ndarray, str]) -> CaseOpsError:
-    """The error at the first of all the places in `faults`: (indices into the block `units`, what is wrong there)."""
+    """The error at the first of all the places in `faults`: (indices
+    into the block `units`, what is wrong there).
+    """
     found = [(int(places.min()), reason) for places, reason in faults if len(places)]
     place, reason = min(found, key=lambda fault: fault[0])
     character = chr(units[place])
@@ -421,7 +440,7 @@ def _fault(units: np.ndarray, *faults: tuple[np.ndarray, str]) -> CaseOpsError:
 
 
 class _Worth(dict):
-    """Original bytes of surfaces met so far, -1 for one that holds an ESC; bounded, since any text may come."""
+    """Original bytes of surfaces met so far, -1 for one with an ESC; bounded, since any text may come."""
 
     def __init__(self, version: int) -> None:
         self.operators = dict.fromkeys(map(ord, OPERATORS[version]))
@@ -439,10 +458,12 @@ _WORTH = {version: _Worth(version) for version in OPERATORS}
 
 
 def original_byte_counts(pieces: Sequence[str], version: int = 1) -> list[int]:
-    """The original UTF-8 bytes that each token of one document accounts for; CaseOpsError if an ESC ends the document.
+    """The original UTF-8 bytes that each token of one document
+    accounts for; CaseOpsError if an ESC ends the document.
 
-    `pieces` are the tokens' surfaces (not vocabulary pieces) in CaseOps text, in order and complete, since an ESC acts
-    on the token after it. An operator is worth 0, an escaped one its 3 bytes, anything else its own length.
+    `pieces` are the tokens' surfaces (not vocabulary pieces) in CaseOps text, in order and complete, since an
+    ESC acts on the token after it. An operator is worth 0, an escaped one its 3 bytes, anything else its own
+    length.
     """
     worth = _WORTH[_version(version)]
     counts = list(map(worth.__getitem__, pieces))
@@ -469,7 +490,9 @@ def original_byte_counts(pieces: Sequence[str], version: int = 1) -> list[int]:
 
 
 def casefold(text: str) -> str:
-    """The NFKC form of `text` in lower case (`str.lower`, so sharp s stays); lossy: the text cannot be recovered."""
+    """The NFKC form of `text` in lower case (`str.lower`, so sharp s
+    stays); lossy: the text cannot be recovered.
+    """
     return unicodedata.normalize("NFKC", text).lower()
 
 
@@ -478,7 +501,9 @@ def _same(text: str) -> str:
 
 
 class Transform(NamedTuple):
-    """A text transform; `decode` is None if it cannot be undone, `operators` are to be reserved by a tokenizer."""
+    """A text transform; `decode` is None if it cannot be undone,
+    `operators` are to be reserved by a tokenizer.
+    """
 
     encode: Callable[[str], str]
     decode: Callable[[str], str] | None

@@ -4,8 +4,9 @@
     ./report.py runs/A                       writes runs/A/report.html
     ./report.py runs/sweep-MATRIX_LR-1a2b3c  the settings against each other, and a page for each finished run
 
-The page needs nothing but a browser: no script, no font and no picture from elsewhere; it is light or dark as the
-reader's system is, and fits a phone. Its figures are those of summary.json, in full precision under the pointer.
+The page needs nothing but a browser: no script, no font and no picture from elsewhere; it is light or dark as
+the reader's system is, and fits a phone. Its figures are those of summary.json, in full precision under the
+pointer.
 """
 
 from __future__ import annotations
@@ -17,32 +18,51 @@ import argparse
 import html
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from results import Run, Stop, conditions, read_arrays, read_json, show, step_of, text_of, write_atomically
+from results import (
+    Run,
+    Stop,
+    conditions,
+    read_arrays,
+    read_plan,
+    run_tool,
+    show,
+    step_of,
+    text_of,
+    write_atomically,
+)
 from sweep import Row, number, rows_of
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 256, 50, 22, 14, 42  # of a chart, in units of about a pixel
+WIDTH = 460  # of a chart, in units of about a pixel
+HEIGHT = 256
+LEFT = 50
+RIGHT = 22
+TOP = 14
+BOTTOM = 42
 COLOURS = 6  # --c1 to --c6 of the style; more series than that would not be told apart
 
 STYLE = """
-:root{color-scheme:light dark;--page:#f3f3f0;--card:#fdfdfc;--ink:#1b1b1a;--soft:#65645f;--line:#dfded9;--track:#ebeae6;
+:root{color-scheme:light dark;--page:#f3f3f0;--card:#fdfdfc;--ink:#1b1b1a;--soft:#65645f;--line:#dfded9;
+--track:#ebeae6;
 --c1:#2a78d6;--c2:#d9591f;--c3:#138a60;--c4:#b07900;--c5:#6a4fc4;--c6:#c23c74;--good:#0b7a35;--bad:#c02b2b}
-@media(prefers-color-scheme:dark){:root{--page:#141413;--card:#1e1e1d;--ink:#f1f0ed;--soft:#a6a49d;--line:#3a3936;
+@media(prefers-color-scheme:dark){:root{--page:#141413;--card:#1e1e1d;--ink:#f1f0ed;--soft:#a6a49d;
+--line:#3a3936;
 --track:#2c2b29;--c1:#4b95ee;--c2:#e5733f;--c3:#2bb282;--c4:#d1950f;--c5:#9c8cf0;--c6:#e0659a;--good:#45b868;
 --bad:#f07070}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1240px;padding:20px 16px 48px;background:var(--page);color:var(--ink);
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
 h1{font-size:22px;margin:4px 0;overflow-wrap:anywhere}h2{font-size:16px;margin:0 0 2px}p{margin:4px 0}
-a{color:var(--c1)}.soft,.card>p{color:var(--soft);font-size:13px}.good{color:var(--good)}.bad{color:var(--bad)}
+a{color:var(--c1)}.soft,.card>p{color:var(--soft);font-size:13px}.good{color:var(--good)}
+.bad{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:10px;margin:14px 0}
-.tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;min-width:0}
+.tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px;
+min-width:0}
 .tile b{display:block;font-size:18px;font-weight:600;white-space:nowrap;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:13px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:12px}
@@ -52,7 +72,8 @@ svg text{font-size:12px;fill:var(--soft);font-family:inherit}.grid{stroke:var(--
 .spot:hover,.few{fill:currentColor}.mark{stroke:var(--soft);stroke-dasharray:4 3}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:13px;color:var(--soft);margin-top:4px}
 .key i{display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle}
-.bars{display:grid;grid-template-columns:minmax(84px,auto) 1fr auto;gap:7px 10px;align-items:center;margin-top:10px;
+.bars{display:grid;grid-template-columns:minmax(84px,auto) 1fr auto;gap:7px 10px;align-items:center;
+margin-top:10px;
 font-size:14px}
 .bars .track{height:16px;background:var(--track);border-radius:4px;position:relative}
 .bars .track i{position:absolute;top:0;bottom:0;border-radius:4px;min-width:2px}
@@ -64,14 +85,16 @@ font-size:14px}
 .map .role span{position:absolute;left:5px;top:3px;right:2px;pointer-events:none}
 .map .role div{border-color:rgba(255,255,255,.35);border-width:0 1px 1px 0;border-radius:0}
 .scroll{overflow-x:auto;margin-top:8px}table{border-collapse:collapse;width:100%;font-size:13.5px}
-th{text-align:left;color:var(--soft);font-weight:500}th,td{padding:5px 10px 5px 0;border-bottom:1px solid var(--line);
+th{text-align:left;color:var(--soft);font-weight:500}th,td{padding:5px 10px 5px 0;
+border-bottom:1px solid var(--line);
 vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .fixed{table-layout:fixed}
 .fixed th:first-child{width:54%}.fixed td,td.s{overflow-wrap:anywhere}
 code{font:13px ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 details summary{cursor:pointer;color:var(--soft);font-size:13px;margin-top:8px}
 .strip{position:relative;height:22px;background:var(--track);border-radius:4px;margin:2px 0 10px}
-.strip i{position:absolute;width:10px;height:10px;border-radius:50%;top:6px;margin-left:-5px;background:var(--c1);
+.strip i{position:absolute;width:10px;height:10px;border-radius:50%;top:6px;margin-left:-5px;
+background:var(--c1);
 border:1px solid var(--card)}.strip u{position:absolute;width:2px;top:2px;bottom:2px;margin-left:-1px;
 background:var(--ink)}
 @media(max-width:560px){.map{aspect-ratio:4/5}body{padding:12px 10px 32px}svg text{font-size:16px}
@@ -131,6 +154,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def apart(low: float, high: float) -> int:
+    """1 if two ends of an axis are too close to be told apart in fp64, else 0."""
+    return int(high - low <= 1e-12 * max(abs(low), abs(high), 1e-290))
+
+
 def short(value: float) -> str:
     """A number for an axis."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
@@ -151,14 +179,20 @@ def chart(
     names: dict[float, str] | None = None,
     low: float | None = None,
 ) -> str:
-    """A line chart with a word under its x axis, vertical marks, and every value under the pointer; nothing without two
-    points."""
+    """A line chart with a word under its x axis, vertical marks, and every value under the pointer.
+
+    Nothing without two points.
+    """
     curves = [curve for curve in curves if len(curve.points) > 1][:COLOURS]
     if not curves:
         return ""
     xs, ys = ([p[i] for curve in curves for p in curve.points] for i in (0, 1))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys) if low is None else low, max(ys)
-    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0) * max(abs(y0), 1) * 0.1
+    x0 = min(xs)
+    x1 = max(xs)
+    y0 = min(ys) if low is None else low
+    y1 = max(ys)
+    x1 += apart(x0, x1) * max(abs(x0), 1)
+    y1 += apart(y0, y1) * max(abs(y0), 1) * 0.1
     y0, y1 = y0 - 0.04 * (y1 - y0) * (low is None), y1 + 0.04 * (y1 - y0)
     px = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
     py = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)
@@ -185,7 +219,8 @@ def chart(
     for place, curve in enumerate(curves, 1):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in curve.points)
         parts.append(f'<polyline class="curve" stroke="var(--c{place})" points="{path}"/>')
-        few, every = len(curve.points) <= 20, -(-len(curve.points) // 150)
+        few = len(curve.points) <= 20
+        every = -(-len(curve.points) // 150)
         for x, y in [*curve.points[::every], curve.points[-1]]:
             label = (
                 f"{curve.name + ': ' if len(curves) > 1 else ''}{(names or {}).get(x, short(x))}: {y:{form}}"
@@ -240,10 +275,10 @@ def tiles(summary: dict[str, Any], cap: float | None) -> str:
 
 
 def curves_of(run: Run) -> tuple[Curve, Curve, Curve, list[tuple[float, str]]]:
-    """Training loss, learning rate and validation BPB by step, and the step at which the loops were switched on."""
+    """Training loss, learning rate and validation BPB by step, and the step that switched the loops on."""
     records = run.records()
     steps = {r["step"]: r for r in records if r.get("kind") == "train" and "train_loss" in r}
-    checks = {step_of(r): r["val_bpb"] for r in records if r.get("kind") == "score" and step_of(r)}
+    checks = {step_of(r): r["val_bpb"] for r in records if "val_bpb" in r and step_of(r)}
     loops = re.findall(r"^loops on at step (\d+)", run.log, re.M)
     return (
         Curve("train_loss", [(step, r["train_loss"]) for step, r in sorted(steps.items())]),
@@ -258,11 +293,14 @@ def waterfall(bpb: dict[str, float]) -> str:
     values = list(bpb.values())
     if not values:
         return ""
-    low, high = min(values), max(values)
-    room = (high - low) or abs(high) * 0.01
-    low, high = low - 0.6 * room, high + 0.05 * room
+    low = min(values)
+    high = max(values)
+    room = (high - low) or abs(high) * 0.01 or 1.0
+    low = low - 0.6 * room
+    high = high + 0.05 * room
     place = lambda value: (value - low) / (high - low)
-    rows, before = [], None
+    rows = []
+    before = None
     for stage, value in bpb.items():
         if before is None:
             rows.append(bar(stage, 0, place(value), figure(value, ".5f"), "c1"))
@@ -308,11 +346,12 @@ def artifact_parts(path: Path) -> list[Part]:
 
 
 def treemap(parts: list[Part]) -> str:
-    """Rectangles as large as the parts are in bytes, divided into tensors by their share before compression."""
+    """Rectangles as large as the parts in bytes, divided into tensors by their share before compression."""
     import squarify
 
     parts = sorted((part for part in parts if part.bytes > 0), key=lambda part: -part.bytes)
-    total, cells = sum(part.bytes for part in parts), []
+    total = sum(part.bytes for part in parts)
+    cells = []
     boxes = lambda sizes: squarify.squarify(squarify.normalize_sizes(sizes, 100, 100), 0, 0, 100, 100)
     place = lambda box: (
         f"left:{box['x']:.3f}%;top:{box['y']:.3f}%;width:{box['dx']:.3f}%;height:{box['dy']:.3f}%"
@@ -322,7 +361,8 @@ def treemap(parts: list[Part]) -> str:
         if len(inner) > 1:
             raw = sum(size for _, size in inner)
             inside = "".join(
-                f'<div style="{place(b)}" title="{esc(name)}: about {part.bytes * size // raw:,} bytes"></div>'
+                f'<div style="{place(b)}" title="{esc(name)}: about {part.bytes * size // raw:,} bytes">'
+                "</div>"
                 for (name, size), b in zip(inner, boxes([size for _, size in inner]), strict=True)
             )
         else:
@@ -353,7 +393,7 @@ def times(summary: dict[str, Any], run: Run) -> str:
     last = {
         r["stage"]: r["seconds"]
         for r in run.records()
-        if r.get("kind") == "score" and r["stage"] in summary["bpb"]
+        if r["kind"] == "score" and r["stage"] in summary["bpb"] and "seconds" in r
     }
     scoring = {f"val:{stage}": seconds for stage, seconds in last.items()}
     rest = summary.get("eval_seconds", 0) - sum(last.values())
@@ -369,10 +409,12 @@ def times(summary: dict[str, Any], run: Run) -> str:
     rows = []
     for title, name, parts in groups:
         parts = {label: seconds for label, seconds in parts.items() if seconds is not None}
-        used, limit = sum(parts.values()), (limits.get(name) or (None, None))[1]
+        used = sum(parts.values())
+        limit = (limits.get(name) or (None, None))[1]
         if not parts:
             continue
-        scale, position = max(limit or 0, used) or 1, 0.0
+        scale = max(limit or 0, used) or 1
+        position = 0.0
         words = f"{title}: {used:.1f} s" + (f" of {limit:g} s" if limit else "")
         rows.append(f'<div class="group">{esc(words)}</div>')
         for label, seconds in parts.items():
@@ -390,7 +432,8 @@ def by_length(arrays: dict[str, np.ndarray]) -> str:
     scored = arrays["bytes"] > 0
     tokens, sizes, nats = (arrays[name][scored] for name in ("tokens", "bytes", "nats"))
     groups = np.floor(np.log2(np.maximum(tokens, 1))).astype(int)
-    points, names = [], {}
+    points = []
+    names = {}
     for group in np.unique(groups):
         inside = groups == group
         points.append((float(group), float(nats[inside].sum() / math.log(2) / sizes[inside].sum())))
@@ -402,7 +445,8 @@ def by_position(arrays: dict[str, np.ndarray]) -> str:
     """BPB early and late in a document, if the run has written sums by position."""
     if not {"position_start", "position_nats", "position_bytes"} <= arrays.keys():
         return ""
-    points, names = [], {}
+    points = []
+    names = {}
     for place, (start, nats, size) in enumerate(
         zip(*(arrays[f"position_{n}"] for n in ("start", "nats", "bytes")), strict=True)
     ):
@@ -469,17 +513,21 @@ def page(title: str, head: str, body: list[str]) -> str:
 
 def run_report(run: Run) -> str:
     """The page of one run; of an unfinished one as far as it has come."""
-    summary = run.summary if run.is_finished else {"bpb": {}, "overrides": {}, "compliance": {}}
+    summary = {"bpb": {}, "overrides": {}, "compliance": {}} | (run.summary if run.is_finished else {})
     loss, rate, checks, loops = curves_of(run)
-    arrays, artifact = read_arrays(run.folder), run.folder / "final_model.ptz"
-    versions, compliance = summary.get("versions", {}), summary["compliance"]
-    drawn, note = "", "Areas are bytes; within a stream, tensors are drawn by their share before compression."
+    arrays = read_arrays(run.folder)
+    artifact = run.folder / "final_model.ptz"
+    versions = summary.get("versions", {})
+    compliance = summary["compliance"]
+    drawn = ""
+    note = "Areas are bytes; within a stream, tensors are drawn by their share before compression."
     if artifact.exists():
         try:
             code = [Part("code (packed)", summary["code_bytes"], [])] if summary.get("code_bytes") else []
             drawn = treemap([*artifact_parts(artifact), *code])
         except SystemExit as error:
-            drawn, note = f"<p>{esc(error)}</p>", ""
+            drawn = f"<p>{esc(error)}</p>"
+            note = ""
     facts = [
         ["seed", esc(run.seed)],
         *([name, esc(text_of(value))] for name, value in versions.items()),
@@ -537,7 +585,8 @@ def strips(rows: list[Row]) -> str:
     values = [value for row in rows for value in row.values.values()]
     if not values:
         return ""
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     place = lambda value: 3 + 94 * ((value - low) / (high - low) if high > low else 0.5)
     shown = []
     for row in rows[:40]:
@@ -546,16 +595,19 @@ def strips(rows: list[Row]) -> str:
             for seed, value in row.values.items()
         )
         shown.append(
-            f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div><div class="strip">{dots}'
-            f'<u style="left:{place(row.mean):.2f}%"></u></div>'
+            f'<div class="soft">{esc(words_of(row))}: {figure(row.mean, ".6f")}</div>'
+            f'<div class="strip">{dots}<u style="left:{place(row.mean):.2f}%"></u></div>'
         )
     return "".join(shown) + f'<p class="soft">left {low:.6f}, right {high:.6f}</p>'
 
 
 def sweep_report(folder: Path, metric: str) -> str:
     """The page of a sweep."""
-    rows, first = rows_of(folder, metric), folder / next(iter(read_json(folder / "sweep.json")["runs"]), "")
-    cells, failures, curves = [], [], []
+    rows = rows_of(folder, metric)
+    first = folder / next(iter(read_plan(folder)["runs"]), "")
+    cells = []
+    failures = []
+    curves = []
     for row in rows:
         links = " ".join(
             f'<a href="{esc(path.name)}/report.html">{esc(seed)}</a>' if seed in row.values else esc(seed)
@@ -584,9 +636,10 @@ def sweep_report(folder: Path, metric: str) -> str:
             Curve(words_of(row), [(s, float(np.mean([one[s] for one in losses]))) for s in sorted(steps)])
         )
     head = (
-        f'<p class="soft">{sum(len(row.values) for row in rows)} of {sum(len(row.runs) for row in rows)} runs '
-        f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or documents, "
-        "p from the paired t-test.</p>"
+        f'<p class="soft">{sum(len(row.values) for row in rows)} of '
+        f"{sum(len(row.runs) for row in rows)} runs "
+        f"finished; {esc(metric)}, best first. The difference is to the baseline over the same seeds or "
+        "documents, p from the paired t-test.</p>"
     )
     best = f"mean over the seeds, {'all' if len(curves) <= COLOURS else f'the best {COLOURS}'} combinations"
     header = ["settings", "mean", "std", "difference", "p", "paired over", "finished", "seeds"]
@@ -629,4 +682,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

@@ -1,20 +1,35 @@
-# Sourced by run.sh and test.sh: the virtual environment .venv with requirements.txt, made once and remade when that file
-# changes.
-command -v python3 >/dev/null || { echo "python3 is missing; install Python 3.10 or newer" >&2; exit 2; }
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  { echo "$(python3 --version) is too old; install Python 3.10 or newer" >&2; exit 2; }
-stamp=$(python3 - <<'PYTHON'
+# Sourced by run.sh and test.sh once they have changed to the repository's folder: $python becomes an interpreter
+# that has requirements.txt. With PYTHON=/path/to/python it is that one, as it is: nothing is installed, and what it
+# lacks is said in one line. Without, it is that of .venv, made once and remade when requirements.txt changes.
+case "${PYTHON:-}" in
+  /* | '') ;;
+  */*) export PYTHON="$OLDPWD/$PYTHON" ;; # as seen from the caller's folder
+esac
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null ||
+  { echo "$python is missing; install Python 3.10 or newer, or name one in PYTHON" >&2; exit 2; }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  { echo "$("$python" --version 2>&1) is too old; install Python 3.10 or newer, or name one in PYTHON" >&2; exit 2; }
+
+if [ -n "${PYTHON:-}" ]; then
+  "$python" environment.py packages ${needs_tests:+tests} || exit 2
+else
+  stamp=$("$python" - <<'EOS'
 import hashlib, sys
 print(hashlib.sha256(open("requirements.txt", "rb").read() + sys.version.encode()).hexdigest())
-PYTHON
-)
-if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$stamp" ]; then
-  echo "setup: installing requirements.txt into .venv (once; a minute or two)"
-  python3 -m venv --clear .venv ||
-    { echo "python3 -m venv failed; install the venv module of your Python (Debian: apt install python3-venv)" >&2; exit 2; }
-  .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt ||
-    { echo "pip could not install requirements.txt; see its message above, then run this again" >&2; exit 2; }
-  echo "$stamp" > .venv/requirements.sha256
+EOS
+  )
+  if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$stamp" ]; then
+    echo "setup: installing requirements.txt into .venv (once; a minute or two)"
+    "$python" -m venv --clear .venv ||
+      { echo "$PWD/.venv: cannot be made; install the venv module (Debian: apt install python3-venv), make the" \
+        "folder writable, or name a Python with requirements.txt in PYTHON" >&2; exit 2; }
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt ||
+      { echo "pip could not install requirements.txt; see its message above, then run this again" >&2; exit 2; }
+    echo "$stamp" > .venv/requirements.sha256 ||
+      { echo "$PWD/.venv: cannot be written; free disk space and run this again" >&2; exit 2; }
+  fi
+  python=$PWD/.venv/bin/python
+  export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
 fi
-unset PYTHONDONTWRITEBYTECODE  # a run starts many processes: each would compile torch and numba again
-export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+unset PYTHONDONTWRITEBYTECODE # a run starts many processes: each would compile torch and numba again

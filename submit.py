@@ -3,11 +3,12 @@
 
     ./submit.py runs/A runs/B runs/C --name MyIdea --baseline 1.06108,0.0009,3
     ./submit.py runs/A runs/B runs/C --name MyIdea --track demo         not on the contest's data or hardware
-    ./submit.py runs/A runs/B runs/C --name MyIdea --check              first score every artifact again, see below
+    ./submit.py runs/A runs/B runs/C --name MyIdea --check              first score every artifact again
 
-Nothing is written unless everything fits: one configuration, one code, one dataset, no seed twice, no started seed left
-out, every limit kept, every byte there, and the score following from its sums. --check also runs the packed script of
-each run from an empty folder, without network and training shards, on the artifact: it must give the same score.
+Nothing is written unless everything fits: one configuration, one code, one dataset, no seed twice, no started
+seed left out, every limit kept, every byte there, and the score following from its sums. --check also runs
+the packed script of each run from an empty folder, without network and training shards, on the artifact: it
+must give the same score.
 """
 
 from __future__ import annotations
@@ -35,10 +36,17 @@ from results import (
     PLACES,
     Run,
     Stop,
+    check_present,
+    check_summary,
     conditions,
+    is_number,
     mean_std,
+    place_of,
+    place_of_data,
     read_documents,
     read_json,
+    read_plan,
+    run_tool,
     show,
     text_of,
     welch,
@@ -47,12 +55,15 @@ from results import (
 
 ROOT = Path(__file__).resolve().parent
 RECORD_TRACK = "track_10min_16mb"
-CAP_BYTES, BUDGET_SECONDS, RANKS, GPU, DOCUMENTS, SEEDS = 16_000_000, 600, 8, "H100", 50_000, 3
-MARGIN_NATS, MARGIN_P, APPLIED_P = (
-    0.005,
-    0.01,
-    0.25,
-)  # the written rule, and the one applied since 2026-04-28 (#1902)
+CAP_BYTES = 16_000_000
+BUDGET_SECONDS = 600
+RANKS = 8
+GPU = "H100"
+DOCUMENTS = 50_000
+SEEDS = 3
+MARGIN_NATS = 0.005  # the written rule
+MARGIN_P = 0.01
+APPLIED_P = 0.25  # the one applied since 2026-04-28 (#1902)
 FILES = (
     "config.json",
     "summary.json",
@@ -62,9 +73,19 @@ FILES = (
     "final_model.ptz",
     "packed_train_gpt.py",
 )
+RECORDED = (  # in summary.json
+    *("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "artifact_bytes", "code_bytes", "total_bytes"),
+    *("artifact_sha256", "train_seconds", "eval_seconds", "steps", "seed", "world_size", "overrides"),
+    *("versions.source_sha256", "versions.device", "versions.torch", "data.tokenizer", "compliance.legal"),
+)
+SETTINGS = (  # in config.json
+    *("SEED", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM"),
+    *("NUM_LOOPS", "LOOP_START", "LOOP_END", "MATRIX_BITS", "EMBED_BITS", "COMPRESSOR", "TRELLIS_STATES"),
+    *("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS"),
+)
 SAME_VERSIONS = ("python", "torch", "numpy", "triton", "cuda", "device", "dtype")
 ROUNDING = 1e-9  # relative; sums are kept in fp64
-AGAIN = 1e-4  # relative; adapting at evaluation with atomic additions on a GPU gives about 1e-5 between two scorings
+AGAIN = 1e-4  # relative; adapting with atomic additions on a GPU gives about 1e-5 between two scorings
 
 Ask = Callable[[str], Any]  # the value of a setting, None if this version has no such setting
 
@@ -115,7 +136,7 @@ def file_hash(path: Path) -> str:
 
 def close(a: Any, b: Any) -> bool:
     """Whether two recorded numbers are the same up to fp64 rounding."""
-    return all(isinstance(x, int | float) for x in (a, b)) and math.isclose(a, b, rel_tol=ROUNDING)
+    return is_number(a) and is_number(b) and math.isclose(a, b, rel_tol=ROUNDING)
 
 
 def bpb_of(nats: float, count: float) -> float:
@@ -127,7 +148,7 @@ def bpb_of(nats: float, count: float) -> float:
 
 
 def check_run(run: Run) -> None:
-    """Stop at the first thing wrong with one run: a missing file, a broken limit, a figure that does not follow."""
+    """Stop at the first thing wrong: a missing file, a broken limit, a figure that does not follow."""
     for name in FILES:
         if not (run.folder / name).is_file():
             raise Stop(
@@ -135,31 +156,10 @@ def check_run(run: Run) -> None:
                 "folder"
             )
     summary = run.summary
-    for name in (
-        "val_bpb",
-        "val_loss",
-        "val_tokens",
-        "val_bytes",
-        "bpb",
-        "artifact_bytes",
-        "code_bytes",
-        "total_bytes",
-        "artifact_sha256",
-        "train_seconds",
-        "eval_seconds",
-        "steps",
-        "seed",
-        "world_size",
-        "overrides",
-        "versions",
-        "data",
-        "compliance",
-    ):
-        if summary.get(name) is None:
-            raise Stop(
-                f"{run.folder / 'summary.json'}: has no {name}; score the run again with STAGE=evaluate RUN_ID="
-                f"{run.folder.name}, and a run evaluated from a foreign ARTIFACT cannot be submitted"
-            )
+    again = f"score the run again with STAGE=evaluate RUN_ID={run.folder.name}"
+    foreign = "a run evaluated from a foreign ARTIFACT cannot be submitted"
+    check_present(run.folder / "summary.json", summary, RECORDED, f"{again}, and {foreign}")
+    check_present(run.folder / "config.json", run.config, SETTINGS, "copy it again, or repeat the run")
     check_score(run, summary)
     check_bytes(run, summary)
     for name, value in summary["overrides"].items():
@@ -170,8 +170,8 @@ def check_run(run: Run) -> None:
             )
     if summary["seed"] != run.seed:
         raise Stop(
-            f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; one "
-            "of the files was changed, repeat the run"
+            f"{run.folder / 'summary.json'}: seed {summary['seed']}, but config.json says SEED={run.seed}; "
+            "one of the files was changed, repeat the run"
         )
     if run.source != summary["versions"]["source_sha256"]:
         raise Stop(
@@ -193,7 +193,8 @@ def check_run(run: Run) -> None:
 
 def check_score(run: Run, summary: dict[str, Any]) -> None:
     """Stop unless the score follows from its sums and every place that records it says the same."""
-    path, remedy = run.folder / "summary.json", "score the run again with STAGE=evaluate"
+    path = run.folder / "summary.json"
+    remedy = "score the run again with STAGE=evaluate"
     follows = bpb_of(summary["val_loss"] * summary["val_tokens"], summary["val_bytes"])
     if not close(follows, summary["val_bpb"]):
         raise Stop(
@@ -204,15 +205,15 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
     scores = [r for r in run.records() if r.get("kind") == "score" and r.get("stage") == stage]
     recorded = {
         f"bpb.{stage} there": {"val_bpb": last},
-        "stages.json": read_json(run.folder / "stages.json").get("evaluate", {}),
+        "stages.json": run.stages().get("evaluate", {}),
         f"the last {stage} record of metrics.jsonl": scores[-1] if scores else {},
     }
     for place, facts in recorded.items():
         for name in ("val_bpb", "val_loss"):
             if (name in facts or name == "val_bpb") and not close(facts.get(name), summary[name]):
                 raise Stop(
-                    f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files was "
-                    f"changed, {remedy}"
+                    f"{path}: {name} {summary[name]}, but {place} says {facts.get(name)}; one of the files "
+                    f"was changed, {remedy}"
                 )
     finals = re.findall(r"^final val_loss:(\S+) val_bpb:(\S+)", run.log, re.M)
     if not finals or finals[-1] != (f"{summary['val_loss']:.8f}", f"{summary['val_bpb']:.8f}"):
@@ -221,40 +222,40 @@ def check_score(run: Run, summary: dict[str, Any]) -> None:
             f"`final` of train.log says {' '.join(finals[-1]) if finals else 'nothing'}; {remedy}"
         )
     if documents := read_documents(run.folder):
-        tokens, count = int(documents.tokens.sum()), int(documents.bytes.sum())
+        tokens = int(documents.tokens.sum())
+        count = int(documents.bytes.sum())
         sums = bpb_of(float(documents.nats.sum()), count)
         if (tokens, count) != (summary["val_tokens"], summary["val_bytes"]) or not close(
             sums, summary["val_bpb"]
         ):
             raise Stop(
-                f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and {count} "
-                f"bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
+                f"{run.folder / 'documents.npz'}: its sums give val_bpb {sums} over {tokens} tokens and "
+                f"{count} bytes, summary.json says {summary['val_bpb']} over {summary['val_tokens']:.0f} and "
                 f"{summary['val_bytes']:.0f}; {remedy}"
             )
 
 
 def check_bytes(run: Run, summary: dict[str, Any]) -> None:
-    """Stop unless artifact and packed script are the files that the summary describes, and fit under the cap."""
-    artifact, code = run.folder / "final_model.ptz", run.folder / "packed_train_gpt.py"
+    """Stop unless artifact and packed script are those that the summary describes, and under the cap."""
+    artifact = run.folder / "final_model.ptz"
+    code = run.folder / "packed_train_gpt.py"
     for path, name in ((artifact, "artifact_bytes"), (code, "code_bytes")):
         if path.stat().st_size != summary[name]:
             raise Stop(
-                f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy the "
-                "run folder again, or repeat STAGE=quantize and STAGE=evaluate"
+                f"{path}: {path.stat().st_size} bytes, but summary.json says {name} {summary[name]}; copy "
+                "the run folder again, or repeat STAGE=quantize and STAGE=evaluate"
             )
     if file_hash(artifact) != summary["artifact_sha256"]:
         raise Stop(
-            f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy the "
-            "run folder again, or score it with STAGE=evaluate"
+            f"{artifact}: not the artifact that was scored (its sha256 differs from summary.json's); copy "
+            "the run folder again, or score it with STAGE=evaluate"
         )
-    total, cap = (
-        summary["artifact_bytes"] + summary["code_bytes"],
-        min(CAP_BYTES, run.config["ARTIFACT_CAP_BYTES"]),
-    )
+    total = summary["artifact_bytes"] + summary["code_bytes"]
+    cap = min(CAP_BYTES, run.setting("ARTIFACT_CAP_BYTES"))
     if total != summary["total_bytes"]:
         raise Stop(
-            f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code have "
-            f"{total}; the file was changed, score the run again"
+            f"{run.folder / 'summary.json'}: total_bytes {summary['total_bytes']}, but artifact and code "
+            f"have {total}; the file was changed, score the run again"
         )
     if total > cap:
         raise Stop(
@@ -267,14 +268,18 @@ def check_bytes(run: Run, summary: dict[str, Any]) -> None:
 
 
 def check_same(runs: list[Run]) -> None:
-    """Stop unless all runs have one configuration, code, dataset and environment, and each seed occurs once."""
-    first, summary = runs[0], runs[0].summary
+    """Stop unless all runs have one configuration, code, dataset and machine, and each seed occurs once."""
+    first = runs[0]
+    summary = runs[0].summary
     for run in runs[1:]:
-        ours, theirs, other = first.settings("SEED"), run.settings("SEED"), run.summary
+        ours = first.settings("SEED")
+        theirs = run.settings("SEED")
+        other = run.summary
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
                 raise Stop(
-                    f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has {name}={ours.get(name)}; "
+                    f"{run.folder}: {name}={theirs.get(name)}, but {first.folder} has "
+                    f"{name}={ours.get(name)}; "
                     "runs of one submission differ in SEED only"
                 )
         for name in ("source_sha256", *SAME_VERSIONS):
@@ -306,9 +311,12 @@ def check_same(runs: list[Run]) -> None:
 
 
 def started(runs: list[Run]) -> Iterator[tuple[Path, Any, str]]:
-    """(folder, seed, state) of every run of this configuration and code that lies beside the given ones or is planned
-    by their sweep, but is not among them."""
-    given, settings = {run.folder.resolve() for run in runs}, runs[0].settings("SEED")
+    """(folder, seed, state) of every run of this configuration and code that is not among the given ones.
+
+    Looked for beside the given ones, and in the plan of their sweep.
+    """
+    given = {run.folder.resolve() for run in runs}
+    settings = runs[0].settings("SEED")
     source = runs[0].summary["versions"]["source_sha256"]
     for parent in sorted({run.folder.resolve().parent for run in runs}):
         for path in sorted(parent.glob("*/config.json")):
@@ -317,7 +325,7 @@ def started(runs: list[Run]) -> Iterator[tuple[Path, Any, str]]:
                 continue
             if (path.parent / "train.log").exists() and run.source == source:
                 yield path.parent, run.seed, "finished" if run.is_finished else "started, not finished"
-        plan = read_json(parent / "sweep.json").get("runs", {}) if (parent / "sweep.json").exists() else {}
+        plan = read_plan(parent)["runs"] if (parent / "sweep.json").exists() else {}
         same = [without_seed(plan[run.folder.name]) for run in runs if run.folder.name in plan]
         for name, chosen in plan.items():
             if without_seed(chosen) in same and not (parent / name / "config.json").exists():
@@ -349,16 +357,18 @@ def check_complete(runs: list[Run], left_out: dict[Path, str]) -> None:
 
 def check_record_track(run: Run) -> None:
     """Stop unless a run is one of the contest's: its data, hardware and limits."""
-    summary, data = run.summary, run.summary["data"]
+    summary = run.summary
+    data = run.summary["data"]
     remedy = "use the contest's, or submit to another track, as in --track non-record"
     from verify_bytes import CANONICAL
 
-    low, high = min(c.credited[0] for c in CANONICAL.values()), max(c.credited[1] for c in CANONICAL.values())
+    low = min(c.credited[0] for c in CANONICAL.values())
+    high = max(c.credited[1] for c in CANONICAL.values())
     if data.get("docs_val") != DOCUMENTS or not low <= summary["val_bytes"] <= high:
         raise Stop(
             f"{run.folder}: scored on {data.get('docs_val', 'an unknown number of')} documents with "
-            f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} to "
-            f"{high}; {remedy}"
+            f"{summary['val_bytes']:.0f} bytes, but the contest's validation set has {DOCUMENTS} with {low} "
+            f"to {high}; {remedy}"
         )
     if summary["world_size"] != RANKS or GPU not in summary["versions"]["device"]:
         raise Stop(
@@ -366,8 +376,8 @@ def check_record_track(run: Run) -> None:
             f"track is for {RANKS} x {GPU}; {remedy}"
         )
     for name, used, limit in (
-        ("MAX_WALLCLOCK_SECONDS", run.config["MAX_WALLCLOCK_SECONDS"], BUDGET_SECONDS),
-        ("EVAL_BUDGET_SECONDS", run.config["EVAL_BUDGET_SECONDS"], BUDGET_SECONDS),
+        ("MAX_WALLCLOCK_SECONDS", run.setting("MAX_WALLCLOCK_SECONDS"), BUDGET_SECONDS),
+        ("EVAL_BUDGET_SECONDS", run.setting("EVAL_BUDGET_SECONDS"), BUDGET_SECONDS),
         ("train_seconds", summary["train_seconds"], BUDGET_SECONDS),
         ("eval_seconds", summary["eval_seconds"], BUDGET_SECONDS),
     ):
@@ -379,9 +389,12 @@ def check_record_track(run: Run) -> None:
 
 
 def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
-    """Run the packed script on the artifact in an empty folder, without training shards and, if the system permits it,
-    without network; its summary, and whether the network was cut off."""
-    summary, folder = run.summary, dataset_folder(run)
+    """The summary of the packed script on the artifact in an empty folder, and whether it had no network.
+
+    It has no training shards either.
+    """
+    summary = run.summary
+    folder = place_of_data(run)
     if not folder.is_dir():
         raise Stop(
             f"DATASETS_DIR={folder}: the dataset of {run.folder} is not there; run --check where it is"
@@ -404,7 +417,7 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
             "TOKENIZER_PATH": "data/tokenizer.model",
             "HF_HUB_OFFLINE": "1",
         }
-        command, environment = [sys.executable, "train_gpt.py"], clean_environment(run) | settings
+        command = [sys.executable, "train_gpt.py"]
         if summary["world_size"] > 1:
             command = [
                 sys.executable,
@@ -430,7 +443,7 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
         done = subprocess.run(
             [*(wall if offline else []), *command],
             cwd=place,
-            env=environment,
+            env=clean_environment(run) | settings,
             capture_output=True,
             text=True,
             check=False,
@@ -438,7 +451,10 @@ def score_alone(run: Run) -> tuple[dict[str, Any], bool]:
         if done.returncode:
             error = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise Stop(f"{run.folder}: its packed script fails in an empty folder: {' '.join(error)}")
-        return read_json(place / "runs" / "again" / "summary.json"), offline
+        path = place / "runs" / "again" / "summary.json"
+        again = check_summary(path, read_json(path))
+        check_present(path, again, ("val_bpb", "compliance"), "its packed script records no score")
+        return again, offline
 
 
 def score_again(run: Run) -> str:
@@ -461,50 +477,46 @@ def score_again(run: Run) -> str:
     )
 
 
-def probe(run: Run, track: str) -> str:
-    """What compliance.py finds on a sample of the run's validation documents, in words; Stop at the first violation."""
+def probe(run: Run, track: str) -> tuple[str, dict[str, Any]]:
+    """What compliance.py finds on a sample of the run's documents: in words, and the conditions found.
+
+    Stop at the first violation.
+    """
     import compliance
 
     report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
-    write_atomically(run.folder / "compliance.json", json.dumps(report.as_json(), indent=1))
+    found = report.as_json()
+    write_atomically(run.folder / "compliance.json", json.dumps(found, indent=1))
     for row in report.rows:  # another track may have budgets of its own
         if row.holds is False and (track == RECORD_TRACK or row.group != "budgets"):
             raise Stop(f"{run.folder}: {row.group}: {row.probe}: {row.evidence}")
     measured = [row for row in report.rows if row.holds is not None]
-    return (
-        f"{run.folder.name}: {sum(row.holds for row in measured)} of {len(measured)} compliance probes hold"
-    )
+    held = sum(row.holds for row in measured)
+    return f"{run.folder.name}: {held} of {len(measured)} compliance probes hold", found["conditions"]
 
 
 def clean_environment(run: Run) -> dict[str, str]:
-    """This process's environment without any setting of the trainer."""
-    return {name: value for name, value in os.environ.items() if name not in run.config}
-
-
-def dataset_folder(run: Run) -> Path:
-    """The folder of the run's shards."""
-    config = run.config
-    return Path(
-        config["DATASETS_DIR"] or f"{config['DATA_DIR']}/datasets/fineweb10B_sp{config['VOCAB_SIZE']}"
-    )
+    """This process's environment without a setting of the trainer or a launcher's numbers."""
+    kept = {name: value for name, value in os.environ.items() if name not in run.config}
+    environment.forget_launcher(kept)
+    return kept
 
 
 def tokenizer_of(run: Run, given: Path | None) -> Path:
     """The tokenizer of the run's dataset; Stop if it is not found or not the one that the run used."""
-    config = run.config
-    places = [
-        dataset_folder(run) / "tokenizer.model",
-        Path(config["DATA_DIR"]) / "tokenizers" / f"fineweb_{config['VOCAB_SIZE']}_bpe.model",
-    ]
-    if named := given or config["TOKENIZER_PATH"]:
-        places = [Path(named)]
+    shared = f"{run.setting('DATA_DIR')}/tokenizers/fineweb_{run.setting('VOCAB_SIZE')}_bpe.model"
+    places = [place_of_data(run) / "tokenizer.model", place_of(shared)]
+    if given:
+        places = [given]
+    elif named := run.setting("TOKENIZER_PATH"):
+        places = [place_of(named)]
     path = next(filter(Path.is_file, places), None)
     if path is None:
         raise Stop(f"{places[0]}: the tokenizer of {run.folder} is not there; name it with --tokenizer PATH")
     if not file_hash(path).startswith(run.summary["data"]["tokenizer"]):
         raise Stop(
-            f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} instead "
-            f"of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH"
+            f"{path}: not the tokenizer of {run.folder} (its sha256 starts with {file_hash(path)[:16]} "
+            f"instead of {run.summary['data']['tokenizer']}); name the right one with --tokenizer PATH"
         )
     return path
 
@@ -522,7 +534,7 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
             raise Stop(
                 f"--baseline {text}: give mean,std,n of the score to beat, as in 1.06108,0.0009,3"
             ) from None
-        if not (moments[0] > 0 and moments[1] >= 0 and moments[2] > 1):
+        if not (0 < moments[0] < math.inf and 0 <= moments[1] < math.inf and moments[2] > 1):
             raise Stop(
                 f"--baseline {text}: needs a mean above 0, a standard deviation of at least 0 and n above 1"
             )
@@ -531,12 +543,13 @@ def read_baseline(text: str | None, record: Path | None) -> tuple[float, float, 
         return None
     facts = read_json(record / "submission.json" if record.is_dir() else record)
     results = facts.get("seed_results") or {}
-    rows = results.values() if isinstance(results, dict) else results
-    values = [row["val_bpb"] for row in rows if isinstance(row, dict) and "val_bpb" in row]
+    rows = results.values() if isinstance(results, dict) else results if isinstance(results, list) else []
+    values = [row["val_bpb"] for row in rows if isinstance(row, dict) and is_number(row.get("val_bpb"))]
     if len(values) > 1:
         return *mean_std(values), len(values)
-    if "val_bpb" in facts and "val_bpb_std" in facts and len(facts.get("seeds", [])) > 1:
-        return facts["val_bpb"], facts["val_bpb_std"], len(facts["seeds"])
+    mean, std, seeds = (facts.get(name) for name in ("val_bpb", "val_bpb_std", "seeds"))
+    if is_number(mean) and is_number(std) and std >= 0 and isinstance(seeds, list) and len(seeds) > 1:
+        return mean, std, len(seeds)
     raise Stop(
         f"--baseline-record {record}: its submission.json has neither seed_results of two seeds nor val_bpb, "
         "val_bpb_std and seeds; give --baseline mean,std,n"
@@ -571,10 +584,11 @@ def compare(runs: list[Run], baseline: tuple[float, float, int]) -> dict[str, An
 
 def verdict_of(comparison: dict[str, Any]) -> list[str]:
     """The comparison in sentences."""
-    c, met = comparison, lambda holds: "met" if holds else "NOT met"
+    c = comparison
+    met = lambda holds: "met" if holds else "NOT met"
     return [
-        f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower by "
-        f"{c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
+        f"Baseline {c['baseline_bpb']:.5f} (std {c['baseline_std']:.5f}, {c['baseline_seeds']} seeds): lower "
+        f"by {c['gain_bpb']:.5f} BPB = {c['gain_nats_per_token']:.5f} nats per token; one-sided Welch test "
         f"p = {c['p_lower']:.4g}.",
         f"At least {MARGIN_NATS} nats per token lower at p < {MARGIN_P} (the written rule): "
         f"{met(c['meets_0.005_nats_at_p_0.01'])}, p = {c['p_lower_by_0.005_nats']:.4g}.",
@@ -586,7 +600,7 @@ def verdict_of(comparison: dict[str, Any]) -> list[str]:
 
 
 def command_of(run: Run, seeds: list[Any]) -> str:
-    """The shell command that repeats the runs, from the recorded overrides; absolute places are left to fill in."""
+    """The shell command that repeats the runs, from the overrides; absolute places are left to fill in."""
     words = []
     for name, value in run.summary["overrides"].items():
         if name in ("SEED", "RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT"):
@@ -597,7 +611,8 @@ def command_of(run: Run, seeds: list[Any]) -> str:
         words.append(f"{name}={shlex.quote(text)}")
     ranks = run.summary["world_size"]
     start = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
-    lines, line = [], f"  SEED=$seed RUN_ID={'seed$seed'}"
+    lines = []
+    line = f"  SEED=$seed RUN_ID={'seed$seed'}"
     for word in [*words, f"{start} train_gpt.py"]:
         if len(line) + len(word) > 116:
             lines.append(line + " \\")
@@ -626,8 +641,8 @@ def description(run: Run) -> str:
         )
     return (
         f"A transformer of {c['NUM_LAYERS']} layers and width {c['MODEL_DIM']}{loops}{size}, vocabulary "
-        f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored from the "
-        f"bytes of the artifact (stage `{stage}`)."
+        f"{c['VOCAB_SIZE']}, trained with Muon and Adam; matrices quantised with GPTQ {rounding}. Scored "
+        f"from the bytes of the artifact (stage `{stage}`)."
     )
 
 
@@ -640,7 +655,8 @@ def submission(
     runs: list[Run], options: argparse.Namespace, comparison: dict[str, Any] | None, left_out: dict[Path, str]
 ) -> dict[str, Any]:
     """The content of submission.json."""
-    first, summaries = runs[0].summary, [run.summary for run in runs]
+    first = runs[0].summary
+    summaries = [run.summary for run in runs]
     bpb, loss = (mean_std([s[name] for s in summaries]) for name in ("val_bpb", "val_loss"))
     keep = (
         "val_bpb",
@@ -693,9 +709,10 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     )
 
 
-def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
-    """The text of the folder's README."""
-    first, results = runs[0].summary, facts["seed_results"]
+def readme(runs: list[Run], facts: dict[str, Any], notes: list[str], measured: bool) -> str:
+    """The text of the folder's README; `measured` says that the facts hold what --check found."""
+    first = runs[0].summary
+    results = facts["seed_results"]
     stages = list(first["bpb"])
     rows = [
         [
@@ -723,7 +740,7 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
     compliance = [
         [run.seed, name, verdict, evidence]
         for run in runs
-        for name, verdict, evidence in conditions(run.summary["compliance"])
+        for name, verdict, evidence in conditions(facts["compliance"][str(run.seed)])
     ]
     settings = [[f"`{name}`", f"`{show(value)}`"] for name, value in facts["overrides"].items()]
     parts = [
@@ -731,7 +748,8 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
         *([facts["blurb"]] if facts["blurb"] != description(runs[0]) else []),
         f"**val_bpb {facts['val_bpb']:.5f}** (mean of {len(runs)} seed{'s' * (len(runs) > 1)}"
         + (f", std {facts['val_bpb_std']:.5f}" if facts["val_bpb_std"] is not None else "")
-        + f"), at most {facts['bytes_total']:,} bytes, {facts['hardware']}, PyTorch {facts['pytorch_version']}.",
+        + f"), at most {facts['bytes_total']:,} bytes, {facts['hardware']}, "
+        + f"PyTorch {facts['pytorch_version']}.",
         "## Results",
         table(
             [
@@ -767,7 +785,7 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
         f"first. Data: {text_of(first['data'])}.",
         f"```bash\n{command_of(runs[0], facts['seeds'])}\n```",
         "## Compliance",
-        "As recorded by each run: "
+        f"As recorded by each run{', the conditions as `compliance.py` measured them' * measured}: "
         + "; ".join(f"seed {run.seed}: {run.summary['compliance'].get('reason', 'legal')}" for run in runs)
         + ".",
         table(["seed", "condition or limit", "verdict", "evidence"], compliance),
@@ -780,8 +798,11 @@ def readme(runs: list[Run], facts: dict[str, Any], notes: list[str]) -> str:
 
 def write_folder(target: Path, runs: list[Run], facts: dict[str, Any], text: str, tokenizer: Path) -> None:
     """Make the record folder, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise Stop(f"{target.parent}: cannot be written ({error.strerror}); choose another --out") from None
     try:
         building.chmod(0o755)
         for run in runs:
@@ -895,16 +916,22 @@ def main(arguments: list[str]) -> None:
     tokenizer = tokenizer_of(runs[0], options.tokenizer)
     comparison = compare(runs, baseline) if baseline else None
     notes = verdict_of(comparison) if comparison else []
+    probed: dict[str, Any] = {}  # the conditions by seed, as compliance.py has measured them
     if options.check:
         for run in runs:
-            for examine in (score_again, lambda run: probe(run, options.track)):
-                notes.append(examine(run))
-                print(notes[-1], flush=True)
+            notes.append(score_again(run))
+            print(notes[-1], flush=True)
+            words, probed[str(run.seed)] = probe(run, options.track)
+            notes.append(words)
+            print(words, flush=True)
     facts = submission(runs, options, comparison, left_out)
-    write_folder(target, runs, facts, readme(runs, facts, notes), tokenizer)
+    for seed, measured in probed.items():
+        facts["compliance"][seed] = facts["compliance"][seed] | {"conditions": measured}
+    write_folder(target, runs, facts, readme(runs, facts, notes, bool(probed)), tokenizer)
     for run in runs:
         print(
-            f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']}  "
+            f"seed {run.seed}: val_bpb {run.summary['val_bpb']:.8f} total_bytes {run.summary['total_bytes']} "
+            f" "
             f"{run.folder}"
         )
     spread = f" std {facts['val_bpb_std']:.8f}" if facts["val_bpb_std"] is not None else ""
@@ -923,4 +950,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

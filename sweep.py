@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Try settings of train_gpt.py against each other: a grid, a greedy search or a random sample, with statistics.
+"""Try settings of train_gpt.py against each other, with statistics: a grid, greedy, or a random sample.
 
     ./sweep.py MATRIX_LR=0.02,0.026 QK_GAIN_INIT=5,5.25 SEED=1,2,3                       every combination
-    ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one setting after the other
-    ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten of the combinations
+    ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one after the other
+    ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten combinations
     ./sweep.py --stage evaluate --artifact runs/A/final_model.ptz EVAL_STRIDE=64,32      one frozen artifact
 
-The first value of each setting is the baseline that the others are compared with, over the same seeds; on a frozen
-artifact document by document. The caller's environment lies below these settings, --recipe below the environment.
-The same command again goes on after a kill: finished runs are not repeated, unfinished ones resume, failed ones are
-tried again. The sweep folder keeps a copy of the script, so that an edit during the sweep changes no run of it.
+The first value of each setting is the baseline that the others are compared with, over the same seeds; on a
+frozen artifact document by document. The caller's environment lies below these settings, --recipe below the
+environment. The same command again goes on after a kill: finished runs are not repeated, unfinished ones
+resume, failed ones are tried again. The sweep folder keeps a copy of the script, so that an edit during the
+sweep changes no run of it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import recipes
 from results import (
     Run,
     Stop,
@@ -47,7 +49,9 @@ from results import (
     mean_std,
     paired,
     read_documents,
-    read_json,
+    read_plan,
+    run_tool,
+    show,
     write_atomically,
 )
 
@@ -77,37 +81,26 @@ def parse_axes(words: list[str]) -> dict[str, list[str]]:
     return axes
 
 
-def read_recipe(path: Path) -> Settings:
-    """The settings of a recipe file."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise Stop(
-            f"--recipe {path}: cannot be read ({error.strerror}); there are records/recipes/*.env"
-        ) from None
-    pairs = [line.partition("=") for line in lines if line.strip() and not line.startswith("#")]
-    if bad := [name for name, equals, _ in pairs if not equals]:
-        raise Stop(f"--recipe {path}: the line {bad[0]!r} is not NAME=value; mend it")
-    return {name: value for name, _, value in pairs}
-
-
 def below(options: argparse.Namespace) -> Settings:
-    """The settings under the caller's environment: the recipe's, and under these the run's that made the artifact."""
+    """The settings under the caller's environment: the recipe's, then the run's that made the artifact."""
     settings: Settings = {}
     if options.artifact and (config := options.artifact.parent / "config.json").exists():
-        from results import show
-
-        settings = {
-            name: show(value) for name, value in read_json(config).items() if name not in (*OURS, "data")
-        }
-    return settings | (read_recipe(options.recipe) if options.recipe else {})
+        made = Run.read(config.parent).config
+        settings = {name: show(value) for name, value in made.items() if name not in (*OURS, "data")}
+    if options.recipe:
+        try:
+            settings |= recipes.read(options.recipe)
+        except recipes.RecipeError as error:
+            raise Stop(f"--recipe {error}") from None
+    return settings
 
 
 def effective(script: Path, environment: Mapping[str, str]) -> Settings:
-    """Every setting with the value that the trainer would use; Stop with its own message if it refuses one."""
+    """Every setting with the value that the trainer would use; Stop with its message if it refuses one."""
     done = subprocess.run(
-        [sys.executable, str(script), "--print-config"],
+        [sys.executable, str(script.resolve()), "--print-config"],
         env={**environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -120,7 +113,7 @@ def effective(script: Path, environment: Mapping[str, str]) -> Settings:
 
 
 def resolve(script: Path, base: Settings, chosen: list[Settings]) -> list[Settings]:
-    """The effective settings of each choice; Stop if one is refused, has an unknown name or equals another."""
+    """The effective settings of each choice; Stop if one is refused, is unknown or equals another."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(lambda settings: effective(script, base | settings), chosen))
     seen: dict[str, Settings] = {}
@@ -167,7 +160,7 @@ def grid(axes: dict[str, list[str]], count: int = 0) -> list[Settings]:
 
 
 def greedy(axes: dict[str, list[str]], score: Callable[[Settings], float]) -> Iterator[list[Settings]]:
-    """Rounds of settings to run: each setting in turn is varied from the best so far, and keeps its best value."""
+    """Rounds of settings to run: each in turn is varied from the best so far, and keeps its best value."""
     best = {name: values[0] for name, values in axes.items()}
     for name, values in axes.items():
         candidates = [best | {name: value} for value in values]
@@ -186,7 +179,7 @@ Start = Callable[[list[str], Settings, Path, int], Poll]  # command, settings, f
 
 
 def execute(command: list[str], settings: Settings, console: str, folder: str) -> int:
-    """Run a command to its end with `settings` in its environment and its output in a file; its exit status."""
+    """Run a command to its end, `settings` in its environment, its output in a file; its exit status."""
     with open(console, "w") as output:
         return subprocess.run(
             command, env=os.environ | settings, cwd=folder, stdout=output, stderr=output, check=False
@@ -194,24 +187,15 @@ def execute(command: list[str], settings: Settings, console: str, folder: str) -
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process when the sweep is killed, so that no orphan goes on writing to a run folder."""
+    """Have Linux kill this process with the sweep: no orphan goes on writing to a run folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use."""
-    if listed := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return listed.split(",")
-    if not shutil.which("nvidia-smi"):
-        return []
-    shown = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i in range(len(shown.splitlines()))]
-
-
 def local(options: argparse.Namespace) -> tuple[Start, int]:
-    """Processes on this machine, each with GPUs of its own, or with its share of the cores where there are none."""
-    gpus, each = visible_gpus(), options.gpus_per_run
+    """Processes on this machine, each with GPUs of its own, or its share of the cores without any."""
+    gpus = environment.gpus()
+    each = options.gpus_per_run
     if gpus and len(gpus) < each:
         raise Stop(f"--gpus-per-run {each}: there are {len(gpus)} GPUs; lower it")
     groups = [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
@@ -227,6 +211,7 @@ def local(options: argparse.Namespace) -> tuple[Start, int]:
             return subprocess.Popen(
                 command,
                 env=os.environ | settings | extra,
+                cwd=ROOT,
                 stdout=output,
                 stderr=output,
                 preexec_fn=die_with_parent,
@@ -244,13 +229,14 @@ def optional(package: str, launcher: str) -> Any:
 
 
 def slurm(options: argparse.Namespace) -> tuple[Start, int]:
-    """Jobs of a Slurm cluster, through submitit; --launcher-option gives its parameters (partition, timeout_min...)."""
-    submitit, chosen = optional("submitit", "slurm"), dict(options.launcher_option)
+    """Jobs of a Slurm cluster, through submitit; --launcher-option gives parameters, as in timeout_min."""
+    submitit = optional("submitit", "slurm")
+    chosen = dict(options.launcher_option)
     executor = submitit.AutoExecutor(folder=options.folder / "slurm", cluster=chosen.pop("cluster", None))
     executor.update_parameters(**{"name": "sweep", "gpus_per_node": options.gpus_per_run, **chosen})
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
-        job = executor.submit(execute, command, settings, str(console), os.getcwd())
+        job = executor.submit(execute, command, settings, str(console), str(ROOT))
 
         def poll() -> int | None:
             if not job.done():
@@ -268,10 +254,10 @@ def ray(options: argparse.Namespace) -> tuple[Start, int]:
     """Tasks of a Ray cluster; --launcher-option goes to ray.init, as in address=auto."""
     package = optional("ray", "ray")
     package.init(**dict(options.launcher_option))
-    task = package.remote(num_gpus=options.gpus_per_run if visible_gpus() else 0)(execute)
+    task = package.remote(num_gpus=options.gpus_per_run if environment.gpus() else 0)(execute)
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
-        reference = task.remote(command, settings, str(console), os.getcwd())
+        reference = task.remote(command, settings, str(console), str(ROOT))
 
         def poll() -> int | None:
             if not package.wait([reference], timeout=0)[0]:
@@ -298,12 +284,25 @@ def last_line(console: Path) -> str:
     return (text.strip().splitlines() or ["it ended without a word"])[-1].strip()
 
 
+def outcome_of(folder: Path, status: int) -> str:
+    """What a run that has ended gave, in a few words."""
+    if not (folder / "summary.json").exists():
+        return f"FAILED (exit status {status}): {last_line(folder / 'console.log')}"
+    try:
+        return f"val_bpb {lookup(Run.read(folder).summary, 'val_bpb'):.6f}"
+    except Stop as stop:  # the table will stop at it; until then the other runs go on
+        return f"FAILED: {stop}"
+
+
 class Sweep:
     """A sweep folder, locked: its plan, and how its runs are started."""
 
     def __init__(self, options: argparse.Namespace, base: Settings):
-        self.options, self.base, self.folder = options, base, options.folder
-        self.script, self.lock = self.folder / "train_gpt.py", self.open()
+        self.options = options
+        self.base = base
+        self.folder = options.folder
+        self.script = self.folder / "train_gpt.py"
+        self.lock = self.open()
         self.start, self.capacity = LAUNCHERS[options.launcher](options)
 
     def __enter__(self) -> Sweep:
@@ -327,9 +326,9 @@ class Sweep:
             raise Stop(f"{self.folder}: cannot be written ({error.strerror}); choose another --out") from None
 
     def plan(self, identity: dict[str, Any], runs: list[Settings]) -> None:
-        """Add runs to sweep.json; Stop if the folder belongs to a sweep of other settings, artifact or code."""
+        """Add runs to sweep.json; Stop if the folder is that of other settings, artifact or code."""
         path = self.folder / "sweep.json"
-        known = read_json(path) if path.exists() else {**identity, "runs": {}}
+        known = read_plan(self.folder) if path.exists() else {**identity, "runs": {}}
         for name in identity:
             if known.get(name) == identity[name]:
                 continue
@@ -338,7 +337,8 @@ class Sweep:
                     f"{self.options.script}: has changed since {self.folder} was started; --name NEW starts "
                     f"over, --script {self.script} goes on with the code of that time"
                 )
-            there, here = known.get(name), identity[name]
+            there = known.get(name)
+            here = identity[name]
             if isinstance(here, dict) and isinstance(there, dict):
                 name, there, here = next(
                     (n, there.get(n), here.get(n)) for n in {**there, **here} if there.get(n) != here.get(n)
@@ -373,10 +373,9 @@ class Sweep:
         going: dict[int, tuple[str, Poll, float]] = {}
         while pending or going:
             for slot in range(self.capacity):
+                # A locked folder is still written by a process of an earlier sweep.
                 ready = next((name for name in pending if not is_locked(self.folder / name)), None)
-                if (
-                    slot in going or ready is None
-                ):  # a locked folder is still written by a process of an earlier sweep
+                if slot in going or ready is None:
                     continue
                 pending.remove(ready)
                 if (self.folder / ready / "summary.json").exists():
@@ -392,11 +391,8 @@ class Sweep:
                     continue
                 del going[slot]
                 done += 1
-                folder, seconds = self.folder / name, time.monotonic() - begin
-                if (folder / "summary.json").exists():
-                    outcome = f"val_bpb {lookup(Run.read(folder).summary, 'val_bpb'):.6f}"
-                else:
-                    outcome = f"FAILED (exit status {status}): {last_line(folder / 'console.log')}"
+                outcome = outcome_of(self.folder / name, status)
+                seconds = time.monotonic() - begin
                 print(f"[{done}/{len(wanted)}] {name}: {outcome} ({seconds:.1f}s)", flush=True)
             time.sleep(0.1)
 
@@ -405,7 +401,7 @@ class Sweep:
 
 
 class Row(NamedTuple):
-    """One combination of settings: its results by seed, and its difference to the baseline's over the same seeds."""
+    """One combination of settings: its results by seed, and the difference to the baseline's seeds."""
 
     settings: Settings
     runs: dict[str, Path]  # every run by seed, finished or not
@@ -419,8 +415,8 @@ class Row(NamedTuple):
 
 
 def rows_of(folder: Path, metric: str) -> list[Row]:
-    """The combinations of a sweep folder, best first, unfinished last; the first planned one is the baseline."""
-    plan = read_json(folder / "sweep.json")
+    """The combinations of a sweep folder, best first, unfinished last; the first planned is the baseline."""
+    plan = read_plan(folder)
     groups: dict[str, dict[str, Path]] = {}
     for name, settings in plan["runs"].items():
         key = json.dumps(without_seed(settings))
@@ -442,7 +438,7 @@ def rows_of(folder: Path, metric: str) -> list[Row]:
 
 
 def compare(row: Row, baseline: Row, by_document: bool) -> Row:
-    """`row` with its difference to the baseline: paired by document if both have sums per document, else by seed."""
+    """`row` with its difference to the baseline: by document if both have such sums, else by seed."""
     seeds = [seed for seed in row.values if seed in baseline.values]
     if not seeds:
         return row
@@ -457,8 +453,8 @@ def compare(row: Row, baseline: Row, by_document: bool) -> Row:
                 for n in ("tokens", "bytes")
             ):
                 raise Stop(
-                    f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the same "
-                    "data to the whole sweep"
+                    f"{next(iter(row.runs.values()))}: scored other documents than the baseline; give the "
+                    "same data to the whole sweep"
                 )
             nats = [np.mean([d.nats for d in side], 0) for side in (ours, theirs)]
             difference = float((nats[0] - nats[1]).sum() / math.log(2) / first.bytes.sum())
@@ -580,7 +576,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="a parameter of submitit's executor (slurm) or of ray.init (ray)",
     )
     add("--name", default="", help="name of the sweep folder; default: the settings' names and a digest")
-    add("--out", type=Path, default=Path("runs"), help="where the sweep folder is made (default %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "runs",
+        help="where the sweep folder is made; default: runs/ beside it",
+    )
     add(
         "--script",
         type=Path,
@@ -597,7 +598,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         raise Stop("--greedy: needs settings with several values, and no --random")
     if (options.stage == "evaluate") != bool(options.artifact):
         raise Stop(
-            f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to it"
+            f"--stage {options.stage}: --artifact FILE belongs to --stage evaluate, and --stage evaluate to "
+            f"it"
         )
     for path, name in ((options.artifact, "artifact"), (options.script, "script")):
         if path and not path.is_file():
@@ -617,7 +619,9 @@ def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     axes = parse_axes(options.axes)
     seeds = axes.pop("SEED", [])
-    fixed = {"STAGE": options.stage} | ({"ARTIFACT": str(options.artifact)} if options.artifact else {})
+    fixed = {"STAGE": options.stage}
+    if options.artifact:
+        fixed["ARTIFACT"] = str(options.artifact.resolve())
     base = below(options) | {name: value for name, value in os.environ.items() if name not in OURS} | fixed
     with_seeds = lambda settings: (
         [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
@@ -675,7 +679,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise Stop("interrupted; the same command goes on, finished runs are not repeated") from None
+    run_tool(main)

@@ -2,11 +2,12 @@
 """Send a run's figures to TensorBoard, Weights & Biases or trackio while it runs, beside the trainer.
 
     TRACKER=wandb ./run.sh                      run.sh starts this script
-    TRACKER=tensorboard python track.py runs/A  a run that is going on, or one that has ended
+    TRACKER=tensorboard ./track.py runs/A       a run that is going on, or one that has ended
 
-It follows metrics.jsonl of the run folder (RUN_ID, or the run that starts after it) until the trainer lets go of the
-folder, and goes on where it was if the run is resumed. A tracker that is missing or fails costs one warning, no run.
-TRACKER_PROJECT names the project (default parameter-golf).
+It follows metrics.jsonl of the run folder (that given, or that which the trainer names in the file
+RUN_FOLDER_FILE) until the trainer lets go of the folder, and goes on where it was if the run is resumed. A
+tracker that is missing or fails costs one warning, no run. TRACKER_PROJECT names the project (default
+parameter-golf).
 """
 
 from __future__ import annotations
@@ -17,13 +18,24 @@ environment.enter()
 import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from results import Stop, is_locked, read_json, step_of, write_atomically
+from results import (
+    Run,
+    Stop,
+    is_count,
+    is_locked,
+    is_number,
+    parse_record,
+    read_json,
+    run_tool,
+    step_of,
+    warn,
+    write_atomically,
+)
 
 PAUSE = 2.0  # seconds between two looks at the file
 NAMES = {
@@ -91,12 +103,11 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one record of metrics.jsonl, by the names that trackers sort into groups."""
-    kind, stage = record.get("kind"), record.get("stage", "")
+    kind = record.get("kind")
+    stage = record.get("stage", "")
     suffix = "" if not stage or stage.startswith("step") else f"_{stage}"
     numbers = {
-        name: value
-        for name, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in ("time", "step")
+        name: value for name, value in record.items() if is_number(value) and name not in ("time", "step")
     }
     if kind in ("train", "score") and "steps" not in record:
         return {NAMES[name] + suffix: value for name, value in numbers.items() if name in NAMES}
@@ -104,8 +115,10 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, Any], int]]:
-    """(record, offset behind it) of the complete lines of metrics.jsonl from byte `start`, until nobody writes them."""
-    path, offset = folder / "metrics.jsonl", start
+    """(record, offset behind it) of the complete lines of metrics.jsonl from byte `start`, until nobody
+    writes them."""
+    path = folder / "metrics.jsonl"
+    offset = start
     while True:
         alive = is_locked(folder)
         data = b""
@@ -114,10 +127,12 @@ def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, A
                 file.seek(offset)
                 data = file.read()
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+            begin = offset
             offset += len(line)
             try:
-                record = json.loads(line)
-            except ValueError:  # cut by a kill
+                record = parse_record(line)
+            except ValueError as error:
+                warn(f"{path}: the line at byte {begin}: {error}; it is skipped")
                 continue
             yield record, offset
         if not alive:
@@ -126,23 +141,47 @@ def follow(folder: Path, start: int, pause: float) -> Iterator[tuple[dict[str, A
 
 
 def starting_run(pause: float) -> Path | None:
-    """The folder of the run that the parent of this process starts; None if the parent ends before."""
-    parent, begin = os.getppid(), time.time()
-    root, name = Path(os.environ.get("OUT_DIR", "runs")), os.environ.get("RUN_ID") or "*"
+    """The folder that the trainer names in the file RUN_FOLDER_FILE; None if the parent ends first."""
+    told = os.environ.get("RUN_FOLDER_FILE")
+    if not told:
+        raise Stop(
+            "RUN_FOLDER_FILE is not set; give the run's folder, as in TRACKER=wandb ./track.py runs/NAME"
+        )
+    parent = os.getppid()
     while os.getppid() == parent:
-        found = [path for path in root.glob(f"{name}/config.json") if path.stat().st_mtime >= begin - 1]
-        if found:
-            return max(found, key=lambda path: path.stat().st_mtime).parent
+        state, _, folder = read_text(Path(told)).rstrip("\n").partition(" ")
+        if state and folder:
+            return Path(folder)
         time.sleep(pause)
     return None
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, empty if it is not there yet."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return ""
+
+
+def position_of(folder: Path, mark: Path) -> tuple[int, int]:
+    """(offset, step) that an earlier start has come to; Stop if that is no place in metrics.jsonl."""
+    if not mark.exists():
+        return 0, 0
+    known = read_json(mark)
+    offset, step = known.get("offset"), known.get("step")
+    size = (folder / "metrics.jsonl").stat().st_size
+    if not (is_count(offset) and is_count(step) and offset <= size):
+        raise Stop(f"{mark}: names no place in metrics.jsonl; delete it to send all figures again")
+    return offset, step
+
+
 def track(folder: Path, name: str, pause: float) -> None:
     """Send a run's records to the tracker until the run ends."""
-    mark = folder / f".{name}.json"  # how far an earlier start has come
-    known = read_json(mark) if mark.exists() else {"offset": 0, "step": 0}
-    tracker, step = TRACKERS[name](folder, read_json(folder / "config.json")), known["step"]
-    for record, offset in follow(folder, known["offset"], pause):
+    mark = folder / f".{name}.json"
+    start, step = position_of(folder, mark)
+    tracker = TRACKERS[name](folder, Run.read(folder).config)
+    for record, offset in follow(folder, start, pause):
         step = step_of(record, step)
         if values := figures(record):
             tracker.log(values, step)
@@ -156,29 +195,37 @@ def main(arguments: list[str]) -> None:
     if arguments in (["-h"], ["--help"]):
         print(f"usage: TRACKER={'|'.join(TRACKERS)} track.py [RUN_FOLDER]\n\n{__doc__}")
         return
+    if len(arguments) > 1:
+        raise Stop(f"{' '.join(arguments)}: give one run folder, such as runs/NAME")
     if name == "none":
+        if arguments:
+            raise Stop(f"TRACKER is not set: name a service, as in TRACKER=wandb ./track.py {arguments[0]}")
         return
     if name not in TRACKERS:
         raise Stop(f"TRACKER={name}: must be one of none, {', '.join(TRACKERS)}")
     folder = Path(arguments[0]) if arguments else starting_run(PAUSE)
     if folder is None:
         return
-    if not (folder / "config.json").exists():
+    if arguments and not (folder / "config.json").exists():
         raise Stop(f"{folder}: no run folder; give one, such as runs/NAME")
+    wait_for_config(folder)
     try:
         track(folder, name, PAUSE)
     except ImportError as error:
-        print(
-            f"warning: TRACKER={name}: {error}; pip install {name}, the run itself is not affected",
-            file=sys.stderr,
+        warn(f"TRACKER={name}: {error}; pip install {name}, the run itself is not affected")
+    except Exception as error:  # of any kind: the service's client is foreign code
+        text = " ".join(str(error).split())
+        warn(
+            f"TRACKER={name}: stopped by {type(error).__name__}: {text}; the run itself is not affected, "
+            f"`TRACKER={name} ./track.py {folder}` goes on"
         )
-    except Exception as error:
-        print(
-            f"warning: TRACKER={name}: stopped by {type(error).__name__}: {error}; the run itself is not affected, "
-            f"`TRACKER={name} python track.py {folder}` goes on",
-            file=sys.stderr,
-        )
+
+
+def wait_for_config(folder: Path) -> None:
+    """Wait until a run that has just taken its folder has written config.json there, or has ended."""
+    while not (folder / "config.json").exists() and is_locked(folder):
+        time.sleep(PAUSE / 10)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_tool(main)

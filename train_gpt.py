@@ -3138,12 +3138,18 @@ def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> 
         return list(pool.map(work, jobs))
 
 
-# Compiled code is cached beside the file that a function comes from; those of the packed script come from
-# none.
-HAS_FILE = os.path.exists(parallel_map.__code__.co_filename)
-numba_jit = numba.njit(nogil=True, cache=HAS_FILE)
-# Parts of a hot loop: calls would make it 20 % slower.
-numba_inline = numba.njit(cache=HAS_FILE, forceinline=True)
+def can_cache() -> bool:
+    """Whether numba finds a place for what it compiles; a packed script has no file, HOME may be unusable."""
+    try:
+        numba.njit(cache=True)(can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+HAS_CACHE = can_cache()
+numba_jit = numba.njit(nogil=True, cache=HAS_CACHE)
+numba_inline = numba.njit(cache=HAS_CACHE, forceinline=True)  # in a hot loop: calls would cost a fifth more
 
 
 def clip_and_bits(config: Config, quantizer: str) -> tuple[float, int]:
@@ -3298,7 +3304,7 @@ def rounding_problem(
 
 
 def step_sizes(row_exponents: np.ndarray, column_exponents: np.ndarray, delta: float) -> np.ndarray:
-    """The fp32 step sizes delta 2^(row/8) 2^(column/8) of all weights (R, C): the same bits everywhere."""
+    """The fp32 step sizes delta 2^(row/8) 2^(column/8) of weights (R, C): the same bits on every machine."""
     roots = np.array([2.0 ** (n / STEPS_PER_OCTAVE) for n in range(STEPS_PER_OCTAVE)], np.float32)
 
     def power(n: np.ndarray) -> np.ndarray:
@@ -3324,7 +3330,7 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 @numba_jit
 def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with the least sum of price_r (goal_r - m_r)^2.
+    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -3416,8 +3422,7 @@ class Quantized(NamedTuple):
     """What the artifact holds of one tensor: integers and step sizes of a matrix, or fp16 values."""
 
     values: Tensor  # int8 or int32 (R, C), or fp16 of any shape
-    # fp16 (R,) step sizes of rows, or int32 (R + C,) exponents of rows and columns
-    scales: Tensor | None = None
+    scales: Tensor | None = None  # fp16 (R,) step sizes, or int32 (R + C,) exponents of rows and columns
     delta: Tensor | None = None  # fp32 (1,), the factor of step sizes with exponents
 
     def restore(self) -> Tensor:
@@ -3433,8 +3438,7 @@ class Quantized(NamedTuple):
 def round_clipped(problem: RoundingProblem, sigmas: float, bits: int) -> Quantized:
     """int8 integers of at most `bits` bits and fp16 step sizes of rows (SDClip, #1394).
 
-    A step size is `sigmas` standard deviations of its row over the largest integer; what lies beyond is
-    clipped.
+    A step size is `sigmas` standard deviations of its row over the largest integer; beyond it all is clipped.
     """
     weight = problem.weight
     largest = 2 ** (bits - 1) - 1
@@ -3482,8 +3486,7 @@ def fit_delta(
     """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8.
 
     A secant in x = log2(delta) from `delta` on, aimed at the middle of the tolerance. `slope` is about how
-    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial is logged with
-    `log`.
+    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to `log`.
     """
     x = math.log2(delta)
     sizes: dict[float, int] = {}
@@ -3497,7 +3500,7 @@ def fit_delta(
             secant = (sizes[before] - sizes[x]) / (x - before)
             slope = min(max(secant, slope / 2), slope * 2)
         x += (sizes[x] - goal * (1 - 2.5e-4)) / slope
-    fitting = [x for x, size in sizes.items() if size <= goal]
+    fitting = [exponent for exponent, size in sizes.items() if size <= goal]
     return 2.0 ** min(fitting, default=max(sizes))
 
 
@@ -3515,7 +3518,7 @@ def quantize(
     looped: bool,
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
 ) -> dict[str, Quantized]:
-    """Every tensor of `weights` as the artifact holds it, by flat name: matrices in table order, then others.
+    """All `weights` as the artifact holds them, by flat name: matrices in table order, then fp16 tensors.
 
     rate_distortion makes a file of `goal` bytes. Rank 0 only: the matrices are spread over its threads. Stop
     if the `moments` of a matrix's inputs are not positive definite.
@@ -3574,9 +3577,8 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
 # === ARTIFACT ===
 # In: every tensor as `Quantized`. Out: the bytes on disk, and from these the same tensors again; and the
 # script that is shipped. Integers go through an adaptive range coder in integer arithmetic (the same bytes on
-# every machine), everything else through `compressor`. What is free to change: COUNT_GAIN, COUNT_LIMIT,
-# SIZE_CLASSES and the initial counts move a few bytes, and files written before the change can no longer be
-# read: ARTIFACT_MAGIC has to change with them.
+# every machine), everything else through `compressor`. The constants of the coder are free to change and move
+# a few bytes; ARTIFACT_MAGIC has to change with them, because no file written before can be read after that.
 #
 # The container, little-endian; it holds no code and no pickle:
 #
@@ -3591,18 +3593,18 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
 ARTIFACT_MAGIC = b"GOLFPAK2"
 ARTIFACT_HEADER = struct.Struct("<8s8sIQ32s")
 
-# The entropy coder. Its state is an int64 array: the interval [LOW, LOW + SPAN), where LOW has the 56 bits
-# that follow the POSITION bytes in the buffer. A decoder keeps in LOW how far the bytes that it has read lie
-# above the interval's end.
-LOW = 0
-SPAN = 1
-POSITION = 2
+# The range coder. A stream is one long number, and every symbol narrows the interval in which it lies. The
+# state `coder` is an int64 array with these places:
+LOW = 0  # encoder: the interval's lower end, 56 bits behind the bytes written; decoder: the number minus that
+SPAN = 1  # width of the interval, more than 2^48 before each symbol and at most 2^56
+POSITION = 2  # bytes that were written to the buffer, or read from it
 INTERVAL_MASK = (1 << 56) - 1
+
 SYMBOLS = 256  # of an alphabet
 ESCAPE = SYMBOLS - 1  # the symbol that four bytes follow
 SIZE_CLASSES = 40  # contexts by the size to expect, for each parity
 COUNT_GAIN = 32  # what a symbol's count grows by
-COUNT_LIMIT = 1 << 18  # of the sum: beyond it all counts are halved
+COUNT_LIMIT = 1 << 18  # of the sum of a context's counts: beyond it they are halved
 
 
 @numba_inline
@@ -3691,8 +3693,7 @@ def code_matrix(matrix, after, counts, coder, buffer, decoding):
     The context of an integer is its parity, known from the trellis, and its expected size: the mean of its
     row times the factor of its column, both from what came before. A column's factor is the sum of the sizes
     |m| in it over the sum of its rows' means; a row's mean is the sum of its sizes over the sum of the
-    columns' factors, and both of these are halved when the latter reaches 512, to forget. Fixed point, 1024
-    is 1.
+    columns' factors, and both of these are halved when the latter passes 512, to forget. 1024 stands for 1.
     """
     rows, columns = matrix.shape
     halving = np.int64(len(after) > 1)  # with a trellis the lowest bit is known
@@ -3707,8 +3708,8 @@ def code_matrix(matrix, after, counts, coder, buffer, decoding):
             parity = state & 1
             sixteenths = row_mean[row] * ((seen << 10) // expected) >> 16
             context = parity * SIZE_CLASSES + size_class(sixteenths)
-            known = np.int64(matrix[row, column]) >> halving
-            half = code_integer(known, context, counts, coder, buffer, decoding)
+            half = np.int64(matrix[row, column]) >> halving
+            half = code_integer(half, context, counts, coder, buffer, decoding)
             integer = half << halving | parity
             matrix[row, column] = integer
             state = after[state, half & 1]
@@ -3745,7 +3746,7 @@ def initial_counts(states: int) -> np.ndarray:
     chances proportional to (mu / (mu + 1))^|m|; in whole numbers, which come out the same on every machine.
     """
     classes = np.arange(SIZE_CLASSES)
-    mean = 9 + 2 * (classes % 4) << classes // 4  # 32 is 1
+    mean = 9 + 2 * (classes % 4) << classes // 4  # middle of the class, 32 is 1
     powers = np.full((SYMBOLS + 1, SIZE_CLASSES), 1 << 40)
     for size in range(SYMBOLS):
         powers[size + 1] = powers[size] * mean // (mean + 32)
@@ -3940,6 +3941,8 @@ def pack_source(source: str) -> tuple[str, str]:
     """(`source` as a self-extracting script, how it was made); one that is packed already stays as it is."""
     if source.startswith(PACKED_HEAD):
         return source, "already packed"
+    import ast
+
     try:
         import python_minifier
     except ImportError:
@@ -3947,14 +3950,16 @@ def pack_source(source: str) -> tuple[str, str]:
     else:
         how = "minified"
         # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
-        # text. Of the docstrings only the head of the file stays, which --help prints.
-        source = python_minifier.minify(
+        # text. Docstrings go, but for the head of the file, which --help prints.
+        head = ast.get_docstring(ast.parse(source), clean=False) or ""
+        minified = python_minifier.minify(
             source,
             rename_locals=False,
             hoist_literals=False,
             remove_annotations=False,
             remove_literal_statements=True,
         )
+        source = f"{head!r}\n{minified}"
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}
     ]
@@ -5060,6 +5065,7 @@ def summarize(run: Run, data: Dataset) -> None:
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
+    announce(run.folder, "scored")
     run.log(f"compliance: {'legal' if verdict['legal'] else 'NOT LEGAL'} ({verdict['reason']})")
     run.log(
         f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} "
@@ -5147,6 +5153,13 @@ def warn_of_unread_settings(run: Run) -> None:
             run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
 
 
+def announce(folder: Path, state: str) -> None:
+    """Tell the launcher, in the file RUN_FOLDER_FILE if it names one, which folder it is. Rank 0 only."""
+    path = os.environ.get("RUN_FOLDER_FILE")
+    if path:
+        write_atomically(Path(path), f"{state} {folder.resolve()}\n".encode())
+
+
 STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
 
 
@@ -5157,6 +5170,7 @@ def main(config: Config) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, settings["data"])))
+    run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
     log_header(run, data)

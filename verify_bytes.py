@@ -1,28 +1,36 @@
 #!/usr/bin/env python3
-"""Prove a dataset: shards, manifest, tokens, bytes of every document, and no validation text among the training data.
+"""Prove a dataset: shards, manifest, tokens, bytes of every document,
+and no validation text among the training data.
 
-    python verify_bytes.py data/datasets/mine                                # what the dataset alone can prove
-    python verify_bytes.py data/datasets/mine --documents corpus.jsonl.zst   # everything, against the raw documents
+    python verify_bytes.py data/datasets/mine
+# what the dataset alone can prove
+    python verify_bytes.py data/datasets/mine --documents
+corpus.jsonl.zst   # everything, against the raw documents
 
-Exit code 0: all that could be checked is right (what could not is listed); 1: refuted, with the first counter-example;
-2: the command cannot be carried out.
+Exit code 0: all that could be checked is right (what could not is listed); 1:
+refuted, with the first counter-example; 2: the command cannot be carried out.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import environment
+
+environment.enter()
 import argparse
 import json
 import os
-import sys
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from data.documents import (
     OPENING_TOKENS,
     Batch,
@@ -30,30 +38,44 @@ from data.documents import (
     Position,
     batches,
     expand,
+    survey,
     text_hash,
     texts_of,
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import FORMAT, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
-from data.shards import BOS, ShardError, read_shard, sha256_file
-from data.sidecar import VERSIONS, encode_with_bytes, table_bytes
+from data.options import Parser, number_option
+from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
+from data.sidecar import (
+    MOST_CASE_LOST,
+    VERSIONS,
+    CountError,
+    encode_with_bytes,
+    table_bytes,
+    table_problem,
+)
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS, decode_caseops
 
 ESCAPE = "\ue004"
 BLOCK = 1 << 20
+MOST_WORKERS = 1024
 CHUNK_TOKENS = 1 << 20
 # More places than this share a passage only if it is a repetition in itself (a line of dashes).
 MOST_PLACES = 1000
-# Share of the documents of a split whose capitals may be lost: NFKC makes or unmakes letters beside a word (the ordinal
-# indicator becomes o, e and a combining accent one character), in about 1 of 1,000 web documents.
-MOST_CASE_LOST = 0.003
+# What the facts of a file in a manifest must look like, and its counts.
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+COUNTS = ("docs_val", "docs_train", "val_tokens", "train_tokens", "val_bytes", "train_bytes", "val_lut_bytes")
+COUNTS += ("val_sidecar_bytes", "val_uncounted_bytes")
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """Published constants of a validation set: documents, tokens (with BOS), bytes credited; pairs are ranges."""
+    """Published constants of a validation set: documents, tokens
+    (with BOS), bytes credited; pairs are ranges.
+    """
 
     transform: str
     documents: int
@@ -61,7 +83,8 @@ class Canonical:
     credited: tuple[int, int]
 
 
-# Of CaseOps v1 it is not known whether 47,853,343 tokens are all or all scored ones, nor the bytes to the last one.
+# Of CaseOps v1 it is not known whether 47,853,343 tokens are all or
+# all scored ones, nor the bytes to the last one.
 CANONICAL = {
     "sp8192": Canonical("none", 50_000, (40_540_803, 40_540_803), (151_080_000, 151_081_500)),
     "caseops_v1": Canonical("caseops_v1", 50_000, (47_853_343, 47_853_344), (151_080_000, 151_081_500)),
@@ -103,7 +126,9 @@ class Scanned:
 
 @dataclass
 class Passages:
-    """Runs of OPENING_TOKENS tokens of validation documents, and a filter that tells most other text apart fast."""
+    """Runs of OPENING_TOKENS tokens of validation documents, and a
+    filter that tells most other text apart fast.
+    """
 
     tokens: np.ndarray  # (P, OPENING_TOKENS) uint16, the opening and the middle of each document
     hashes: np.ndarray  # (P,) uint64, sorted
@@ -119,7 +144,9 @@ class Passages:
         return cls(tokens, hashes[order], order)
 
     def find(self, tokens: np.ndarray) -> list[tuple[int, int]]:
-        """(passage, position) wherever one occurs in `tokens`, compared token by token, MOST_PLACES of each at most."""
+        """(passage, position) wherever one occurs in `tokens`,
+        compared token by token, MOST_PLACES of each at most.
+        """
         shift = np.uint64(64 - self.FILTER_BITS)
         present = np.zeros(1 << self.FILTER_BITS, dtype=bool)
         present[(self.hashes >> shift).astype(np.int64)] = True
@@ -149,7 +176,9 @@ def _token_codes() -> np.ndarray:
 
 
 def window_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each run of OPENING_TOKENS tokens (uint64, one for each place where a whole run starts)."""
+    """A 64-bit hash of each run of OPENING_TOKENS tokens (uint64, one
+    for each place where a whole run starts).
+    """
     hashes = _token_codes()[tokens]
     width, factor = 1, 0x9E3779B97F4A7C15
     while width < OPENING_TOKENS:
@@ -195,11 +224,14 @@ class ScanJob:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Per document of a chunk: hashes of the decoded text and of its inverse transform, and the sidecar's bytes."""
+    """Per document of a chunk: hashes of the decoded text and of its
+    inverse transform, and the sidecar's bytes.
+    """
 
     texts: list[bytes]
     inverses: list[bytes]
     credited: list[int]
+    lengths: list[int]
 
 
 @lru_cache(maxsize=1)
@@ -229,7 +261,8 @@ class DecodeJob:
             except ValueError:
                 inverses.append(b"")
         credited = np.add.reduceat(sidecar.astype(np.int64), starts).tolist() if sidecar is not None else []
-        return Decoded([text_hash(text) for text in texts], inverses, credited)
+        lengths = [len(text.encode(errors="replace")) for text in texts]
+        return Decoded([text_hash(text) for text in texts], inverses, credited, lengths)
 
 
 @dataclass(frozen=True)
@@ -277,7 +310,7 @@ class SourceJob:
                 or (len(own) >= OPENING_TOKENS and token_hash(own[:OPENING_TOKENS]) in self.openings)
             )
             length = len(text.encode())
-            credited = length - encode_with_bytes(processor, self.transform, text)[2] if self.sidecar else 0
+            credited = length - self._dropped(processor, text, batch) if self.sidecar else 0
             sources.append(
                 Source(
                     raw,
@@ -291,12 +324,68 @@ class SourceJob:
             )
         return sources
 
+    def _dropped(self, processor, text: str, batch: Batch) -> int:
+        try:
+            return encode_with_bytes(processor, self.transform, text)[2]
+        except (OverflowError, CountError) as error:
+            raise DataError(f"{batch.path}: after record {batch.start.record}: {error}") from None
+
 
 def _plain(processor, text: str) -> str:
     return processor.normalize(text).replace("\u2581", " ")
 
 
 # === THE PROOF ===
+
+
+def manifest_problem(manifest: dict) -> str:
+    """What is wrong with the form of a manifest, so that nothing in
+    it can be relied on; empty if it is right.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return "files is no object"
+    for name, facts in files.items():
+        if not FILE_NAME.fullmatch(name) or not isinstance(facts, dict):
+            return f"files has an entry {name[:60]!r} that describes no file of the folder"
+        counts = ("size", "tokens") if name.endswith(".bin") else ("size",)
+        wrong = [key for key in counts if not is_count(facts.get(key))]
+        if wrong or not SHA256.fullmatch(str(facts.get("sha256"))):
+            return f"files: {name} has a wrong {(wrong or ['sha256'])[0]}"
+    for key in COUNTS:
+        without = key == "val_sidecar_bytes" and manifest.get(key) is None
+        if key in manifest and not without and not is_count(manifest[key]):
+            return f"{key} is {str(manifest[key])[:40]!r}, not a count"
+    for key in ("tokenizer", "recipe"):
+        if not isinstance(manifest.get(key, {}), dict):
+            return f"{key} is no object"
+    if not isinstance(manifest.get("recipe", {}).get("validation", {}), dict):
+        return "recipe: validation is no object"
+    left_out = manifest.get("left_out", {})
+    if not isinstance(left_out, dict) or not all(map(is_count, left_out.values())):
+        return "left_out does not hold counts"
+    if not isinstance(manifest.get("transform", ""), str) or not isinstance(manifest.get("name", ""), str):
+        return "name or transform is no text"
+    return sources_problem(manifest.get("recipe", {}).get("sources", []))
+
+
+def sources_problem(sources: object) -> str:
+    """What is wrong with the form of a manifest's list of source files; empty if it is right."""
+    if not isinstance(sources, list) or not all(isinstance(facts, dict) for facts in sources):
+        return "recipe: sources is no list of files"
+    for number, facts in enumerate(sources):
+        if not is_count(facts.get("size")) or not SHA256.fullmatch(str(facts.get("sha256"))):
+            return f"recipe: source {number} has a wrong size or sha256"
+        if facts.get("role") not in ("documents", "validation") or not isinstance(facts.get("name"), str):
+            return f"recipe: source {number} has a wrong role or name"
+        if not is_count(facts.get("records", 0)):
+            return f"recipe: source {number} has a wrong number of records"
+    return ""
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of a JSON file is a whole number from 0 on that fits 63 bits."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 class Proof:
@@ -312,8 +401,11 @@ class Proof:
             "not_proved": [],
             "counts": {},
         }
-        files = lambda pattern: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
-        self.files = {"train": files(TRAIN), "val": files(VAL), "sidecar": files(SIDECAR)}
+        patterns = {"train": TRAIN, "val": VAL, "sidecar": SIDECAR}
+        self.files = {
+            kind: sorted(folder.glob(pattern.replace("%06d", "[0-9]" * 6)))
+            for kind, pattern in patterns.items()
+        }
 
     def proved(self, text: str) -> None:
         """Note a fact that was checked."""
@@ -339,13 +431,14 @@ class Proof:
         path = self.folder / MANIFEST
         self.manifest: dict = {}
         if not path.exists():
+            for name in (JOURNAL, UNFINISHED):
+                if (self.folder / name).exists():
+                    raise Refuted(f"{name}: the dataset is not finished; give its command again")
             self.not_proved("hashes, counts and origin of the files: there is no manifest.json")
             return
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
-                raise ValueError("not a JSON object with an object of files")
-        except (OSError, ValueError, RecursionError) as error:
+            manifest = read_json_object(path)
+        except (OSError, ValueError) as error:
             raise Refuted(f"manifest.json: cannot be read ({error})") from None
         if manifest.get("format") != FORMAT:
             self.not_proved(
@@ -354,7 +447,14 @@ class Proof:
             return
         if manifest.get("checksum") != checksum(manifest):
             raise Refuted("manifest.json: was changed after it was written (its checksum does not match)")
-        listed = manifest["files"]
+        problem = manifest_problem(manifest)
+        if problem:
+            raise Refuted(f"manifest.json: {problem}")
+        self._compare_files(manifest["files"])
+        self.manifest = manifest
+        self.report["manifest_sha256"] = sha256_file(path)
+
+    def _compare_files(self, listed: dict[str, dict]) -> None:
         for name, facts in listed.items():
             file = self.folder / name
             if not file.is_file():
@@ -366,10 +466,10 @@ class Proof:
                 if file.name not in listed:
                     raise Refuted(f"{file.name}: not in the manifest")
         for name in listed:
-            if not name.endswith(".bin") and sha256_file(self.folder / name) != listed[name]["sha256"]:
+            # Token shards are hashed where they are looked through.
+            tokens = name.endswith(".bin") and "bytes" not in name
+            if not tokens and sha256_file(self.folder / name) != listed[name]["sha256"]:
                 raise Refuted(f"{name}: sha256 differs from the manifest")
-        self.manifest = manifest
-        self.report["manifest_sha256"] = sha256_file(path)
 
     def _shards(self) -> None:
         self.values = {}
@@ -400,6 +500,16 @@ class Proof:
         expected = self.manifest.get("tokenizer", {}).get("sha256")
         if expected is not None and sha256_file(path) != expected:
             raise Refuted(f"{path.name}: sha256 differs from the tokenizer of the manifest")
+        entries = self.manifest.get("tokenizer", {}).get("vocab_size", self.processor.vocab_size())
+        if entries != self.processor.vocab_size():
+            raise Refuted(f"{path.name}: {self.processor.vocab_size()} entries, the manifest says {entries}")
+        if self.manifest.get("bos", BOS) != BOS:
+            raise Refuted(
+                f"manifest.json: bos is {str(self.manifest['bos'])[:40]}, but shards begin with {BOS}"
+            )
+        problem = table_problem(self.processor)
+        if problem:
+            raise Refuted(f"{path.name}: {problem}: no score would be right")
         symbols = {
             self.processor.id_to_piece(token): token
             for token in range(4, min(64, self.processor.vocab_size()))
@@ -430,7 +540,9 @@ class Proof:
             yield Scan(path, np.array(after[: OPENING_TOKENS - 1]), facts and facts["sha256"], kind == "val")
 
     def _joined(self, kind: str, job: ScanJob) -> Iterator[tuple[Scanned, int]]:
-        """Each shard's findings and its first token's position; a document that straddles is the shard's it ends in."""
+        """Each shard's findings and its first token's position; a
+        document that straddles is the shard's it ends in.
+        """
         tail, first = np.zeros(0, np.uint16), 0
         for _, found in run_in_order(job, self._scans(kind), self.options.workers):
             if found.problem:
@@ -497,6 +609,7 @@ class Proof:
         if not self.files["sidecar"]:
             if self.manifest.get("val_sidecar"):
                 raise Refuted("the manifest promises a byte sidecar, but there is none")
+            self._compare_decoded()
             if true is not None:
                 self._compare_tables(true)
             self.credited = self.table_credit
@@ -506,6 +619,29 @@ class Proof:
             raise Refuted(
                 f"the sidecar's shards have {lengths[1]} values, the validation shards {lengths[0]} tokens"
             )
+        self.report["counts"]["val_sidecar_bytes"] = self.credited = total = self._sum_sidecar()
+        claimed = self.manifest.get("val_sidecar_bytes")
+        if claimed is not None and claimed != total:
+            raise Refuted(f"sidecar: sums to {total} bytes, the manifest says {claimed}")
+        if true is None:
+            self.not_proved(
+                "the sum of the sidecar: only the raw documents say what it must be (--documents)"
+            )
+            return
+        uncounted = self.manifest.get("val_uncounted_bytes", 0)
+        if total != true - uncounted:
+            excess = 100 * (total / max(1, true - uncounted) - 1)
+            raise Refuted(
+                f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
+                f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)"
+            )
+        self.proved(
+            f"the sidecar sums to the {true:,} raw bytes of the manifest"
+            + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else "")
+        )
+
+    def _sum_sidecar(self) -> int:
+        """The bytes of the sidecar; Refuted if it gives some to a token that is worth none."""
         total, escaped, position = 0, False, 0
         operators = np.zeros(self.processor.vocab_size(), bool)
         operators[list(self.operators)] = True
@@ -521,7 +657,7 @@ class Proof:
                         f"sidecar: token {position + wrong[0]} is {self._piece(tokens[wrong[0]])} and worth "
                         f"no bytes, the sidecar says {values[wrong[0]]}"
                     )
-                # Whether an operator is escaped depends on the run of operators before it; runs are short and few.
+                # Whether an operator is escaped depends on the operators before it; runs are short and few.
                 for index in np.flatnonzero(operators[tokens]).tolist():
                     literal = escaped if index == 0 else self._literal(tokens, index, escaped)
                     worth = 3 if literal else 0
@@ -534,23 +670,24 @@ class Proof:
                     tokens[-1] == self.escape and not self._literal(tokens, len(tokens) - 1, escaped)
                 )
                 position += len(tokens)
-        self.report["counts"]["val_sidecar_bytes"] = self.credited = total
-        if true is not None:
-            uncounted = self.manifest.get("val_uncounted_bytes", 0)
-            if total != true - uncounted:
-                excess = 100 * (total / max(1, true - uncounted) - 1)
-                raise Refuted(
-                    f"sidecar: sums to {total} bytes, but the raw documents have {true}, of which "
-                    f"{uncounted} are dropped at the ends of documents ({excess:+.2f} %)"
-                )
-            self.proved(
-                f"the sidecar sums to the {true:,} raw bytes of the manifest"
-                + (f" less {uncounted:,} spaces dropped at the ends of documents" if uncounted else "")
+        return total
+
+    def _compare_decoded(self) -> None:
+        """The byte tables against the bytes of the text that the validation tokens decode to."""
+        if not self.val_documents:
+            return
+        unknown = self.processor.unk_id()
+        if any((values == unknown).any() for values in self.values["val"]):
+            self.not_proved("that the byte tables count the decoded text: it has unknown tokens")
+            return
+        decoded = sum(lengths for *_, lengths in self._decoded("val"))
+        self.report["counts"]["val_decoded_bytes"] = decoded
+        if decoded != self.table_credit:
+            raise Refuted(
+                f"byte tables credit {self.table_credit} bytes to the validation set, but its tokens decode "
+                f"to {decoded}: no score would be right"
             )
-        else:
-            self.not_proved(
-                "the sum of the sidecar: only the raw documents say what it must be (--documents)"
-            )
+        self.proved(f"the byte tables credit the {decoded:,} bytes that the validation tokens decode to")
 
     def _compare_tables(self, true: int) -> None:
         difference = self.table_credit - true
@@ -580,7 +717,9 @@ class Proof:
         return bool((index - run) % 2) ^ (run == 0 and escaped_before)
 
     def _passages(self) -> tuple[Passages, np.ndarray]:
-        """Opening and middle of every validation document that is long enough; (P/2,) distance between the two."""
+        """Opening and middle of every validation document that is
+        long enough; (P/2,) distance between the two.
+        """
         flat = np.concatenate([np.asarray(values) for values in self.values["val"]])
         starts = np.flatnonzero(flat == BOS)
         ends = np.append(starts[1:], len(flat))
@@ -641,9 +780,9 @@ class Proof:
             self.proved(
                 f"{hits} validation documents in the training shards, within --max-overlap"
                 if hits
-                else f"no validation document among {documents:,} training documents ({self.counts['train']:,} "
-                "tokens; by content of whole documents and of openings, and anywhere by two passages of "
-                f"{OPENING_TOKENS} tokens)"
+                else f"no validation document among {documents:,} training documents "
+                f"({self.counts['train']:,} tokens; by content of whole documents and of openings, "
+                f"and anywhere by two passages of {OPENING_TOKENS} tokens)"
             )
             if shared:
                 self.report["counts"]["val_docs_sharing_a_passage"] = shared
@@ -674,13 +813,12 @@ class Proof:
 
     # Against the raw documents.
 
-    def _decoded(self, kind: str) -> Iterator[tuple[bytes, bytes, int]]:
+    def _decoded(self, kind: str) -> Iterator[tuple[bytes, bytes, int, int]]:
         job = DecodeJob(str(self.tokenizer_path), self.transform)
         chunks = self._chunks(kind, kind == "val" and bool(self.files["sidecar"]))
         for _, decoded in run_in_order(job, chunks, self.options.workers):
-            yield from zip(
-                decoded.texts, decoded.inverses, decoded.credited or [0] * len(decoded.texts), strict=True
-            )
+            credited = decoded.credited or [0] * len(decoded.texts)
+            yield from zip(decoded.texts, decoded.inverses, credited, decoded.lengths, strict=True)
 
     def _chunks(self, kind: str, sidecar: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Whole documents, about CHUNK_TOKENS at a time, with their sidecar values."""
@@ -708,39 +846,95 @@ class Proof:
         if not self.val_documents:
             self.not_proved("that the tokens are the documents: there is no BOS between them")
             return
-        separate = bool(options.val)
-        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, bool(self.files["sidecar"]))
-        paths = options.val if separate else options.documents
+        self._sources()
         self.raw_hashes: set[bytes] = set()
-        end = Position()
+        end = self._validation_documents()
+        if self.files["train"]:
+            self._training_documents(Position() if options.val else end)
 
-        def validation() -> Iterator[Source]:
+    def _sources(self) -> None:
+        """The given files against those that the manifest says the dataset was made of."""
+        listed = self.manifest.get("recipe", {}).get("sources", [])
+        if not all("records" in facts for facts in listed) or not listed:
+            self.not_proved("that these are the source files, whole: no manifest says how much they hold")
+            return
+        for role, paths in (("documents", self.options.documents), ("validation", self.options.val)):
+            expected = [facts for facts in listed if facts["role"] == role]
+            if len(paths) != len(expected):
+                raise Refuted(
+                    f"{len(paths)} files of {role} are given, but the dataset was made of {len(expected)} "
+                    f"({', '.join(facts['name'] for facts in expected[:5]) or 'none'})"
+                )
+            for path, facts in zip(paths, expected, strict=True):
+                self._compare_source(path, facts)
+        records = sum(facts["records"] for facts in listed)
+        self.proved(
+            f"the {len(listed)} source files of the manifest, {records:,} records, read to their ends"
+        )
+
+    def _compare_source(self, path: Path, facts: dict) -> None:
+        size = path.stat().st_size
+        if size != facts["size"]:
+            raise Refuted(f"{path}: {size:,} bytes, but the dataset was made of {facts['size']:,}")
+        try:
+            found = survey(path, self.options.key)
+        except DataError as error:
+            raise Refuted(f"source {error}") from None
+        if found.sha256 != facts["sha256"]:
+            raise Refuted(f"{path}: its sha256 is not that of the file the dataset was made of")
+        if (found.records, found.bytes) != (facts["records"], facts.get("bytes")):
+            raise Refuted(
+                f"{path}: holds {found.records:,} records ({found.bytes} bytes of text), but the manifest "
+                f"says {facts['records']:,} ({facts.get('bytes')})"
+            )
+
+    def _validation_documents(self) -> Position:
+        """Compare the validation shards with the raw documents; where those of training start."""
+        options, end = self.options, Position()
+        job = SourceJob(str(self.tokenizer_path), self.transform, options.key, bool(self.files["sidecar"]))
+        wanted = self.manifest.get("recipe", {}).get("validation", {})
+        limit = None if options.val and wanted.get("documents", 0) is None else self.val_documents
+        records = batches(options.val or options.documents, options.key, 2_000_000, Position(), limit)
+
+        def sources() -> Iterator[Source]:
             nonlocal end
-            records = batches(paths, options.key, 2_000_000, Position(), self.val_documents)
-            for batch, sources in run_in_order(job, records, options.workers):
+            for batch, found in run_in_order(job, records, options.workers):
                 end = batch.after
-                yield from sources
+                yield from found
 
-        total = self._compare("val", validation())
-        if (claimed := self.manifest.get("val_bytes")) is not None and claimed != total:
+        total = self._compare("val", sources())
+        claimed = self.manifest.get("val_bytes")
+        if claimed is not None and claimed != total:
             raise Refuted(f"the raw validation documents have {total} bytes, the manifest says {claimed}")
         self.report["counts"]["val_bytes"] = total
         if not self.files["sidecar"] and claimed is None:
             self._compare_tables(total)
-        if not self.files["train"]:
-            return
+        return end
+
+    def _training_documents(self, start: Position) -> None:
+        options, left_out = self.options, 0
         kept = self.manifest.get("recipe", {}).get("duplicates") == "kept" or not self.manifest
         job = SourceJob(str(self.tokenizer_path), self.transform, options.key, False)
         if not kept:
             job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
-        start = Position() if separate else end
         records = batches(options.documents, options.key, 2_000_000, start)
-        training = (
-            source for _, sources in run_in_order(job, records, options.workers) for source in sources
-        )
-        total = self._compare("train", (source for source in training if not source.known))
-        if (claimed := self.manifest.get("train_bytes")) is not None and claimed != total:
+
+        def sources() -> Iterator[Source]:
+            nonlocal left_out
+            for _, found in run_in_order(job, records, options.workers):
+                left_out += sum(source.known for source in found)
+                yield from (source for source in found if not source.known)
+
+        total = self._compare("train", sources())
+        claimed = self.manifest.get("train_bytes")
+        if claimed is not None and claimed != total:
             raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")
+        said = self.manifest.get("left_out")
+        if said is not None and sum(said.values()) != left_out:
+            raise Refuted(
+                f"{left_out} documents equal or start like a validation document, but the manifest says "
+                f"that {sum(said.values())} were left out"
+            )
         self.report["counts"]["train_bytes"] = total
 
     def _compare(self, kind: str, sources: Iterator[Source]) -> int:
@@ -748,14 +942,15 @@ class Proof:
         decoded = self._decoded(kind)
         tiers = {"exact": 0, "normalised": 0, "case_lost": 0, "lossy": 0}
         lossless = TRANSFORMS[self.transform][3]
-        total, number, nothing, lost = 0, 0, object(), ""
+        total, count, nothing, lost = 0, 0, object(), ""
         for number, source in enumerate(sources):
+            count = number + 1
             found = next(decoded, nothing)
             if found is nothing:
                 raise Refuted(
                     f"{kind} document {number} ({source.excerpt!r}): missing, the shards end before it"
                 )
-            text, inverse, credited = found
+            text, inverse, credited, _ = found
             if text != source.code:
                 raise Refuted(
                     f"{kind} document {number}: its tokens do not decode to the raw document "
@@ -781,47 +976,34 @@ class Proof:
                     )
             total += source.length
         if next(decoded, nothing) is not nothing:
-            raise Refuted(f"{kind} shards: more documents than the {number + 1} raw ones")
+            raise Refuted(f"{kind} shards: more documents than the {count} raw ones")
         self.report.setdefault("documents", {})[kind] = tiers
-        if tiers["case_lost"] > self.options.max_case_lost * (number + 1):
+        if tiers["case_lost"] > self.options.max_case_lost * count:
             raise Refuted(
                 f"{lost}: its tokens do not give its capitals back, and so it is with "
-                f"{tiers['case_lost']:,} of {number + 1:,} {kind} documents, which is more than "
+                f"{tiers['case_lost']:,} of {count:,} {kind} documents, which is more than "
                 f"--max-case-lost {self.options.max_case_lost:g} of them: {self.transform} is not lossless "
                 "here"
             )
-        self.proved(
-            f"{kind} tokens decode to the raw documents: "
-            + "; ".join(
-                f"{count:,} {meaning}"
-                for count, meaning in (
-                    (tiers["exact"], "exactly"),
-                    (
-                        tiers["normalised"],
-                        "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)",
-                    ),
-                    (
-                        tiers["case_lost"],
-                        "to the normalised transformed text only (within --max-case-lost): the "
-                        "normalisation took away what the inverse transform needs, so some capitals "
-                        f"cannot be recovered, first in {lost}",
-                    ),
-                    (
-                        tiers["lossy"],
-                        f"to the normalised text of the lossy transform {self.transform}, not to the original",
-                    ),
-                )
-                if count
-            )
-        )
+        self.proved(f"{kind} tokens decode to the raw documents: {self._describe(tiers, lost)}")
         return total
+
+    def _describe(self, tiers: dict[str, int], lost: str) -> str:
+        """How many documents came back in which way; `lost` is the first whose capitals did not."""
+        meanings = {
+            "exact": "exactly",
+            "normalised": "up to SentencePiece's normalisation (spaces, newlines, compatibility forms)",
+            "case_lost": "to the normalised transformed text only (within --max-case-lost): the "
+            "normalisation took away what the inverse transform needs, so some capitals cannot be "
+            f"recovered, first in {lost}",
+            "lossy": f"to the normalised text of the lossy transform {self.transform}, not to the original",
+        }
+        return "; ".join(f"{count:,} {meanings[tier]}" for tier, count in tiers.items() if count)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line; exits with usage on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dataset", type=Path, help="folder with fineweb_*.bin")
     add(
@@ -844,17 +1026,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--name", choices=sorted(CANONICAL), help="demand the published constants of this dataset")
     add(
         "--max-overlap",
-        type=int,
+        type=number_option(int, 0),
         default=0,
         metavar="N",
-        help="accept up to N validation documents among the training data (natural duplicates of a published export)",
+        help="accept up to N validation documents among the training data (duplicates of a published export)",
     )
     add(
         "--max-case-lost",
-        type=float,
+        type=number_option(float, 0, 1),
         default=MOST_CASE_LOST,
         metavar="SHARE",
-        help="accept up to this share of documents whose capitals the normalisation has lost (default %(default)s)",
+        help="accept this share of documents whose capitals normalisation has lost (default %(default)s)",
     )
     add(
         "--workers",
@@ -868,8 +1050,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.documents, options.val = expand(options.documents), expand(options.val)
     if not options.dataset.is_dir():
         raise DataError(f"{options.dataset}: no such folder; give that of a dataset")
-    if options.workers < 1:
-        raise DataError(f"--workers {options.workers}: must be at least 1")
+    if not 1 <= options.workers <= MOST_WORKERS:
+        raise DataError(f"--workers {options.workers}: must be at least 1 and at most {MOST_WORKERS}")
     return options
 
 
@@ -886,6 +1068,16 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"verify_bytes: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        name = error.filename or "a file"
+        print(f"verify_bytes: {name}: {error.strerror or error}; check its permissions", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("verify_bytes: memory is short; give fewer --workers", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("verify_bytes: interrupted, nothing is proved", file=sys.stderr)
+        return 130
     report = proof.report
     report["seconds"] = round(time.monotonic() - began, 2)
     if options.json:

@@ -4,7 +4,7 @@
 
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
 python bench/data.py --quick    # the same figures from less text, within a minute
-python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3, from the same text
+python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3
 python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
 """
 
@@ -91,7 +91,9 @@ class Table:
         sample: list[str],
         raw: tuple[int, int] | None = None,
     ) -> None:
-        """Both versions, the plain one on `sample`; `raw` are the bytes of raw text where the texts are codes."""
+        """Both versions, the plain one on `sample`; `raw` are the
+        bytes of raw text where the texts are codes.
+        """
         amounts = raw or (size(texts), size(sample))
         speed, spread = self.speed(lambda: fast(texts), amounts[0], self.repeats)
         slow, slow_spread = self.speed(lambda: plain(sample), amounts[1], self.repeats)
@@ -210,6 +212,8 @@ def verification(tokens: int) -> dict:
             values = (generator.zipf(1.2, count).astype(np.uint64) % 7000 + 300).astype("<u2")
             values[::800] = BOS
             write_shard(folder / f"fineweb_{kind}_000000.bin", values)
+        # With a sidecar nothing is decoded: random tokens are no text.
+        write_shard(folder / "fineweb_val_bytes_000000.bin", np.zeros(tokens // 10, "<u2"))
         began = time.perf_counter()
         subprocess.run(
             [
@@ -262,8 +266,8 @@ def tokens_per_byte(megabytes: float) -> dict:
             results[transform] = len(ids)
             change = len(ids) / results["caseops_v1"] - 1
             print(
-                f"{transform:<14}{len(ids):>11,}{len(ids) / raw:>10.5f}{change:>+12.1%}{PUBLISHED[transform]:>11.5f}"
-                f"{marks:>11,}",
+                f"{transform:<14}{len(ids):>11,}{len(ids) / raw:>10.5f}{change:>+12.1%}"
+                f"{PUBLISHED[transform]:>11.5f}{marks:>11,}",
                 flush=True,
             )
     return {f"tokens_per_byte_{name}": round(count / raw, 5) for name, count in results.items()} | {

@@ -51,6 +51,7 @@ from torch import nn
 import train_gpt as t
 from bench import gpu_meter as m
 from bench.train_step import TrainStep
+from recipes import read as read_recipe
 
 PARTS = ("ceilings", "kernels", "step", "optimiser", "evaluate", "quantiser")
 RANKS, BUS = (
@@ -139,8 +140,7 @@ def recipes() -> dict[str, dict[str, str]]:
     """Settings by name: the flagship (the defaults, unless a recipe says more) and the published systems."""
     found = {"flagship": {}}
     for path in sorted((ROOT / "records" / "recipes").glob("*.env")):
-        lines = path.read_text().splitlines()
-        found[path.stem] = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+        found[path.stem] = read_recipe(path)
     return {
         name: found[name] for name in sorted(found, key=lambda name: name != "flagship") if name != "cpu_demo"
     }

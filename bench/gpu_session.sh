@@ -62,10 +62,8 @@ status=0 built= runs=()
   for name in flagship pr1693; do # both at once: most of the time goes into compiling, and only losses are compared
     (
       recipe=records/recipes/$name.env
-      [ ! -f "$recipe" ] || while IFS='=' read -r key value; do
-        case "$key" in ''|'#'*) continue ;; esac
-        [ -n "${!key+set}" ] || export "$key=$value"
-      done < "$recipe"
+      exports=$([ ! -f "$recipe" ] || "$python" recipes.py "$recipe") || exit 2
+      eval "$exports"
       RUN_ID=$name part "$(left)" "$python" train_gpt.py > "$results/$name.log" 2>&1
     ) &
     runs+=($!)

@@ -29,6 +29,7 @@ import time
 import numpy as np
 
 from data.shards import BOS, read_shard, write_shard
+from recipes import read as read_recipe
 
 SYSTEMS = {"pr1585": 35_944_602, "pr1738": 35_944_536, "pr1755": 35_944_536, "pr1693": 35_945_671}
 SHORT = {  # rows of 256 tokens instead of 2,048, and chunks, phases and batches in proportion
@@ -86,9 +87,8 @@ FULL = SHORT | {
 
 
 def recipe(name: str) -> dict[str, str]:
-    """The variables of a recipe, as run.sh reads them."""
-    lines = (ROOT / f"records/recipes/{name}.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """The variables of a recipe in records/recipes/."""
+    return read_recipe(ROOT / f"records/recipes/{name}.env")
 
 
 def cut(

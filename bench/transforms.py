@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""CaseOps v1 against v3 by training: the same trainer, the same number of tokens, bits per byte of the same raw text.
+"""CaseOps v1 against v3 by training: bits per byte of the same text after the same number of tokens.
 
     python bench/transforms.py [--quick] [--seeds 2] [--steps 150] [--work FOLDER]
 
-Prepares one dataset per transform with data/prepare.py (tokenizers of 8,192 entries trained on the same documents,
-validation = the FineWeb documents of ../shared/data), then trains a small model for the same number of tokens on each
-with every seed. Bits per byte are over the original bytes, from each dataset's sidecar.
+Prepares one dataset per transform with data/prepare.py (tokenizers of 8,192 entries trained on the same
+documents, validation = the FineWeb documents of ../shared/data), then trains a small model for the same
+number of tokens on each with every seed. Bits per byte are over the original bytes, from each dataset's
+sidecar.
 """
 
 from __future__ import annotations

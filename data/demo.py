@@ -1,22 +1,30 @@
+#!/usr/bin/env python3
 """Builds the embedded corpus: real English text that every machine with this project installed already has.
 
     python data/demo.py [--out data/demo] [--vocab-size 1024|2048]
 
-The text is the documentation inside the running Python: docstrings, the help topics of `pydoc_data`, strings that
-attach documentation from outside (`add_docstr` and friends), comment blocks, and the long descriptions of installed
-packages. Each document is passed through SentencePiece's own nmt_nfkc normalisation when the corpus is built, which
-also turns every run of blanks and line ends into one space. Raw text and scored text are therefore the same bytes:
-decode(tokens) gives each document back exactly, the per-token byte table counts exactly the raw UTF-8 bytes, and a byte
-sidecar would add nothing. Both are checked for every document during the build.
+The text is the documentation inside the running Python: docstrings, the help topics of `pydoc_data`, strings
+that attach documentation from outside (`add_docstr` and friends), comment blocks, and the long descriptions
+of installed packages. Each document is passed through SentencePiece's own nmt_nfkc normalisation when the
+corpus is built, which also turns every run of blanks and line ends into one space. Raw text and scored text
+are therefore the same bytes: decode(tokens) gives each document back exactly, the per-token byte table counts
+exactly the raw UTF-8 bytes, and a byte sidecar would add nothing. Both are checked for every document during
+the build.
 
-Documents are ordered by the sha256 of their text, so any prefix is a uniform sample and the same packages give the same
-files on every machine. The first documents are held out for validation; training documents that repeat much of a
-validation document are left out.
+Documents are ordered by the sha256 of their text, so any prefix is a uniform sample and the same packages
+give the same files on every machine. The first documents are held out for validation; training documents that
+repeat much of a validation document are left out.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import ast
 import collections
 import contextlib
@@ -31,7 +39,6 @@ import platform
 import re
 import shutil
 import signal
-import sys
 import sysconfig
 import time
 import warnings
@@ -40,22 +47,19 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import BOS, HEADER_BYTES, sha256_file, train_tokenizer, write_shard
+from data.options import Parser
+from data.shards import BOS, HEADER_BYTES, read_json_object, sha256_file, train_tokenizer, write_shard
 
 FORMAT = "parameter-golf-dataset/1"
-RECIPE = (
-    2  # raise it when a change of this file changes the bytes it makes, so that older builds become stale
-)
+# Raise it when a change of this file changes the bytes it makes, so that older builds become stale.
+RECIPE = 2
 MIN_CHARACTERS = 100
-MIN_LETTERS = (
-    0.7  # share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code
-)
+# Share of ASCII letters and spaces: keeps prose, drops tables, test data and commented-out code.
+MIN_LETTERS = 0.7
 VAL_BYTES = 400_000
 EDGE = 200  # characters at either end of a document that must not be shared with a validation document
 MIN_LINE = 20  # shorter lines ("Examples", "See also") say nothing about a shared origin
@@ -101,7 +105,7 @@ class Corpus(NamedTuple):
     held_back: int
 
 
-# --- finding and reading documentation ---------------------------------------------------------------------------
+# === FINDING AND READING DOCUMENTATION ===
 
 
 def default_roots() -> list[Path]:
@@ -113,8 +117,9 @@ def default_roots() -> list[Path]:
 def inventory(roots: Sequence[Path]) -> list[Source]:
     """All Python files and package descriptions under `roots`, sorted by name.
 
-    Test folders are left out: a quarter of the time to parse, a twentieth of the text, and the poorest of it. So are
-    package folders inside a root, which belong to another interpreter unless they are a root themselves.
+    Test folders are left out: a quarter of the time to parse, a twentieth of the text, and the poorest of it.
+    So are package folders inside a root, which belong to another interpreter unless they are a root
+    themselves.
     """
     sources = []
     for root in roots:
@@ -129,7 +134,9 @@ def inventory(roots: Sequence[Path]) -> list[Source]:
 
 
 def signature(sources: Sequence[Source], vocab_size: int) -> str:
-    """Hash of everything the dataset depends on: the recipe, the options, the tokenizer library, the source files."""
+    """Hash of everything the dataset depends on: the recipe, the
+    options, the tokenizer library, the source files.
+    """
     listing = [
         [RECIPE, vocab_size, version("sentencepiece")],
         *([source.name, source.size] for source in sources),
@@ -138,7 +145,9 @@ def signature(sources: Sequence[Source], vocab_size: int) -> str:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Modules, classes, functions and every other statement; expressions are most of a tree and hold no docstring."""
+    """Modules, classes, functions and every other statement;
+    expressions are most of a tree and hold no docstring.
+    """
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
@@ -156,7 +165,9 @@ def _mentions_doc(node: ast.AST) -> bool:
 
 
 def _documentation(tree: ast.Module, module_is_documentation: bool) -> Iterator[ast.Constant]:
-    """String constants that document something: docstrings, and strings assigned or passed to a name with `doc`."""
+    """String constants that document something: docstrings, and
+    strings assigned or passed to a name with `doc`.
+    """
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in _statements(tree):
         value = None
@@ -232,13 +243,14 @@ def read_documents(source: Source) -> list[str]:
     return documents
 
 
-# --- choosing documents ----------------------------------------------------------------------------------------------
+# === CHOOSING DOCUMENTS ===
 
 
 def _start_worker() -> None:
     # Syntax trees are many objects without cycles: collecting garbage while building them doubles the time.
     gc.disable()
-    # Ctrl-C reaches the whole process group; a worker that dies of it while holding the queue's lock hangs the rest.
+    # Ctrl-C reaches the whole process group; a worker that dies of it
+    # while holding the queue's lock hangs the rest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -258,17 +270,16 @@ def collect(sources: Sequence[Source]) -> list[str]:
     unique: dict[bytes, str] = {}
     for document in (document for documents in found for document in documents):
         key = hashlib.sha256(document.replace("\n", " ").encode()).digest()
-        unique[key] = min(
-            document, unique.get(key, document)
-        )  # the same text may be broken into lines differently
+        # The same text may be broken into lines differently.
+        unique[key] = min(document, unique.get(key, document))
     return [unique[key] for key in sorted(unique)]
 
 
 def split(documents: Sequence[str]) -> Corpus:
     """Hold out the first documents (400 KB, at most a twentieth) and leave their near-copies out of the rest.
 
-    A near-copy shares its first or last 200 characters with a validation document, or has lines in common with the
-    validation documents that make up 30 % of it, or of one of them.
+    A near-copy shares its first or last 200 characters with a validation document, or has
+    lines in common with the validation documents that make up 30 % of it, or of one of them.
     """
     budget = min(VAL_BYTES, sum(map(len, documents)) // 20)
     size = count = 0
@@ -305,7 +316,7 @@ def _long_lines(document: str) -> set[str]:
     return {line for line in document.split("\n") if len(line) >= MIN_LINE}
 
 
-# --- tokens and files ------------------------------------------------------------------------------------------------
+# === TOKENS AND FILES ===
 
 
 def credited_bytes(tokenizer, tokens: np.ndarray) -> int:
@@ -326,7 +337,7 @@ def credited_bytes(tokenizer, tokens: np.ndarray) -> int:
 
 
 def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Tokens of `documents` with a BOS before each, and the documents kept: those that decode to themselves."""
+    """Tokens of `documents` with a BOS before each, and those that decode to themselves, which are kept."""
     pieces: list[np.ndarray] = []
     kept: list[str] = []
     for start in range(0, len(documents), 1000):
@@ -340,12 +351,14 @@ def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]
 
 
 def problem(out: Path, expected: str) -> str | None:
-    """Why the dataset in `out` cannot be used as it is, or None if it is complete, unchanged and of this signature."""
+    """Why the dataset in `out` cannot be used as it is, or None if it
+    is complete, unchanged and of this signature.
+    """
     path = out / "manifest.json"
     if not path.is_file():
         return "no complete dataset there"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json_object(path)
         if manifest.pop("checksum") != manifest_checksum(manifest):
             return "damaged: manifest.json was changed"
         if manifest["source"]["signature"] != expected:
@@ -354,7 +367,8 @@ def problem(out: Path, expected: str) -> str | None:
         return "damaged: manifest.json is not readable"
     files = manifest["files"]
     present = {entry.name for entry in out.iterdir()} - {path.name}
-    if difference := sorted(present ^ set(files)):
+    difference = sorted(present ^ set(files))
+    if difference:
         return (
             f"damaged: {difference[0]} is {'not in the manifest' if difference[0] in present else 'missing'}"
         )
@@ -384,8 +398,8 @@ def _refuse_foreign(out: Path) -> None:
 
 def _says_demo(manifest: Path) -> bool:
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["name"] == "demo"
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(manifest).get("name") == "demo"
+    except (OSError, ValueError):
         return False
 
 
@@ -407,43 +421,25 @@ def _write_dataset(
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     stage(f"tokenizer of {tokenizer.vocab_size():,} pieces trained on the training part")
 
-    counts = {}
-    for part, documents in (("val", corpus.validation), ("train", corpus.training)):
-        tokens, kept = tokenize(tokenizer, documents)
-        raw = sum(len(document.encode()) for document in kept)
-        if (credited := credited_bytes(tokenizer, tokens)) != raw:
-            raise DemoError(
-                f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
-                "install the pinned sentencepiece of requirements.txt"
-            )
-        shards = TRAIN_SHARDS if part == "train" else 1
-        for number, values in enumerate(np.array_split(tokens, shards)):
-            write_shard(folder / f"fineweb_{part}_{number:06d}.bin", values)
-        if part == "val":
-            text = ("\n".join(kept) + "\n").encode()
-            (folder / "validation.txt").write_bytes(text)
-            compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-        counts |= {
-            f"docs_{part}": len(kept),
-            f"{part}_tokens": len(tokens),
-            f"{part}_bytes": raw,
-            f"{part}_lut_bytes": credited,
-            f"{part}_not_exact": len(documents) - len(kept),
-        }
+    validation, val_counts = _write_split(folder, "val", tokenizer, corpus.validation)
+    text = ("\n".join(validation) + "\n").encode()
+    (folder / "validation.txt").write_bytes(text)
+    compressed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
+    _, train_counts = _write_split(folder, "train", tokenizer, corpus.training)
+    counts = val_counts | train_counts
     stage(f"{counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens")
 
     files = {}
     for path in sorted(folder.iterdir()):
         facts = {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        files[path.name] = (
-            {"tokens": (facts["size"] - HEADER_BYTES) // 2} | facts if path.suffix == ".bin" else facts
-        )
+        tokens = {"tokens": (facts["size"] - HEADER_BYTES) // 2} if path.suffix == ".bin" else {}
+        files[path.name] = tokens | facts
     manifest = {
         "format": FORMAT,
         "name": "demo",
         "transform": "none",
         "lossless": True,
-        "note": "documents were normalised with nmt_nfkc before anything else, so decode(tokens) is the raw text",
+        "note": "documents were normalised with nmt_nfkc first, so decode(tokens) is the raw text",
         "tokenizer": {
             "file": model.name,
             "sha256": files[model.name]["sha256"],
@@ -459,14 +455,35 @@ def _write_dataset(
             "files": sources,
             "near_copies_of_validation_left_out": corpus.held_back,
         },
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": version("numpy"),
-            "sentencepiece": version("sentencepiece"),
-        },
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("numpy", "sentencepiece")},
     }
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_split(
+    folder: Path, part: str, tokenizer, documents: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """Write the shards of `part` (val or train); the documents that are kept, and the manifest's counts."""
+    tokens, kept = tokenize(tokenizer, documents)
+    raw = sum(len(document.encode()) for document in kept)
+    credited = credited_bytes(tokenizer, tokens)
+    if credited != raw:
+        raise DemoError(
+            f"the byte table credits {credited:,} bytes for {raw:,} bytes of {part} text; "
+            "install the pinned sentencepiece of requirements.txt"
+        )
+    shards = TRAIN_SHARDS if part == "train" else 1
+    for number, values in enumerate(np.array_split(tokens, shards)):
+        write_shard(folder / f"fineweb_{part}_{number:06d}.bin", values)
+    return kept, {
+        f"docs_{part}": len(kept),
+        f"{part}_tokens": len(tokens),
+        f"{part}_bytes": raw,
+        f"{part}_lut_bytes": credited,
+        f"{part}_not_exact": len(documents) - len(kept),
+    }
 
 
 def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:
@@ -479,7 +496,9 @@ def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _only_builder_in(folder: Path) -> Iterator[None]:
-    """Wait for other builds in `folder`; the lock goes with its process, so a killed build leaves none behind."""
+    """Wait for other builds in `folder`; the lock goes with its
+    process, so a killed build leaves none behind.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -493,10 +512,11 @@ def _only_builder_in(folder: Path) -> Iterator[None]:
 
 
 def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None) -> Path:
-    """Make the demo dataset in the folder `out`, or reuse it if it is complete, unchanged and current; returns `out`.
+    """Make the demo dataset in the folder `out`, or reuse it if it is
+    complete, unchanged and current; returns `out`.
 
-    A stale or damaged dataset is replaced as a whole, after the new one is complete; a folder that holds anything else
-    is refused with DemoError.
+    A stale or damaged dataset is replaced as a whole, after the new one is
+    complete; a folder that holds anything else is refused with DemoError.
     """
     started = time.monotonic()
     out = Path(out).resolve()
@@ -514,7 +534,8 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
         try:
-            if (free := shutil.disk_usage(building).free) < FREE_BYTES:
+            free = shutil.disk_usage(building).free
+            if free < FREE_BYTES:
                 raise DemoError(
                     f"{free:,} bytes free for {out}, {FREE_BYTES:,} needed; free some or choose --out"
                 )
@@ -541,9 +562,7 @@ def build(out: Path, vocab_size: int = 1024, roots: Sequence[Path] | None = None
 
 def main() -> int:
     """Command line: 0 if the dataset is there, 2 after a one-line error, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        description="Build the embedded corpus from the installed Python packages."
-    )
+    parser = Parser(description="Build the embedded corpus from the installed Python packages.")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parent / "demo", help="folder to make"
     )
@@ -558,7 +577,8 @@ def main() -> int:
         return 2
     except OSError as error:
         print(
-            f"error: cannot write {arguments.out}: {error.strerror or error}; choose a writable folder with --out",
+            f"error: cannot write {arguments.out}: {error.strerror or error}; "
+            "choose a writable folder with --out",
             file=sys.stderr,
         )
         return 2

@@ -1,14 +1,14 @@
-"""Documents as they come: streamed in batches from JSON lines (plain, gz, xz, zst) and parquet, resumable anywhere."""
+"""Documents as they come: streamed in batches from JSON lines (plain, gz, bz2, xz, zst) and parquet.
+
+Reading may begin at any record. Every file is read to its proven end, or refused.
+"""
 
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import io
 import json
-import lzma
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import IO
 
 import numpy as np
 
+from data.compressed import DECOMPRESSORS, CompressedStream, StreamError
+from data.shards import sha256_file
+
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-COMPRESSED = (".gz", ".xz", ".zst")
+COMPRESSED = tuple(DECOMPRESSORS)
 # The opening of a document: enough to recognise a copy that was cut or continued differently.
 OPENING_TOKENS = 64
 
@@ -28,7 +31,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Position:
-    """A place between two records: the file, the records (lines or rows) before it and, for lines, the text bytes."""
+    """A place between two records: the file, the records (lines or
+    rows) before it and, for lines, the text bytes.
+    """
 
     file: int = 0
     record: int = 0
@@ -37,7 +42,9 @@ class Position:
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive records of one file: JSON lines (bytes) or texts (str), where they start and what comes after."""
+    """Consecutive records of one file: JSON lines (bytes) or texts
+    (str), where they start and what comes after.
+    """
 
     path: Path
     start: Position
@@ -47,7 +54,9 @@ class Batch:
 
 
 def expand(patterns: Sequence[str]) -> list[Path]:
-    """Files for a list of paths and globs, in the order given (a glob's matches sorted); DataError if one has none."""
+    """Files for a list of paths and globs, in the order given (a
+    glob's matches sorted); DataError if one has none.
+    """
     paths: list[Path] = []
     for pattern in patterns:
         found = (
@@ -65,7 +74,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
             suffixes[-1:] and (suffixes[-1] in JSON_LINES or suffixes[-1] in COMPRESSED)
         ):
             raise DataError(
-                f"{path}: unknown kind of file; it must end in .jsonl, .gz, .xz, .zst or .parquet"
+                f"{path}: unknown kind of file; it must end in .jsonl, .gz, .bz2, .xz, .zst or .parquet"
             )
     if len(set(paths)) < len(paths):
         raise DataError("a source file is given twice; its documents would be counted twice")
@@ -86,28 +95,113 @@ def text_bytes_estimate(path: Path) -> int:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, StreamError):
+        return DataError(f"{path}: cannot be read: {error}; get this file again")
     reason = str(error).splitlines()[0] if str(error) else "it ends too early"
     return DataError(f"{path}: cannot be read ({type(error).__name__}: {reason}); get this file again")
 
 
-def _open_text(path: Path, raw: IO[bytes]) -> io.BufferedReader:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20)
-    if path.suffix == ".xz":
-        return io.BufferedReader(lzma.LZMAFile(raw), 1 << 20)
-    if path.suffix == ".zst":
-        import zstandard
+def _is_arrow_error(error: Exception) -> bool:
+    return type(error).__name__.startswith("Arrow")
 
-        return io.BufferedReader(
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 1 << 20
-        )
+
+class _Hashed(io.RawIOBase):
+    """A binary file whose content is hashed as it is read."""
+
+    def __init__(self, raw: IO[bytes]):
+        self.raw, self.digest = raw, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        count = self.raw.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        return count
+
+
+def _open_text(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.suffix in COMPRESSED:
+        return io.BufferedReader(CompressedStream(raw, path.suffix), 1 << 20)
     return raw
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a source file holds: stored bytes, sha256, records (lines or rows), bytes of text (or None)."""
+
+    size: int
+    sha256: str
+    records: int
+    bytes: int | None
+
+
+def check_start(path: Path, key: str) -> None:
+    """DataError if a source file is empty, of another format, without
+    the column, or starts with a bad record.
+    """
+    try:
+        if path.suffix == ".parquet":
+            _parquet_table(path, key)
+            return
+        with open(path, "rb") as raw:
+            _parse_line(path, 0, _open_text(path, raw).readline(), key)
+    except (OSError, StreamError) as error:
+        raise _unreadable(path, error) from None
+    except Exception as error:
+        if _is_arrow_error(error):
+            raise _unreadable(path, error) from None
+        raise
+
+
+def survey(path: Path, key: str) -> Survey:
+    """Read a source file to its proven end, and parse its first and last record; DataError if damaged.
+
+    A file that is cut is refused here, before anything is made of it.
+    """
+    try:
+        if path.suffix == ".parquet":
+            table = _parquet_table(path, key)
+            return Survey(path.stat().st_size, sha256_file(path), table.metadata.num_rows, None)
+        return _survey_lines(path, key)
+    except (OSError, StreamError) as error:
+        raise _unreadable(path, error) from None
+    except Exception as error:
+        if _is_arrow_error(error):
+            raise _unreadable(path, error) from None
+        raise
+
+
+def _survey_lines(path: Path, key: str) -> Survey:
+    with open(path, "rb") as raw:
+        hashed = _Hashed(raw)
+        records = size = 0
+        last = b""
+        for line in _open_text(path, io.BufferedReader(hashed, 1 << 20)):
+            if records == 0:
+                _parse_line(path, 0, line, key)
+            records += 1
+            size += len(line)
+            last = line
+        stored = raw.tell()
+    if stored == 0:
+        raise DataError(f"{path}: is empty; get this file again, or leave it out")
+    _parse_line(path, max(0, records - 1), last, key)
+    return Survey(stored, hashed.digest.hexdigest(), records, size)
+
+
+def _parse_line(path: Path, before: int, line: bytes, key: str) -> None:
+    """DataError, with file and line, if a line is neither blank nor a document."""
+    place = Position(record=before)
+    if line:
+        texts_of(Batch(path, place, [line], place, 0), key)
 
 
 def batches(
     paths: Sequence[Path], key: str, batch_bytes: int, start: Position = Position(), limit: int | None = None
 ) -> Iterator[Batch]:
-    """Batches of about `batch_bytes` from `start` on, at most `limit` records that are not blank lines in all.
+    """Batches of about `batch_bytes` from `start` on, at most `limit`
+    records that are not blank lines in all.
 
     DataError for a file that cannot be read to its end.
     """
@@ -123,10 +217,10 @@ def batches(
                 yield batch
                 if limit == 0:
                     return
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        except (OSError, StreamError) as error:
             raise _unreadable(path, error) from None
         except Exception as error:
-            if type(error).__name__ == "ZstdError" or type(error).__name__.startswith("Arrow"):
+            if _is_arrow_error(error):
                 raise _unreadable(path, error) from None
             raise
 
@@ -150,9 +244,7 @@ def _line_batches(path: Path, key: str, batch_bytes: int, start: Position, befor
         if stream is raw:
             raw.seek(start.offset)
         else:
-            left = start.offset
-            while left and (skipped := len(stream.read(min(left, 1 << 20)))):
-                left -= skipped
+            _skip(path, stream, start.offset)
         position = start
         while lines := stream.readlines(batch_bytes):
             after = Position(
@@ -162,14 +254,47 @@ def _line_batches(path: Path, key: str, batch_bytes: int, start: Position, befor
             position = after
 
 
-def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, before: int) -> Iterator[Batch]:
+def _skip(path: Path, stream: IO[bytes], size: int) -> None:
+    left = size
+    while left:
+        block = stream.read(min(left, 1 << 20))
+        if not block:
+            raise DataError(
+                f"{path}: holds {size - left} bytes of text, but {size} were read before; "
+                "bring back the file of the first run, or start again with --overwrite"
+            )
+        left -= len(block)
+
+
+def _parquet_table(path: Path, key: str):
+    """The open parquet file; DataError if it has no column `key` or one that cannot hold text."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(path)
-    if key not in table.schema_arrow.names:
+    metadata, schema = table.metadata, table.schema_arrow
+    held = sum(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
+    if held != metadata.num_rows:
         raise DataError(
-            f"{path}: no column {key!r} (it has {', '.join(table.schema_arrow.names)}); give --key"
+            f"{path}: its footer promises {metadata.num_rows} rows, its row groups hold {held}; "
+            "get this file again"
         )
+    if key not in schema.names:
+        raise DataError(f"{path}: no column {key!r} (it has {', '.join(schema.names)}); give --key")
+    kind = schema.types[schema.names.index(key)]
+    stored = kind
+    if isinstance(stored, pyarrow.BaseExtensionType):
+        stored = stored.storage_type
+    if pyarrow.types.is_dictionary(stored):
+        stored = stored.value_type
+    of_text = ("string", "large_string", "string_view", "null")
+    of_bytes = ("binary", "large_binary", "binary_view")
+    if str(stored) not in of_text + of_bytes and not pyarrow.types.is_fixed_size_binary(stored):
+        raise DataError(f"{path}: column {key!r} is {kind}, expected text; give --key")
+    return table
+
+
+def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, before: int) -> Iterator[Batch]:
+    table = _parquet_table(path, key)
     size, row = path.stat().st_size, 0
     for group in range(table.num_row_groups):
         rows = table.metadata.row_group(group).num_rows
@@ -177,17 +302,36 @@ def _parquet_batches(path: Path, key: str, batch_bytes: int, start: Position, be
             row += rows
             continue
         for part in table.iter_batches(batch_size=256, row_groups=[group], columns=[key]):
-            texts = part.column(0).to_pylist()
+            texts = [_value(path, row + index, cell) for index, cell in enumerate(part.column(0), 1)]
             skip = max(0, start.record - row)
             if skip < len(texts):
                 after = Position(start.file, row + len(texts))
                 share = size * after.record // max(1, table.metadata.num_rows)
                 yield Batch(path, Position(start.file, row + skip), texts[skip:], after, before + share)
             row += len(texts)
+    if row != table.metadata.num_rows:
+        raise DataError(f"{path}: {row} rows could be read of {table.metadata.num_rows}; get this file again")
+
+
+def _value(path: Path, number: int, cell) -> object:
+    """The value of a parquet cell of row `number` (from 1), as text where the column holds bytes."""
+    try:
+        value = cell.as_py()
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+
+
+def _not_utf8(path: Path, number: int, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+    )
 
 
 def texts_of(batch: Batch, key: str) -> list[str]:
-    """The documents of a batch without blank lines; DataError with file and line (from 1) for the first bad record."""
+    """The documents of a batch without blank lines; DataError with
+    file and line (from 1) for the first bad record.
+    """
     texts = []
     for number, record in enumerate(batch.records, batch.start.record + 1):
         if isinstance(record, bytes):
@@ -196,10 +340,7 @@ def texts_of(batch: Batch, key: str) -> list[str]:
             try:
                 record = json.loads(record.decode())
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{batch.path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); "
-                    "convert the file to UTF-8"
-                ) from None
+                raise _not_utf8(batch.path, number, error) from None
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"{batch.path}:{number}: bad JSON ({error}); repair or remove this line"

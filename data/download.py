@@ -1,35 +1,50 @@
+#!/usr/bin/env python3
 """Downloads the public tokenised datasets from the hub into data/datasets/ and data/tokenizers/.
 
     python data/download.py sp8192|casefold_v2|caseops_v1 [--train-shards N] [--out data]
 
-Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and the result
-is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder (datasets/datasets/... on
-some), it lands in one place. Files go through the hub client's cache (HF_HOME, HF_HUB_CACHE) and are hard links to it
-where the file system allows, so they take their space once. HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual.
-A stopped download continues with the first unfinished file; a connection that breaks continues inside the file.
+Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and
+the result is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder
+(datasets/datasets/... on some), it lands in one place. Files go through the hub client's cache (HF_HOME,
+HF_HUB_CACHE) and are hard links to it where the file system allows, so they take their space once.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual. A stopped download continues with the first unfinished
+file; a connection that breaks continues inside the file.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 import httpx2
 import numpy as np
-from huggingface_hub import HfApi, RepoFile, constants, hf_hub_download, scan_cache_dir
+
+try:
+    # As a module: through the package the client prints a line of its own.
+    import huggingface_hub.constants as constants
+except ValueError as error:
+    names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
+    print(f"error: the hub client refuses one of {names} ({error}); unset or correct it", file=sys.stderr)
+    sys.exit(2)
+from huggingface_hub import HfApi, RepoFile, hf_hub_download, scan_cache_dir
 from huggingface_hub.errors import (
     CacheNotFound,
     EntryNotFoundError,
@@ -42,18 +57,19 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.demo import FORMAT, manifest_checksum
-from data.shards import BOS, ShardError, read_shard, sha256_file
+from data.options import Parser
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
 
 SHARD = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 BUSY = (408, 429, 500, 502, 503, 504)
+# A refused connection, an unknown host or a wrong address stays so; the client has tried a few times already.
+LASTING = (httpx2.ConnectError, httpx2.UnsupportedProtocol)
 ATTEMPTS = 6
 LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minutes
-ABANDONED = (
-    3600  # seconds without a write after which a partial file of the cache belongs to a killed download
-)
+# Seconds without a write after which a partial file of the cache belongs to a killed download.
+ABANDONED = 3600
 Result = TypeVar("Result")
 
 
@@ -62,7 +78,9 @@ class DownloadError(Exception):
 
 
 class Dataset(NamedTuple):
-    """A public dataset: where it is, what its files are called, how many training shards the published runs used."""
+    """A public dataset: where it is, what its files are called, how
+    many training shards the published runs used.
+    """
 
     name: str
     repository: str
@@ -70,9 +88,8 @@ class Dataset(NamedTuple):
     tokenizer: str
     train_shards: int
     transform: str
-    tokenizer_sha256: str | None = (
-        None  # of a tokenizer that is not in the repository and has to be brought along
-    )
+    # Of a tokenizer that is not in the repository and has to be brought along.
+    tokenizer_sha256: str | None = None
 
 
 DATASETS = {
@@ -103,7 +120,9 @@ TOKENIZER = "tokenizer.model"
 
 
 class Entry(NamedTuple):
-    """A file of the repository: its path there, its size, and its sha256 (or git blob id if it is a small text)."""
+    """A file of the repository: its path there, its size, and its
+    sha256 (or git blob id if it is a small text).
+    """
 
     path: str
     size: int
@@ -127,7 +146,7 @@ class Plan(NamedTuple):
 
 
 class Progress:
-    """Bytes done of all files together, shown at most once a second on a terminal, else once in ten seconds."""
+    """Bytes done of all files together, shown once a second on a terminal, else once in ten seconds."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total, self.done, self.fetched = name, total, 0, 0
@@ -163,11 +182,11 @@ class _Stopped(Exception):
     """Raised inside a running transfer after another one has failed."""
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# === WHAT IS THERE ===
 
 
 def patiently(call: Callable[[], Result], progress: Progress) -> Result:
-    """The result of `call`, retried with a message while the hub is busy (429, 5xx) or drops the connection."""
+    """The result of `call`, retried with a message while the hub is busy or drops the connection."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
@@ -176,8 +195,7 @@ def patiently(call: Callable[[], Result], progress: Progress) -> Result:
                 error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
             )
             response = getattr(cause, "response", None)
-            # A refused connection or an unknown host stays so; the client has tried a few times already.
-            broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, httpx2.ConnectError)
+            broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, LASTING)
             if attempt == ATTEMPTS or not (broken or (response is not None and response.status_code in BUSY)):
                 raise
             asked = response.headers.get("Retry-After", "") if response is not None else ""
@@ -248,12 +266,52 @@ def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
 def make_plan(
     dataset: Dataset, commit: str, entries: Sequence[Entry], train_shards: int | None, out: Path
 ) -> Plan:
-    """Choose the files of `dataset` among `entries`, wherever in the repository they are; DownloadError if some lack.
+    """Choose the files of `dataset` among `entries`, wherever in the
+    repository they are; DownloadError if some lack.
 
-    `train_shards` None means as many as the published runs used, or all if there are fewer. Shards that are under `out`
-    already stay part of the dataset, since a trainer reads every shard it finds there.
+    `train_shards` None means as many as the published runs used, or all if there are fewer. Shards that
+    are under `out` already stay part of the dataset, since a trainer reads every shard it finds there.
     """
     target = out / "datasets" / dataset.folder
+    folder, files = _choose_folder(dataset, entries)
+    kinds: dict[str, list[Entry]] = {"train": [], "val": [], "val_bytes": []}
+    for name, entry in files.items():
+        kinds[SHARD.fullmatch(name).group(1)].append(entry)
+    offline = "; unset HF_HUB_OFFLINE to fetch the rest" if constants.is_offline_mode() else ""
+    _check_kinds(dataset, folder, kinds, train_shards, offline)
+    asked = dataset.train_shards if train_shards is None else train_shards
+    chosen = kinds["train"][: max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
+    for shards in (kinds["val"], kinds["val_bytes"], chosen):
+        for number, entry in enumerate(shards):
+            if int(PurePosixPath(entry.path).stem[-6:]) != number:
+                raise DownloadError(
+                    f"{dataset.repository} has {entry.path} but none of number {number}"
+                    f"{offline or '; try --repository, or fewer --train-shards'}"
+                )
+    wanted = [
+        Wanted(entry, target / PurePosixPath(entry.path).name)
+        for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]
+    ]
+    # Of several manifests the nearest.
+    for entry in sorted(entries, key=lambda entry: entry.path.count("/")):
+        name = PurePosixPath(entry.path).name
+        if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
+            wanted.append(Wanted(entry, out / "tokenizers" / name))
+        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
+            PurePosixPath(entry.path).parent
+        ):
+            wanted.append(Wanted(entry, target / "hub_manifest.json"))
+    wanted = list({item.target: item for item in wanted}.values())
+    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
+    if not dataset.tokenizer_sha256 and model not in {item.target for item in wanted}:
+        raise DownloadError(
+            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
+        )
+    return Plan(commit, folder, wanted, len(kinds["train"]))
+
+
+def _choose_folder(dataset: Dataset, entries: Sequence[Entry]) -> tuple[str, dict[str, Entry]]:
+    """The folder of the repository that holds the dataset, and its shards by name."""
     by_folder: dict[str, dict[str, Entry]] = {}
     for entry in sorted(entries):
         path = PurePosixPath(entry.path)
@@ -269,58 +327,37 @@ def make_plan(
             f"{', '.join(by_folder) or 'no folder'}); name another repository with --repository"
         )
     folder = max(candidates, key=lambda name: (len(candidates[name]), -len(name)))
-    kinds: dict[str, list[Entry]] = {"train": [], "val": [], "val_bytes": []}
-    for name, entry in candidates[folder].items():
-        kinds[SHARD.fullmatch(name).group(1)].append(entry)
-    offline = "; unset HF_HUB_OFFLINE to fetch the rest" if constants.is_offline_mode() else ""
-    if not kinds["val"] or (
-        dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])
-    ):
-        lacking = (
-            "fineweb_val_bytes_*.bin, without which no score is right"
-            if kinds["val"]
-            else "fineweb_val_*.bin"
-        )
+    return folder, candidates[folder]
+
+
+def _check_kinds(
+    dataset: Dataset, folder: str, kinds: dict[str, list[Entry]], train_shards: int | None, offline: str
+) -> None:
+    """DownloadError unless the folder has what every dataset needs and enough training shards."""
+    sidecar_lacks = dataset.transform == "caseops_v1" and len(kinds["val_bytes"]) != len(kinds["val"])
+    if not kinds["val"] or sidecar_lacks:
+        lacking = "fineweb_val_*.bin"
+        if kinds["val"]:
+            lacking = "fineweb_val_bytes_*.bin, without which no score is right"
         raise DownloadError(f"{dataset.repository} lacks {folder}/{lacking}{offline or '; try --repository'}")
     if train_shards is not None and train_shards > len(kinds["train"]):
         raise DownloadError(
             f"--train-shards {train_shards}: {folder} of {dataset.repository} has "
             f"{len(kinds['train'])}{offline or '; ask for at most that many'}"
         )
-    asked = dataset.train_shards if train_shards is None else train_shards
-    chosen = kinds["train"][: max(asked, len(list(target.glob("fineweb_train_*.bin"))))]
-    wanted = [
-        Wanted(entry, target / PurePosixPath(entry.path).name)
-        for entry in [*kinds["val"], *kinds["val_bytes"], *chosen]
-    ]
-    for entry in sorted(entries, key=lambda entry: entry.path.count("/")):  # of several manifests the nearest
-        name = PurePosixPath(entry.path).name
-        if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
-            wanted.append(Wanted(entry, out / "tokenizers" / name))
-        elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
-            PurePosixPath(entry.path).parent
-        ):
-            wanted.append(Wanted(entry, target / "hub_manifest.json"))
-    wanted = list({item.target: item for item in wanted}.values())
-    if not dataset.tokenizer_sha256 and out / "tokenizers" / f"{dataset.tokenizer}.model" not in {
-        item.target for item in wanted
-    }:
-        raise DownloadError(
-            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
-        )
-    return Plan(commit, folder, wanted, len(kinds["train"]))
 
 
 def installed(
     dataset: Dataset, out: Path, train_shards: int | None, full_check: bool
 ) -> tuple[dict | None, str]:
-    """The manifest of the dataset under `out` if it is complete, else None and the reason (empty: nothing is there).
+    """The manifest of the dataset under `out` if it is complete, else
+    None and the reason (empty: nothing is there).
 
     Sizes and shard headers are always checked, every sha256 only with `full_check`.
     """
     target = out / "datasets" / dataset.folder
     try:
-        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json_object(target / "manifest.json")
         if manifest.pop("checksum") != manifest_checksum(manifest):
             return None, "manifest.json was changed"
         source, files, tokenizer = manifest["source"], manifest["files"], manifest["tokenizer"]
@@ -357,7 +394,7 @@ def installed(
     return manifest, ""
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------
+# === FETCHING ===
 
 
 def _digest(path: Path, like: str) -> str:
@@ -374,7 +411,9 @@ def _intact(path: Path, entry: Entry) -> bool:
 
 
 def _place(source: Path, target: Path) -> None:
-    """Let `target` be `source`: a hard link where possible, else a copy; complete from the moment it is visible."""
+    """Let `target` be `source`: a hard link where possible, else a
+    copy; complete from the moment it is visible.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -394,7 +433,9 @@ def _cached_blob(repository: str, entry: Entry) -> Path:
 
 
 def _bar_class(progress: Progress, counted: list[int]) -> type[tqdm]:
-    """A silent progress bar for the hub client that adds to `progress`, and ends the transfer when that is stopped."""
+    """A silent progress bar for the hub client that adds to
+    `progress`, and ends the transfer when that is stopped.
+    """
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
@@ -413,7 +454,9 @@ def _bar_class(progress: Progress, counted: list[int]) -> type[tqdm]:
 
 
 def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> None:
-    """Bring one file to its place, checked against the hub's size and digest; a bad copy is fetched once more."""
+    """Bring one file to its place, checked against the hub's size and
+    digest; a bad copy is fetched once more.
+    """
     entry, target = wanted
     doubled = target.parents[1] / "datasets" / target.parent.name / target.name
     for local in (target, doubled):
@@ -590,7 +633,7 @@ def download(
     revision: str = "main",
     full_check: bool = False,
 ) -> Path:
-    """Make `dataset` complete under `out` and return its folder; without a request if it is complete already."""
+    """Make `dataset` complete under `out` and return its folder; no request if it is complete already."""
     target = out / "datasets" / dataset.folder
     manifest, reason = installed(dataset, out, train_shards, full_check)
     if manifest is None:
@@ -605,12 +648,15 @@ def download(
         check_disk(dataset.repository, plan, out)
         progress.total = sum(item.entry.size for item in plan.wanted)
         print(
-            f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, from {dataset.repository} "
-            f"at {commit[:8]}",
+            f"{dataset.name}: {len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, "
+            f"from {dataset.repository} at {commit[:8]}",
             flush=True,
         )
+        target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).touch()
         fetch_all(dataset.repository, plan, workers, progress)
         manifest = write_manifest(dataset, plan, out)
+        (target / UNFINISHED).unlink()
         progress.say(
             f"{progress.fetched / 1e9:.2f} GB fetched in {time.monotonic() - progress.started:.0f} s, "
             "all sizes and checksums right"
@@ -618,8 +664,8 @@ def download(
     settle_tokenizer(dataset, out)
     shards = sum(name.startswith("fineweb_train_") for name in manifest["files"])
     print(
-        f"{dataset.name}: {target} complete, {shards} training shards, {manifest['train_tokens']:,} training and "
-        f"{manifest['val_tokens']:,} validation tokens",
+        f"{dataset.name}: {target} complete, {shards} training shards, "
+        f"{manifest['train_tokens']:,} training and {manifest['val_tokens']:,} validation tokens",
         flush=True,
     )
     return target
@@ -631,30 +677,39 @@ def explain(error: Exception, dataset: Dataset) -> str:
     kept = "finished files are kept, the same command continues"
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, RevisionNotFoundError):
-        return f"{dataset.repository} has no such revision; leave --revision out, or name a branch or commit of it"
+        return (
+            f"{dataset.repository} has no such revision; "
+            "leave --revision out, or name a branch or commit of it"
+        )
     if isinstance(cause, RepositoryNotFoundError) or status in (401, 403):
         return (
-            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): set HF_TOKEN if it is "
-            "private or gated, or name a copy with --repository"
+            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): "
+            "set HF_TOKEN if it is private or gated, or name a copy with --repository"
         )
     if status in BUSY:
         return f"{constants.ENDPOINT} still answers {status} after {ATTEMPTS} attempts; try later: {kept}"
     if isinstance(cause, httpx2.TransportError):
         return (
-            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); check the network or set "
-            f"HF_ENDPOINT to a mirror: {kept}"
+            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); "
+            f"check the network or set HF_ENDPOINT to a mirror: {kept}"
         )
     if isinstance(cause, EntryNotFoundError) and status is not None:
-        return f"a listed file is not on the hub: {cause.response.url}; try later, or name a copy with --repository"
+        return (
+            f"a listed file is not on the hub: {cause.response.url}; "
+            "try later, or name a copy with --repository"
+        )
     first_line = next(iter(str(cause).strip().splitlines()), "")
     if isinstance(cause, OSError) and cause.errno:
-        return f"{cause.strerror}: {cause.filename or ''}; free space, or choose a writable --out and HF_HOME: {kept}"
+        return (
+            f"{cause.strerror}: {cause.filename or ''}; "
+            f"free space, or choose a writable --out and HF_HOME: {kept}"
+        )
     return f"{type(cause).__name__}: {first_line}; {kept}"
 
 
 def main() -> int:
     """Command line: 0 if the dataset is complete, 2 after a one-line error, 130 if interrupted."""
-    parser = argparse.ArgumentParser(description="Download a public tokenised dataset from the hub.")
+    parser = Parser(description="Download a public tokenised dataset from the hub.")
     parser.add_argument("name", help=", ".join(DATASETS))
     parser.add_argument(
         "--train-shards",
@@ -695,7 +750,7 @@ def main() -> int:
     except DownloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, EntryNotFoundError, httpx2.HTTPError, HFValidationError) as error:
+    except (OSError, EntryNotFoundError, httpx2.HTTPError, httpx2.InvalidURL, HFValidationError) as error:
         print(f"error: {explain(error, dataset)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 """SentencePiece ids several times faster: a word table in numpy that refuses every model it is not exact for.
 
-Why it is exact. A SentencePiece model normalises text by longest-match rules, escapes spaces as U+2581 and then joins
-pieces of its vocabulary. Where no rule and no piece spans a place in the text, what stands left of it cannot influence
-the ids to the right of it. That holds in front of every space when no piece has an inner U+2581, and between two ASCII
-characters that are adjacent in no piece ("d" and "," for example), and at both sides of a user-defined symbol that
-stands next to such a character. So text is cut at those places and the ids of each segment are looked up by its exact
-bytes. `refusal` checks everything this argument uses on the model itself; a model
-that fails is encoded by SentencePiece alone.
+Why it is exact. A SentencePiece model normalises text by longest-match rules, escapes spaces as U+2581 and
+then joins pieces of its vocabulary. Where no rule and no piece spans a place in the text, what stands left of
+it cannot influence the ids to the right of it. That holds in front of every space when no piece has an inner
+U+2581, and between two ASCII characters that are adjacent in no piece ("d" and "," for example), and at both
+sides of a user-defined symbol that stands next to such a character. So text is cut at those places and the
+ids of each segment are looked up by its exact bytes. `refusal` checks everything this argument uses on the
+model itself; a model that fails is encoded by SentencePiece alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def load_model(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, senten
 
 
 class NormalisationRules:
-    """The longest-match rules of a precompiled normalisation map (a double-array trie, then the NUL-ended results)."""
+    """The longest-match rules of a precompiled normalisation map (a
+    double-array trie, then the NUL-ended results).
+    """
 
     def __init__(self, charsmap: bytes):
         size = int.from_bytes(charsmap[:4], "little")
@@ -79,7 +81,9 @@ class NormalisationRules:
         return self.results[start : self.results.index(b"\0", start)]
 
     def spans(self, first: bytes) -> bool:
-        """Whether some rule has an ASCII byte after its first byte, or any byte after a first byte out of `first`."""
+        """Whether some rule has an ASCII byte after its first byte,
+        or any byte after a first byte out of `first`.
+        """
         starts = np.array([node for letter in first if (node := self._child(0, letter))], dtype=np.int64)
         deep = self._reachable[self._reachable != 0]
         return bool((self._labels[self._children(deep)] < 128).any() or len(self._children(starts)))
@@ -93,7 +97,9 @@ class NormalisationRules:
         return bool(len(nodes))
 
     def _children(self, nodes: np.ndarray) -> np.ndarray:
-        """All children of `nodes`. Seen from their end: a unit is a child of each node with base unit ^ own label."""
+        """All children of `nodes`. Seen from their end: a unit is a
+        child of each node with base unit ^ own label.
+        """
         bases = np.zeros(len(self._units) + 256, dtype=bool)
         found = self._bases[nodes]
         bases[found[found < len(bases)]] = True
@@ -130,7 +136,7 @@ def refusal(model: sentencepiece_model_pb2.ModelProto, rules: NormalisationRules
         if any(piece.type != NORMAL for piece in pieces):
             return "a Unigram model with user-defined or unused symbols"
         if any(piece.score != round(piece.score) or abs(piece.score) > 64 for piece in pieces):
-            return "Unigram scores are not small integers, so ties depend on the rounding of sums over the whole text"
+            return "Unigram scores are not small integers, so ties depend on how sums are rounded"
     if not trainer.byte_fallback:
         return "no byte fallback"
     if trainer.treat_whitespace_as_suffix or normaliser.add_dummy_prefix:
@@ -153,7 +159,9 @@ def refusal(model: sentencepiece_model_pb2.ModelProto, rules: NormalisationRules
 
 
 class FastTokenizer:
-    """Ids of a SentencePiece model, equal to `encode` of the library; `refused` says why the plain path is used."""
+    """Ids of a SentencePiece model, equal to `encode` of the library;
+    `refused` says why the plain path is used.
+    """
 
     def __init__(self, path: Path, fast: bool = True):
         self.processor, self.model = load_model(path)
@@ -165,7 +173,8 @@ class FastTokenizer:
         self._symbols = self._lone_symbols(rules)
         self._pairs = self._pair_table(space_bytes(rules))
         self._prefix = len(self.processor.encode("a"))
-        # Sums of Unigram scores are exact in float32 below 2**24; an unknown character costs 10 more than any piece.
+        # Sums of Unigram scores are exact in float32 below 2**24; an
+        # unknown character costs 10 more than any piece.
         lowest = min(piece.score for piece in self.model.pieces)
         self._most_characters = (
             int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**31
@@ -175,7 +184,9 @@ class FastTokenizer:
         self._clear()
 
     def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[bytes, bytes]]:
-        """User-defined symbols of one character that nothing else contains, and the byte that stands for each here."""
+        """User-defined symbols of one character that nothing else
+        contains, and the byte that stands for each here.
+        """
         everything = "".join(piece.piece for piece in self.model.pieces)
         symbols = [
             piece.piece.encode()
@@ -189,7 +200,9 @@ class FastTokenizer:
         return [(symbol, bytes((code,))) for code, symbol in enumerate(symbols[:8], 1)]
 
     def _pair_table(self, spaces: bytes) -> np.ndarray:
-        """uint8 (65536,), by byte + 256 * next: 1 = a word starts at the next byte, 2 = cut, 4 = a segment ends."""
+        """uint8 (65536,), by byte + 256 * next: 1 = a word starts at
+        the next byte, 2 = cut, 4 = a segment ends.
+        """
         adjacent = {
             pair
             for piece in self.model.pieces
@@ -246,7 +259,8 @@ class FastTokenizer:
         if self.refused:
             plain = self._encode_plain(texts)
             return np.concatenate(plain), np.array([len(ids) for ids in plain], dtype=np.int64)
-        # NUL pads the keys, and other bytes stand for symbols; texts with them, and extreme ones, take the plain path.
+        # NUL pads the keys, and other bytes stand for symbols; texts
+        # with them, and extreme ones, take the plain path.
         taken = [b"\0", *(code for _, code in self._symbols)]
         slow = {
             index
@@ -282,7 +296,8 @@ class FastTokenizer:
         begins = (values >> np.uint64(16)).astype(np.int64)
         ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         ids = self._ids.take(np.repeat(begins - ends[:-1], counts) + np.arange(ends[-1]))
-        # A segment that normalises to nothing may leave the next word without its space: SentencePiece decides.
+        # A segment that normalises to nothing may leave the next word
+        # without its space: SentencePiece decides.
         slow.update((np.searchsorted(borders, np.flatnonzero(counts == 0), side="right") - 1).tolist())
         token_borders = ends[borders]
         if self._used > LARGEST_TABLE // 2 or len(self._long) > MOST_LONG_SEGMENTS:
@@ -295,7 +310,7 @@ class FastTokenizer:
         return np.concatenate(per_text), np.array([len(ids) for ids in per_text], dtype=np.int64)
 
     def _encode_segments(self, segments: list[bytes], lead: Sequence[bool]) -> list[list[int]]:
-        """Ids of each segment; a leading space is restored behind the word "a", whose ids are then removed."""
+        """Ids of each segment; a leading space is restored behind an "a", whose ids are then removed."""
         together = b"\0".join(segments)
         for symbol, code in self._symbols:
             together = together.replace(code, symbol)
@@ -309,7 +324,9 @@ class FastTokenizer:
         ]
 
     def _store(self, encoded: list[list[int]]) -> np.ndarray:
-        """Append the ids of segments to the common array; the packed value (begin << 16 | count) of each, uint64."""
+        """Append the ids of segments to the common array; the packed
+        value (begin << 16 | count) of each, uint64.
+        """
         counts = np.array([len(ids) for ids in encoded], dtype=np.int64)
         flat = np.array([token for ids in encoded for token in ids], dtype=np.uint16)
         while self._ids_used + len(flat) > len(self._ids):

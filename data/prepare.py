@@ -2,15 +2,24 @@
 """Documents -> text transform -> tokenizer -> token shards, byte sidecar and manifest, in one command.
 
     python data/prepare.py corpus.jsonl.zst --out data/datasets/mine --tokenizer fineweb_8192_bpe.model
-    python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_caseops --transform caseops_v3 --vocab-size 8192
+    python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_v3 --transform caseops_v3
 
-The first 50,000 documents are the validation set (or those of --val); training documents equal to one of them are left
-out and counted. Each document is BOS and its tokens; documents may straddle shards. The output does not depend on
---workers or --batch-mb. A run that was killed goes on where it was when the same command is given again.
+Every source file is read to its proven end before anything is written; its size, hash and number of records
+are in the manifest. The first 50,000 documents are the validation set (or those of --val); training documents
+equal to one of them are left out and counted. Each document is BOS and its tokens; documents may straddle
+shards. The output does not depend on --workers or --batch-mb. A run that was killed goes on where it was when
+the same command is given again.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import environment
+
+environment.enter()
 import argparse
 import contextlib
 import fcntl
@@ -19,42 +28,53 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.documents import (
     OPENING_TOKENS,
     Batch,
     DataError,
     Position,
     batches,
+    check_start,
     expand,
+    survey,
     text_bytes_estimate,
     text_hash,
     texts_of,
     token_hash,
 )
 from data.fast_tokenizer import FastTokenizer, load_model
+from data.options import Parser, number_option
 from data.shards import (
     BOS,
     HEADER_BYTES,
     HEADER_WORDS,
     MAGIC,
     VERSION,
+    ShardError,
+    read_json_object,
     read_shard,
     sha256_file,
     train_tokenizer,
 )
-from data.sidecar import encode_with_bytes, table_bytes
+from data.sidecar import (
+    MOST_CASE_LOST,
+    CaseCheck,
+    CountError,
+    encode_with_bytes,
+    standard_normaliser,
+    table_bytes,
+    table_problem,
+)
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
@@ -68,6 +88,10 @@ PARTIAL = ".partial"
 OUTPUT_PER_TEXT = 0.75
 MARGIN_BYTES = 64 << 20
 LONGEST_SENTENCE = 4192
+# From so many documents on, a share of lost capitals is judged while the training documents are read.
+ENOUGH_TO_JUDGE = 1000
+# The count in a shard's header is an int32.
+MOST_SHARD_TOKENS = 2**31 - 1
 
 
 def checksum(manifest: dict) -> str:
@@ -106,7 +130,9 @@ class Progress:
             )
 
     def update(self, done: int, text_bytes: int = 0) -> None:
-        """`done` of the source bytes (as stored) are behind us; `text_bytes` more bytes of text were worked on."""
+        """`done` of the source bytes (as stored) are behind us;
+        `text_bytes` more bytes of text were worked on.
+        """
         self.text_bytes += text_bytes
         now = time.monotonic()
         if self.bar is not None:
@@ -147,12 +173,30 @@ class Result:
     tokens: np.ndarray
     sidecar: np.ndarray | None
     counts: dict[str, int]
+    lost: str = ""  # the first document whose capitals are lost, and where
 
 
 @lru_cache(maxsize=2)
 def tokenizer_of(path: str, sha256: str) -> FastTokenizer:
-    """The tokenizer of a file, once per process; the hash keeps a changed file from being taken for the old one."""
+    """The tokenizer of a file, once per process; the hash keeps a
+    changed file from being taken for the old one.
+    """
     return FastTokenizer(Path(path))
+
+
+@lru_cache(maxsize=2)
+def case_check_of(path: str, sha256: str, transform: str) -> CaseCheck:
+    """The check for capitals that the normalisation of a tokenizer takes away, once per process."""
+    return CaseCheck(transform, plain_normaliser(tokenizer_of(path, sha256).processor))
+
+
+def plain_normaliser(processor) -> Callable[[str], str]:
+    """The normaliser of a tokenizer, whose spaces stay spaces."""
+
+    def normalise(text: str) -> str:
+        return processor.normalize(text).replace("\u2581", " ")
+
+    return normalise
 
 
 @dataclass
@@ -168,7 +212,11 @@ class Job:
 
     def __call__(self, batch: Batch) -> Result:
         texts = texts_of(batch, self.key)
-        return self._validation(texts, batch) if self.validation else self._training(texts)
+        return self._validation(texts, batch) if self.validation else self._training(texts, batch)
+
+    def _case_lost(self, texts: list[str], batch: Batch) -> tuple[int, str]:
+        check = case_check_of(self.tokenizer, self.tokenizer_sha256, self.transform)
+        return check.count(texts, f"{batch.path}: after record {batch.start.record}")
 
     def _validation(self, texts: list[str], batch: Batch) -> Result:
         processor = tokenizer_of(self.tokenizer, self.tokenizer_sha256).processor
@@ -176,19 +224,17 @@ class Job:
         for text in texts:
             try:
                 ids, counts, lost = encode_with_bytes(processor, self.transform, text)
-            except OverflowError as error:
+            except (OverflowError, CountError) as error:
                 raise DataError(f"{batch.path}: after record {batch.start.record}: {error}") from None
             tokens += [np.array([BOS], np.uint16), ids]
             sidecar += [np.zeros(1, np.uint16), counts]
             dropped += lost
         raw = sum(len(text.encode()) for text in texts)
-        return Result(
-            np.concatenate(tokens),
-            np.concatenate(sidecar),
-            {"documents": len(texts), "bytes": raw, "uncounted_bytes": dropped},
-        )
+        case_lost, place = self._case_lost(texts, batch)
+        counts = {"documents": len(texts), "bytes": raw, "uncounted_bytes": dropped, "case_lost": case_lost}
+        return Result(np.concatenate(tokens), np.concatenate(sidecar), counts, place)
 
-    def _training(self, texts: list[str]) -> Result:
+    def _training(self, texts: list[str], batch: Batch) -> Result:
         assert self.known is not None
         counts = dict.fromkeys(("same_text", "same_tokens", "same_opening"), 0)
         if self.known.texts:
@@ -218,16 +264,19 @@ class Job:
             lengths = lengths[keep]
             texts = [text for text, good in zip(texts, keep.tolist(), strict=True) if good]
         tokens = np.insert(ids, np.cumsum(lengths) - lengths, BOS)
-        return Result(
-            tokens, None, counts | {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)}
-        )
+        case_lost, place = self._case_lost(texts, batch)
+        counts |= {"documents": len(texts), "case_lost": case_lost}
+        counts["bytes"] = sum(len(text.encode()) for text in texts)
+        return Result(tokens, None, counts, place)
 
 
 # === SHARDS ===
 
 
 class ShardWriter:
-    """Values appended to numbered shards of `limit` values; `state` is all that is needed to go on after a kill."""
+    """Values appended to numbered shards of `limit` values; `state`
+    is all that is needed to go on after a kill.
+    """
 
     def __init__(self, folder: Path, pattern: str, limit: int, state: dict | None = None):
         self.folder, self.pattern, self.limit = folder, pattern, limit
@@ -235,7 +284,14 @@ class ShardWriter:
         self.shard, self.count, self.files = state["shard"], state["count"], dict(state["files"])
         self.total = sum(entry["tokens"] for entry in self.files.values()) + self.count
         final, partial = self._path(), self._partial()
-        # The shard may have been completed after the last journal entry; what that does not know is written again.
+        for name, facts in self.files.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != facts["size"]:
+                raise DataError(
+                    f"{folder / name}: is missing or has another size than the journal says; "
+                    "give --overwrite to start again"
+                )
+        # The shard may have been completed after the last journal
+        # entry; what that does not know is written again.
         if self.count and not partial.exists() and final.exists():
             os.replace(final, partial)
         for path in folder.glob(pattern.replace("%06d", "[0-9]" * 6) + "*"):
@@ -245,7 +301,7 @@ class ShardWriter:
         if self.count:
             size = HEADER_BYTES + 2 * self.count
             if not partial.exists() or partial.stat().st_size < size:
-                raise DataError(f"{partial}: shorter than the journal says; delete {folder} and start again")
+                raise DataError(f"{partial}: shorter than the journal says; give --overwrite to start again")
             self.file = open(partial, "r+b")  # noqa: SIM115
             self.file.truncate(size)
             self.file.seek(size)
@@ -290,6 +346,14 @@ class ShardWriter:
         }
         self.shard, self.count = self.shard + 1, 0
 
+    def abandon(self) -> None:
+        """Let go of the shard being written; the journal knows how much of it counts."""
+        if self.file is not None:
+            # What a full disk does not take now it did not take before either.
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
+
     def state(self) -> dict:
         """The state that is safely on disk now."""
         if self.file is not None:
@@ -325,11 +389,39 @@ class Settings:
     journal_seconds: float = 5
     overwrite: bool = False
     disk_check: bool = True
+    max_case_lost: float = MOST_CASE_LOST
 
 
 def say(text: str) -> None:
     """One line for the user."""
     print(f"prepare: {text}", flush=True)
+
+
+@dataclass
+class StageState:
+    """How far a stage has come: what was read, what it gave, the first document whose capitals are lost."""
+
+    position: Position
+    counts: dict[str, int]
+    seconds: float = 0.0
+    first_lost: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+    def add(self, batch: Batch, result: Result) -> None:
+        """Count a batch whose result is written."""
+        for name, value in result.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + value
+        self.position = batch.after
+        self.first_lost = self.first_lost or result.lost
+
+    def entry(self, writers: list[ShardWriter]) -> dict:
+        """The journal's entry for this state, once all of it is on disk."""
+        return {
+            "position": asdict(self.position),
+            "counts": self.counts,
+            "writers": [writer.state() for writer in writers],
+            "seconds": self.seconds + time.monotonic() - self.began,
+        }
 
 
 class Preparation:
@@ -348,8 +440,11 @@ class Preparation:
         """Make the dataset, or recognise a finished one; the manifest."""
         settings = self.settings
         self._check_tokenizer()
+        for path in [*settings.sources, *settings.val]:
+            check_start(path, settings.key)
         recipe = self._recipe()
-        if (manifest := self._finished(recipe)) is not None:
+        manifest = self._finished(recipe)
+        if manifest is not None:
             say(
                 f"{self.out}: already complete, verified ({manifest['docs_train']:,} training and "
                 f"{manifest['docs_val']:,} validation documents)"
@@ -360,8 +455,8 @@ class Preparation:
             self._check_disk()
         if recipe["validation"]["documents"] not in (STANDARD_VALIDATION, None) or settings.val:
             print(
-                "prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); scores "
-                "on it cannot be compared with published ones",
+                "prepare: WARNING: this validation set is not the standard one (the first 50,000 documents); "
+                "scores on it cannot be compared with published ones",
                 file=sys.stderr,
                 flush=True,
             )
@@ -407,26 +502,35 @@ class Preparation:
                 f"{path}: BOS has id {processor.bos_id()}, the shard format needs {BOS}; "
                 "use another tokenizer"
             )
+        problem = table_problem(processor)
+        if problem:
+            raise DataError(f"{path}: {problem}; use another tokenizer")
+
+    def _read_journal(self) -> dict:
+        """The journal of an earlier run; empty if there is none, or none that can be relied on."""
+        try:
+            journal = read_json_object(self.out / JOURNAL)
+        except (OSError, ValueError):
+            return {}
+        return journal if journal.get("checksum") == checksum(journal) else {}
 
     def _hash_sources(self) -> list[dict]:
-        cache = self.out / JOURNAL
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.journal = json.loads(cache.read_text(encoding="utf-8"))
+        self.journal = self._read_journal()
         seen = self.journal.get("seen", {})
         files = [("documents", path) for path in self.settings.sources]
         files += [("validation", path) for path in self.settings.val]
         total = sum(path.stat().st_size for _, path in files)
-        progress, done, facts = Progress("hash sources", total), 0, []
+        progress, done, facts = Progress("read sources", total), 0, []
         self.seen = {}
         for role, path in files:
             status = path.stat()
             key = [status.st_size, status.st_mtime_ns]
-            try:
-                digest = seen[str(path)][2] if seen.get(str(path), [])[:2] == key else sha256_file(path)
-            except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-            self.seen[str(path)] = [*key, digest]
-            facts.append({"name": path.name, "role": role, "size": status.st_size, "sha256": digest})
+            if seen.get(str(path), [])[:2] == key:
+                found = seen[str(path)][2]
+            else:
+                found = asdict(survey(path, self.settings.key))
+            self.seen[str(path)] = [*key, found]
+            facts.append({"name": path.name, "role": role, **found})
             done += status.st_size
             progress.update(done, status.st_size)
         progress.close()
@@ -471,7 +575,7 @@ class Preparation:
         if not path.exists():
             return None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json_object(path)
             same, unchanged = manifest["recipe"] == recipe, manifest["checksum"] == checksum(manifest)
             files = manifest["files"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -498,7 +602,8 @@ class Preparation:
         return None
 
     def _load_journal(self, recipe: dict) -> None:
-        # The journal first: without it, what a killed replacement leaves behind is taken for nothing it is not.
+        # The journal first: without it, what a killed replacement
+        # leaves behind is taken for nothing it is not.
         ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
         ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
         foreign = [
@@ -513,6 +618,8 @@ class Preparation:
             if started and not self.settings.overwrite:
                 old = self.journal.get("recipe") or {}
                 differs = [name for name in recipe if old.get(name) != recipe[name]] or ["versions"]
+                if not self.journal and (self.out / JOURNAL).exists():
+                    differs = [f"its journal, which is damaged ({JOURNAL})"]
                 raise DataError(
                     f"{self.out}: holds an unfinished or unknown dataset that differs in "
                     f"{', '.join(differs)}; choose another --out, or give --overwrite to replace it"
@@ -526,7 +633,7 @@ class Preparation:
                 "seen": self.seen,
                 "stage": "tokenizer",
             }
-            write_json(self.out / JOURNAL, self.journal)
+            self._save()
 
     def _check_disk(self) -> None:
         text = sum(text_bytes_estimate(path) for path in [*self.settings.sources, *self.settings.val])
@@ -550,18 +657,43 @@ class Preparation:
 
     def _scan_validation(self) -> tuple[Known, Position]:
         """Raw-text hashes of the validation documents, and where training documents start."""
-        known, count, after, self.validation_end = Known(), 0, Position(), 0
+        known, self.validation_end = Known(), 0
         limit = self._validation_limit()
+        check, seen = self._case_check(), StageState(Position(), {"documents": 0, "case_lost": 0})
         for batch in self._batches(True, Position(), limit):
             texts = texts_of(batch, self.settings.key)
             known.texts.update(map(text_hash, texts))
-            count, after, self.validation_end = count + len(texts), batch.after, batch.consumed
+            lost, place = check.count(texts, f"{batch.path}: after record {batch.start.record}")
+            counts = {"documents": len(texts), "case_lost": lost}
+            seen.add(batch, Result(np.zeros(0, np.uint16), None, counts, place))
+            self.validation_end = batch.consumed
+        self._judge_case("validation", seen)
+        count, after = seen.counts["documents"], seen.position
         if count == 0 or (limit is not None and count < limit):
             raise DataError(
                 f"{(self.settings.val or self.settings.sources)[0]}: {count} documents, but "
                 f"{limit or 'some'} are wanted for validation; give a smaller --val-docs or a --val file"
             )
         return known, Position() if self.settings.val else after
+
+    def _case_check(self) -> CaseCheck:
+        """The check with the normaliser of the tokenizer that is given, or is going to be trained."""
+        path = self.settings.tokenizer
+        normalise = standard_normaliser() if path is None else plain_normaliser(load_model(path)[0])
+        return CaseCheck(self.settings.transform, normalise)
+
+    def _judge_case(self, kind: str, state: StageState) -> None:
+        """DataError if more documents lose capitals than
+        --max-case-lost allows, as verify_bytes.py would say.
+        """
+        lost, documents = state.counts.get("case_lost", 0), state.counts.get("documents", 0)
+        most = self.settings.max_case_lost
+        if lost > most * documents:
+            raise DataError(
+                f"{state.first_lost or self.settings.sources[0]}: SentencePiece's normalisation takes away "
+                f"what {self.settings.transform} needs here, and in {lost:,} of {documents:,} {kind} "
+                f"documents; normalise the text to NFC, or accept more than --max-case-lost {most:g}"
+            )
 
     def _training_texts(self, known: Known, start: Position, read: dict[str, int]) -> Iterator[str]:
         """Transformed training documents up to the limits for training a tokenizer; `read` counts them."""
@@ -589,10 +721,14 @@ class Preparation:
         if facts is None or not path.is_file() or sha256_file(path) != facts["sha256"]:
             facts = {"file": TOKENIZER}
             if self.settings.tokenizer is not None:
-                shutil.copyfile(self.settings.tokenizer, path)
+                # Not copyfile: its error on a full disk would name the file that is read.
+                path.write_bytes(self.settings.tokenizer.read_bytes())
             else:
                 facts["trained"] = self._train_tokenizer(path, known, start)
             processor, model = load_model(path)
+            problem = table_problem(processor)
+            if problem:
+                raise DataError(f"{path}: {problem}; train it on text with spaces, or give a --tokenizer")
             facts |= {
                 "sha256": sha256_file(path),
                 "vocab_size": processor.vocab_size(),
@@ -646,50 +782,72 @@ class Preparation:
 
     def _save(self, **changes) -> None:
         self.journal |= changes
+        self.journal["checksum"] = checksum(self.journal)
         write_json(self.out / JOURNAL, self.journal)
         self.saved = time.monotonic()
 
     def _stage(
         self, stage: str, job: Job, writers: list[ShardWriter], start: Position, limit: int | None
     ) -> None:
-        """Run `job` over the documents from the journal's position on; all state goes into the journal's entry."""
+        """Run `job` over the documents from the journal's position on; all state goes into its entry."""
         entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
-        counts, position = dict(entry["counts"]), Position(**entry["position"])
-        seconds, began = entry["seconds"], time.monotonic()
+        state = StageState(Position(**entry["position"]), dict(entry["counts"]), entry["seconds"])
         if limit is not None:
-            limit -= counts.get("documents", 0)
+            limit -= state.counts.get("documents", 0)
+        source = () if limit == 0 else self._batches(job.validation, state.position, limit)
+        results = run_in_order(job, source, self.settings.workers)
         sizes = sum(path.stat().st_size for path in self.settings.sources)
-        total, progress = self.validation_end if job.validation else sizes, None
+        total = self.validation_end if job.validation else sizes
+        try:
+            self._consume(stage, results, writers, state, total)
+            for writer in writers:
+                writer.close()
+        finally:
+            # Before the writers go: the workers end with their generator.
+            results.close()
+            for writer in writers:
+                writer.abandon()
+        self._save(**{stage: state.entry(writers)})
+        if not job.validation:
+            self._check_passed(stage, state.position, Position(len(self.settings.sources)))
+            self._judge_case("training", state)
 
-        def save() -> None:
-            states = [writer.state() for writer in writers]
-            self._save(
-                **{
-                    stage: {
-                        "position": asdict(position),
-                        "counts": counts,
-                        "writers": states,
-                        "seconds": seconds + time.monotonic() - began,
-                    }
-                }
-            )
-
-        source = () if limit == 0 else self._batches(job.validation, position, limit)
-        for batch, result in run_in_order(job, source, self.settings.workers):
-            progress = progress or Progress(stage, total, batch.consumed)
+    def _consume(
+        self,
+        stage: str,
+        results: Iterator[tuple[Batch, Result]],
+        writers: list[ShardWriter],
+        state: StageState,
+        total: int,
+    ) -> None:
+        progress = None
+        for batch, result in results:
+            self._check_passed(stage, state.position, batch.start)
+            if progress is None:
+                progress = Progress(stage, total, batch.consumed)
             for writer, values in zip(writers, (result.tokens, result.sidecar), strict=False):
                 writer.append(values)
-            for name, value in result.counts.items():
-                counts[name] = counts.get(name, 0) + value
-            position = batch.after
+            state.add(batch, result)
+            if stage == "train" and state.counts["documents"] >= ENOUGH_TO_JUDGE:
+                self._judge_case("training", state)
             progress.update(batch.consumed, result.counts["bytes"])
             if time.monotonic() - self.saved > self.settings.journal_seconds:
-                save()
+                self._save(**{stage: state.entry(writers)})
         if progress is not None:
             progress.close()
-        for writer in writers:
-            writer.close()
-        save()
+
+    def _check_passed(self, stage: str, before: Position, after: Position) -> None:
+        """DataError unless every source file that ends between two positions gave all its records."""
+        role = "validation" if stage == "val" and self.settings.val else "documents"
+        sources = [facts for facts in self.journal["recipe"]["sources"] if facts["role"] == role]
+        for index in range(before.file, after.file):
+            read = before.record if index == before.file else 0
+            if read != sources[index]["records"]:
+                raise DataError(
+                    f"{sources[index]['name']}: {read:,} records were read, but it held "
+                    f"{sources[index]['records']:,} at the start; let nothing change it, and start again "
+                    "with --overwrite"
+                )
 
     def _writers(self, stage: str, patterns: list[str]) -> list[ShardWriter]:
         states = (self.journal.get(stage) or {}).get("writers") or [None] * len(patterns)
@@ -745,24 +903,33 @@ class Preparation:
                 known.openings.add(token_hash(tokens[begin + 1 : begin + 1 + OPENING_TOKENS]))
 
     def _finish(self, recipe: dict) -> dict:
+        manifest = self._manifest(recipe)
+        manifest["checksum"] = checksum(manifest)
+        write_json(self.out / MANIFEST, manifest)
+        (self.out / JOURNAL).unlink()
+        self._report(manifest)
+        return manifest
+
+    def _manifest(self, recipe: dict) -> dict:
         journal, settings = self.journal, self.settings
         val, train = journal["val"]["counts"], journal["train"]["counts"]
+        writers = {stage: journal[stage]["writers"] for stage in ("train", "val")}
         files = {
             name: facts
-            for stage in ("train", "val")
-            for writer in journal[stage]["writers"]
+            for stage in writers.values()
+            for writer in stage
             for name, facts in writer["files"].items()
         }
         tokens = {
-            stage: sum(facts["tokens"] for facts in journal[stage]["writers"][0]["files"].values())
-            for stage in ("train", "val")
+            stage: sum(facts["tokens"] for facts in stage_writers[0]["files"].values())
+            for stage, stage_writers in writers.items()
         }
         files[TOKENIZER] = {
             "size": (self.out / TOKENIZER).stat().st_size,
             "sha256": journal["tokenizer"]["sha256"],
         }
         standard = recipe["validation"] == {"from": "first documents", "documents": STANDARD_VALIDATION}
-        manifest = {
+        return {
             "format": FORMAT,
             "name": settings.name or f"sp{journal['tokenizer']['vocab_size']}_{settings.transform}",
             "transform": settings.transform,
@@ -774,6 +941,7 @@ class Preparation:
             "val_tokens": tokens["val"],
             "val_bytes": val["bytes"],
             "val_uncounted_bytes": val["uncounted_bytes"],
+            "case_lost": {"val": val["case_lost"], "train": train["case_lost"]},
             "val_sidecar": self.has_sidecar,
             "val_sidecar_bytes": val["bytes"] - val["uncounted_bytes"] if self.has_sidecar else None,
             "val_lut_bytes": self.table_bytes,
@@ -785,69 +953,75 @@ class Preparation:
             "files": dict(sorted(files.items())),
             "versions": self.versions | {"python": platform.python_version(), "numpy": version("numpy")},
         }
-        manifest["checksum"] = checksum(manifest)
-        write_json(self.out / MANIFEST, manifest)
-        (self.out / JOURNAL).unlink()
-        seconds = journal["train"]["seconds"]
-        for stage, counts in (("val", val), ("train", train)):
+
+    def _report(self, manifest: dict) -> None:
+        """The lines with which a run ends."""
+        for stage in ("val", "train"):
+            size, tokens = manifest[f"{stage}_bytes"], manifest[f"{stage}_tokens"]
             say(
-                f"{stage}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {tokens[stage]:,} tokens "
-                f"({tokens[stage] / max(1, counts['bytes']):.5f} per byte)"
+                f"{stage}: {manifest[f'docs_{stage}']:,} documents, {size:,} bytes, {tokens:,} tokens "
+                f"({tokens / max(1, size):.5f} per byte)"
             )
         if any(manifest["left_out"].values()):
             say(
-                "left out of training: {same_text:,} documents equal to a validation document, {same_tokens:,} with "
-                "equal tokens, {same_opening:,} with an equal opening".format(**manifest["left_out"])
+                "left out of training: {same_text:,} documents equal to a validation document, "
+                "{same_tokens:,} with equal tokens, {same_opening:,} with an equal opening".format(
+                    **manifest["left_out"]
+                )
             )
-        if not self.has_sidecar and self.table_bytes != val["bytes"]:
+        if not self.has_sidecar and self.table_bytes != manifest["val_bytes"]:
             say(
-                f"the tokenizer's byte tables credit {self.table_bytes:,} of {val['bytes']:,} validation bytes; "
-                "give --sidecar to count the raw bytes exactly"
+                f"the tokenizer's byte tables credit {self.table_bytes:,} of {manifest['val_bytes']:,} "
+                "validation bytes; give --sidecar to count the raw bytes exactly"
             )
+        speed = manifest["train_bytes"] / 1e6 / max(1e-9, self.journal["train"]["seconds"])
         say(
-            f"{self.out}: complete, {train['bytes'] / 1e6 / max(1e-9, seconds):.1f} MB/s for training documents with "
-            f"{settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}"
+            f"{self.out}: complete, {speed:.1f} MB/s for training documents with "
+            f"{self.settings.workers} worker(s), manifest {sha256_file(self.out / MANIFEST)[:16]}"
         )
-        return manifest
 
 
 def prepare(settings: Settings) -> dict:
-    """Make the dataset `settings` describes and return its manifest; DataError says in one line what is wrong."""
-    settings.out.mkdir(parents=True, exist_ok=True)
-    with open(settings.out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"{settings.out}: another run is writing here; wait for it or choose another --out"
-            ) from None
-        manifest = Preparation(settings).run()
-        (settings.out / ".lock").unlink(missing_ok=True)
-    return manifest
+    """Make the dataset `settings` describes and return its manifest;
+    DataError says in one line what is wrong.
+    """
+    try:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        with open(settings.out / ".lock", "w") as lock:
+            _lock(lock, settings.out)
+            manifest = Preparation(settings).run()
+            (settings.out / ".lock").unlink(missing_ok=True)
+        return manifest
+    except ShardError as error:
+        raise DataError(str(error)) from None
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or settings.out}: {error.strerror or error}; check the path, its permissions "
+            "and the free space: the same command goes on where this one stopped"
+        ) from None
+    except MemoryError:
+        raise DataError(
+            f"--workers {settings.workers} --batch-mb {settings.batch_mb:g}: memory is short; give less of "
+            "either: the same command goes on where this one stopped"
+        ) from None
 
 
-def _positive(kind):
-    def parse(text: str):
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
-        return value
-
-    return parse
+def _lock(file: IO[str], out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise DataError(f"{out}: another run is writing here; wait for it or choose another --out") from None
 
 
-def parse_arguments(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line; exits with usage on a wrong one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
-    )
+# === COMMAND LINE ===
+
+
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "sources",
         nargs="+",
-        help="documents: .jsonl, .gz, .xz, .zst, .parquet files or quoted globs, in this order",
+        help="documents: .jsonl, .gz, .bz2, .xz, .zst, .parquet files or quoted globs, in this order",
     )
     add(
         "--out",
@@ -866,51 +1040,63 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
         default="none",
         help="applied before the tokenizer (default none)",
     )
-    group = parser.add_argument_group("validation set")
-    group.add_argument(
+    add(
+        "--max-case-lost",
+        type=number_option(float, 0, 1),
+        default=MOST_CASE_LOST,
+        metavar="SHARE",
+        help="accept this share of documents whose capitals normalisation takes away (default %(default)s)",
+    )
+
+
+def _add_validation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("validation set").add_argument
+    add(
         "--val",
         action="append",
         default=[],
         metavar="FILE",
         help="take the validation documents from these files instead of the sources (repeatable)",
     )
-    group.add_argument(
+    add(
         "--val-docs",
-        type=_positive(int),
+        type=number_option(int, 1),
         metavar="N",
         help=f"how many documents (default {STANDARD_VALIDATION:,}; with --val all of them)",
     )
-    group.add_argument(
-        "--sidecar", action="store_true", help="write the byte sidecar for --transform none as well"
-    )
-    group.add_argument(
+    add("--sidecar", action="store_true", help="write the byte sidecar for --transform none as well")
+    add(
         "--keep-duplicates",
         action="store_true",
         help="keep training documents that equal, or start like, a validation document (as the "
         "published exports do; verify_bytes.py will refuse the result)",
     )
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)"
+
+
+def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
+    add(
+        "--vocab-size",
+        type=number_option(int, 1, 0xFFFF),
+        default=8192,
+        help="for training one (default %(default)s)",
     )
-    group.add_argument(
-        "--vocab-size", type=_positive(int), default=8192, help="for training one (default %(default)s)"
-    )
-    group.add_argument(
+    add(
         "--tokenizer-docs",
-        type=int,
+        type=number_option(int, 0),
         default=0,
         metavar="N",
         help="train it on at most the first N training documents (default 0: no such limit)",
     )
-    group.add_argument(
+    add(
         "--tokenizer-mb",
-        type=float,
+        type=number_option(float, 0),
         default=100,
         metavar="MB",
         help="and at most the first MB megabytes; 0: no limit, needs much memory (default %(default)s)",
     )
-    group.add_argument(
+    add(
         "--tokenizer-unit",
         choices=("line", "document"),
         default="line",
@@ -918,48 +1104,60 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
         "`document`, as the public tokenizers were made, it learns from short documents only and "
         "needs about 1.5 %% more tokens (default %(default)s)",
     )
-    group = parser.add_argument_group("output and machine")
-    group.add_argument(
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output and machine").add_argument
+    add(
         "--shard-tokens",
-        type=_positive(int),
+        type=number_option(int, 1, MOST_SHARD_TOKENS),
         default=STANDARD_SHARD,
         metavar="N",
         help=f"tokens for each shard (default {STANDARD_SHARD:,})",
     )
-    group.add_argument(
-        "--name", default="", help="name in the manifest (default: vocabulary size and transform)"
-    )
+    add("--name", default="", help="name in the manifest (default: vocabulary size and transform)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    group.add_argument(
+    add(
         "--workers",
-        type=_positive(int),
+        type=number_option(int, 1, 1024),
         default=cores,
         metavar="N",
         help="processes (default: one for each core, here %(default)s)",
     )
-    group.add_argument(
+    add(
         "--batch-mb",
-        type=_positive(float),
+        type=number_option(float, 1e-6, 1000),
         default=2,
         metavar="MB",
         help="text handed to a worker at once (default %(default)s)",
     )
-    group.add_argument(
+    add(
         "--journal-seconds",
-        type=float,
+        type=number_option(float, 0),
         default=5,
         metavar="S",
         help="how often progress is saved for a later run (default %(default)s)",
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset or unfinished run in --out"
-    )
-    group.add_argument(
+    add("--overwrite", action="store_true", help="replace a dataset or unfinished run in --out")
+    add(
         "--no-disk-check",
         dest="disk_check",
         action="store_false",
         help="do not ask whether there is enough free space",
     )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line; exits with usage on a wrong one."""
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
+    )
+    _add_source_options(parser)
+    _add_validation_options(parser)
+    _add_tokenizer_options(parser)
+    _add_machine_options(parser)
     values = vars(parser.parse_args(arguments))
     for name in ("sources", "val"):
         values[name] = expand(values[name])
@@ -972,13 +1170,6 @@ def main(arguments: list[str] | None = None) -> int:
         prepare(parse_arguments(arguments))
     except DataError as error:
         print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"prepare: {error.filename or 'output'}: {error.strerror or error}; "
-            "check the path, its permissions and the free space",
-            file=sys.stderr,
-        )
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; give the same command again to go on", file=sys.stderr)

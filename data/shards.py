@@ -1,17 +1,22 @@
-"""The shard format, and the tokenizer settings, shared by everything under data/ (the trainer has its own reader)."""
+"""The shard format, and the tokenizer settings, shared by everything
+under data/ (the trainer has its own reader).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 MAGIC, VERSION, HEADER_WORDS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_WORDS
+# This file says that the shards beside it are not all there yet.
+UNFINISHED = "download.unfinished"
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
 
 
@@ -20,7 +25,8 @@ class ShardError(ValueError):
 
 
 def write_shard(path: Path, values: np.ndarray) -> None:
-    """Write uint16 `values` as one shard: a header of 256 int32 words (magic, version, count), then the values.
+    """Write uint16 `values` as one shard: a header of 256 int32 words
+    (magic, version, count), then the values.
 
     The file appears under its name only once it is complete and on disk.
     """
@@ -38,7 +44,9 @@ def write_shard(path: Path, values: np.ndarray) -> None:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map one shard's values (uint16, read-only); ShardError if magic, version or size are not what they must be."""
+    """Map one shard's values (uint16, read-only); ShardError if
+    magic, version or size are not what they must be.
+    """
     remedy = "delete it and make or download it again"
     size = path.stat().st_size
     if size < HEADER_BYTES:
@@ -59,6 +67,17 @@ def read_shard(path: Path) -> np.ndarray:
     )
 
 
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file; OSError if it cannot be read, ValueError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"not a JSON object but {type(content).__name__}")
+    return content
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in blocks."""
     with open(path, "rb") as file:
@@ -68,38 +87,64 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Sentences:
+    """Training sentences; keeps what their source raises, which SentencePiece hides in its own error."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self.texts:
+                sentence = text.replace("\0", " ").strip()
+                if sentence:
+                    yield sentence
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+
+
 def train_tokenizer(
     texts: Iterable[str], prefix: Path, vocab_size: int, operators: Sequence[str] = ()
 ) -> Path:
     """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
 
-    The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte fallback, split
-    digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3. `operators` become user-defined
-    symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by a space, stripped.
+    The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte
+    fallback, split digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3.
+    `operators` become user-defined symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by
+    a space, stripped. What `texts` raises is raised here; RuntimeError if SentencePiece itself refuses.
     """
     import sentencepiece
 
-    model = (
-        io.BytesIO()
-    )  # a file written by SentencePiece itself would hold its own path, and differ between folders
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(stripped for text in texts if (stripped := text.replace("\0", " ").strip())),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.999,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
-        pad_id=PAD,
-        bos_id=BOS,
-        eos_id=EOS,
-        unk_id=UNKNOWN,
-        hard_vocab_limit=False,
-        user_defined_symbols=list(operators),
-        minloglevel=1,
-    )
+    sentences = _Sentences(texts)
+    # A file written by SentencePiece itself would hold its own path, and differ between folders.
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNKNOWN,
+            hard_vocab_limit=False,
+            user_defined_symbols=list(operators),
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise (sentences.error or error) from None
+    if sentences.error is not None:
+        raise sentences.error
     path = prefix.with_name(prefix.name + ".model")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())

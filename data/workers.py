@@ -17,13 +17,15 @@ Item = TypeVar("Item")
 
 
 def _serve(connection: multiprocessing.connection.Connection, job: Callable) -> None:
-    """A worker: answers each (number, item) until the other end goes away, as it does when the parent is killed."""
+    """A worker: answers each (number, item) until the other end goes
+    away, as it does when the parent is killed.
+    """
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
             number, item = connection.recv()
             try:
                 answer = job(item)
-            except DataError as error:
+            except Exception as error:
                 answer = error
             connection.send((number, answer))
 
@@ -33,7 +35,7 @@ def run_in_order(
 ) -> Iterator[tuple[Item, Any]]:
     """Each item with the result of `job` for it, in order, from `workers` processes (1: this one).
 
-    `job` is sent to the workers once and must be picklable. A DataError that it raises is raised here.
+    `job` is sent to the workers once and must be picklable. What it raises is raised here.
     """
     if workers == 1:
         for item in source:
@@ -71,7 +73,7 @@ def run_in_order(
                         "a worker process died (was memory short?); give the command again to go on, "
                         "with fewer --workers or a smaller --batch-mb"
                     ) from None
-                if isinstance(answer, DataError):
+                if isinstance(answer, Exception):
                     raise answer
                 ready[done] = answer
                 del busy[connection]

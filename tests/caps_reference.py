@@ -1,4 +1,4 @@
-"""The text transforms of lossless_caps.py, one character at a time: slow, plain, and the oracle of its tests."""
+"""The text transforms of lossless_caps.py, one character at a time: slow, plain, the oracle of its tests."""
 
 from __future__ import annotations
 
@@ -159,8 +159,8 @@ def blank_end(text: str, start: int) -> int:
 
 
 def expects_capital(before: str, blank: bool) -> bool:
-    """Whether v3 expects a capital at the head of a word after `before` (no whitespace at its end) and, if `blank`,
-    whitespace."""
+    """Whether v3 expects a capital at the head of a word after
+    `before` (no whitespace at its end) and, if `blank`, whitespace."""
     if before == "":
         return True
     if not blank:
@@ -245,29 +245,8 @@ def decode_v3(code: str, normalised: bool = False) -> str:
             raise Malformed(begin, "TITLE where a capital is expected")
         if operator == LOWER and not expected:
             raise Malformed(begin, "LOWER where no capital is expected")
-        letters = []
         initial = operator == TITLE or (operator == "" and expected)
-        spelled = initial  # every letter so far is said to be a capital
-        position = start
-        while position < len(code):
-            if is_capital(code[position]) and not normalised:
-                raise Malformed(position, "capital")
-            if is_letter(code[position]):
-                first = not letters and initial
-                spelled = spelled and not letters
-                letters.append(code[position].upper() if first or operator == ALLCAPS else code[position])
-                position += 1
-            elif code[position] == CAPNEXT:
-                if operator == ALLCAPS:
-                    raise Malformed(position, "CAPNEXT under ALLCAPS")
-                following = code[position + 1 : position + 2]
-                if not is_letter(following) or (is_capital(following) and not normalised):
-                    raise Malformed(position, "CAPNEXT without a lower-case letter")
-                letters.append(following.upper())
-                position += 2
-            else:
-                break
-        word = "".join(letters)
+        word, spelled, position = word_v3(code, start, operator, initial, normalised)
         if operator == ALLCAPS and len(word) < 2:
             raise Malformed(begin, "ALLCAPS on one letter")
         if spelled and len(word) >= 2:
@@ -275,6 +254,33 @@ def decode_v3(code: str, normalised: bool = False) -> str:
         out.append(blank + word)
         tail = (tail + blank + word)[-2:]
     return "".join(out)
+
+
+def word_v3(
+    code: str, position: int, operator: str, initial: bool, normalised: bool
+) -> tuple[str, bool, int]:
+    """The word that begins at `position`, whether every letter of it is called a capital, and its end."""
+    letters: list[str] = []
+    spelled = initial
+    while position < len(code):
+        if is_capital(code[position]) and not normalised:
+            raise Malformed(position, "capital")
+        if is_letter(code[position]):
+            first = not letters and initial
+            spelled = spelled and not letters
+            letters.append(code[position].upper() if first or operator == ALLCAPS else code[position])
+            position += 1
+        elif code[position] == CAPNEXT:
+            if operator == ALLCAPS:
+                raise Malformed(position, "CAPNEXT under ALLCAPS")
+            following = code[position + 1 : position + 2]
+            if not is_letter(following) or (is_capital(following) and not normalised):
+                raise Malformed(position, "CAPNEXT without a lower-case letter")
+            letters.append(following.upper())
+            position += 2
+        else:
+            break
+    return "".join(letters), spelled, position
 
 
 def byte_counts(pieces: list[str], version: int = 1) -> list[int]:

@@ -1,7 +1,8 @@
-"""A local stand-in for the dataset hub: the part of its HTTP interface that the hub client uses, with faults on demand.
+"""A local stand-in for the dataset hub: the part of its HTTP
+interface that the hub client uses, with faults on demand.
 
-Large files answer a HEAD with a redirect to another host name, as the hub does for its storage, so that a token sent
-on to a foreign host would be seen. Faults are set per path and used up.
+Large files answer a HEAD with a redirect to another host name, as the hub does for its storage,
+so that a token sent on to a foreign host would be seen. Faults are set per path and used up.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Seen(NamedTuple):
 
 
 class Hub:
-    """Repositories of files in memory, served on a free port of this machine while used as a context manager."""
+    """Repositories of files in memory, served on a free port while used as a context manager."""
 
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}

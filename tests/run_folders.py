@@ -1,4 +1,4 @@
-"""Run folders for the tests of what reads them: one tiny real run, and copies of it with another seed and score."""
+"""Run folders for the tests of what reads them: one tiny real run, and copies with another score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conftest import TINY, launch, vocabulary
 
 @functools.cache
 def original(dataset: Path) -> Path:
-    """The folder of one finished run with plain and sliding scores; made once for all tests, not to be changed."""
+    """The folder of one finished run with plain and sliding scores; made once, not to be changed."""
     out = Path(tempfile.mkdtemp(dir=dataset.parent))
     settings = TINY | {
         "DATASETS_DIR": str(dataset),
@@ -42,7 +42,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def copy_run(source: Path, folder: Path, seed: int, factor: float = 1.0) -> Path:
-    """A copy of a run with another seed and `factor` times its score, consistent in every file that records it."""
+    """A copy of a run with another seed and `factor` times its score in every file that records it."""
     shutil.copytree(source, folder)
     before = json.loads((folder / "summary.json").read_text())
     score = {name: before[name] * factor for name in ("val_bpb", "val_loss")}

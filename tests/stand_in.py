@@ -1,4 +1,4 @@
-"""Stands in for train_gpt.py in the tests of sweep.py: same settings interface and same files, a made-up score."""
+"""Stands in for train_gpt.py in the tests of sweep.py: same settings and files, a made-up score."""
 
 from __future__ import annotations
 
@@ -47,11 +47,9 @@ def main() -> None:
     settings = {name: os.environ.get(name, default) for name, default in DEFAULTS.items()}
     if not settings["MATRIX_LR"].replace(".", "").isdecimal():
         raise SystemExit(f"MATRIX_LR={settings['MATRIX_LR']}: must be a number")
-    rate, gain, stride = (
-        float(settings["MATRIX_LR"]),
-        float(settings["QK_GAIN_INIT"]),
-        int(settings["EVAL_STRIDE"]),
-    )
+    rate = float(settings["MATRIX_LR"])
+    gain = float(settings["QK_GAIN_INIT"])
+    stride = int(settings["EVAL_STRIDE"])
     if sys.argv[1:] == ["--print-config"]:
         shown = settings | {"MATRIX_LR": str(rate), "QK_GAIN_INIT": str(gain)}
         print("\n".join(f"{name}={value}" for name, value in shown.items()))

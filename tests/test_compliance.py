@@ -1,4 +1,4 @@
-"""compliance.py: a legal run passes every probe, and each planted violation is named by the probe that is for it."""
+"""compliance.py: a legal run passes every probe; each planted violation is named by the probe for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import inspect
 import json
 import math
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+from sentencepiece import sentencepiece_model_pb2
 
 import compliance
 import train_gpt as t
@@ -22,7 +24,8 @@ from lossless_caps import TRANSFORMS
 from results import Run
 from run_folders import edit
 
-TOKENS, POSITIONS = 800, 1
+TOKENS = 800
+POSITIONS = 1
 PLAIN = {"TTT_ENABLED": False, "SLIDING_WINDOW_ENABLED": False}
 CHUNKS = {"TTT_MODE": "chunk_sgd", "SLIDING_WINDOW_ENABLED": False, "TTT_LR": 0.05}
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
@@ -79,10 +82,8 @@ def folder(legal, tmp_path) -> Path:
 
 def record(folder: Path, events: list[tuple[str, float]]) -> None:
     """Replace the ledger in metrics.jsonl."""
-    path, digest = (
-        folder / "metrics.jsonl",
-        json.loads((folder / "summary.json").read_text())["artifact_sha256"],
-    )
+    path = folder / "metrics.jsonl"
+    digest = json.loads((folder / "summary.json").read_text())["artifact_sha256"]
     lines = [line for line in path.read_text().splitlines() if json.loads(line)["kind"] != "ledger"]
     lines += [
         json.dumps(
@@ -108,7 +109,8 @@ def broken(report: compliance.Report) -> set[str]:
 def test_a_legal_run_passes_every_probe(folder, capsys, monkeypatch):
     monkeypatch.setattr(compliance, "load_trainer", lambda folder: t)
     code = compliance.main([str(folder), "--tokens", str(TOKENS), "--positions", str(POSITIONS)])
-    shown, report = capsys.readouterr().out, json.loads((folder / "compliance.json").read_text())
+    shown = capsys.readouterr().out
+    report = json.loads((folder / "compliance.json").read_text())
     assert code == 0 and report["legal"] is True, shown
     assert all(report["conditions"][name]["holds"] for name in compliance.CONDITIONS)
     measured = [probe["holds"] for group in compliance.GROUPS for probe in report[group].values()]
@@ -261,7 +263,8 @@ def test_weights_changed_behind_the_records_are_caught(folder, monkeypatch):
         real(tally, losses, places)
         models[-1].smear_w.data += 0.01
 
-    models, build = [], t.build
+    models = []
+    build = t.build
 
     def kept(run):
         models.append((built := build(run)).model)
@@ -339,7 +342,8 @@ def test_smear_across_batched_documents_is_caught(folder, monkeypatch):
 def test_operators_charged_as_bytes_are_caught(folder, caseops, tmp_path):
     charged = shutil.copytree(caseops, tmp_path / "charged")
     path = charged / "fineweb_val_bytes_000000.bin"
-    tokens, sizes = read_shard(charged / "fineweb_val_000000.bin"), np.array(read_shard(path))
+    tokens = read_shard(charged / "fineweb_val_000000.bin")
+    sizes = np.array(read_shard(path))
     sizes[(tokens >= 4) & (tokens <= 7)] = 3
     write_shard(path, sizes)
     report = probed(folder, DATASETS_DIR=str(charged), **PLAIN)
@@ -462,7 +466,8 @@ def test_a_script_that_reaches_beyond_its_folder_is_caught(folder, tmp_path):
         "import json, os, socket\n"
         f"open({str(tmp_path / 'fineweb_train_000000.bin')!r}).close()\n"
         f"open({str(compliance.ROOT / 'README.md')!r}).close()\n"
-        "try:\n    socket.create_connection(('192.0.2.1', 80), 1)\nexcept OSError as error:\n    reason = str(error)\n"
+        "try:\n    socket.create_connection(('192.0.2.1', 80), 1)\nexcept OSError as error:\n    reason = "
+        "str(error)\n"
         "os.makedirs('runs/alone')\n"
         "json.dump({'reason': reason, 'train': os.listdir('data')}, open('runs/alone/summary.json', 'w'))\n"
     )
@@ -504,3 +509,55 @@ def test_what_is_probed_is_what_is_shipped(tmp_path, folder):
     (folder / "final_model.ptz").unlink()
     with pytest.raises(SystemExit, match="no such file"):
         compliance.main([str(folder)])
+
+
+def decoding(pieces, documents: list[str], sidecar: list[int] | None = None) -> compliance.Row:
+    """What probe_decoding finds for documents; `sidecar` has the bytes of each, else the tables count."""
+    ids = [pieces.encode(text) for text in documents]
+    tokens = np.concatenate([np.append(BOS, one) for one in ids]).astype(np.uint16)
+    data = types.SimpleNamespace(pieces=pieces, sidecar_files=[], folder=None)
+    sizes = compliance.bytes_of(data, tokens)
+    if sidecar is not None:
+        data.sidecar_files = ["there"]
+        sizes = np.concatenate(
+            [[0, size, *[0] * (len(one) - 1)] for one, size in zip(ids, sidecar, strict=True)]
+        )
+    report = compliance.Report(Path())
+    compliance.probe_decoding(report, data, tokens, sizes, "none")
+    return report.rows[0]
+
+
+@pytest.fixture(scope="session")
+def models(dataset, tmp_path_factory) -> list:
+    """A tokenizer with byte fallback, and the same without its piece for a lone space."""
+    whole = sentencepiece_model_pb2.ModelProto()
+    whole.ParseFromString((dataset / "tokenizer.model").read_bytes())
+    without = sentencepiece_model_pb2.ModelProto()
+    without.CopyFrom(whole)
+    (space,) = (piece for piece in without.pieces if piece.piece == "\u2581")
+    without.pieces.remove(space)
+    return [
+        sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        for model in (whole, without)
+    ]
+
+
+def test_the_counted_bytes_are_those_of_the_decoded_text(models):
+    documents = [*sentences(20, 1), "zzz 42 é  qqq ü \u2603 x"]
+    whole, without = models
+    row = decoding(whole, documents)
+    assert row.holds is True and row.group == "data"
+    size = sum(len(whole.decode(whole.encode(text)).encode()) for text in documents)
+    assert f"{size} bytes counted in 21 documents, their decoded text has {size}" == row.evidence
+    row = decoding(without, documents)
+    assert row.holds is False and f"text has {size}, the first difference in document" in row.evidence
+    counted = int(row.evidence.split()[0])
+    assert counted > size and (counted - size) % 2 == 0, "three bytes for a space of one"
+
+
+def test_a_sidecar_far_from_the_decoded_text_is_refuted_and_a_near_one_is_not_judged(models):
+    documents = sentences(20, 1)
+    sizes = [len(text.encode()) for text in documents]
+    assert decoding(models[0], documents, sizes).holds is True
+    assert decoding(models[0], documents, [sizes[0] + 2, *sizes[1:]]).holds is None
+    assert decoding(models[0], documents, [size * 109 // 100 for size in sizes]).holds is False

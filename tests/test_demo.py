@@ -1,4 +1,6 @@
-"""The embedded corpus, built from a small made-up package tree: deterministic, disjoint, exact, reused, repaired."""
+"""The embedded corpus, built from a small made-up package tree:
+deterministic, disjoint, exact, reused, repaired.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def sentence(chooser: random.Random) -> str:
 
 
 def package_tree(root: Path, modules: int = 120) -> Path:
-    """Write packages with docstrings, comments, attached documentation, copies, and files that do not parse."""
+    """Packages with docstrings, comments, attached documentation, copies, and files that do not parse."""
     chooser = random.Random(7)
     for number in range(modules):
 

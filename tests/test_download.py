@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from huggingface_hub import constants
 
 from data.download import DATASETS, DownloadError, Entry, main, make_plan, settle_tokenizer
-from data.shards import read_shard, sha256_file, write_shard
+from data.shards import UNFINISHED, read_shard, sha256_file, write_shard
 from tests.hub_server import COMMIT, Hub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ def shard(folder: Path, seed: int, count: int = 2000, bos: bool = True) -> bytes
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with the CaseOps dataset of three training shards in the doubled layout of the real repository."""
+    """A hub with the CaseOps dataset of three training shards in the real doubled layout."""
     with Hub() as hub:
         files = {f"{DOUBLED}/fineweb_train_{number:06d}.bin": shard(tmp_path, number) for number in range(3)}
         files[f"{DOUBLED}/fineweb_val_000000.bin"] = shard(tmp_path, 10)
@@ -53,7 +54,8 @@ def hub(tmp_path):
 class Client:
     """Runs the command with a folder and a cache of its own against one hub.
 
-    In this process, which saves half a second each time, or in another one where environment variables matter.
+    In this process, which saves half a second each time, or in
+    another one where environment variables matter.
     """
 
     def __init__(self, hub: Hub, folder: Path, monkeypatch, capfd):
@@ -378,3 +380,49 @@ def test_a_full_disk_is_noticed_before_the_first_byte(hub, client, monkeypatch):
     )
     assert f"{needed:,} bytes needed" in error and "5,000 free" in error
     assert not any(seen.host == "localhost" for seen in hub.seen)
+
+
+def test_a_disk_that_fills_is_one_line_and_the_folder_says_that_it_is_unfinished(hub, client, monkeypatch):
+    """A killed or failed download leaves whole shards, which alone look like a smaller dataset."""
+
+    def full(source, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        patch.setattr(shutil, "copyfile", full)
+        assert "No space left on device" in client.bad()
+    assert (client.folder / UNFINISHED).exists()
+    assert not list(client.folder.glob(".*"))
+    client.good()
+    client.check_complete()
+
+
+@pytest.mark.parametrize("kind", ["train", "val", "val_bytes"])
+def test_a_hole_in_the_numbers_is_refused(hub, tmp_path, kind):
+    moved = (f"fineweb_{kind}_000000.bin", f"fineweb_{kind}_000007.bin")
+    entries = [entry._replace(path=entry.path.replace(*moved)) for entry in listing(hub)]
+    with pytest.raises(DownloadError, match="but none of number 0"):
+        make_plan(CASEOPS, COMMIT, entries, 3, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HF_HUB_DOWNLOAD_TIMEOUT", "abc"), ("HF_HUB_ETAG_TIMEOUT", "1s"), ("HF_ENDPOINT", "http://[")],
+)
+def test_a_variable_that_the_hub_client_cannot_read_is_one_line(client, name, value):
+    code, _, errors = client.run("caseops_v1", HF_TOKEN="secret", **{name: value})
+    assert code == 2 and errors.count("\n") == 1 and errors.startswith("error: ")
+    assert name in errors and "secret" not in errors
+
+
+def test_a_wrong_address_is_not_tried_again(client):
+    code, output, errors = client.run("caseops_v1", HF_ENDPOINT="no-address")
+    assert code == 2 and "trying again" not in output and "HF_ENDPOINT" in errors
+
+
+def test_a_manifest_nested_beyond_reason_is_replaced(hub, client):
+    client.good()
+    (client.folder / "manifest.json").write_text("[" * 100_000)
+    assert "manifest.json is not readable" in client.good()
+    client.check_complete()

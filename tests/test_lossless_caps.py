@@ -1,4 +1,4 @@
-"""lossless_caps.py against its grammar, against plain implementations, and against the published tokenizer."""
+"""lossless_caps.py against its grammar, plain implementations and the published tokenizer."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def documents(path: Path, count: int) -> list[str]:
 
 
 def prose(seed: int, length: int) -> str:
-    """English-looking text of about `length` characters with every habit of capitals, from a fixed random state."""
+    """English-looking text of about `length` characters with every
+    habit of capitals, from a fixed random state.
+    """
     chance = random.Random(seed)
     words = [
         "the",

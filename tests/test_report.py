@@ -1,4 +1,4 @@
-"""report.html: the figures of summary.json, nothing from the network, and pages for what is unfinished or damaged."""
+"""report.html: the figures of summary.json, no network, and pages for what is unfinished or damaged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.numbers, self.words, self.tags, self.open = [], [], [], []
+        self.numbers = []
+        self.words = []
+        self.tags = []
+        self.open = []
         self.feed(text)
         assert not self.open, self.open
 
@@ -63,7 +66,8 @@ def page_of(folder: Path) -> Page:
 
 
 def test_the_figures_are_those_of_the_summary(run):
-    page, summary = page_of(run), json.loads((run / "summary.json").read_text())
+    page = page_of(run)
+    summary = json.loads((run / "summary.json").read_text())
     for name in (
         "val_bpb",
         "val_loss",
@@ -149,7 +153,8 @@ def test_text_from_a_run_is_escaped(run):
 
 
 def test_length_and_position_are_drawn_from_the_sums(run):
-    tokens, size = np.array([5, 6, 100, 120]), np.array([10, 20, 300, 500])
+    tokens = np.array([5, 6, 100, 120])
+    size = np.array([10, 20, 300, 500])
     nats = np.array([20.0, 30.0, 400.0, 450.0])
     np.savez(
         run / "documents.npz",

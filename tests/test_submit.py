@@ -1,4 +1,4 @@
-"""From run folders to a record folder: what a complete one holds, and every violation that must be refused by name."""
+"""From run folders to a record folder: what a complete one holds, and every violation by its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import compliance
 import results
 import submit
 import train_gpt as t
@@ -276,7 +277,8 @@ def test_the_record_track_wants_the_contest(runs, tmp_path):
 
 
 def test_the_welch_test_is_scipys(runs, tmp_path, capsys):
-    ours, theirs = [bpb(run) for run in runs], [bpb(runs[0]) * f for f in (1.001, 1.003, 1.004, 1.0015)]
+    ours = [bpb(run) for run in runs]
+    theirs = [bpb(runs[0]) * f for f in (1.001, 1.003, 1.004, 1.0015)]
     moments = ",".join(map(repr, (float(np.mean(theirs)), float(np.std(theirs, ddof=1)), 4)))
     comparison = json.loads((call(runs, tmp_path, "--baseline", moments) / "submission.json").read_text())[
         "comparison"
@@ -332,7 +334,8 @@ def test_nothing_is_overwritten_and_names_are_checked(runs, tmp_path):
 
 
 def test_credits_follow_the_settings_and_name_settings_that_exist(runs):
-    asked, config = set(), json.loads((runs[0] / "config.json").read_text())
+    asked = set()
+    config = json.loads((runs[0] / "config.json").read_text())
     for _, who, uses in submit.CREDITS:
         uses(lambda name: asked.add(name) or config.get(name))
         assert re.fullmatch(r"#\d+(, #\d+)*", who)
@@ -344,21 +347,37 @@ def test_credits_follow_the_settings_and_name_settings_that_exist(runs):
 
 
 def test_a_broken_compliance_probe_stops_the_submission(runs, monkeypatch):
-    import compliance
-
-    run, report = results.Run.read(runs[0]), compliance.Report(runs[0])
+    run = results.Run.read(runs[0])
+    report = compliance.Report(runs[0])
     report.add("causal", "future replaced", True, "")
     report.add("budgets", "evaluation clock", False, "700 of 600 s")
     monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
-    assert "1 of 2 compliance probes hold" in submit.probe(run, "demo"), (
-        "another track has budgets of its own"
-    )
+    words, measured = submit.probe(run, "demo")  # another track has budgets of its own
+    assert "1 of 2 compliance probes hold" in words and measured["causal"]["holds"] is True
     with pytest.raises(results.Stop, match="budgets: evaluation clock: 700 of 600 s"):
         submit.probe(run, submit.RECORD_TRACK)
     report.add("single pass", "scored once", False, "target 7 twice")
     with pytest.raises(results.Stop, match="single pass: scored once: target 7 twice"):
         submit.probe(run, "demo")
     assert (runs[0] / "compliance.json").exists()
+
+
+def test_after_check_the_readme_has_the_measured_conditions(runs, tmp_path, monkeypatch):
+    plain = (call(runs, tmp_path) / "README.md").read_text()
+    assert "| 1 | conditions causal | not measured |" in plain and "measured them" not in plain
+    shutil.rmtree(tmp_path / "records")
+    report = compliance.Report(runs[0])
+    for group in compliance.CONDITIONS:
+        report.add(group, "a probe", True, "evidence")
+    monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
+    monkeypatch.setattr(submit, "score_again", lambda run: f"{run.folder.name}: scored again")
+    folder = call(runs, tmp_path, "--check")
+    text = (folder / "README.md").read_text()
+    assert "not measured" not in text and "the conditions as `compliance.py` measured them" in text
+    for seed in (1, 2, 3):
+        assert f"| {seed} | conditions causal | holds | evidence 1 of 1 probes hold |" in text
+    facts = json.loads((folder / "submission.json").read_text())["compliance"]["2"]
+    assert facts["legal"] is True and facts["conditions"]["normalised"]["holds"] is True
 
 
 def test_the_packed_script_alone_gives_the_score_again_and_another_score_is_caught(runs, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sweeps: what is run, what a kill or a failure leaves, the statistics, and what is refused before anything starts."""
+"""Sweeps: what is run, what a kill or a failure leaves, the statistics, what is refused at the start."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_a_grid_runs_every_combination_once_and_sorts_them(tmp_path, capsys):
     assert [row.mean for row in rows] == sorted(row.mean for row in rows)
     assert rows[0].settings == {"MATRIX_LR": "0.03", "QK_GAIN_INIT": "6"}
     for row in rows:
-        rate, gain = float(row.settings["MATRIX_LR"]), float(row.settings["QK_GAIN_INIT"])
+        rate = float(row.settings["MATRIX_LR"])
+        gain = float(row.settings["QK_GAIN_INIT"])
         assert row.values == {str(seed): stand_in.score(rate, gain, seed) for seed in (1, 2)}
     shown = capsys.readouterr().out
     assert (
@@ -89,7 +90,8 @@ def test_a_frozen_artifact_is_compared_document_by_document(tmp_path):
     (tmp_path / "a.ptz").write_bytes(b"artifact")
     folder = call(tmp_path, "EVAL_STRIDE=64,32", "--stage", "evaluate", "--artifact", str(tmp_path / "a.ptz"))
     best, baseline = sweep.rows_of(folder, "val_bpb")
-    ours, theirs = stand_in.nats(32), stand_in.nats(64)
+    ours = stand_in.nats(32)
+    theirs = stand_in.nats(64)
     assert best.settings == {"EVAL_STRIDE": "32"} and best.pairs == "200 documents"
     assert best.difference == pytest.approx(best.mean - baseline.mean, rel=1e-9)
     assert abs(best.difference) < 5e-4 and best.p_value < 1e-6
@@ -152,7 +154,8 @@ def test_after_kill_9_the_same_command_goes_on(tmp_path):
         "--jobs",
         "2",
     ]
-    folder, environment = tmp_path / "s", os.environ | {"WAIT_FOR": str(tmp_path / "go")}
+    folder = tmp_path / "s"
+    environment = os.environ | {"WAIT_FOR": str(tmp_path / "go")}
     process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*/summary.json"))) < 4 or len(starts(folder)) < 6:  # seed 3 waits

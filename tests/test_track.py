@@ -21,7 +21,10 @@ class Service(types.ModuleType):
 
     def __init__(self, fail_after: int = 10**9):
         super().__init__("wandb")
-        self.started, self.sent, self.finished, self.fail_after = [], [], 0, fail_after
+        self.started = []
+        self.sent = []
+        self.finished = 0
+        self.fail_after = fail_after
 
     def init(self, **options):
         self.started.append(options)
@@ -108,7 +111,8 @@ def test_tensorboard_gets_scalars(folder, monkeypatch):
 
 
 def test_it_follows_a_run_until_the_trainer_lets_go_and_goes_on_after_a_resumption(folder, monkeypatch):
-    fake, lines = service(monkeypatch), (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    fake = service(monkeypatch)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text(lines[0] + lines[1][:20])  # the trainer is in the middle of a line
     lock = open(folder / ".lock", "w")  # noqa: SIM115 -- held by the trainer until it ends
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -128,19 +132,20 @@ def test_it_follows_a_run_until_the_trainer_lets_go_and_goes_on_after_a_resumpti
     assert fake.sent == SENT
 
 
-def test_it_finds_the_run_that_its_parent_starts(folder, monkeypatch):
-    monkeypatch.setenv("OUT_DIR", str(folder.parent))
-    monkeypatch.setenv("RUN_ID", "b")
+def test_it_takes_the_folder_that_the_trainer_names_and_no_other(folder, monkeypatch, tmp_path):
+    told = tmp_path / "told"
+    monkeypatch.setenv("RUN_FOLDER_FILE", str(told))
     (folder.parent / "b").mkdir()
-    threading.Timer(0.1, lambda: (folder.parent / "b" / "config.json").write_text("{}")).start()
-    assert track.starting_run(0.01) == folder.parent / "b"
-    monkeypatch.delenv("RUN_ID")
-    os.utime(folder / "config.json", (0, 0))  # an old run
-    assert track.starting_run(0.01) == folder.parent / "b"
+    (folder.parent / "b" / "config.json").write_text("{}")  # a run of somebody else, newer than ours
+    threading.Timer(0.1, lambda: told.write_text(f"started {folder}\n")).start()
+    assert track.starting_run(0.01) == folder
+    monkeypatch.delenv("RUN_FOLDER_FILE")
+    with pytest.raises(results.Stop, match="RUN_FOLDER_FILE is not set; give the run's folder"):
+        track.starting_run(0.01)
 
 
 def test_a_parent_that_ends_first_ends_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("OUT_DIR", str(tmp_path))
+    monkeypatch.setenv("RUN_FOLDER_FILE", str(tmp_path / "told"))
     parents = iter([10, 10, 1])
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     assert track.starting_run(0.0) is None
@@ -164,7 +169,9 @@ def test_a_missing_package_or_a_failing_service_is_one_warning(folder, monkeypat
 def test_nothing_is_tracked_unless_asked_and_an_unknown_tracker_is_refused(folder, monkeypatch):
     fake = service(monkeypatch)
     monkeypatch.delenv("TRACKER")
-    track.main([str(folder)])
+    track.main([])
+    with pytest.raises(results.Stop, match=r"TRACKER is not set: .*TRACKER=wandb ./track.py"):
+        track.main([str(folder)])
     assert not fake.started
     monkeypatch.setenv("TRACKER", "wandbb")
     with pytest.raises(

@@ -89,6 +89,8 @@ class Data:
                         self.tokenizer,
                         "--shard-tokens",
                         9000,
+                        "--max-case-lost",
+                        1,
                         "--workers",
                         1,
                         *options,
@@ -214,7 +216,7 @@ def test_capitals_lost_by_the_normalisation(tmp_path, capsys, monkeypatch, trans
 
 
 def test_an_inverse_that_loses_capitals_is_refuted(made, capsys, monkeypatch):
-    """Right tokens and right bytes are not enough: the capitals must come back, and most documents have some."""
+    """Right tokens and bytes are not enough: the capitals must come back, and most documents have some."""
     real = verify_bytes.decode_caseops
     monkeypatch.setattr(verify_bytes, "decode_caseops", lambda *given, **named: real(*given, **named).lower())
     error = refuted(capsys, made.folder, "--documents", made.source)
