@@ -15,6 +15,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     RUN          rank, device, run folder, log, metrics, errors
     DATA         shards, the two training loaders, validation tokens and their bytes
     KERNELS      fused GPU kernels, each beside its plain reference
+    HEADS        those that act head by head around attention
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     MODEL        attention backends, adapters, the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
@@ -193,8 +194,12 @@ class Config:
     gate_width: int = knob(12, "leading channels that head and smear gates read; 0: all", not_negative)
     sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid of HEAD_GATE=sparse", positive)
     smear_gate: bool = knob(True, "add a gated share of the previous token's embedding (#1667)")
-    smear_gate_bos_fix: bool = knob(
-        True, "smear nothing into the first token of a document or segment (#1851)"
+    smear_gate_order: Literal["before_norm", "after_norm"] = knob(
+        "before_norm", "where it acts: on the embedding as stored (#1667, #1855) or normalised (#1693)"
+    )
+    smear_gate_bos_fix: bool = knob(True, "smear nothing into the first token of a document (#1851)")
+    smear_gate_segment_fix: bool = knob(
+        True, "nor, with that, into a cut document's later segments or a joined row (published: 0)"
     )
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
@@ -1965,6 +1970,492 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
     return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
+# === HEADS ===
+# What attention does head by head around its products, each as one fused GPU kernel per direction beside its
+# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate
+# act on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels
+# read each tensor once and write each result once; a program takes HEAD_BLOCK tokens and goes through their
+# heads. Gradients of small parameters are summed in a fixed order: in each program, then over programs.
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotation_tables", mutates_args=())
+def rotation_tables_op(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of `angles` in `dtype`, once per forward.
+
+    An operator, because Inductor would compute the sines again in every kernel that reads them: in four per
+    visit and for every head. A buffer would need to know the longest row, and with ROPE_YARN all lengths.
+    """
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@rotation_tables_op.register_fake
+def _rotation_tables_fake(angles, dtype):
+    return torch.empty_like(angles, dtype=dtype), torch.empty_like(angles, dtype=dtype)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMS normalisation over the last dimension, without gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, in halves, of the first dimensions of each head of x (B, T, H, D).
+
+    cos and sin (T, 1, R/2): R dimensions are rotated.
+    """
+    half = cos.size(-1)
+    a = x[..., :half]
+    b = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+
+def rotated_heads_reference(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D) and k (B, T, KV, D) normalised and rotated (see rotate), q times the `gain` (H,)."""
+    return rotate(rms_norm(q), cos, sin) * gain[:, None], rotate(rms_norm(k), cos, sin)
+
+
+@triton_jit
+def load_rows(start, line, column, live):
+    """The columns of several rows in fp32, 0 where nothing lives; `line` is where each row begins."""
+    return tl.load(start + line + column[None, :], mask=live, other=0.0).to(tl.float32)
+
+
+@triton_jit
+def store_rows(start, line, column, live, values):
+    """What load_rows reads, rounded to the type of `start`."""
+    tl.store(start + line + column[None, :], values.to(start.dtype.element_ty), mask=live)
+
+
+@triton_jit
+def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
+    """(cos, signed sin, partner) per token and dimension: x_d becomes x_d cos + x_partner sin.
+
+    Dimensions behind 2 HALF keep their value: cos is 1 and sin 0 there.
+    """
+    turns = live & (dim < 2 * HALF)[None, :]
+    frequency = tl.where(dim < HALF, dim, dim - HALF)
+    places = position[:, None] * HALF + frequency[None, :]
+    c = tl.load(cos + places, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + places, mask=turns, other=0.0).to(tl.float32)
+    signed = tl.where((dim < HALF)[None, :], s, -s)
+    partner = tl.where(dim < HALF, dim + HALF, tl.where(dim < 2 * HALF, dim - HALF, dim))
+    return c, signed, partner
+
+
+@triton_jit
+def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
+    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        here = load_rows(x, line, dim, live)
+        there = load_rows(x, line, partner, live)
+        scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
+        if gain is not None:
+            scale = scale * tl.load(gain + head).to(tl.float32)
+        result = (here * c + there * s) * scale[:, None]
+        store_rows(out, line, dim, live, result)
+
+
+@triton_jit
+def rotated_heads_kernel(
+    q,
+    k,
+    gain,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    tokens,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """rotated_heads_reference of BLOCK tokens per program."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    rotate_rows(q, q_out, gain, c, s, token, dim, partner, live, eps, HEADS, D)
+    rotate_rows(k, k_out, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+
+
+@triton_jit
+def rotate_rows_back(
+    x,
+    upstream,
+    gradient,
+    gain,
+    gain_gradient,
+    c,
+    s,
+    token,
+    dim,
+    partner,
+    live,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        raw = load_rows(x, line, dim, live)
+        here = load_rows(upstream, line, dim, live)
+        there = load_rows(upstream, line, partner, live)
+        turned = here * c - there * s
+        scale = tl.rsqrt(tl.sum(raw * raw, 1) / D + eps)
+        normed = raw * scale[:, None]
+        along = tl.sum(turned * normed, 1)
+        if gain is not None:
+            tl.store(gain_gradient + head, tl.sum(along, 0))
+            scale = scale * tl.load(gain + head).to(tl.float32)
+        result = (turned - normed * (along / D)[:, None]) * scale[:, None]
+        store_rows(gradient, line, dim, live, result)
+
+
+@triton_jit
+def rotated_heads_backward_kernel(
+    q,
+    k,
+    gain,
+    cos,
+    sin,
+    q_upstream,
+    k_upstream,
+    q_gradient,
+    k_gradient,
+    gain_gradients,
+    tokens,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum."""
+    program = tl.program_id(0).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    parts = gain_gradients + program * HEADS
+    rotate_rows_back(q, q_upstream, q_gradient, gain, parts, c, s, token, dim, partner, live, eps, HEADS, D)
+    rotate_rows_back(k, k_upstream, k_gradient, None, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+
+
+# Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
+HEAD_BLOCK = 16
+HEAD_WARPS = 4
+MOST_READ = 64  # channels that a gate may read in the kernel
+RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes in fp32 and below
+
+
+def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the sizes) of the kernels of rotated_heads_op."""
+    tokens = q.size(0) * q.size(1)
+    sizes = {
+        "tokens": tokens,
+        "length": q.size(1),
+        "eps": RMS_EPS,
+        "HEADS": q.size(2),
+        "KV_HEADS": k.size(2),
+        "D": q.size(3),
+        "HALF": cos.size(-1),
+        "BLOCK": HEAD_BLOCK,
+        "WIDTH": triton.next_power_of_2(q.size(3)),
+        "num_warps": HEAD_WARPS,
+    }
+    return (-(-tokens // HEAD_BLOCK),), sizes
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
+def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """rotated_heads_reference in one kernel; all inputs contiguous."""
+    q_out = torch.empty_like(q)
+    k_out = torch.empty_like(k)
+    grid, sizes = rotated_heads_sizes(q, k, cos)
+    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
+    return q_out, k_out
+
+
+@rotated_heads_op.register_fake
+def _rotated_heads_fake(q, k, gain, cos, sin):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotated_heads_backward", mutates_args=())
+def rotated_heads_backward_op(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q_upstream: Tensor, k_upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and the gain (this one summed in fp32)."""
+    q_gradient = torch.empty_like(q)
+    k_gradient = torch.empty_like(k)
+    grid, sizes = rotated_heads_sizes(q, k, cos)
+    parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
+    rotated_heads_backward_kernel[grid](
+        q, k, gain, cos, sin, q_upstream, k_upstream, q_gradient, k_gradient, parts, **sizes
+    )
+    return q_gradient, k_gradient, parts.sum(0)
+
+
+@rotated_heads_backward_op.register_fake
+def _rotated_heads_backward_fake(q, k, gain, cos, sin, q_upstream, k_upstream):
+    return torch.empty_like(q), torch.empty_like(k), gain.new_empty(gain.size(0), dtype=torch.float32)
+
+
+def _rotated_heads_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
+    q, k, gain, cos, sin = ctx.saved_tensors
+    q_gradient, k_gradient, gain_gradient = rotated_heads_backward_op(
+        q, k, gain, cos, sin, q_upstream.contiguous(), k_upstream.contiguous()
+    )
+    return q_gradient, k_gradient, gain_gradient.to(gain.dtype), None, None
+
+
+rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+class Gate(NamedTuple):
+    """How a head's gate follows from what it reads: height * sigmoid(slope * opening)."""
+
+    height: float
+    slope: float
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    grouped = y.view(*v.shape[:3], -1, y.size(-1))
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+
+
+def gate_heads(y: Tensor, source: Tensor, weight: Tensor, gate: Gate) -> Tensor:
+    """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, G)."""
+    opening = gate.height * torch.sigmoid(gate.slope * F.linear(source, weight))
+    return y * opening[..., None]
+
+
+def attention_output_reference(y: Tensor, v: Tensor, source: Tensor, weight: Tensor, gate: Gate) -> Tensor:
+    """gate_heads of without_own_value, (B, T, H, D)."""
+    return gate_heads(without_own_value(y, v), source, weight, gate)
+
+
+@triton_jit
+def load_own(v, line, dim, live):
+    """(The value's direction, one over its length, whether this is not cut off at 1e-12) as F.normalize."""
+    own = load_rows(v, line, dim, live)
+    norm = tl.sqrt(tl.sum(own * own, 1))
+    inverse = 1.0 / tl.maximum(norm, 1e-12)
+    return own * inverse[:, None], inverse, norm > 1e-12
+
+
+@triton_jit
+def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
+    """(What the gate of a head reads with, the sigmoid of what it has read in `seen`)."""
+    reader = tl.load(weight + head * READ + channel, mask=channel < READ, other=0.0).to(tl.float32)
+    return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
+
+
+@triton_jit
+def attention_output_kernel(
+    y,
+    v,
+    source,
+    weight,
+    out,
+    tokens,
+    stride,
+    height,
+    slope,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ_WIDTH: tl.constexpr,
+):
+    """attention_output_reference of BLOCK tokens a program; rows of `source` lie `stride` values apart."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    channel = tl.arange(0, READ_WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    reads = (token < tokens)[:, None] & (channel < READ)[None, :]
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
+    for kv_head in range(KV_HEADS):
+        own, _, _ = load_own(v, (token[:, None] * KV_HEADS + kv_head) * D, dim, live)
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            _, risen = load_gate(weight, seen, head, channel, slope, READ)
+            line = (token[:, None] * KV_HEADS * GROUP + head) * D
+            here = load_rows(y, line, dim, live)
+            along = tl.sum(here * own, 1)
+            result = (here - along[:, None] * own) * (height * risen)[:, None]
+            store_rows(out, line, dim, live, result)
+
+
+@triton_jit
+def attention_output_backward_kernel(
+    y,
+    v,
+    source,
+    weight,
+    upstream,
+    y_gradient,
+    v_gradient,
+    source_gradient,
+    weight_gradients,
+    tokens,
+    stride,
+    height,
+    slope,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ_WIDTH: tl.constexpr,
+):
+    """The gradients of attention_output_kernel; `weight_gradients` (programs, H, READ) are parts of a sum.
+
+    With u the upstream, n the direction of v, a = y n and b = gate u n, head by head:
+    dy = gate u - b n, and dv = sum over the group of (2 a b n - a gate u - b y) / |v|.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    channel = tl.arange(0, READ_WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    reads = (token < tokens)[:, None] & (channel < READ)[None, :]
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
+    seen_gradient = tl.zeros((BLOCK, READ_WIDTH), dtype=tl.float32)
+    for kv_head in range(KV_HEADS):
+        kv_line = (token[:, None] * KV_HEADS + kv_head) * D
+        own, inverse, is_unit = load_own(v, kv_line, dim, live)
+        turning = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            reader, risen = load_gate(weight, seen, head, channel, slope, READ)
+            line = (token[:, None] * KV_HEADS * GROUP + head) * D
+            here = load_rows(y, line, dim, live)
+            given = load_rows(upstream, line, dim, live)
+            a = tl.sum(here * own, 1)
+            given_along = tl.sum(given * own, 1)
+            gate_gradient = tl.sum(here * given, 1) - a * given_along
+            opening_gradient = gate_gradient * height * slope * risen * (1.0 - risen)
+            seen_gradient += opening_gradient[:, None] * reader[None, :]
+            part = tl.sum(opening_gradient[:, None] * seen, 0)
+            place = (program * KV_HEADS * GROUP + head) * READ + channel
+            tl.store(weight_gradients + place, part, mask=channel < READ)
+            given = given * (height * risen)[:, None]
+            b = given_along * height * risen
+            store_rows(y_gradient, line, dim, live, given - b[:, None] * own)
+            straight = tl.where(is_unit, 2.0 * a * b, 0.0)
+            turning += straight[:, None] * own - a[:, None] * given - b[:, None] * here
+        store_rows(v_gradient, kv_line, dim, live, turning * inverse[:, None])
+    store_rows(source_gradient, token[:, None] * READ, channel, reads, seen_gradient)
+
+
+def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the sizes) of the kernels of attention_output_op."""
+    tokens = y.size(0) * y.size(1)
+    sizes = {
+        "tokens": tokens,
+        "stride": source.stride(1),
+        "KV_HEADS": v.size(2),
+        "GROUP": y.size(2) // v.size(2),
+        "D": y.size(3),
+        "READ": source.size(2),
+        "BLOCK": HEAD_BLOCK,
+        "WIDTH": triton.next_power_of_2(y.size(3)),
+        "READ_WIDTH": triton.next_power_of_2(source.size(2)),
+        "num_warps": HEAD_WARPS,
+    }
+    return (-(-tokens // HEAD_BLOCK),), sizes
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_output", mutates_args=())
+def attention_output_op(
+    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, height: float, slope: float
+) -> Tensor:
+    """attention_output_reference in one kernel; `source` may be the first channels of wider rows."""
+    out = torch.empty_like(y)
+    grid, sizes = attention_output_sizes(y, v, source)
+    attention_output_kernel[grid](y, v, source, weight, out, height=height, slope=slope, **sizes)
+    return out
+
+
+@attention_output_op.register_fake
+def _attention_output_fake(y, v, source, weight, height, slope):
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_output_backward", mutates_args=())
+def attention_output_backward_op(
+    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, upstream: Tensor, height: float, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of y, v, source and weight (this one summed in fp32)."""
+    y_gradient = torch.empty_like(y)
+    v_gradient = torch.empty_like(v)
+    source_gradient = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    grid, sizes = attention_output_sizes(y, v, source)
+    parts = torch.empty(*grid, *weight.shape, dtype=torch.float32, device=y.device)
+    attention_output_backward_kernel[grid](
+        y,
+        v,
+        source,
+        weight,
+        upstream,
+        y_gradient,
+        v_gradient,
+        source_gradient,
+        parts,
+        height=height,
+        slope=slope,
+        **sizes,
+    )
+    return y_gradient, v_gradient, source_gradient, parts.sum(0)
+
+
+@attention_output_backward_op.register_fake
+def _attention_output_backward_fake(y, v, source, weight, upstream, height, slope):
+    source_gradient = source.new_empty(source.size(0), source.size(1), source.size(2))
+    weight_gradient = weight.new_empty(weight.size(0), weight.size(1), dtype=torch.float32)
+    return torch.empty_like(y), torch.empty_like(v), source_gradient, weight_gradient
+
+
+def _attention_output_save(ctx, inputs, output):
+    y, v, source, weight, height, slope = inputs
+    ctx.gate = Gate(height, slope)
+    ctx.save_for_backward(y, v, source, weight)
+
+
+def _attention_output_gradients(ctx, upstream):
+    y, v, source, weight = ctx.saved_tensors
+    y_gradient, v_gradient, source_gradient, weight_gradient = attention_output_backward_op(
+        y, v, source, weight, upstream.contiguous(), *ctx.gate
+    )
+    return y_gradient, v_gradient, source_gradient, weight_gradient.to(weight.dtype), None, None
+
+
+attention_output_op.register_autograd(_attention_output_gradients, setup_context=_attention_output_save)
+
+
 # === TOPOLOGY ===
 # In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
 # outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
@@ -2293,11 +2784,6 @@ def pick_attention(config: Config, run: Run) -> Attend:
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """RMS normalisation over the last dimension, without gain."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
@@ -2360,11 +2846,13 @@ class Hooks(NamedTuple):
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor) -> Tensor:
-        """y plus what the site's adapter makes of x on this visit, if there is one."""
+    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """y plus what the site's adapter makes of x on this visit, if there is one, times `scale` (out,)."""
         if self.lora is None or site not in self.lora:
             return y
         read, write = self.lora[site][visit.index]
+        if scale is not None:
+            write = scale[:, None] * write
         return y + x @ read.mT @ write.mT
 
 
@@ -2373,10 +2861,14 @@ class Hooks(NamedTuple):
 HEAD_VISIT = Visit(layer=0, index=0, pushes_skip=False, skip_row=None, residual="serial")
 
 
+Banks = dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+
+
 class Shared(NamedTuple):
     """What all visits of one forward read."""
 
-    banks: dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+    banks: Banks
+    folded: bool  # whether the matrices before attn_scale and mlp_scale contain these, see GPT.banks
     rotation: tuple[Tensor, Tensor]
     x0: Tensor  # the embedding (B, T, D), to which every layer may return
     batch: Batch
@@ -2425,10 +2917,11 @@ class GPT(nn.Module):
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
-        # One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank,
-        # not per visit.
-        banks = {name: getattr(self, name).to(self.dtype).unbind(0) for name in self.table if name != "embed"}
-        shared = Shared(banks, self.rotation(batch), self.embedding(batch), batch, hooks)
+        # The kernels are for speed: there, matrices take over the scales of their outputs. Calibration looks
+        # at the outputs before these scales.
+        folded = self.fused and hooks.tap is None
+        banks = self.banks(folded)
+        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch), batch, hooks)
 
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
@@ -2448,6 +2941,22 @@ class GPT(nn.Module):
             if visit.pushes_skip:
                 skips.append(x)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
+
+    def banks(self, folded: bool) -> Banks:
+        """The entries of every bank that layers or skips read.
+
+        One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank, not
+        per visit. If `folded`, the rows of o and down are multiplied by attn_scale and mlp_scale, which is
+        the same as scaling each output. It moves less: the gradients of the scales follow from those of the
+        matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
+        """
+        banked = [name for name in self.table if name not in ("embed", "smear_w", "smear_lambda")]
+        weights = {name: getattr(self, name) for name in banked}
+        if folded:
+            q, o = self.qo.chunk(2)
+            weights["qo"] = torch.cat((q, o * self.attn_scale[:, :, None]))
+            weights["down"] = self.down * self.mlp_scale[:, :, None]
+        return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
@@ -2495,13 +3004,22 @@ class GPT(nn.Module):
 
     @staticmethod
     def matmul(
-        site: str, weight: Tensor, x: Tensor, visit: Visit, hooks: Hooks, adapt: Tensor | None = None
+        site: str,
+        weight: Tensor,
+        x: Tensor,
+        visit: Visit,
+        hooks: Hooks,
+        adapt: Tensor | None = None,
+        adapt_scale: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x."""
+        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x.
+
+        `adapt_scale` (out,) scales what the adapter gives.
+        """
         y = F.linear(x, weight)
         if hooks.tap is not None:
             hooks.tap(site, visit.layer, x, y)
-        return hooks.adapt(site, visit, x if adapt is None else adapt, y)
+        return hooks.adapt(site, visit, x if adapt is None else adapt, y, adapt_scale)
 
     def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
@@ -2516,18 +3034,16 @@ class GPT(nn.Module):
         k = k.view(B, T, config.num_kv_heads, -1)
         v = v.view(B, T, config.num_kv_heads, -1)
 
-        q = self.rotate(rms_norm(q), shared.rotation) * banks["q_gain"][layer][:, None]
-        k = self.rotate(rms_norm(k), shared.rotation)
+        q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
         y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
-        if layer >= config.num_layers - config.xsa_last_n:
-            y = self.without_own_value(y, v)
-        if config.head_gate != "none":
-            source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
-            y = self.gate_heads(y, source, banks["head_gate"][layer])
+        source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
+        y = self.finish_heads(y, v, source, layer, banks).flatten(2)
 
         weight = banks["qo"][config.num_layers + layer]
-        y = self.matmul("o", weight, y.flatten(2), visit, shared.hooks, adapt=x)
-        return banks["attn_scale"][layer] * y
+        scale = banks["attn_scale"][layer]
+        if shared.folded:
+            return self.matmul("o", weight, y, visit, shared.hooks, adapt=x, adapt_scale=scale)
+        return scale * self.matmul("o", weight, y, visit, shared.hooks, adapt=x)
 
     def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
@@ -2541,44 +3057,48 @@ class GPT(nn.Module):
         options = {"device": batch.inputs.device, "dtype": torch.float32}
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
         angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return rotation_tables_op(angles, self.dtype)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
-        half = self.config.rope_dims // 2
-        cos, sin = rotation
-        a = x[..., :half]
-        b = x[..., half : 2 * half]
-        rest = x[..., 2 * half :]
-        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+    def heads_for_attention(
+        self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention compares them: see rotated_heads_reference."""
+        act = rotated_heads_op if self.fused else rotated_heads_reference
+        return act(q, k, gain, *rotation)
 
-    @staticmethod
-    def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-        """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
-        own = F.normalize(v, dim=-1)[:, :, :, None]
-        grouped = y.view(*v.shape[:3], -1, y.size(-1))
-        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+    def finish_heads(self, y: Tensor, v: Tensor, source: Tensor, layer: int, banks: Banks) -> Tensor:
+        """The heads y (B, T, H, D) of attention after XSA and gate, where the layer has them.
 
-    def gate_heads(self, y: Tensor, source: Tensor, weight: Tensor) -> Tensor:
-        """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, >= G)."""
-        opening = F.linear(source[..., : self.config.gate_width or None], weight)
-        if self.config.head_gate == "attn_out":
-            gate = 2 * torch.sigmoid(opening)  # 1 with the initial weights
-        else:
-            gate = torch.sigmoid(self.config.sparse_attn_gate_scale * opening)
-        return y * gate[..., None]
+        v (B, T, KV, D) are the values; the gate reads the first channels of `source`.
+        """
+        config = self.config
+        exclusive = layer >= config.num_layers - config.xsa_last_n
+        if config.head_gate == "none":
+            return without_own_value(y, v) if exclusive else y
+        weight = banks["head_gate"][layer]
+        source = source[..., : config.gate_width or None]
+        # With the initial weights attn_out is 1.
+        gate = Gate(2.0, 1.0) if config.head_gate == "attn_out" else Gate(1.0, config.sparse_attn_gate_scale)
+        if not exclusive:
+            return gate_heads(y, source, weight, gate)
+        if self.fused and source.size(-1) <= MOST_READ:
+            return attention_output_op(y.contiguous(), v, source, weight, *gate)
+        return attention_output_reference(y, v, source, weight, gate)
 
     def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
         hooks = shared.hooks
         up = shared.banks["up"][visit.layer]
         down = shared.banks["down"][visit.layer]
+        scale = shared.banks["mlp_scale"][visit.layer]
+        if shared.folded:
+            return hooks.adapt("down", visit, x, self.feed_forward(x, up, down), scale)
         if hooks.tap is None:
             y = hooks.adapt("down", visit, x, self.feed_forward(x, up, down))
         else:
             hidden = F.leaky_relu(self.matmul("up", up, x, visit, hooks), 0.5).square()
             y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
-        return shared.banks["mlp_scale"][visit.layer] * y
+        return scale * y
 
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
@@ -2589,10 +3109,14 @@ class GPT(nn.Module):
             opens = opens.index_fill(0, batch.starts.long(), True)
         opens = opens[:-1]
 
-        x = rms_norm(F.embedding(ids, self.embed.to(self.dtype)))
+        order = self.config.smear_gate_order if self.config.smear_gate else None
+        x = F.embedding(ids, self.embed.to(self.dtype))
+        if order == "before_norm":
+            x = self.smear(x, ids, opens)
+        x = rms_norm(x)
         if self.hash_embed is not None:
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
-        if self.config.smear_gate:
+        if order == "after_norm":
             x = self.smear(x, ids, opens)
         return x
 
@@ -2605,8 +3129,11 @@ class GPT(nn.Module):
         """x with a gated share of the position before (#1667)."""
         opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
         share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
-        if self.config.smear_gate_bos_fix:  # nothing into the start of a document or segment (#1851)
-            share = share.masked_fill(((ids == BOS) | opens)[:, 1:, None], 0)
+        if self.config.smear_gate_bos_fix:
+            shut = ids == BOS
+            if self.config.smear_gate_segment_fix:
+                shut = shut | opens
+            share = share.masked_fill(shut[:, 1:, None], 0)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,19 @@ def tokens(config: t.Config, rows: int = 2, length: int = 32, seed: int = 0) -> 
     return t.Batch(ids[:, :-1], ids[:, 1:])
 
 
+def published_smear(model: t.GPT, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """#1667 token by token: each takes of the one before, with #1851 a BOS nothing."""
+    c = model.config
+    smeared = x.clone()
+    for row in range(ids.size(0)):
+        for p in range(1, ids.size(1)):
+            if not (c.smear_gate_bos_fix and ids[row, p] == t.BOS):
+                seen = x[row, p, : c.gate_width or None]
+                gate = torch.sigmoid(model.smear_w[0].detach() @ seen)
+                smeared[row, p] = x[row, p] + model.smear_lambda.detach() * gate * x[row, p - 1]
+    return smeared
+
+
 def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
     """The network written out a second time, from the published equations, with branches on layer numbers."""
     c, w = model.config, {n: p.detach() for n, p in model.named_parameters()}
@@ -159,18 +173,16 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         + list(range(c.loop_end + 1, layers))
     )
     half, skips, lanes = len(order) // 2, [], None
-    x, ids = rms(w["embed"][batch.inputs]), batch.inputs
+    x, ids = w["embed"][batch.inputs], batch.inputs
+    smeared = c.smear_gate_order if c.smear_gate else "never"
+    if smeared == "before_norm":
+        x = published_smear(model, x, ids)
+    x = rms(x)
     if "hash_embed" in w:
         before = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
         x = x + w["hash_embed"][(2039 * before + ids) % c.hash_embed_size]
-    if c.smear_gate:
-        smeared = x.clone()
-        for row in range(ids.size(0)):
-            for p in range(1, ids.size(1)):
-                if not (c.smear_gate_bos_fix and ids[row, p] == t.BOS):
-                    gate = torch.sigmoid(w["smear_w"][0] @ x[row, p, :window])
-                    smeared[row, p] = x[row, p] + w["smear_lambda"] * gate * x[row, p - 1]
-        x = smeared
+    if smeared == "after_norm":
+        x = published_smear(model, x, ids)
     x0 = x
     for place, i in enumerate(order):
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
@@ -227,7 +239,12 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         },
         {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 16, "mlp_mult": 1.5},
         PLAIN,
-        {"head_gate": "attn_out", "gate_attn_src": "residual", "smear_gate_bos_fix": False},  # #1693
+        {
+            "head_gate": "attn_out",
+            "gate_attn_src": "residual",
+            "smear_gate_bos_fix": False,
+            "smear_gate_order": "after_norm",
+        },  # #1693
         {"head_gate": "attn_out", "gate_attn_src": "proj", "gate_width": 5},  # #1667
         {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
         {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
@@ -242,6 +259,33 @@ def test_the_one_forward_equals_the_published_equations(config, changes):
     # The one difference left: losses leave in fp32.
     assert torch.allclose(ours.double(), theirs, rtol=1e-6, atol=1e-6)
     assert theirs.std() > 0.1
+
+
+@pytest.mark.parametrize("bos_fix", [True, False])
+@pytest.mark.parametrize("order", ["before_norm", "after_norm"])
+def test_the_smear_gate_is_the_published_one(config, order, bos_fix):
+    """On a packed row of two documents, the second cut at 25, where our own shutting changes one token."""
+    changes = {"smear_gate_order": order, "smear_gate_bos_fix": bos_fix, "smear_gate_segment_fix": False}
+    model = make(config, **changes)
+    inputs, targets, *_ = tokens(config, rows=1, length=40)
+    inputs[:, 9] = t.BOS
+    batch = t.Batch(inputs, targets, t.pad_starts(np.array([0, 9, 25]), 40), 16)
+    raw = model.embed[inputs]
+    if order == "before_norm":
+        expected = t.rms_norm(published_smear(model, raw, inputs))
+    else:
+        expected = published_smear(model, t.rms_norm(raw), inputs)
+    assert torch.allclose(model.embedding(batch), expected)
+
+    model.config = replace(model.config, smear_gate_segment_fix=True)
+    differs = ~torch.isclose(model.embedding(batch), expected).all(-1)[0]
+    assert differs.nonzero().flatten().tolist() == ([25] if bos_fix else [])
+    assert torch.allclose(model.embedding(batch)[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
+
+
+def test_the_default_smears_as_the_audited_system_does():
+    """#1855: the embedding as it is stored, shut at every BOS."""
+    assert (FULL.smear_gate, FULL.smear_gate_order, FULL.smear_gate_bos_fix) == (True, "before_norm", True)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ SECTIONS = [
     "RUN",
     "DATA",
     "KERNELS",
+    "HEADS",
     "TOPOLOGY",
     "MODEL",
     "OPTIMIZERS",
