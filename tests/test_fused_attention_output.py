@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import tokens
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt as t
 from conftest import ROOT, environment, replace
-from test_model import tokens
 
 triton = pytest.importorskip("triton")
 
