@@ -33,7 +33,7 @@ SCREEN = 60  # lines
 
 def test_the_file_is_readable_source():
     assert SOURCE.isascii()
-    assert not SOURCE.startswith(t.PACKED_HEAD)
+    assert not SOURCE.encode().startswith(t.PACKED_HEAD)
     assert max(map(len, SOURCE.splitlines())) <= 110
 
 
