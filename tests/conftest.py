@@ -1,4 +1,4 @@
-"""What the tests share: a small dataset with a tokenizer of its own, tiny settings, and ways to start the trainer."""
+"""The fixtures of all tests: a small dataset with a tokenizer of its own and the settings of a tiny run."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ TINY = {
     "EMA_DECAY": "0.5",
 }
 WORDS = (
-    "the a model of language that reads and writes one token after another while loss falls with every step we take "
-    "in space Time 42 kernel matrix bank shard byte café naïve"
+    "the a model of language that reads and writes one token after another while loss falls with every step "
+    "we take in space Time 42 kernel matrix bank shard byte café naïve"
 ).split()
 
 

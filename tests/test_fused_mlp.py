@@ -1,4 +1,4 @@
-"""The GEMM kernel with its epilogues: the fused MLP and the symmetric products of Muon, interpreted and compiled."""
+"""The GEMM kernel with its epilogues, interpreted and compiled: the fused MLP, Muon's symmetric products."""
 
 from __future__ import annotations
 
@@ -256,19 +256,21 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-for capability, mode in ((90, "act_and_slope"), (90, "act_and_input"), (90, "times_slope"), (90, "times_input"),
-                         (90, "gram"), (90, "polynomial"), (100, "act_and_slope"), (100, "gram")):
+modes = ("act_and_slope", "act_and_input", "times_slope", "times_input", "gram", "polynomial")
+for capability, mode in (*((90, mode) for mode in modes), (100, "act_and_slope"), (100, "gram")):
     m, n, k = t.gemm_tile(mode, t.torch.bfloat16)
     tile = lambda *block: f"tensordesc<bf16[1,{{block[0]}},{{block[1]}}]>"
     right = tile(k, n) if mode.startswith("times") else tile(n, k)
     constants = dict(MODE=mode, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP=8)
-    types = dict(a=tile(m, k), b=right, aux=tile(m, n), out=tile(m, n), rows="i32", columns="i32", depth="i32",
-                 linear="fp32", square="fp32", **dict.fromkeys(constants, "constexpr"))
+    types = dict(a=tile(m, k), b=right, aux=tile(m, n), out=tile(m, n), linear="fp32", square="fp32")
+    types |= dict(rows="i32", columns="i32", depth="i32", **dict.fromkeys(constants, "constexpr"))
     source = ASTSource(t.gemm_kernel, {{name: types[name] for name in t.gemm_kernel.arg_names}}, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=8, num_stages=4))
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options=dict(num_warps=8, num_stages=4))
     assert built.metadata.shared <= 232_448, built.metadata.shared
     text = built.asm["ptx"]
-    assert ("wgmma.mma_async" if capability == 90 else "tcgen05.mma") in text and "cp.async.bulk.tensor" in text
+    assert ("wgmma.mma_async" if capability == 90 else "tcgen05.mma") in text
+    assert "cp.async.bulk.tensor" in text
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
         file.flush()

@@ -372,7 +372,7 @@ def test_packed_documents_do_not_see_each_other(config):
     packed = model(t.Batch(batch.inputs, batch.targets, starts, 40))
     for a, b in ((0, 13), (13, 30), (30, 40)):
         alone = model(t.Batch(batch.inputs[:, a:b], batch.targets[:, a:b]))
-        # Positions differ, but only distances matter to the rotation; fp32 tables leave rounding of that size.
+        # Positions differ, but only distances matter to the rotation; its fp32 tables leave such rounding.
         assert torch.allclose(packed[:, a:b], alone, atol=1e-5)
 
 
@@ -390,7 +390,7 @@ def test_the_tap_sees_the_input_of_every_matrix(config):
 
 
 def test_the_forward_is_one_graph_in_both_loop_states(config):
-    """fullgraph: a graph break would be an error. The attention of packed rows is a GPU kernel and not part of this."""
+    """A graph break would be an error (fullgraph). Attention of packed rows, a GPU kernel, is left out."""
     model, batch = t.GPT(config, fused=True), tokens(config)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for looped in (False, True):
@@ -432,7 +432,7 @@ def test_gradients_match_finite_differences(config):
 
 
 def test_pytorchs_varlen_kernel_is_called_as_its_signature_asks(monkeypatch):
-    """The kernel itself needs a GPU; an argument that this version of torch does not have would end a run there."""
+    """The kernel itself needs a GPU; an argument that this torch does not have would end a run there."""
     from torch.nn.attention import varlen
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):

@@ -96,7 +96,7 @@ def tally_of(config, tokens, prepare=None):
 
 
 def earlier(config, tokens, place):
-    """Which targets are scored before, or side by side with, the target `place`; its own document only up to it."""
+    """Which targets are scored before or beside the target `place`; of its own document, those up to it."""
     before = np.arange(len(tokens)) <= place
     if (
         config.ttt_enabled and config.ttt_mode == "doc_lora"
@@ -115,7 +115,7 @@ def earlier(config, tokens, place):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_score_depends_on_what_comes_later(tiny, mode, monkeypatch):
-    """Replacing every later token changes no earlier score by a bit; replacing a token leaves its distribution."""
+    """No earlier score changes by a bit when all later tokens do; no token changes its own distribution."""
     config = replace(tiny, **MODES[mode])
     monkeypatch.setattr(t, "STREAMS", 2)  # phases end after few documents
     seen = {}
@@ -160,8 +160,15 @@ def test_no_score_depends_on_what_comes_later(tiny, mode, monkeypatch):
 
 
 def test_training_on_the_text_before_scoring_it_is_not_causal(tiny):
-    config = replace(tiny, ttt_enabled=False, prequant_ttt_enabled=True, prequant_ttt_epochs=2, prequant_ttt_lr=0.01,
-                     prequant_ttt_chunk_tokens=64, prequant_ttt_freeze_blocks=0)  # fmt: skip
+    config = replace(
+        tiny,
+        ttt_enabled=False,
+        prequant_ttt_enabled=True,
+        prequant_ttt_epochs=2,
+        prequant_ttt_lr=0.01,
+        prequant_ttt_chunk_tokens=64,
+        prequant_ttt_freeze_blocks=0,
+    )
     tokens = stream(config)
     first = tally_of(config, tokens, t.prequant_ttt)
     changed = tokens.copy()
@@ -196,13 +203,13 @@ def test_without_learning_documents_score_like_their_windows(tiny):
 
 
 def rows_of(tokens, first, count, length):
-    ids = torch.stack([torch.from_numpy(tokens[first + i * length : first + (i + 1) * length + 1].astype(np.int64))
-                       for i in range(count)])  # fmt: skip
+    rows = [tokens[first + i * length : first + (i + 1) * length + 1] for i in range(count)]
+    ids = torch.stack([torch.from_numpy(row.astype(np.int64)) for row in rows])
     return t.Batch(ids[:, :-1], ids[:, 1:])
 
 
 def test_chunk_sgd_equals_its_description(tiny):
-    """Score the chunk's windows, then whole rows of the chunk: SGD with momentum, clip 1, cosine over chunks (5.4)."""
+    """Score a chunk's windows, then whole rows of it: SGD, momentum, clip 1, cosine over chunks (5.4)."""
     config = replace(tiny, **MODES["chunk_sgd"])
     tokens, model, length = stream(config), build(config), config.eval_seq_len
     plan, count = t.plan_windows(len(tokens), length, config.eval_stride), math.ceil((len(tokens) - 1) / 64)
@@ -231,7 +238,7 @@ def test_chunk_sgd_equals_its_description(tiny):
 
 
 def test_document_adapters_equal_their_description(tiny):
-    """One document alone: score a chunk, one AdamW step (betas 0 and .99) on its mean loss, next chunk (5.6)."""
+    """One document alone: score a chunk, AdamW step (betas 0, .99) on its mean loss, next chunk (5.6)."""
     config = replace(tiny, ttt_lora_lr=0.02, ttt_batch_size=2, phased_ttt_num_phases=0)
     tokens, model, context, size = (
         stream(config),
@@ -320,7 +327,7 @@ def test_documents_cover_every_target_once():
 
 
 def test_the_plan_of_the_published_run():
-    """50,000 documents in batches of 64, phases at 666, 1,333 and 2,000 (5.6, 5.7), whole rounds of 8 batches."""
+    """50,000 documents in batches of 64, phases at 666, 1,333, 2,000 (5.6, 5.7), rounds of 8 batches."""
     config = t.Config(phased_ttt_num_phases=3, phased_ttt_prefix_docs=2000)
     lengths = np.random.default_rng(0).geometric(1 / 800, 50_000) + 1
     phases = t.schedule_documents(config, lengths)
@@ -345,8 +352,14 @@ def test_chunk_counts_of_the_published_runs(scored, chunks):
 
 
 def test_frozen_layers_stay(tiny):
-    config = replace(tiny, prequant_ttt_enabled=True, prequant_ttt_freeze_blocks=2, prequant_ttt_wd=0.1,
-                     prequant_ttt_epochs=1, prequant_ttt_chunk_tokens=64)  # fmt: skip
+    config = replace(
+        tiny,
+        prequant_ttt_enabled=True,
+        prequant_ttt_freeze_blocks=2,
+        prequant_ttt_wd=0.1,
+        prequant_ttt_epochs=1,
+        prequant_ttt_chunk_tokens=64,
+    )
     run, model, tokens = t.Run(config), build(config), stream(config)
     before = copy.deepcopy(model.state_dict())
     t.prequant_ttt(run, model, t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
@@ -363,7 +376,7 @@ def test_frozen_layers_stay(tiny):
 
 
 def test_frozen_parameters_of_the_published_run(monkeypatch):
-    """25,978,952 of 35,944,536 parameters are trained with the first two blocks and the embedding frozen (5.5)."""
+    """With two blocks and the embedding frozen, 25,978,952 of 35,944,536 parameters are trained (5.5)."""
     config = t.Config(parallel_residual="gptj", parallel_start_layer=7, head_gate="none", smear_gate=False)
     with torch.device("meta"):
         model = t.GPT(config)
@@ -414,8 +427,16 @@ def test_the_rehearsal_sees_random_tokens_and_learns_a_phase(tiny):
 
 @pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora"])
 def test_two_processes_adapt_like_one(settings, mode, tmp_path):
-    changes = {"TTT_MODE": mode, "TTT_BATCH_SIZE": "2", "PHASED_TTT_NUM_PHASES": "2", "PHASED_TTT_PREFIX_DOCS": "16",
-               "TTT_LR": "0.05", "GLOBAL_TTT_LR": "0.05", "ITERATIONS": "2", "SLIDING_WINDOW_ENABLED": "0"}  # fmt: skip
+    changes = {
+        "TTT_MODE": mode,
+        "TTT_BATCH_SIZE": "2",
+        "PHASED_TTT_NUM_PHASES": "2",
+        "PHASED_TTT_PREFIX_DOCS": "16",
+        "TTT_LR": "0.05",
+        "GLOBAL_TTT_LR": "0.05",
+        "ITERATIONS": "2",
+        "SLIDING_WINDOW_ENABLED": "0",
+    }
     scores = []
     assert launch(settings | changes | {"RUN_ID": "one"}).returncode == 0
     artifact = f"{settings['OUT_DIR']}/one/final_model.ptz"
@@ -447,7 +468,7 @@ def test_learning_before_scoring_stops_the_run(tiny, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora phased"])
 def test_the_ledger_chains_scores_and_updates(tiny, mode, monkeypatch):
-    """Each update starts from the weights of the record before it, and each score has those of the last update."""
+    """Each update starts from the weights of the record before; each score has those of the last update."""
     monkeypatch.setattr(t, "STREAMS", 2)
     events = []
     monkeypatch.setattr(t.Run, "ledger", lambda run, event, **values: events.append((event, values)))
