@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import ROOT, environment, launch, replace
+from helpers import ROOT
+from helpers.trainer import environment, launch, replace
 
 
 def legal(integers, states=64):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.null_gpu import account, build
-from conftest import ROOT
+from helpers import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_compile.py"
 PACKAGES = Path(torch.__file__).parent.parent

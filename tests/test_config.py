@@ -11,7 +11,8 @@ from collections.abc import Callable
 import pytest
 
 import train_gpt as t
-from conftest import ROOT, environment
+from helpers import ROOT
+from helpers.trainer import environment
 
 NOT_TYPOS = """
     OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG NCCL_IB_DISABLE TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import replace, sentences
 from data.shards import BOS, train_tokenizer, write_shard
+from helpers.trainer import replace, sentences
 
 
 def damaged(path, **change):

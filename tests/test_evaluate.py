@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as t
-from conftest import replace
+from helpers.trainer import replace
 
 
 @given(st.integers(2, 500), st.integers(1, 64), st.data())

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import tokens
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt as t
-from conftest import ROOT, environment, replace
+from helpers import ROOT
+from helpers.tensors import perturbed, tokens
+from helpers.trainer import replace, without_interpreter
 
 triton = pytest.importorskip("triton")
 
 TOLERANCES = [(torch.float32, 2e-6), (torch.float16, 2e-3)]
 FUSED = {"num_heads": 4, "num_kv_heads": 2, "xsa_last_n": 11}
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory a kernel forgets to write must not look like a result."""
-    real = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: real(*a, **k).fill_(float("nan")))
-    like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: like(*a, **k).fill_(float("nan")))
 
 
 def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -108,12 +97,10 @@ def test_the_operators_can_be_traced():
     torch.library.opcheck(t.rotation_tables_op, (torch.randn(3, 1, 4), torch.bfloat16), test_utils=checks)
 
 
-def perturbed(config: t.Config, **options) -> t.GPT:
+def make(config: t.Config, **options) -> t.GPT:
     """A model in fp32 whose parameters are all far from their neutral initial values."""
     torch.manual_seed(0)
-    model = t.GPT(config, **options)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
+    model = perturbed(t.GPT(config, **options), 0.3)
     model.looped = True
     return model
 
@@ -132,7 +119,7 @@ def test_the_fused_network_is_the_plain_one(config, changes):
     """Losses within 1e-6 of fp64 and every parameter's gradient within 1e-4, adapters included."""
     config = replace(config, **(FUSED | changes))
     batch = tokens(config, rows=2, length=9)
-    fused = perturbed(config, fused=True)
+    fused = make(config, fused=True)
     plain = t.GPT(config, dtype=torch.float64).double()
     plain.load_state_dict(fused.state_dict())
     plain.looped = fused.looped
@@ -160,7 +147,7 @@ def test_calibration_sees_the_outputs_before_their_scale(config):
     """The fused network with a tap gives the same inputs, outputs and losses as the plain one."""
     config = replace(config, **FUSED)
     batch = tokens(config, rows=1, length=9)
-    fused = perturbed(config, fused=True)
+    fused = make(config, fused=True)
     plain = t.GPT(config)
     plain.load_state_dict(fused.state_dict())
     plain.looped = True
@@ -177,7 +164,7 @@ def test_calibration_sees_the_outputs_before_their_scale(config):
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_dynamic_graph_serves_every_length(config, changes, fused):
     config = replace(config, **(FUSED | changes))
-    model = perturbed(config, fused=fused)
+    model = make(config, fused=fused)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
     for length in (5, 6, 11):
@@ -194,7 +181,7 @@ def test_the_rotation_is_computed_once_per_forward(config):
         sines.extend(node for node in graph.graph.nodes if "cos" in str(node.target))
         return graph.forward
 
-    model = perturbed(config)
+    model = make(config)
     torch.compile(model, backend=inspect, fullgraph=True)(tokens(config))
     assert not sines
 
@@ -227,19 +214,9 @@ for capability in (90, 100):
 
 
 def test_the_kernels_compile_for_hopper_and_blackwell_without_spills():
-    variables = environment({})
-    variables.pop("TRITON_INTERPRET")
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(root=str(ROOT))],
-        capture_output=True,
-        text=True,
-        env=variables,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    lines = without_interpreter(COMPILE.format(root=str(ROOT)))
     assert len(lines) == 8
-    assert all("STACK:0" in line.split() for line in lines), result.stdout
+    assert all("STACK:0" in line.split() for line in lines), lines
 
 
 def test_the_norm_adds_what_the_kernel_adds():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import launch, replace
+from helpers.trainer import launch, replace
 
 
 @torch.library.custom_op("golf_test_flash::forward", mutates_args=())

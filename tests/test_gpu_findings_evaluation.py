@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import replace
+from helpers.tensors import perturbed
+from helpers.trainer import replace
 
 RANKS = [(0, 1), (0, 4), (3, 4)]  # (rank, world size)
 
@@ -287,10 +288,7 @@ def test_segments_run_on_over_row_edges():
 
 def build_eager(config):
     torch.manual_seed(0)
-    model = t.GPT(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    return perturbed(t.GPT(config), 0.1)
 
 
 def test_plain_scores_are_those_of_rows_one_behind_the_other(tiny, monkeypatch):

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_model import tokens
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as t
-from conftest import ROOT, environment, launch, replace
+from helpers import ROOT
+from helpers.tensors import tokens
+from helpers.trainer import environment, launch, replace
 
 # Every collective of a rank as (name, shape, dtype), written to FOLDER/RANK.json.
 RECORDER = """
@@ -46,7 +47,7 @@ def save():
 {work}
 """
 TWO_STEPS = """
-from test_model import tokens
+from helpers.tensors import tokens
 config = t.Config.from_env(os.environ)
 run = t.Run(config)
 torch.manual_seed(0)

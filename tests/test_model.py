@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from conftest import replace
+from helpers.tensors import perturbed, tokens
+from helpers.trainer import replace
 
 FULL = t.Config()
 PLAIN = {"head_gate": "none", "smear_gate": False}
@@ -78,19 +79,9 @@ def test_parameter_counts_of_the_published_systems(changes, count):
 def make(config: t.Config, seed: int = 0, **changes) -> t.GPT:
     """A model in fp64 whose parameters are all far from their neutral initial values."""
     torch.manual_seed(seed)
-    model = t.GPT(replace(config, **changes), dtype=torch.float64).double()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
+    model = perturbed(t.GPT(replace(config, **changes), dtype=torch.float64).double(), 0.3)
     model.looped = True
     return model
-
-
-def tokens(config: t.Config, rows: int = 2, length: int = 32, seed: int = 0) -> t.Batch:
-    """Random ids without BOS."""
-    ids = torch.randint(
-        4, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed)
-    )
-    return t.Batch(ids[:, :-1], ids[:, 1:])
 
 
 def published_smear(model: t.GPT, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import ROOT, environment, launch
+from helpers import ROOT
+from helpers.trainer import environment, launch, tiny_settings
 
 
 def artifact_hash(folder: Path) -> str:
@@ -43,15 +44,8 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
     """(settings, folder) of one finished run, shared by the tests that only look at it."""
-    from conftest import TINY, vocabulary
-
     out = tmp_path_factory.mktemp("finished")
-    settings = TINY | {
-        "DATASETS_DIR": str(dataset),
-        "VOCAB_SIZE": str(vocabulary(dataset)),
-        "OUT_DIR": str(out),
-        "RUN_ID": "a",
-    }
+    settings = tiny_settings(dataset, out) | {"RUN_ID": "a"}
     result = launch(settings, processes=1)
     assert result.returncode == 0, result.stderr
     (out / "a" / "stdout").write_text(result.stdout)

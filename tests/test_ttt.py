@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import launch, replace
+from helpers.tensors import perturbed
+from helpers.trainer import launch, replace
 
 DOCUMENTS = [
     40,
@@ -43,9 +44,7 @@ def stream(config, seed=0):
 
 def build(config, seed=0):
     torch.manual_seed(seed)
-    model = t.GPT(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = perturbed(t.GPT(config), 0.1)
     model.looped = True
     return model
 

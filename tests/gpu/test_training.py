@@ -9,7 +9,7 @@ import torch
 import train_gpt as t
 from bench import gpu_meter as m
 from bench.train_step import TrainStep
-from conftest import TINY
+from helpers.trainer import TINY
 
 
 def test_a_training_run_has_the_losses_of_the_cpu(monkeypatch, meter):
