@@ -1144,7 +1144,7 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
             "shipped bytes", "code of the run", None, f"train_gpt.py {recorded[:16]} of the run is not here"
         )
     else:
-        packed = trainer.pack_source(source.read_text())[0].encode() == code.read_bytes()
+        packed = trainer.pack_source(source.read_bytes())[0] == code.read_bytes()
         report.add(
             "shipped bytes",
             "code of the run",

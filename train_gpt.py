@@ -3,6 +3,7 @@
     python train_gpt.py                                      one GPU or the CPU; settings from the environment
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs: same batches, same losses
     python train_gpt.py --help                               every setting, its default and its meaning
+    python train_gpt.py --preflight                          what this machine will give, and what to mend
 
 This is the game of Parameter Golf. A run is train -> quantise -> pack -> evaluate, each also alone
 (STAGE=train|quantize|evaluate) from what the one before left in runs/$RUN_ID/. The score is computed from the
@@ -14,6 +15,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     RUN          rank, device, run folder, log, metrics, errors
     DATA         shards, the two training loaders, validation tokens and their bytes
     KERNELS      fused GPU kernels, each beside its plain reference
+    HEADS        those that act head by head around attention
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     MODEL        attention backends, adapters, the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
@@ -21,15 +23,16 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation, test-time training
     TRAIN        warm-up, the training loop, checkpoints
+    PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
 
 Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import dataclasses
+import decimal
 import difflib
 import fcntl
 import functools
@@ -51,10 +54,10 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +88,7 @@ below_one = Check(lambda value: 0 <= value < 1, "must be at least 0 and less tha
 fraction = Check(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 vocabulary_size = Check(lambda value: 5 <= value <= 65_536, "must be 5 to 65536")
 trellis_size = Check(lambda value: value in (0, 8, 64, 256), "must be 0, 8, 64 or 256")
+not_negative_or_measured = Check(lambda value: value == -1 or value >= 0, "must not be negative (or -1)")
 bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
@@ -129,8 +133,8 @@ class Config:
     val_loss_every: int = knob(
         0, "steps between diagnostic validations; 0: score only the artifact", not_negative
     )
-    attention: Literal["auto", "fa3", "fa2", "varlen", "sdpa"] = knob(
-        "auto", "attention; auto: the first usable"
+    attention: Literal["auto", "fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa"] = knob(
+        "auto", "attention; auto: the first that passes a trial, forward and backward"
     )
     kernels: Literal["auto", "triton", "reference"] = knob(
         "auto", "fused kernels; auto: triton if there is a GPU"
@@ -139,6 +143,7 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
     )
@@ -188,8 +193,12 @@ class Config:
     gate_width: int = knob(12, "leading channels that head and smear gates read; 0: all", not_negative)
     sparse_attn_gate_scale: float = knob(0.5, "factor inside the sigmoid of HEAD_GATE=sparse", positive)
     smear_gate: bool = knob(True, "add a gated share of the previous token's embedding (#1667)")
-    smear_gate_bos_fix: bool = knob(
-        True, "smear nothing into the first token of a document or segment (#1851)"
+    smear_gate_order: Literal["before_norm", "after_norm"] = knob(
+        "before_norm", "where it acts: on the embedding as stored (#1667, #1855) or normalised (#1693)"
+    )
+    smear_gate_bos_fix: bool = knob(True, "smear nothing into the first token of a document (#1851)")
+    smear_gate_segment_fix: bool = knob(
+        True, "nor, with that, into a cut document's later segments or a joined row (published: 0)"
     )
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
@@ -212,7 +221,9 @@ class Config:
     )
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
     max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
-    gptq_reserve_seconds: float = knob(8.0, "part of the budget kept for calibration", not_negative)
+    gptq_reserve_seconds: float = knob(
+        -1.0, "part of the budget kept for calibration; -1: what warm-up measures", not_negative_or_measured
+    )
     warmup_steps: int = knob(
         20, "untimed steps per loop state before the clock; all is restored after", not_negative
     )
@@ -237,6 +248,9 @@ class Config:
     )
     wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
+    embed_master_fp32: bool = knob(
+        False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
+    )
     embed_wd: float = knob(0.085, "weight decay of the embedding", not_negative)
     scalar_lr: float = knob(0.02, "Adam step of gains, scales, mixes and gates", positive)
     adam_wd: float = knob(0.02, "weight decay of gains, scales, mixes and gates", not_negative)
@@ -329,6 +343,9 @@ class Config:
     ttt_eval_seq_len: int = knob(2048, "doc_lora: most tokens of context", positive)
     ttt_batch_size: int = knob(64, "doc_lora: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
+    ttt_warm_start_a: bool = knob(
+        False, "doc_lora: a stream's next batch starts from the A of its last (on by default in #1787, #1855)"
+    )
     ttt_weight_decay: float = knob(0.5, "doc_lora: weight decay of the adapters", not_negative)
     ttt_beta1: float = knob(0.0, "doc_lora: AdamW, first moment", below_one)
     ttt_beta2: float = knob(0.99, "doc_lora: AdamW, second moment", below_one)
@@ -436,7 +453,8 @@ class Config:
 # call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
 
 
-# Streams of data: 8 ranks have one each, fewer ranks take several in turn, and the batch stays the same.
+# Streams of data: 8 ranks have one each, fewer ranks take several in turn, more ranks share each one. The
+# batch stays the same.
 STREAMS = 8
 TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
 
@@ -487,6 +505,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.eval_stride <= config.eval_seq_len,
             f"EVAL_STRIDE={config.eval_stride}: must not exceed EVAL_SEQ_LEN={config.eval_seq_len}, "
             "tokens would be skipped",
+        ),
+        (
+            config.ttt_chunk_size <= config.ttt_eval_seq_len,
+            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must not exceed "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
@@ -588,15 +611,29 @@ SWITCHES = {
 }
 
 
+def find_near_miss(name: str, known: Sequence[str]) -> tuple[str, bool]:
+    """The one of the `known` settings that `name` nearly is (empty: none), and whether it must be meant.
+
+    It must where the two share a word that several settings have (NUM_HEAD, MATRX_LR): MODEL_DIR, COMPILER or
+    DATA_DIRS may as well belong to another program.
+    """
+    near = difflib.get_close_matches(name, known, 1, 0.85)
+    if not near:
+        return "", False
+    words = [set(setting.split("_")) for setting in known]
+    shared = set(name.split("_")) & set(near[0].split("_"))
+    return near[0], any(sum(word in others for others in words) > 1 for word in shared)
+
+
 def refuse_variable(name: str, text: str, known: Sequence[str]) -> None:
     """Stop if `name`, which sets nothing, is a refused variable or one of the `known` misspelt."""
     if name in REFUSED:
         raise Stop(f"{name}={text}: {REFUSED[name]}; unset {name}")
     if name in NOT_OURS or name in FIXED:
         return
-    near = difflib.get_close_matches(name, known, 1, 0.85)
-    if near:
-        raise Stop(f"{name}={text}: not a setting; did you mean {near[0]}? (or unset {name})")
+    near, certain = find_near_miss(name, known)
+    if certain:
+        raise Stop(f"{name}={text}: not a setting; did you mean {near}? (or unset {name})")
 
 
 def refuse_other_values(environment: Mapping[str, str], config: Config) -> None:
@@ -627,16 +664,68 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
         if text.lower() not in SWITCHES:
             raise Stop(f"{name}={text}: must be 0 or 1")
         return SWITCHES[text.lower()]
+    if kind is int:
+        return parse_integer(name, text)
     try:
-        number = float(text)
-        return kind(number if number.is_integer() else text)
+        return float(text)
     except ValueError:
-        raise Stop(f"{name}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
+        raise Stop(f"{name}={text}: must be a number") from None
+
+
+def parse_integer(name: str, text: str) -> int:
+    """The whole number in `text`, exactly: PyTorch's seeds and sizes are int64."""
+    try:
+        number = decimal.Decimal(text)
+    except decimal.InvalidOperation:
+        raise Stop(f"{name}={text}: must be a whole number") from None
+    if not number.is_finite():
+        raise Stop(f"{name}={text}: must be a whole number")
+    if not -(2**63) < number < 2**63:
+        raise Stop(f"{name}={text}: must be less than 2^63 = {2**63} in size")
+    if number != int(number):
+        raise Stop(f"{name}={text}: must be a whole number")
+    return int(number)
+
+
+class Place(NamedTuple):
+    """Which of the processes this one is, of all and on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """What torchrun says in the `environment`; one process without it. Stop if that cannot be true."""
+    remedy = "torchrun sets it; unset it for one process"
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = environment.get(name, "0")
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise Stop(f"{name}={text}: not a number of processes; {remedy}")
+        if name in environment:
+            numbers[name] = int(text)
+    if "WORLD_SIZE" not in numbers:
+        for name, number in numbers.items():
+            raise Stop(f"{name}={number} without WORLD_SIZE: {remedy}")
+        return Place(0, 1, 0)
+
+    count = numbers["WORLD_SIZE"]
+    if count == 0 or (STREAMS % count != 0 and count % STREAMS != 0):
+        raise Stop(f"WORLD_SIZE={count}: must be 1, 2, 4, 8 or a multiple of 8; {remedy}")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if count > 1 and name not in environment:
+            raise Stop(f"WORLD_SIZE={count} without {name}: {remedy}")
+    place = Place(numbers.get("RANK", 0), count, numbers.get("LOCAL_RANK", 0))
+    for name, number in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+        if number >= count:
+            raise Stop(f"{name}={number}: must be less than WORLD_SIZE={count}; {remedy}")
+    return place
 
 
 def command_line(arguments: list[str]) -> Config:
-    """The settings of this process; ends it after --help or --print-config, Stop for any other argument."""
-    if not arguments:
+    """The settings of this process; ends it after --help or --print-config, Stop for an unknown argument."""
+    if arguments in ([], ["--preflight"]):
         return Config.from_env(os.environ)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the output may be cut by `| head`
     if arguments == ["--help"]:
@@ -649,13 +738,60 @@ def command_line(arguments: list[str]) -> Config:
     else:
         raise Stop(
             f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
-            "the only arguments are --help and --print-config"
+            "the only arguments are --help, --print-config and --preflight"
         )
     raise SystemExit(0)
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second: before torch 2.9
+
+
+def choose_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let CUDA's memory grow in segments, unless the user chose: rows of many lengths fragment fixed blocks.
+
+    PyTorch reads the variable when it first allocates on a GPU, so this comes before. Not measured.
+    """
+    if not environment.keys() & set(ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def describe_allocator(environment: Mapping[str, str]) -> str:
+    """What choose_allocator or the user set, for the log."""
+    chosen = [f"{name}={environment[name]}" for name in ALLOCATOR_VARIABLES if name in environment]
+    return " ".join(chosen) or "PyTorch's default"
+
+
+# The folders under COMPILE_CACHE, by the variable that the compiler reads when it is loaded.
+COMPILE_CACHES = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "NUMBA_CACHE_DIR": "numba",
+}
+
+
+def use_compile_cache(folder: str) -> None:
+    """Let torch.compile, Triton and numba keep their results under `folder`, if it is not empty.
+
+    Works only before they are loaded. The folder may be carried to another machine with the same GPU and the
+    same versions; what does not fit is compiled anew. Stop if it cannot be written.
+    """
+    if not folder:
+        return
+    path = Path(folder).expanduser().resolve()
+    try:
+        for variable, name in COMPILE_CACHES.items():
+            (path / name).mkdir(parents=True, exist_ok=True)
+            os.environ[variable] = str(path / name)
+    except OSError as error:
+        raise Stop(
+            f"COMPILE_CACHE={folder}: cannot be written ({error.strerror}); choose another folder or unset it"
+        ) from None
+
+
 if __name__ == "__main__":
     CONFIG = command_line(sys.argv[1:])
+    find_place(os.environ)
+    use_compile_cache(CONFIG.compile_cache)
     if importlib.util.find_spec("torch") is None:
         raise Stop(
             f"{sys.executable}: torch is not installed there; "
@@ -663,6 +799,7 @@ if __name__ == "__main__":
         )
     # Threads that spin while idle starve a busy machine 20-fold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    choose_allocator(os.environ)
 
 import numba
 import numpy as np
@@ -694,20 +831,28 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
 # may send the metrics elsewhere as well (to a dashboard): all of them pass through `metric`.
 
 
+# How long a rank waits for another through the host: rounding and packing on rank 0 may take many minutes. A
+# rank that dies ends the others through torchrun, sooner. NCCL keeps its ten minutes for what hangs.
+HOST_PATIENCE = timedelta(hours=24)
+
+
 class Run:
     """Where this process is (rank, device, folder) and how it speaks (log, metrics, sums over ranks)."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        if STREAMS % self.world_size:
-            raise Stop(f"WORLD_SIZE={self.world_size}: launch torchrun with --nproc_per_node 1, 2, 4 or 8")
+        self.rank, self.world_size, local_rank = find_place(os.environ)
+        check_batch_share(config, self.world_size)
         self.is_main = self.rank == 0  # the rank that logs and writes
+        # The streams that this rank is the first to have: none if its rank is 8 or more.
         self.streams = range(self.rank, STREAMS, self.world_size)
 
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.is_cuda = torch.cuda.is_available()
+        if self.is_cuda and local_rank >= torch.cuda.device_count():
+            raise Stop(
+                f"LOCAL_RANK={local_rank}: this machine shows {torch.cuda.device_count()} GPUs; "
+                "give torchrun at most that --nproc_per_node, or set CUDA_VISIBLE_DEVICES"
+            )
         self.device = torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
         self.dtype = choose_dtype(config, self.is_cuda)
 
@@ -717,6 +862,7 @@ class Run:
         self.sink: typing.TextIO | None = None
         self.metrics: typing.TextIO | None = None
 
+        self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
         if self.is_cuda:
             torch.cuda.set_device(self.device)
@@ -724,6 +870,7 @@ class Run:
         if self.world_size > 1:
             backend = "nccl" if self.is_cuda else "gloo"
             dist.init_process_group(backend, device_id=self.device if self.is_cuda else None)
+            self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
 
     def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it is in use or not writable."""
@@ -765,8 +912,15 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
+    def max_over_ranks(self, *values: float) -> list[float]:
+        """Each of the `values` of the host at its largest over ranks; no GPU has a part in it."""
+        facts = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(facts, dist.ReduceOp.MAX, group=self.host_group)
+        return facts.tolist()
+
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
-        """`action` on rank 0 alone; the others get its value or its Stop, so none waits for ever."""
+        """`action` on rank 0 alone; the others get its value or its Stop, and wait for it as hosts."""
         message = ""  # of a Stop
         value = None
         if self.is_main:
@@ -776,7 +930,7 @@ class Run:
                 message = str(stop)
         if self.world_size > 1:
             outcome = [message, value]
-            dist.broadcast_object_list(outcome, device=self.device)
+            dist.broadcast_object_list(outcome, group=self.host_group)
             message, value = outcome
         if message:
             raise Stop(message if self.is_main else 1)  # one rank prints it, all exit with status 1
@@ -807,10 +961,21 @@ class Run:
             if file:
                 file.close()
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
             sys.stdout.flush()
             # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8).
             os._exit(0)
+
+
+def check_batch_share(config: Config, world_size: int) -> None:
+    """Stop unless a micro-batch can be shared equally where there are more ranks than streams."""
+    unit = config.train_seq_len if config.loader == "shuffled" else 1
+    share = max(STREAMS, world_size) * unit
+    if config.train_batch_tokens % share:
+        raise Stop(
+            f"TRAIN_BATCH_TOKENS={config.train_batch_tokens}: must be a multiple of {share} for "
+            f"WORLD_SIZE={world_size} with LOADER={config.loader}; change it or the number of processes"
+        )
 
 
 def choose_dtype(config: Config, is_cuda: bool) -> torch.dtype:
@@ -1127,9 +1292,15 @@ def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None =
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
 
+# Segment starts are padded to a multiple of this: each size is a graph, and FineWeb has at most about 200
+# documents in a micro-batch and 320 segments in a batch of sliding windows. That the empty segments at the
+# end cost a flash kernel nothing is not measured.
+STARTS_BLOCK = 512
+
+
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` in int32, padded with `total` (at least once) to a multiple of 64, for few shapes (#1530)."""
-    padded = np.full(-(-(len(starts) + 1) // 64) * 64, total, dtype=np.int32)
+    """`starts` in int32, padded with `total` (at least once) to STARTS_BLOCK, for few shapes (#1530)."""
+    padded = np.full(-(-(len(starts) + 1) // STARTS_BLOCK) * STARTS_BLOCK, total, dtype=np.int32)
     padded[: len(starts)] = starts
     return torch.from_numpy(padded)
 
@@ -1249,6 +1420,26 @@ def join_batches(batches: list[Batch]) -> Batch:
     return Batch(inputs, targets, pad_starts(np.concatenate(starts), inputs.numel()), first.longest)
 
 
+def share_batch(batch: Batch, part: int, parts: int) -> Batch:
+    """Part number `part` of `parts` equal ones: rows of the micro-batch, or a stretch of its packed row.
+
+    A packed document that crosses the border of a stretch is cut there, as it is between slices.
+    """
+    if parts == 1:
+        return batch
+    if batch.starts is None:
+        rows = len(batch.inputs) // parts
+        here = slice(part * rows, (part + 1) * rows)
+        return Batch(batch.inputs[here], batch.targets[here])
+    size = batch.inputs.size(1) // parts
+    first = part * size
+    starts = batch.starts.numpy() - first
+    inside = starts[(starts > 0) & (starts < size)]
+    inputs = batch.inputs[:, first : first + size]
+    targets = batch.targets[:, first : first + size]
+    return Batch(inputs, targets, pad_starts(np.append(0, inside), size), batch.longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
@@ -1275,10 +1466,16 @@ class Feed:
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory.
 
-        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream).
+        Those of this rank's streams, joined in equal groups of at most MICRO_BATCH_TOKENS (or one stream). Of
+        16, 24, ... ranks, those of the same remainder modulo 8 share a stream: the step has the same tokens.
         """
         config = self.run.config
-        batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        if self.run.world_size <= STREAMS:
+            batches = [self.loader.get(step, stream) for stream in self.run.streams]
+        else:
+            part, stream = divmod(self.run.rank, STREAMS)
+            whole = self.loader.get(step, stream)
+            batches = [share_batch(whole, part, self.run.world_size // STREAMS)]
         count = len(batches)
         most = max(1, config.micro_batch_tokens * STREAMS // config.train_batch_tokens)
         group = max(size for size in range(1, count + 1) if count % size == 0 and size <= most)
@@ -1288,9 +1485,15 @@ class Feed:
         return joined
 
 
-def to_device(batch: Batch, run: Run) -> Batch:
-    """`batch` on the device of `run`, without waiting for the copy."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(run.device, non_blocking=True), batch)
+def to_device(batch: Any, run: Run) -> Any:
+    """A Batch, or tensors in any nest, on the device of `run`, without waiting for the copy."""
+
+    def send(tensor: Tensor) -> Tensor:
+        if run.is_cuda and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # from other memory the copy would wait for the device
+        return tensor.to(run.device, non_blocking=True)
+
+    return tree_map_only(Tensor, send, batch)
 
 
 class Validation(NamedTuple):
@@ -1710,11 +1913,17 @@ def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[st
     """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
 
     A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
-    the reasons against the backends before it.
+    the reasons against the backends before it. All ranks call this together and choose alike: what fails on
+    one is used on none.
     """
     refused = []
     for name in order if wanted == "auto" else [wanted]:
         found = order[name]()
+        if run.world_size > 1:
+            failed = torch.tensor(float(isinstance(found, str)), device=run.device)
+            count = int(run.sum_over_ranks(failed))
+            if count and not isinstance(found, str):
+                found = f"cannot be used on {count} other ranks"
         if not isinstance(found, str):
             reasons = f" (not {'; not '.join(refused)})" if refused else ""
             run.log(f"{what}: {name}{reasons}")
@@ -1744,6 +1953,11 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
             return missing
         if not fused and config.mlp_kernel != "triton":
             return f"KERNELS={config.kernels} chose the reference"
+        if config.mlp_kernel == "auto" and run.is_cuda:
+            # Compiled for sm_80 and sm_89 the tiles spill 3.8 to 13 kB of registers; for sm_90 none.
+            major, minor = torch.cuda.get_device_capability(run.device)
+            if major < 9:
+                return f"its tiles are made for compute capability 9.0, this GPU has {major}.{minor}"
         return mlp_triton
 
     def reference() -> MLP:
@@ -1753,6 +1967,492 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
     # others: not).
     order = {"cutlass": cutlass, "triton": fused_triton, "reference": reference}
     return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
+
+
+# === HEADS ===
+# What attention does head by head around its products, each as one fused GPU kernel per direction beside its
+# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate
+# act on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels
+# read each tensor once and write each result once; a program takes HEAD_BLOCK tokens and goes through their
+# heads. Gradients of small parameters are summed in a fixed order: in each program, then over programs.
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotation_tables", mutates_args=())
+def rotation_tables_op(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of `angles` in `dtype`, once per forward.
+
+    An operator, because Inductor would compute the sines again in every kernel that reads them: in four per
+    visit and for every head. A buffer would need to know the longest row, and with ROPE_YARN all lengths.
+    """
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@rotation_tables_op.register_fake
+def _rotation_tables_fake(angles, dtype):
+    return torch.empty_like(angles, dtype=dtype), torch.empty_like(angles, dtype=dtype)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMS normalisation over the last dimension, without gain."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, in halves, of the first dimensions of each head of x (B, T, H, D).
+
+    cos and sin (T, 1, R/2): R dimensions are rotated.
+    """
+    half = cos.size(-1)
+    a = x[..., :half]
+    b = x[..., half : 2 * half]
+    rest = x[..., 2 * half :]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+
+
+def rotated_heads_reference(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D) and k (B, T, KV, D) normalised and rotated (see rotate), q times the `gain` (H,)."""
+    return rotate(rms_norm(q), cos, sin) * gain[:, None], rotate(rms_norm(k), cos, sin)
+
+
+@triton_jit
+def load_rows(start, line, column, live):
+    """The columns of several rows in fp32, 0 where nothing lives; `line` is where each row begins."""
+    return tl.load(start + line + column[None, :], mask=live, other=0.0).to(tl.float32)
+
+
+@triton_jit
+def store_rows(start, line, column, live, values):
+    """What load_rows reads, rounded to the type of `start`."""
+    tl.store(start + line + column[None, :], values.to(start.dtype.element_ty), mask=live)
+
+
+@triton_jit
+def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
+    """(cos, signed sin, partner) per token and dimension: x_d becomes x_d cos + x_partner sin.
+
+    Dimensions behind 2 HALF keep their value: cos is 1 and sin 0 there.
+    """
+    turns = live & (dim < 2 * HALF)[None, :]
+    frequency = tl.where(dim < HALF, dim, dim - HALF)
+    places = position[:, None] * HALF + frequency[None, :]
+    c = tl.load(cos + places, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + places, mask=turns, other=0.0).to(tl.float32)
+    signed = tl.where((dim < HALF)[None, :], s, -s)
+    partner = tl.where(dim < HALF, dim + HALF, tl.where(dim < 2 * HALF, dim - HALF, dim))
+    return c, signed, partner
+
+
+@triton_jit
+def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
+    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        here = load_rows(x, line, dim, live)
+        there = load_rows(x, line, partner, live)
+        scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
+        if gain is not None:
+            scale = scale * tl.load(gain + head).to(tl.float32)
+        result = (here * c + there * s) * scale[:, None]
+        store_rows(out, line, dim, live, result)
+
+
+@triton_jit
+def rotated_heads_kernel(
+    q,
+    k,
+    gain,
+    cos,
+    sin,
+    q_out,
+    k_out,
+    tokens,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """rotated_heads_reference of BLOCK tokens per program."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    rotate_rows(q, q_out, gain, c, s, token, dim, partner, live, eps, HEADS, D)
+    rotate_rows(k, k_out, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+
+
+@triton_jit
+def rotate_rows_back(
+    x,
+    upstream,
+    gradient,
+    gain,
+    gain_gradient,
+    c,
+    s,
+    token,
+    dim,
+    partner,
+    live,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        raw = load_rows(x, line, dim, live)
+        here = load_rows(upstream, line, dim, live)
+        there = load_rows(upstream, line, partner, live)
+        turned = here * c - there * s
+        scale = tl.rsqrt(tl.sum(raw * raw, 1) / D + eps)
+        normed = raw * scale[:, None]
+        along = tl.sum(turned * normed, 1)
+        if gain is not None:
+            tl.store(gain_gradient + head, tl.sum(along, 0))
+            scale = scale * tl.load(gain + head).to(tl.float32)
+        result = (turned - normed * (along / D)[:, None]) * scale[:, None]
+        store_rows(gradient, line, dim, live, result)
+
+
+@triton_jit
+def rotated_heads_backward_kernel(
+    q,
+    k,
+    gain,
+    cos,
+    sin,
+    q_upstream,
+    k_upstream,
+    q_gradient,
+    k_gradient,
+    gain_gradients,
+    tokens,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum."""
+    program = tl.program_id(0).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    parts = gain_gradients + program * HEADS
+    rotate_rows_back(q, q_upstream, q_gradient, gain, parts, c, s, token, dim, partner, live, eps, HEADS, D)
+    rotate_rows_back(k, k_upstream, k_gradient, None, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+
+
+# Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
+HEAD_BLOCK = 16
+HEAD_WARPS = 4
+MOST_READ = 64  # channels that a gate may read in the kernel
+RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm takes in fp32 and below
+
+
+def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the sizes) of the kernels of rotated_heads_op."""
+    tokens = q.size(0) * q.size(1)
+    sizes = {
+        "tokens": tokens,
+        "length": q.size(1),
+        "eps": RMS_EPS,
+        "HEADS": q.size(2),
+        "KV_HEADS": k.size(2),
+        "D": q.size(3),
+        "HALF": cos.size(-1),
+        "BLOCK": HEAD_BLOCK,
+        "WIDTH": triton.next_power_of_2(q.size(3)),
+        "num_warps": HEAD_WARPS,
+    }
+    return (-(-tokens // HEAD_BLOCK),), sizes
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
+def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """rotated_heads_reference in one kernel; all inputs contiguous."""
+    q_out = torch.empty_like(q)
+    k_out = torch.empty_like(k)
+    grid, sizes = rotated_heads_sizes(q, k, cos)
+    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
+    return q_out, k_out
+
+
+@rotated_heads_op.register_fake
+def _rotated_heads_fake(q, k, gain, cos, sin):
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+@torch.library.custom_op(f"{OPERATORS}::rotated_heads_backward", mutates_args=())
+def rotated_heads_backward_op(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q_upstream: Tensor, k_upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and the gain (this one summed in fp32)."""
+    q_gradient = torch.empty_like(q)
+    k_gradient = torch.empty_like(k)
+    grid, sizes = rotated_heads_sizes(q, k, cos)
+    parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
+    rotated_heads_backward_kernel[grid](
+        q, k, gain, cos, sin, q_upstream, k_upstream, q_gradient, k_gradient, parts, **sizes
+    )
+    return q_gradient, k_gradient, parts.sum(0)
+
+
+@rotated_heads_backward_op.register_fake
+def _rotated_heads_backward_fake(q, k, gain, cos, sin, q_upstream, k_upstream):
+    return torch.empty_like(q), torch.empty_like(k), gain.new_empty(gain.size(0), dtype=torch.float32)
+
+
+def _rotated_heads_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
+    q, k, gain, cos, sin = ctx.saved_tensors
+    q_gradient, k_gradient, gain_gradient = rotated_heads_backward_op(
+        q, k, gain, cos, sin, q_upstream.contiguous(), k_upstream.contiguous()
+    )
+    return q_gradient, k_gradient, gain_gradient.to(gain.dtype), None, None
+
+
+rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+class Gate(NamedTuple):
+    """How a head's gate follows from what it reads: height * sigmoid(slope * opening)."""
+
+    height: float
+    slope: float
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    grouped = y.view(*v.shape[:3], -1, y.size(-1))
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+
+
+def gate_heads(y: Tensor, source: Tensor, weight: Tensor, gate: Gate) -> Tensor:
+    """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, G)."""
+    opening = gate.height * torch.sigmoid(gate.slope * F.linear(source, weight))
+    return y * opening[..., None]
+
+
+def attention_output_reference(y: Tensor, v: Tensor, source: Tensor, weight: Tensor, gate: Gate) -> Tensor:
+    """gate_heads of without_own_value, (B, T, H, D)."""
+    return gate_heads(without_own_value(y, v), source, weight, gate)
+
+
+@triton_jit
+def load_own(v, line, dim, live):
+    """(The value's direction, one over its length, whether this is not cut off at 1e-12) as F.normalize."""
+    own = load_rows(v, line, dim, live)
+    norm = tl.sqrt(tl.sum(own * own, 1))
+    inverse = 1.0 / tl.maximum(norm, 1e-12)
+    return own * inverse[:, None], inverse, norm > 1e-12
+
+
+@triton_jit
+def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
+    """(What the gate of a head reads with, the sigmoid of what it has read in `seen`)."""
+    reader = tl.load(weight + head * READ + channel, mask=channel < READ, other=0.0).to(tl.float32)
+    return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
+
+
+@triton_jit
+def attention_output_kernel(
+    y,
+    v,
+    source,
+    weight,
+    out,
+    tokens,
+    stride,
+    height,
+    slope,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ_WIDTH: tl.constexpr,
+):
+    """attention_output_reference of BLOCK tokens a program; rows of `source` lie `stride` values apart."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    channel = tl.arange(0, READ_WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    reads = (token < tokens)[:, None] & (channel < READ)[None, :]
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
+    for kv_head in range(KV_HEADS):
+        own, _, _ = load_own(v, (token[:, None] * KV_HEADS + kv_head) * D, dim, live)
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            _, risen = load_gate(weight, seen, head, channel, slope, READ)
+            line = (token[:, None] * KV_HEADS * GROUP + head) * D
+            here = load_rows(y, line, dim, live)
+            along = tl.sum(here * own, 1)
+            result = (here - along[:, None] * own) * (height * risen)[:, None]
+            store_rows(out, line, dim, live, result)
+
+
+@triton_jit
+def attention_output_backward_kernel(
+    y,
+    v,
+    source,
+    weight,
+    upstream,
+    y_gradient,
+    v_gradient,
+    source_gradient,
+    weight_gradients,
+    tokens,
+    stride,
+    height,
+    slope,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    READ_WIDTH: tl.constexpr,
+):
+    """The gradients of attention_output_kernel; `weight_gradients` (programs, H, READ) are parts of a sum.
+
+    With u the upstream, n the direction of v, a = y n and b = gate u n, head by head:
+    dy = gate u - b n, and dv = sum over the group of (2 a b n - a gate u - b y) / |v|.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    dim = tl.arange(0, WIDTH)
+    channel = tl.arange(0, READ_WIDTH)
+    live = (token < tokens)[:, None] & (dim < D)[None, :]
+    reads = (token < tokens)[:, None] & (channel < READ)[None, :]
+    seen = load_rows(source, token[:, None] * stride, channel, reads)
+    seen_gradient = tl.zeros((BLOCK, READ_WIDTH), dtype=tl.float32)
+    for kv_head in range(KV_HEADS):
+        kv_line = (token[:, None] * KV_HEADS + kv_head) * D
+        own, inverse, is_unit = load_own(v, kv_line, dim, live)
+        turning = tl.zeros((BLOCK, WIDTH), dtype=tl.float32)
+        for member in tl.static_range(GROUP):
+            head = kv_head * GROUP + member
+            reader, risen = load_gate(weight, seen, head, channel, slope, READ)
+            line = (token[:, None] * KV_HEADS * GROUP + head) * D
+            here = load_rows(y, line, dim, live)
+            given = load_rows(upstream, line, dim, live)
+            a = tl.sum(here * own, 1)
+            given_along = tl.sum(given * own, 1)
+            gate_gradient = tl.sum(here * given, 1) - a * given_along
+            opening_gradient = gate_gradient * height * slope * risen * (1.0 - risen)
+            seen_gradient += opening_gradient[:, None] * reader[None, :]
+            part = tl.sum(opening_gradient[:, None] * seen, 0)
+            place = (program * KV_HEADS * GROUP + head) * READ + channel
+            tl.store(weight_gradients + place, part, mask=channel < READ)
+            given = given * (height * risen)[:, None]
+            b = given_along * height * risen
+            store_rows(y_gradient, line, dim, live, given - b[:, None] * own)
+            straight = tl.where(is_unit, 2.0 * a * b, 0.0)
+            turning += straight[:, None] * own - a[:, None] * given - b[:, None] * here
+        store_rows(v_gradient, kv_line, dim, live, turning * inverse[:, None])
+    store_rows(source_gradient, token[:, None] * READ, channel, reads, seen_gradient)
+
+
+def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[int], dict[str, Any]]:
+    """(the grid, the sizes) of the kernels of attention_output_op."""
+    tokens = y.size(0) * y.size(1)
+    sizes = {
+        "tokens": tokens,
+        "stride": source.stride(1),
+        "KV_HEADS": v.size(2),
+        "GROUP": y.size(2) // v.size(2),
+        "D": y.size(3),
+        "READ": source.size(2),
+        "BLOCK": HEAD_BLOCK,
+        "WIDTH": triton.next_power_of_2(y.size(3)),
+        "READ_WIDTH": triton.next_power_of_2(source.size(2)),
+        "num_warps": HEAD_WARPS,
+    }
+    return (-(-tokens // HEAD_BLOCK),), sizes
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_output", mutates_args=())
+def attention_output_op(
+    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, height: float, slope: float
+) -> Tensor:
+    """attention_output_reference in one kernel; `source` may be the first channels of wider rows."""
+    out = torch.empty_like(y)
+    grid, sizes = attention_output_sizes(y, v, source)
+    attention_output_kernel[grid](y, v, source, weight, out, height=height, slope=slope, **sizes)
+    return out
+
+
+@attention_output_op.register_fake
+def _attention_output_fake(y, v, source, weight, height, slope):
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_output_backward", mutates_args=())
+def attention_output_backward_op(
+    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, upstream: Tensor, height: float, slope: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of y, v, source and weight (this one summed in fp32)."""
+    y_gradient = torch.empty_like(y)
+    v_gradient = torch.empty_like(v)
+    source_gradient = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    grid, sizes = attention_output_sizes(y, v, source)
+    parts = torch.empty(*grid, *weight.shape, dtype=torch.float32, device=y.device)
+    attention_output_backward_kernel[grid](
+        y,
+        v,
+        source,
+        weight,
+        upstream,
+        y_gradient,
+        v_gradient,
+        source_gradient,
+        parts,
+        height=height,
+        slope=slope,
+        **sizes,
+    )
+    return y_gradient, v_gradient, source_gradient, parts.sum(0)
+
+
+@attention_output_backward_op.register_fake
+def _attention_output_backward_fake(y, v, source, weight, upstream, height, slope):
+    source_gradient = source.new_empty(source.size(0), source.size(1), source.size(2))
+    weight_gradient = weight.new_empty(weight.size(0), weight.size(1), dtype=torch.float32)
+    return torch.empty_like(y), torch.empty_like(v), source_gradient, weight_gradient
+
+
+def _attention_output_save(ctx, inputs, output):
+    y, v, source, weight, height, slope = inputs
+    ctx.gate = Gate(height, slope)
+    ctx.save_for_backward(y, v, source, weight)
+
+
+def _attention_output_gradients(ctx, upstream):
+    y, v, source, weight = ctx.saved_tensors
+    y_gradient, v_gradient, source_gradient, weight_gradient = attention_output_backward_op(
+        y, v, source, weight, upstream.contiguous(), *ctx.gate
+    )
+    return y_gradient, v_gradient, source_gradient, weight_gradient.to(weight.dtype), None, None
+
+
+attention_output_op.register_autograd(_attention_output_gradients, setup_context=_attention_output_save)
 
 
 # === TOPOLOGY ===
@@ -1951,63 +2651,136 @@ def attend_varlen() -> Attend:
     """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Builds from January 2026 on say it in keyword-only options (pytorch#172238), those before as a flag.
-    causal = {"window_size": (-1, 0)} if varlen_attn.__kwdefaults__ else {"is_causal": True}
+    # Builds from January 2026 on have keyword-only options (pytorch#172238); those before take a flag and
+    # want as many heads of keys as of queries.
+    options = varlen_attn.__kwdefaults__ or {}
+    grouped = "enable_gqa" in options
+    causal = {"window_size": (-1, 0)} if options else {"is_causal": True}
+    if grouped:
+        causal["enable_gqa"] = True
 
     def attend(q, k, v, starts, longest):
         if starts is None:
             return attend_sdpa(q, k, v, None, longest)
-        queries = q[0]
-        keys, values = (t[0].repeat_interleave(q.size(2) // t.size(2), 1) for t in (k, v))
-        return varlen_attn(queries, keys, values, starts, starts, longest, longest, **causal)[None]
+        keys, values = k[0], v[0]
+        if not grouped:
+            copies = q.size(2) // k.size(2)
+            keys, values = keys.repeat_interleave(copies, 1), values.repeat_interleave(copies, 1)
+        return varlen_attn(q[0], keys, values, starts, starts[:], longest, longest, **causal)[None]
 
     return attend
 
 
+# The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_HUB = ("kernels-community/flash-attn3", 1)
+
+
 def attend_flash(backend: str) -> Attend:
-    """FlashAttention-3 ("fa3"), FlashAttention-2 ("fa2") or PyTorch's varlen kernel, as attend_sdpa."""
+    """FlashAttention by its module or from the hub ("fa3_hub"), or PyTorch's varlen kernel, as attend_sdpa.
+
+    Raises what the package raises: ImportError if it is missing, AttributeError if it is another one, for the
+    hub whatever the download does.
+    """
     if backend == "varlen":
         return attend_varlen()
-    library = importlib.import_module({"fa3": "flash_attn_interface", "fa2": "flash_attn"}[backend])
+    if backend == "fa3_hub":
+        name, version = FLASH_HUB
+        library = importlib.import_module("kernels").get_kernel(name, version=version)
+    else:
+        library = importlib.import_module(FLASH_MODULES[backend])
+    dense = library.flash_attn_func
+    packed = library.flash_attn_varlen_func
 
     def output(result):  # some builds give the log-sum-exp as well
         return result[0] if isinstance(result, tuple) else result
 
     def attend(q, k, v, starts, longest):
         if starts is None:
-            return output(library.flash_attn_func(q, k, v, causal=True))
-        packed = library.flash_attn_varlen_func(
-            q[0], k[0], v[0], starts, starts, longest, longest, causal=True
-        )
-        return output(packed)[None]
+            return output(dense(q, k, v, causal=True))
+        # A view for the second: autograd functions that are given one tensor twice cannot be traced.
+        edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts[:]}
+        sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        return output(packed(q[0], k[0], v[0], **edges, **sizes, causal=True))[None]
 
     return attend
 
 
-def usable_attention(backend: str, run: Run) -> Attend | str:
+def wants_compile(config: Config, run: Run) -> bool:
+    """Whether COMPILE asks for torch.compile on this machine."""
+    return config.compile == "on" or (config.compile == "auto" and run.is_cuda)
+
+
+TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
+    """The output of `attend` on q, k and v, and the gradients of all three."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = attend(*leaves, starts, TRIAL_TOKENS)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs[0])]
+
+
+def try_attention(attend: Attend, config: Config, run: Run) -> str:
+    """Why `attend` cannot serve this run, empty if it can; raises what it raises.
+
+    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
+    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
+    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    """
+    tried = attend
+    if wants_compile(config, run):
+        tried = torch.compile(attend, dynamic=False, fullgraph=True)
+    width = config.model_dim // config.num_heads
+    packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
+    for rows, starts in ((2, None), (1, packed)):
+        inputs = []
+        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+            # Not random: the random numbers that follow belong to the initial weights.
+            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
+        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+        found = attention_and_gradients(tried, inputs, starts)
+        for ours, right in zip(found, wanted, strict=True):
+            close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
+            if not close:
+                return (
+                    f"gives other {'dense' if starts is None else 'packed'} results than PyTorch's attention"
+                )
+    return ""
+
+
+def usable_attention(backend: str, config: Config, run: Run) -> Attend | str:
     """The backend, or why it cannot be used."""
     if backend == "sdpa":
         return attend_sdpa
     if not run.is_cuda or run.dtype != torch.bfloat16:
         return "needs a GPU and bfloat16"
-    if backend == "fa3" and torch.cuda.get_device_capability(run.device)[0] != 9:
+    generation = torch.cuda.get_device_capability(run.device)[0]
+    if backend in ("fa3", "fa3_hub") and generation != 9:
         return "needs a Hopper GPU"
+    if backend == "fa4" and generation < 9:
+        return "needs a Hopper or Blackwell GPU"
     try:
-        return attend_flash(backend)
-    except ImportError as error:
-        return f"cannot be imported: {error}"
+        attend = attend_flash(backend)
+        trouble = try_attention(attend, config, run)
+    except Exception as error:  # whatever a foreign package raises is a reason against it
+        return describe_error(error)
+    return trouble if trouble else attend
+
+
+def describe_error(error: Exception) -> str:
+    """An exception of a foreign package in one line of at most 160 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    kind = "cannot be imported" if isinstance(error, ImportError) else type(error).__name__
+    return f"{kind}: {lines[0]}"[:160]
 
 
 def pick_attention(config: Config, run: Run) -> Attend:
-    """The backend ATTENTION, or the first of fa3, fa2, varlen, sdpa that can be used; logs which and why."""
-    backends = ("fa3", "fa2", "varlen", "sdpa")
-    order = {backend: functools.partial(usable_attention, backend, run) for backend in backends}
+    """The backend ATTENTION, or the first in the order below that can be used; logs which and why."""
+    backends = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")
+    order = {backend: functools.partial(usable_attention, backend, config, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """RMS normalisation over the last dimension, without gain."""
-    return F.rms_norm(x, (x.size(-1),))
 
 
 class LoRA(nn.Module):
@@ -2039,12 +2812,17 @@ class LoRA(nn.Module):
         self.scale = config.ttt_lora_alpha / rank if config.ttt_lora_alpha else 1.0
 
     @torch.no_grad()
-    def reset(self, seed: int) -> None:
-        """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero."""
-        generator = torch.Generator(self.read["head"].device).manual_seed(seed)
-        for read, write in zip(self.read.values(), self.write.values(), strict=True):
-            bound = read.size(-1) ** -0.5
-            read.uniform_(-bound, bound, generator=generator)
+    def reset(self, seed: int | None) -> None:
+        """Fresh adapters: A uniform in +-1/sqrt(inputs) from `seed`, B zero, so that the delta is zero.
+
+        Without a seed A stays as it is (#1787).
+        """
+        if seed is not None:
+            generator = torch.Generator(self.read["head"].device).manual_seed(seed)
+            for read in self.read.values():
+                bound = read.size(-1) ** -0.5
+                read.uniform_(-bound, bound, generator=generator)
+        for write in self.write.values():
             write.zero_()
 
     def per_visit(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -2067,11 +2845,13 @@ class Hooks(NamedTuple):
     tap: Tap | None = None
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None = None
 
-    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor) -> Tensor:
-        """y plus what the site's adapter makes of x on this visit, if there is one."""
+    def adapt(self, site: str, visit: Visit, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """y plus what the site's adapter makes of x on this visit, if there is one, times `scale` (out,)."""
         if self.lora is None or site not in self.lora:
             return y
         read, write = self.lora[site][visit.index]
+        if scale is not None:
+            write = scale[:, None] * write
         return y + x @ read.mT @ write.mT
 
 
@@ -2080,10 +2860,14 @@ class Hooks(NamedTuple):
 HEAD_VISIT = Visit(layer=0, index=0, pushes_skip=False, skip_row=None, residual="serial")
 
 
+Banks = dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+
+
 class Shared(NamedTuple):
     """What all visits of one forward read."""
 
-    banks: dict[str, tuple[Tensor, ...]]  # parameter -> its entries along dim 0, in the model's dtype
+    banks: Banks
+    folded: bool  # whether the matrices before attn_scale and mlp_scale contain these, see GPT.banks
     rotation: tuple[Tensor, Tensor]
     x0: Tensor  # the embedding (B, T, D), to which every layer may return
     batch: Batch
@@ -2113,7 +2897,7 @@ class GPT(nn.Module):
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
             spec.init(weight)
-            if spec.optimizer == "embed":
+            if spec.optimizer == "embed" and not config.embed_master_fp32:
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
@@ -2121,7 +2905,8 @@ class GPT(nn.Module):
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
-        logits = self.matmul("head", self.embed, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
+        head = self.embed.to(self.dtype)
+        logits = self.matmul("head", head, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
         targets = batch.targets.flatten()
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
@@ -2131,10 +2916,11 @@ class GPT(nn.Module):
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
-        # One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank,
-        # not per visit.
-        banks = {name: getattr(self, name).to(self.dtype).unbind(0) for name in self.table if name != "embed"}
-        shared = Shared(banks, self.rotation(batch), self.embedding(batch), batch, hooks)
+        # The kernels are for speed: there, matrices take over the scales of their outputs. Calibration looks
+        # at the outputs before these scales.
+        folded = self.fused and hooks.tap is None
+        banks = self.banks(folded)
+        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch), batch, hooks)
 
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
@@ -2154,6 +2940,22 @@ class GPT(nn.Module):
             if visit.pushes_skip:
                 skips.append(x)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
+
+    def banks(self, folded: bool) -> Banks:
+        """The entries of every bank that layers or skips read.
+
+        One cast and one unbind per bank: looped layers reuse them, and the backward has a node per bank, not
+        per visit. If `folded`, the rows of o and down are multiplied by attn_scale and mlp_scale, which is
+        the same as scaling each output. It moves less: the gradients of the scales follow from those of the
+        matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
+        """
+        banked = [name for name in self.table if name not in ("embed", "smear_w", "smear_lambda")]
+        weights = {name: getattr(self, name) for name in banked}
+        if folded:
+            q, o = self.qo.chunk(2)
+            weights["qo"] = torch.cat((q, o * self.attn_scale[:, :, None]))
+            weights["down"] = self.down * self.mlp_scale[:, :, None]
+        return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
@@ -2201,13 +3003,22 @@ class GPT(nn.Module):
 
     @staticmethod
     def matmul(
-        site: str, weight: Tensor, x: Tensor, visit: Visit, hooks: Hooks, adapt: Tensor | None = None
+        site: str,
+        weight: Tensor,
+        x: Tensor,
+        visit: Visit,
+        hooks: Hooks,
+        adapt: Tensor | None = None,
+        adapt_scale: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x."""
+        """x (B, T, in) times weight (out, in), with its hooks; an adapter reads `adapt` if given, else x.
+
+        `adapt_scale` (out,) scales what the adapter gives.
+        """
         y = F.linear(x, weight)
         if hooks.tap is not None:
             hooks.tap(site, visit.layer, x, y)
-        return hooks.adapt(site, visit, x if adapt is None else adapt, y)
+        return hooks.adapt(site, visit, x if adapt is None else adapt, y, adapt_scale)
 
     def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
@@ -2222,18 +3033,16 @@ class GPT(nn.Module):
         k = k.view(B, T, config.num_kv_heads, -1)
         v = v.view(B, T, config.num_kv_heads, -1)
 
-        q = self.rotate(rms_norm(q), shared.rotation) * banks["q_gain"][layer][:, None]
-        k = self.rotate(rms_norm(k), shared.rotation)
+        q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
         y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
-        if layer >= config.num_layers - config.xsa_last_n:
-            y = self.without_own_value(y, v)
-        if config.head_gate != "none":
-            source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
-            y = self.gate_heads(y, source, banks["head_gate"][layer])
+        source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
+        y = self.finish_heads(y, v, source, layer, banks).flatten(2)
 
         weight = banks["qo"][config.num_layers + layer]
-        y = self.matmul("o", weight, y.flatten(2), visit, shared.hooks, adapt=x)
-        return banks["attn_scale"][layer] * y
+        scale = banks["attn_scale"][layer]
+        if shared.folded:
+            return self.matmul("o", weight, y, visit, shared.hooks, adapt=x, adapt_scale=scale)
+        return scale * self.matmul("o", weight, y, visit, shared.hooks, adapt=x)
 
     def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
@@ -2247,44 +3056,48 @@ class GPT(nn.Module):
         options = {"device": batch.inputs.device, "dtype": torch.float32}
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
         angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return rotation_tables_op(angles, self.dtype)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotary embedding of the first ROPE_DIMS of each head of x (B, T, H, D), in halves."""
-        half = self.config.rope_dims // 2
-        cos, sin = rotation
-        a = x[..., :half]
-        b = x[..., half : 2 * half]
-        rest = x[..., 2 * half :]
-        return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), -1)
+    def heads_for_attention(
+        self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as attention compares them: see rotated_heads_reference."""
+        act = rotated_heads_op if self.fused else rotated_heads_reference
+        return act(q, k, gain, *rotation)
 
-    @staticmethod
-    def without_own_value(y: Tensor, v: Tensor) -> Tensor:
-        """XSA: y (B, T, H, D) less its part along the value of its own position, v (B, T, KV, D)."""
-        own = F.normalize(v, dim=-1)[:, :, :, None]
-        grouped = y.view(*v.shape[:3], -1, y.size(-1))
-        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+    def finish_heads(self, y: Tensor, v: Tensor, source: Tensor, layer: int, banks: Banks) -> Tensor:
+        """The heads y (B, T, H, D) of attention after XSA and gate, where the layer has them.
 
-    def gate_heads(self, y: Tensor, source: Tensor, weight: Tensor) -> Tensor:
-        """y (B, T, H, D), each head times a gate that `weight` (H, G) reads from `source` (B, T, >= G)."""
-        opening = F.linear(source[..., : self.config.gate_width or None], weight)
-        if self.config.head_gate == "attn_out":
-            gate = 2 * torch.sigmoid(opening)  # 1 with the initial weights
-        else:
-            gate = torch.sigmoid(self.config.sparse_attn_gate_scale * opening)
-        return y * gate[..., None]
+        v (B, T, KV, D) are the values; the gate reads the first channels of `source`.
+        """
+        config = self.config
+        exclusive = layer >= config.num_layers - config.xsa_last_n
+        if config.head_gate == "none":
+            return without_own_value(y, v) if exclusive else y
+        weight = banks["head_gate"][layer]
+        source = source[..., : config.gate_width or None]
+        # With the initial weights attn_out is 1.
+        gate = Gate(2.0, 1.0) if config.head_gate == "attn_out" else Gate(1.0, config.sparse_attn_gate_scale)
+        if not exclusive:
+            return gate_heads(y, source, weight, gate)
+        if self.fused and source.size(-1) <= MOST_READ:
+            return attention_output_op(y.contiguous(), v, source, weight, *gate)
+        return attention_output_reference(y, v, source, weight, gate)
 
     def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
         hooks = shared.hooks
         up = shared.banks["up"][visit.layer]
         down = shared.banks["down"][visit.layer]
+        scale = shared.banks["mlp_scale"][visit.layer]
+        if shared.folded:
+            return hooks.adapt("down", visit, x, self.feed_forward(x, up, down), scale)
         if hooks.tap is None:
             y = hooks.adapt("down", visit, x, self.feed_forward(x, up, down))
         else:
             hidden = F.leaky_relu(self.matmul("up", up, x, visit, hooks), 0.5).square()
             y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
-        return shared.banks["mlp_scale"][visit.layer] * y
+        return scale * y
 
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
@@ -2295,10 +3108,14 @@ class GPT(nn.Module):
             opens = opens.index_fill(0, batch.starts.long(), True)
         opens = opens[:-1]
 
-        x = rms_norm(F.embedding(ids, self.embed))
+        order = self.config.smear_gate_order if self.config.smear_gate else None
+        x = F.embedding(ids, self.embed.to(self.dtype))
+        if order == "before_norm":
+            x = self.smear(x, ids, opens)
+        x = rms_norm(x)
         if self.hash_embed is not None:
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
-        if self.config.smear_gate:
+        if order == "after_norm":
             x = self.smear(x, ids, opens)
         return x
 
@@ -2311,8 +3128,11 @@ class GPT(nn.Module):
         """x with a gated share of the position before (#1667)."""
         opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
         share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
-        if self.config.smear_gate_bos_fix:  # nothing into the start of a document or segment (#1851)
-            share = share.masked_fill(((ids == BOS) | opens)[:, 1:, None], 0)
+        if self.config.smear_gate_bos_fix:
+            shut = ids == BOS
+            if self.config.smear_gate_segment_fix:
+                shut = shut | opens
+            share = share.masked_fill(shut[:, 1:, None], 0)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -2323,15 +3143,17 @@ class GPT(nn.Module):
 # functions of progress or step alone: change them freely.
 
 # A row (a, b, c) per iteration of X <- aX + (bA + cA^2)X with A = XX^T; iterations after the last row repeat
-# it. "classic" is Muon's own quintic, "polar_express" as in #1787.
+# it. "classic" is Muon's own quintic. "polar_express" (#1787): each row is the odd quintic nearest to 1 on
+# the interval where the rows before leave singular values of 1e-3 to 1, which starts at 2 % of its end at
+# least; it is then shrunk by 2 % for rounding (Amsel et al., arXiv:2505.16932). The tests derive the digits.
 NEWTON_SCHULZ = {
     "classic": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
-        (8.1566, -22.4833, 15.8788),
-        (4.0429, -2.8089, 0.5000),
-        (3.8917, -2.7725, 0.5061),
-        (3.2858, -2.3681, 0.4645),
-        (2.3465, -1.7098, 0.4232),
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
 
@@ -2363,9 +3185,12 @@ def muon_update(
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
 ) -> Tensor:
-    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`."""
-    buffer.mul_(momentum).add_(gradient)
-    update = (gradient + momentum * buffer).float()
+    """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
+
+    `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
+    """
+    buffer.copy_(momentum * buffer.float()).add_(gradient)
+    update = gradient.float() + momentum * buffer.float()
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
     return orthogonalize(update.to(dtype), coefficients, fused)
@@ -2424,7 +3249,8 @@ class Muon:
 
     def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
-        mu = torch.tensor(momentum, dtype=self.dtype, device=self.run.device)
+        # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
+        mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
         rows = self.run.config.muon_row_normalize
         previous = None
         for name, bank in self.banks.items():
@@ -2656,6 +3482,10 @@ def head_sensitivity(y: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     return probabilities * (1 - probabilities) * (1 - bend.square()).square(), probabilities
 
 
+# The matrices of queries, keys and values multiply the same input: its moment is taken once.
+SAME_INPUT = {"q": "k", "v": "k"}
+
+
 @dataclass(frozen=True)
 class MomentTap:
     """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
@@ -2673,8 +3503,9 @@ class MomentTap:
 
     def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
         inputs, outputs = self.sums[site, layer]
-        x = x.detach().flatten(0, -2).float()
-        inputs.addmm_(x.T, x)
+        if site not in SAME_INPUT:
+            x = x.detach().flatten(0, -2).float()
+            inputs.addmm_(x.T, x)
         if not self.sensitive:
             return
         if site == "head":
@@ -2690,18 +3521,25 @@ class MomentTap:
         y.register_hook(add_squares)
 
 
-def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+def calibration_forwards(config: Config) -> tuple[int, int]:
+    """How many forwards calibration takes over all ranks, and the tokens of each."""
+    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
+    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
+    return config.gptq_calibration_batches * windows // part, part * config.train_seq_len
+
+
+def collect_moments(
+    run: Run, model: GPT, data: Dataset, forwards: int = 0
+) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     """(E[x x^T] of the inputs, E[g^2] of the loss gradients at the outputs) by (site, layer) of the matrix.
 
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
     changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
-    diagonal (SDClip needs none: E[g^2] is 0).
+    diagonal (SDClip needs none: E[g^2] is 0). `forwards`: over all ranks, if not as many as that.
     """
     config = run.config
-    windows = max(1, config.train_batch_tokens // STREAMS // config.train_seq_len)  # of a micro-batch
-    part = max(1, min(windows, 2**14 // config.train_seq_len))  # of a forward: the backward keeps it all
-    forwards = config.gptq_calibration_batches * windows // part
-    tokens = part * config.train_seq_len
+    needed, tokens = calibration_forwards(config)
+    forwards = forwards or needed
     changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
     loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
     sensitive = config.quantizer == "rate_distortion"
@@ -2709,7 +3547,8 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     sums = {}
     for key in sorted(parameters):
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
-        inputs = torch.zeros(columns, columns, device=run.device)
+        source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
+        inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
         sums[key] = inputs, torch.zeros(rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
@@ -2726,7 +3565,11 @@ def collect_moments(run: Run, model: GPT, data: Dataset) -> dict[tuple[str, int]
     def mean(total: Tensor) -> Tensor:
         return run.sum_over_ranks(total) / (tokens * forwards)
 
-    return {key: (mean(inputs), mean(outputs)) for key, (inputs, outputs) in sums.items()}
+    means = {}
+    for (site, layer), (inputs, outputs) in sums.items():
+        source = SAME_INPUT.get(site)
+        means[site, layer] = means[source, layer][0] if source else mean(inputs), mean(outputs)
+    return means
 
 
 class RoundingProblem(NamedTuple):
@@ -2803,7 +3646,7 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 @numba_jit
 def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with the least sum of price (goal - m)^2, both (R,).
+    """Integers m (R,) on a trellis path from state 0 with least sum of price (goal - m)^2, both fp32 (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -2822,8 +3665,10 @@ def viterbi(goals, prices, before):
             distance = (goals[row] - np.float32(residue)) * np.float32(0.25)
             branch[residue] = prices[row] * np.float32(16) * (distance - np.rint(distance)) ** 2
         for state in range(states):
-            with_0[state] = cost[state] + branch[state & 1]
-            with_1[state] = cost[state] + branch[2 + (state & 1)]
+            cost_0 = cost[state] + branch[state & 1]
+            cost_1 = cost[state] + branch[2 + (state & 1)]
+            with_0[state] = cost_0
+            with_1[state] = cost_1
         for state in range(states):
             cost_0 = with_0[before[0, state]]
             cost_1 = with_1[before[1, state]]
@@ -3400,44 +4245,53 @@ def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tupl
     return path.stat().st_size, digest
 
 
-# The packed script: a decoder line around the compressed source. It registers the source with linecache
+# The packed script: a decoder around the compressed source. The compressed bytes stand in a string literal as
+# they are, which Latin-1 allows (base 85 would be a fifth larger). It registers the source with linecache
 # because Triton reads the text of its kernels through inspect, which a bare exec would leave without any.
-PACKED_HEAD = "import base64 as b,linecache as l,lzma as z\n"
-PACKED_SCRIPT = PACKED_HEAD + (
-    "s=z.decompress(b.b85decode(\"{}\"),3,None,[{{'id':33,'dict_size':1<<20}}]).decode()\n"
-    "n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
+PACKED_HEAD = b"# coding: latin-1\nimport linecache as l,lzma as z,sys\n"
+PACKED_DECODER = (
+    b"sys.version_info<(3,10)and sys.exit('needs Python 3.10 or newer')\n"
+    b"s=z.decompress('%s'.encode('latin-1'),3,None,[{'id':33,'dict_size':1<<20}]).decode()\n"
+    b"n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
 )
+# What cannot stand in the literal as it is.
+LITERAL_ESCAPES = {b"\\": rb"\\", b"'": rb"\'", b"\n": rb"\n", b"\r": rb"\r", b"\0": rb"\x00"}
 
 
-@functools.lru_cache(1)
-def pack_source(source: str) -> tuple[str, str]:
-    """(`source` as a self-extracting script, how it was made); one that is packed already stays as it is."""
-    if source.startswith(PACKED_HEAD):
-        return source, "already packed"
+def minify(source: str) -> tuple[str, str]:
+    """(`source` without comments, docstrings and spaces, how it was made)."""
     import ast
 
     try:
         import python_minifier
     except ImportError:
-        how = "not minified (python-minifier is not installed)"
-    else:
-        how = "minified"
-        # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels'
-        # text. Docstrings go, but for the head of the file, which --help prints.
-        head = ast.get_docstring(ast.parse(source), clean=False) or ""
-        minified = python_minifier.minify(
-            source,
-            rename_locals=False,
-            hoist_literals=False,
-            remove_annotations=False,
-            remove_literal_statements=True,
-        )
-        source = f"{head!r}\n{minified}"
+        return source, "not minified (python-minifier is not installed)"
+    # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels' text.
+    # Docstrings go, but for the head of the file, which --help prints.
+    head = ast.get_docstring(ast.parse(source), clean=False) or ""
+    minified = python_minifier.minify(
+        source,
+        rename_locals=False,
+        hoist_literals=False,
+        remove_annotations=False,
+        remove_literal_statements=True,
+    )
+    return f"{head!r}\n{minified}", "minified"
+
+
+@functools.lru_cache(1)
+def pack_source(source: bytes) -> tuple[bytes, str]:
+    """(`source` as a self-extracting script, how it was made); one that is packed already stays as it is."""
+    if source.startswith(PACKED_HEAD):
+        return source, "already packed"
+    text, how = minify(source.decode())
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "pb": 0, "dict_size": 1 << 20}
     ]
-    packed = lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=filters)
-    return PACKED_SCRIPT.format(base64.b85encode(packed).decode()), how
+    packed = lzma.compress(text.encode(), lzma.FORMAT_RAW, filters=filters)
+    for byte, escape in LITERAL_ESCAPES.items():
+        packed = packed.replace(byte, escape)
+    return PACKED_HEAD + PACKED_DECODER % packed, how
 
 
 # === EVALUATE ===
@@ -3448,27 +4302,41 @@ def pack_source(source: str) -> tuple[str, str]:
 # `mode(run, ..., tally)` and give it a name in `evaluation_modes` (section MAIN).
 
 
-def plan_windows(length: int, context: int, stride: int, first: int = 0) -> np.ndarray:
+def plan_windows(length: int, context: int, stride: int) -> np.ndarray:
     """A plan that scores every target 1 ... length-1 once: (W, 3) int64 rows of windows.
 
-    A row holds the first input, the end of the targets and the first target to score. The first window scores
-    `first` targets (0: as many as it sees), every later one `stride`; none has more than `context` inputs.
+    A row holds the first input, the end of the targets and the first target to score. The first window
+    scores as many targets as it sees, every later one `stride`. Windows lie `stride` apart, the last too, as
+    published (#1413): where the text ends early it has fewer than `context` inputs.
     """
-    first = first or context
     last = length - 1
-    ends = np.minimum(np.arange(first, max(first, last) + stride, stride), last)
+    ends = np.minimum(np.arange(context, max(context, last) + stride, stride), last)
     ends = ends[: np.searchsorted(ends, last) + 1]
     scored_before = np.concatenate([[0], ends[:-1]])
     starts = np.maximum(0, scored_before + stride - context) * (scored_before > 0)
     return np.stack([starts, ends + 1, scored_before + 1], 1).astype(np.int64)
 
 
+def plan_chunks(length: int, context: int, chunk: int) -> np.ndarray:
+    """The plan (as plan_windows) of a document that is scored in chunks: every window ends with its chunk.
+
+    It reaches back over all the `context` inputs that it may have, the last one too (#1530).
+    """
+    scored_before = np.arange(0, length - 1, chunk)
+    ends = np.minimum(scored_before + chunk, length - 1)
+    return np.stack([np.maximum(0, ends - context), ends + 1, scored_before + 1], 1).astype(np.int64)
+
+
 class Score(NamedTuple):
-    """Sums over scored targets, and the one place where they become bits per byte."""
+    """Sums over scored targets, and the one place where they become bits per byte.
+
+    `losses` (N,) fp32 are the nats of every target, where they are still known.
+    """
 
     nats: float
     tokens: float
     bytes: float
+    losses: Tensor | None = None
 
     @property
     def loss(self) -> float:
@@ -3511,11 +4379,11 @@ class Tally:
         if wrong:
             raise Stop(f"val:{stage}: {wrong} targets not scored exactly once: a bug, no score is reported")
         total_bytes = int(self.validation.bytes[1:].sum())
-        return Score(self.nats.double().sum().item(), len(self.nats) - 1, total_bytes)
+        return Score(self.nats.double().sum().item(), len(self.nats) - 1, total_bytes, self.nats)
 
 
 def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally], None]) -> Score:
-    """The score of all validation tokens by `how`; logs it and leaves its parts in documents.npz."""
+    """The score of all validation tokens by `how`; logs it."""
     began = run.now()
     tally = Tally(run, validation)
     how(tally)
@@ -3529,35 +4397,37 @@ def measure(run: Run, validation: Validation, stage: str, how: Callable[[Tally],
     }
     run.metric("score", stage=stage, seconds=seconds, **facts)
     run.log(f"val:{stage} val_loss:{result.loss:.5f} val_bpb:{result.bpb:.5f} time:{seconds:.1f}s")
-    if run.is_main:
-        save_document_sums(run.folder / "documents.npz", tally)
     return result
 
 
-def save_document_sums(path: Path, tally: Tally) -> None:
-    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document."""
-    documents = find_documents(tally.validation.tokens)
+def save_document_sums(path: Path, validation: Validation, losses: Tensor) -> None:
+    """Write the sums of tokens, bytes and nats by document, and by octaves of the position in a document.
+
+    `losses` (N,) are those of a Score. Takes a second per ten million tokens: not for the evaluation clock.
+    """
+    documents = find_documents(validation.tokens)
     if len(documents) == 0:
         return
     firsts = documents[:, 0]
     sizes = documents[:, 1] - firsts - 1
-    nats = tally.nats[1:].double().cpu().numpy()
+    nats = losses[1:].double().cpu().numpy()
     position = np.arange(1, len(nats) + 1) - np.repeat(firsts, sizes)
     octave = np.log2(position).astype(int)
     sums = {"tokens": sizes, "position_start": 2 ** np.arange(octave.max() + 1)}
-    for kind, values in (("nats", nats), ("bytes", tally.validation.bytes[1:].astype(np.int64))):
+    for kind, values in (("nats", nats), ("bytes", validation.bytes[1:].astype(np.int64))):
         sums[kind] = np.add.reduceat(values, firsts)
         sums[f"position_{kind}"] = np.bincount(octave, values)
     np.savez(path, **sums)
 
 
 def window_batch(
-    tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: bool
+    tokens: np.ndarray, plan: np.ndarray, rows: int, context: int, packed: int
 ) -> tuple[Batch, Tensor, Tensor]:
     """The windows of `plan` as one batch of `rows` rows of `context` tokens; rows without a window are zeros.
 
-    With `packed` the rows lie one behind the other and attention stays within documents. Also returns the
-    mask of the scored targets (rows, context) and their places (N,) in `tokens`.
+    With `packed` the rows lie one behind the other and attention stays within documents. A document runs on
+    from row to row where the windows do, as published (#1530), but not into a row whose number `packed`
+    divides. Also returns the mask of the scored targets (rows, context) and their places (N,) in `tokens`.
     """
     place = plan[:, :1] + np.arange(context + 1)
     inside = place < plan[:, 1:2]
@@ -3569,26 +4439,30 @@ def window_batch(
     targets = torch.from_numpy(ids[:, 1:].copy())
     batch = Batch(inputs, targets)
     if packed:
-        starts = segment_starts(ids[:, :-1].reshape(-1), context, np.arange(rows) * context)
+        runs_on = np.zeros(rows, dtype=bool)
+        runs_on[1 : len(plan)] = plan[1:, 0] == plan[:-1, 0] + context
+        runs_on[::packed] = False
+        starts = segment_starts(ids[:, :-1].reshape(-1), context, np.flatnonzero(~runs_on) * context)
         batch = Batch(inputs.view(1, -1), targets.view(1, -1), starts, context)
     return batch, torch.from_numpy(scored), torch.from_numpy(place[:, 1:][scored[: len(plan)]])
 
 
 @torch.no_grad()
 def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, plan: np.ndarray) -> None:
-    """Score the targets of the windows of `plan`, of which each rank takes an equal part."""
+    """Score the targets of the windows of `plan`, in batches that do not depend on the number of ranks."""
     config = run.config
     context = config.eval_seq_len
     rows = max(1, config.val_batch_tokens // STREAMS // context)
-    first = len(plan) * run.rank // run.world_size
-    end = len(plan) * (run.rank + 1) // run.world_size
-    mine = plan[first:end]
-    for row in run.progress("windows", range(0, len(mine), rows)):
+    packed = rows if config.loader == "packed" else 0
+    mine = range(0, len(plan), rows)[run.rank :: run.world_size]
+    for row in run.progress("windows", mine):
         batch, scored, places = window_batch(
-            tally.validation.tokens, mine[row : row + rows], rows, context, config.loader == "packed"
+            tally.validation.tokens, plan[row : row + rows], rows, context, packed
         )
-        losses = forward(to_device(batch, run)).view(rows, -1)
-        tally.add(losses[scored.to(run.device)], places.to(run.device))
+        # Which losses are scored is found on the host: a mask on the device would have it wait for a count.
+        chosen = scored.flatten().nonzero()[:, 0]
+        batch, chosen, places = to_device((batch, chosen, places), run)
+        tally.add(forward(batch).flatten()[chosen], places)
 
 
 def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tally: Tally) -> None:
@@ -3623,12 +4497,16 @@ def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
 
 
 class Learner:
-    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`."""
+    """Trains all weights on ranges of tokens; the ranks share each step, or go alone if not `shared`.
+
+    `model` is a GPT, or one that is compiled: a step has as many rows as the largest before it, the missing
+    ones empty, so that a text that ends in a shorter step needs no graph of its own.
+    """
 
     def __init__(
         self,
         run: Run,
-        model: GPT,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         clip: float,
         batch_seqs: int,
@@ -3646,6 +4524,7 @@ class Learner:
         self.parameters = list(model.parameters())
         self.frozen = frozen_rows(model, freeze)
         self.weights = hash_weights(model)
+        self.rows = 0  # of the largest step so far
 
     def learn(self, tokens: np.ndarray, first: int, last: int, rate: float, epochs: int = 1) -> None:
         """`epochs` passes over the whole rows of EVAL_SEQ_LEN targets among tokens[first + 1:last + 1]."""
@@ -3664,14 +4543,19 @@ class Learner:
         run.ledger("update", first=first + 1, last=last, rate=rate, before=before, after=self.weights)
 
     def learn_rows(self, tokens: np.ndarray, plan: np.ndarray) -> None:
-        """One step on the windows of `plan`, dealt to the ranks if the step is shared."""
+        """One step on the windows of `plan`; if it is shared, each stream has a part of adjacent ones."""
         run = self.run
         length = run.config.eval_seq_len
-        mine = plan[run.rank :: run.world_size] if self.shared else plan
+        part = len(plan)
+        mine = plan
+        if self.shared:
+            part = -(-len(plan) // STREAMS)
+            mine = np.concatenate([plan[stream * part : (stream + 1) * part] for stream in run.streams])
         if len(mine) > 0:  # else this rank only takes part in the sum
-            batch, _, _ = window_batch(tokens, mine, len(mine), length, self.packed)
-            losses = self.model(to_device(batch, run))
-            (losses.sum() / (len(plan) * length)).backward()
+            self.rows = max(self.rows, len(mine))
+            batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
+            losses = self.model(to_device(batch, run)).view(self.rows, length)
+            (losses[: len(mine)].sum() / (len(plan) * length)).backward()
         self.step()
 
     @torch.no_grad()
@@ -3685,18 +4569,34 @@ class Learner:
         for parameter, rows in self.frozen:
             parameter.grad[rows] = 0
         nn.utils.clip_grad_norm_(self.parameters, self.clip, foreach=True)
-        kept = [parameter[rows].clone() for parameter, rows in self.frozen]
+        kept = self.copy_frozen()
         self.optimizer.step()
-        for (parameter, rows), before in zip(self.frozen, kept, strict=True):
-            parameter[rows] = before
+        self.put_back(kept)
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def average_over_ranks(self) -> None:
+        """The weights become their mean over ranks; frozen ones stay: a sum of equal values may round."""
+        kept = self.copy_frozen()
+        for parameter in self.parameters:
+            self.run.sum_over_ranks(parameter.data).div_(self.run.world_size)
+        self.put_back(kept)
 
-def chunk_sgd(run: Run, model: GPT, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
+    def copy_frozen(self) -> list[Tensor]:
+        """The frozen rows of each parameter that has any."""
+        return [parameter[rows].clone() for parameter, rows in self.frozen]
+
+    def put_back(self, kept: list[Tensor]) -> None:
+        """Write what copy_frozen gave."""
+        for (parameter, rows), before in zip(self.frozen, kept, strict=True):
+            parameter[rows] = before
+
+
+def chunk_sgd(run: Run, model: nn.Module, forward: Callable[[Batch], Tensor], tally: Tally) -> None:
     """Chunk by chunk: score its targets in sliding windows, then train all weights on it (#1413, #1493).
 
-    The last chunk is not learnt. A window belongs to the chunk of the first target that it scores, so all
-    targets of a chunk are scored before any of them is learnt.
+    `forward` scores, `model` learns (see Learner). The last chunk is not learnt. A window belongs to the
+    chunk of the first target that it scores, so all targets of a chunk are scored before any is learnt.
     """
     config = run.config
     tokens = tally.validation.tokens
@@ -3752,20 +4652,71 @@ def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndar
     return [batches[first:end] for first, end in itertools.pairwise(cuts) if first < len(batches)]
 
 
-def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int) -> tuple[Batch, Tensor, Tensor]:
-    """As window_batch, a row per document: its window number `chunk`, or nothing if its plan has ended."""
+def deal_batches(config: Config, longest: Sequence[int]) -> list[list[int]]:
+    """The places of the batches of documents that each stream takes: always the one with the least work.
+
+    The work of a batch is its padded tokens, which follow from the length of its `longest` document. The same
+    for any number of ranks.
+    """
+    work = [0] * STREAMS
+    dealt: list[list[int]] = [[] for _ in range(STREAMS)]
+    for place, length in enumerate(longest):
+        plan = plan_chunks(length, config.ttt_eval_seq_len, config.ttt_chunk_size)
+        stream = work.index(min(work))
+        work[stream] += int((plan[:, 1] - plan[:, 0] - 1).sum())
+        dealt[stream].append(place)
+    return dealt
+
+
+# A graph of dynamic lengths does not serve the lengths 1 and 2: a dimension of 1 is compiled for itself.
+SHORTEST_CONTEXT = 16
+
+
+class ChunkBatch(NamedTuple):
+    """A chunk of each of several documents, a row each, in host memory or on the device.
+
+    `chosen` (N,) are the places of the scored losses among all of the batch, `places` (N,) those of their
+    targets in the text; `weight` (B, T) fp32 is what each loss counts in what is learnt next.
+    """
+
+    batch: Batch
+    chosen: Tensor
+    places: Tensor
+    weight: Tensor
+
+
+def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int, rows: int) -> ChunkBatch:
+    """Window number `chunk` of each plan in `rows` rows; a row is empty where a plan has ended or none is.
+
+    Documents that have a later chunk learn the mean of this one's losses.
+    """
     ended = np.zeros(3, np.int64)
     plan = np.stack([windows[chunk] if chunk < len(windows) else ended for windows in plans])
-    context = int((plan[:, 1] - plan[:, 0]).max()) - 1
-    return window_batch(tokens, plan, len(plan), context, packed=False)
+    context = max(SHORTEST_CONTEXT, int((plan[:, 1] - plan[:, 0]).max()) - 1)
+    batch, scored, places = window_batch(tokens, plan, rows, context, packed=0)
+    goes_on = torch.zeros(rows, 1)
+    goes_on[: len(plans), 0] = torch.tensor([float(chunk + 1 < len(windows)) for windows in plans])
+    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    return ChunkBatch(batch, scored.flatten().nonzero()[:, 0], places, weight)
 
 
 def adapt_documents(
-    run: Run, forward: Callable[..., Tensor], tally: Tally, documents: np.ndarray, seed: int
+    run: Run,
+    forward: Callable[..., Tensor],
+    tally: Tally,
+    documents: np.ndarray,
+    seed: int | None,
+    lora: LoRA | None = None,
 ) -> None:
-    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530)."""
+    """Score `documents` (N, 2) side by side in chunks, with an adapter step on the losses of each (#1530).
+
+    There are always TTT_BATCH_SIZE adapters, of which the last may have no document: a batch of another size
+    would be compiled anew. They start from `seed`, or without one from the A in `lora`.
+    """
     config = run.config
-    lora = LoRA(config, len(documents), run.device)
+    rows = config.ttt_batch_size
+    if lora is None:
+        lora = LoRA(config, rows, run.device)
     lora.reset(seed)
     optimizer = torch.optim.AdamW(
         lora.parameters(),
@@ -3777,30 +4728,48 @@ def adapt_documents(
     )
     plans = []
     for first, end in documents:
-        plan = plan_windows(
-            end - first, config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size
-        )
-        plans.append(plan + first)
+        plans.append(first + plan_chunks(end - first, config.ttt_eval_seq_len, config.ttt_chunk_size))
     chunks = max(len(plan) for plan in plans)
     for chunk in range(chunks):
-        batch, scored, places = chunk_batch(tally.validation.tokens, plans, chunk)
-        batch = to_device(batch, run)
-        scored = scored.to(run.device)
-        goes_on = torch.tensor([chunk + 1 < len(plan) for plan in plans], device=run.device)
-        weight = (scored * goes_on[:, None]) / scored.sum(1, keepdim=True).clamp_min(1)
+        # All of it is prepared on the host: nothing here waits for the device.
+        prepared = chunk_batch(tally.validation.tokens, plans, chunk, rows)
+        batch, chosen, places, weight = to_device(prepared, run)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
-                tally.add(losses.detach()[scored], places.to(run.device))
+                tally.add(losses.detach().flatten()[chosen], places)
             if learning:
                 (losses * weight).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
 
-def learn_documents(run: Run, model: GPT, tokens: np.ndarray, documents: np.ndarray) -> None:
+def adapt_phase(
+    run: Run,
+    forward: Callable[..., Tensor],
+    tally: Tally,
+    batches: list[np.ndarray],
+    phase: int,
+    first_seed: int,
+    lora: LoRA,
+) -> None:
+    """Score this rank's share of the `batches` (documents (N, 2) each) of a phase, stream by stream.
+
+    With TTT_WARM_START_A a batch starts from the A of the stream's batch before it, if that was full (#1787).
+    """
+    config = run.config
+    dealt = deal_batches(config, [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches])
+    mine = [(place, turn) for stream in run.streams for turn, place in enumerate(dealt[stream])]
+    kept = False
+    for place, turn in run.progress(f"val:ttt phase {phase + 1}", mine):
+        seed = None if kept and turn > 0 else first_seed + place
+        adapt_documents(run, forward, tally, batches[place], seed, lora)
+        kept = config.ttt_warm_start_a and len(batches[place]) == config.ttt_batch_size
+
+
+def learn_documents(run: Run, model: nn.Module, tokens: np.ndarray, documents: np.ndarray) -> None:
     """One phase of SGD of all weights on the joined `documents` (N, 2), which are scored (#1610).
 
     The last chunk is left out.
@@ -3832,24 +4801,25 @@ def phase_rate(config: Config, chunk: int, count: int) -> float:
     return start + (config.global_ttt_lr - start) * chunk / warmup
 
 
-def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally) -> None:
-    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626)."""
+def doc_lora(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+    """Score documents with own adapters; between phases all weights learn the shortest scored (#1626).
+
+    `forward` takes adapters, `model` learns (see Learner).
+    """
+    config = run.config
     tokens = tally.validation.tokens
     documents = find_documents(tokens)
-    phases = schedule_documents(run.config, documents[:, 1] - documents[:, 0])
+    phases = schedule_documents(config, documents[:, 1] - documents[:, 0])
+    lora = LoRA(config, config.ttt_batch_size, run.device)
     scored: list[np.ndarray] = []
-    batches_before = 0
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        for place, batch in enumerate(run.progress(f"val:ttt phase {phase + 1}", batches)):
-            if stream_of_batch(place) in run.streams:
-                adapt_documents(run, forward, tally, documents[batch], seed=batches_before + place)
-            scored.append(batch)
-        batches_before += len(batches)
+        adapt_phase(run, forward, tally, [documents[batch] for batch in batches], phase, len(scored), lora)
+        scored += batches
         count = sum(len(batch) for batch in scored)
         run.ledger("scored", phase=phase, documents=count, weights=hash_weights(model))
         if phase + 1 < len(phases):
-            prefix = learnt_prefix(run.config, scored, phase)
+            prefix = learnt_prefix(config, scored, phase)
             run.log(
                 f"val:ttt phase:{phase + 1}/{len(phases) - 1} docs:{count}/{len(documents)} "
                 f"learning {len(prefix)} of them"
@@ -3860,22 +4830,13 @@ def doc_lora(run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally)
     model.requires_grad_(True)
 
 
-def stream_of_batch(place: int) -> int:
-    """The stream that takes the batch at `place` of a phase.
-
-    Batches are dealt back and forth: they fall in length, and no stream shall get the longest of every round.
-    """
-    turn = place % (2 * STREAMS)
-    return min(turn, 2 * STREAMS - 1 - turn)
-
-
 def learnt_prefix(config: Config, scored: list[np.ndarray], phase: int) -> np.ndarray:
     """The numbers of the documents that are learnt after `phase`: the shortest of those scored so far."""
     shortest_first = np.concatenate(scored[::-1])
     return shortest_first[: config.phased_ttt_prefix_docs * (phase + 1) // config.phased_ttt_num_phases]
 
 
-def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
+def prequant_ttt(run: Run, model: nn.Module, validation: Validation) -> None:
     """Train on the validation tokens before scoring (#1735), averaging ranks after each pass. Not legal."""
     config = run.config
     tokens = validation.tokens
@@ -3898,12 +4859,45 @@ def prequant_ttt(run: Run, model: GPT, validation: Validation) -> None:
         rate = config.prequant_ttt_lr * (0.1 + 0.9 * cosine_decay(epoch, epochs + 1))
         for first in range(run.rank * size, last, run.world_size * size):
             learner.learn(tokens, first, min(first + size, last), rate)
+        learner.average_over_ranks()
         with torch.no_grad():
             for parameter, mean in zip(learner.parameters, average, strict=True):
-                run.sum_over_ranks(parameter.data).div_(run.world_size)
                 mean.lerp_(parameter, share)
     with torch.no_grad():
         torch._foreach_copy_(learner.parameters, average)
+
+
+def rehearsal_text(config: Config) -> np.ndarray:
+    """Random tokens (N,) with which every rank meets every shape of the evaluation, the longest context too.
+
+    That is a batch of windows for each of 8 ranks, two chunks to score and learn, a chunk for each rank to
+    learn before quantising; and a batch of documents for each stream and one more, so that a phase is learnt.
+    """
+    rows = max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
+    needed = max(STREAMS * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
+    if config.prequant_ttt_enabled:
+        needed = max(needed, STREAMS * config.prequant_ttt_chunk_tokens + 1)
+    document = config.ttt_eval_seq_len + config.ttt_chunk_size
+    count = -(-needed // document)
+    if config.ttt_enabled and config.ttt_mode == "doc_lora":
+        count = max(count, STREAMS * config.ttt_batch_size + 1)
+    tokens = np.random.default_rng(0).integers(2, config.vocab_size, count * document)
+    tokens[::document] = BOS
+    return tokens.astype("<u2")
+
+
+def shorten(config: Config) -> Config:
+    """`config` with one pass where there are several, and phases after the first batches of documents."""
+    phases = config.phased_ttt_num_phases
+    document = config.ttt_eval_seq_len + config.ttt_chunk_size
+    learnt = phases * -(-2 * config.global_ttt_chunk_tokens // document)
+    return dataclasses.replace(
+        config,
+        ttt_epochs=1,
+        global_ttt_epochs=1,
+        prequant_ttt_epochs=1,
+        phased_ttt_prefix_docs=max(1, min(config.phased_ttt_prefix_docs, learnt)),
+    )
 
 
 def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
@@ -3913,14 +4907,15 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     """
     began = run.now()
     config = run.config
-    document = 3 * config.ttt_chunk_size
-    count = STREAMS * config.ttt_batch_size * document
-    tokens = np.random.default_rng(0).integers(2, config.vocab_size, count)
-    tokens[::document] = BOS
-    for how in stages.values():
-        validation = Validation(tokens.astype("<u2"), np.zeros(count, np.int32), "random")
-        how(Tally(run, validation))
-    run.log(f"rehearsal: {', '.join(stages)} on {count} random tokens in {run.now() - began:.1f}s, untimed")
+    tokens = rehearsal_text(config)
+    run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens, untimed")
+    run.config = shorten(config)
+    try:
+        for how in stages.values():
+            how(Tally(run, Validation(tokens, np.zeros(len(tokens), np.int32), "random")))
+    finally:
+        run.config = config
+    run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
 
 
 # === TRAIN ===
@@ -3944,17 +4939,32 @@ def loop_states(config: Config) -> tuple[bool, ...]:
     return (False, True) if config.num_loops else (False,)
 
 
+def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
+    """Whether the forward is compiled; logs it with the reason, Stop if COMPILE=on cannot be had."""
+    compiled = wants_compile(config, run)
+    reason = f"COMPILE={config.compile}, {run.device.type}"
+    if compiled and config.loader == "packed" and attend is attend_sdpa:
+        # It reads where documents end, and no graph may depend on the values of a tensor.
+        reason = "LOADER=packed with attention sdpa cuts rows by document, which no graph can hold"
+        if config.compile == "on":
+            raise Stop(f"COMPILE=on: {reason}; set COMPILE=auto, LOADER=shuffled or another ATTENTION")
+        compiled = False
+    run.log(f"compile: {'on' if compiled else 'off'} ({reason})")
+    return compiled
+
+
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
     config = run.config
     torch.manual_seed(config.seed)
-    compiled = config.compile == "on" or (config.compile == "auto" and run.is_cuda)
-    torch._dynamo.config.recompile_limit = 64  # one per number of 64 segment starts and loop state
+    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
+    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
+    torch._dynamo.config.specialize_float = True
     attend = pick_attention(config, run)
+    compiled = choose_compile(config, run, attend)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
-    run.log(f"compile: {'on' if compiled else 'off'} (COMPILE={config.compile}, {run.device.type})")
     for looped in loop_states(config):
         run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -3987,34 +4997,31 @@ def train_step(
 
 
 class Agreement:
-    """What the ranks must decide alike after each step: is the budget spent, is a loss not finite.
+    """What the ranks must decide alike after each step: how much time is spent, is a loss not finite.
 
-    On a GPU the answer is that of the step before, so that the host does not wait for the step just queued.
+    On a GPU the host queues a step, waits until the step before is done, and reads its clock then. Both facts
+    are of that step, so training ends at most one step late, and the GPU never waits for the host. They are
+    compared between the hosts: in the GPU's queue they would come back after the step just queued. On a CPU
+    both facts are of the step itself.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.waiting: list[tuple[Tensor, torch.cuda.Event]] = []
 
-    def reach(self, elapsed: float, loss: Tensor, late: bool) -> tuple[float, bool]:
-        """(most elapsed seconds, is a loss not finite) over ranks.
+    def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
+        """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
+        finite = loss.isfinite()
+        if self.run.is_cuda:
+            finite = self.copied(finite, late)
+        not_finite = not finite.item()
+        seconds, failed = self.run.max_over_ranks(clock(), not_finite)
+        return seconds, bool(failed)
 
-        `late`: a GPU may answer for the step before.
-        """
-        run = self.run
-        seconds = torch.tensor(elapsed, dtype=torch.float64, device=run.device)
-        facts = torch.stack([seconds, (~loss.isfinite()).double()])
-        if run.world_size > 1:
-            dist.all_reduce(facts, dist.ReduceOp.MAX)
-        if run.is_cuda:
-            facts = self.copied(facts, late)
-        most_seconds, not_finite = facts.tolist()
-        return most_seconds, bool(not_finite)
-
-    def copied(self, facts: Tensor, late: bool) -> Tensor:
-        """`facts` in host memory, or those of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        copy.copy_(facts, non_blocking=True)
+    def copied(self, fact: Tensor, late: bool) -> Tensor:
+        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
+        copy.copy_(fact, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -4063,15 +5070,15 @@ def to_cpu(state: Any) -> Any:
 def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Batch]:
     """A packed batch with every number of segment starts that training may meet: shapes to be compiled.
 
-    From the fewest starts that a batch can have to one size (64) more than the first WARMUP_STEPS steps have.
+    From the fewest that a batch can have to half as many again as the first WARMUP_STEPS steps have.
     """
     batch = feed.get(0)[0]
-    seen = [len(one.starts) for step in range(config.warmup_steps) for one in feed.load(step)]
     total = batch.inputs.numel()
+    seen = [int((one.starts < total).sum()) for step in range(config.warmup_steps) for one in feed.load(step)]
     fewest = pad_starts(np.arange(0, total, batch.longest), total)
-    most = max(seen, default=0) + 64
+    most = pad_starts(np.zeros(max(seen, default=0) * 3 // 2), total)
     batches = []
-    for size in range(len(fewest), most + 1, 64):
+    for size in range(len(fewest), max(len(fewest), len(most)) + 1, STARTS_BLOCK):
         starts = F.pad(fewest, (0, size - len(fewest)), value=total)
         batches.append(batch._replace(starts=starts.to(device)))
     return batches
@@ -4081,6 +5088,7 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
+    cached = count_cached_files(config)
     model, forward, compiled = built
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
@@ -4097,9 +5105,39 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     model.load_state_dict(weights)
     optimizers.load(fresh)
     seconds = time.monotonic() - began
-    run.log(
+    line = (
         f"warm-up: {config.warmup_steps} steps per loop state in {seconds:.1f}s, untimed; all state restored"
     )
+    if config.compile_cache:
+        line += f"; compile cache: {cached} files before, {count_cached_files(config)} after"
+    run.log(line)
+
+
+def count_cached_files(config: Config) -> int:
+    """How many files lie under COMPILE_CACHE: few before a cold start, all before a warm one."""
+    if not config.compile_cache:
+        return 0
+    return sum(path.is_file() for path in Path(config.compile_cache).expanduser().rglob("*"))
+
+
+def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
+    """Seconds of the budget to keep for calibration: 1.3 times what few forwards per rank suggest, and one.
+
+    The slowest rank decides. The factor and the second are for what a sample cannot show (not measured on a
+    GPU); the first forward, with what is loaded or compiled on first use, is not counted.
+    """
+    forwards, _ = calibration_forwards(run.config)
+    model.looped = loop_states(run.config)[-1]
+    seconds = []
+    for count in (1, 1, 3):
+        began = run.now()
+        collect_moments(run, model, data, count * run.world_size)
+        seconds.append(run.now() - began)
+    model.looped = False
+    _, one, three = seconds
+    share = -(-forwards // run.world_size)  # forwards of a rank
+    estimate = one + (share - 1) * max(0.0, three - one) / 2
+    return run.max_over_ranks(1.3 * estimate + 1.0)[0]
 
 
 def compiled_graphs() -> int:
@@ -4115,15 +5153,22 @@ class CheckpointWriter:
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def write(self, content: dict[str, Any]) -> None:
-        """Start writing `content`, which nobody may change any more; waits for the checkpoint before it."""
+    def write(self, content: dict[str, Any] | None) -> None:
+        """Start writing `content`, which nobody may change any more; waits for the checkpoint before it.
+
+        Every rank calls it, those other than 0 with None.
+        """
         self.wait()
-        if self.run.is_main:
+        if content is not None:
             save = functools.partial(torch.save, content)
             self.pending = self.thread.submit(write_atomically, self.run.folder / "checkpoint.pt", save)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk; Stop if it could not be written."""
+        """Return, on every rank, when the last checkpoint is on disk; Stop if it could not be written."""
+        self.run.on_main_rank(self.finish_pending)
+
+    def finish_pending(self) -> None:
+        """The same on rank 0."""
         if self.pending is not None:
             self.pending.result()
 
@@ -4141,8 +5186,10 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        self.budget = run.config.max_wallclock_seconds - run.config.gptq_reserve_seconds
         warm_up(run, built, self.optimizers, self.feed)
+        self.reserve = self.config.gptq_reserve_seconds
+        if self.reserve < 0:
+            self.reserve = measure_reserve(run, self.model, data)
         parameters = self.model.named_parameters()
         self.average = {name: parameter.detach().float().clone() for name, parameter in parameters}
         self.step = 0
@@ -4160,6 +5207,7 @@ class Training:
         self.step = saved["step"]
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
+        self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
         self.model.looped = saved["looped"]
         self.run.log(f"train: resumed at step {self.step} after {self.seconds_before:.1f}s of training")
         # Records of later steps before this one are void.
@@ -4167,6 +5215,14 @@ class Training:
 
     def start_clock(self, data: Dataset) -> None:
         """From here on every second counts."""
+        limit = self.config.max_wallclock_seconds
+        how = "measured" if self.config.gptq_reserve_seconds < 0 else "GPTQ_RESERVE_SECONDS"
+        self.run.log(f"calibration: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
+        if self.reserve >= limit:
+            raise Stop(
+                f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
+                "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
+            )
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -4175,6 +5231,15 @@ class Training:
         self.run.ledger("train_clock_start", seconds=self.seconds_before)
         if self.validation:
             self.run.ledger("validation_read")
+
+    @property
+    def budget(self) -> float:
+        """Seconds for the steps: what calibration leaves."""
+        return self.config.max_wallclock_seconds - self.reserve
+
+    def clock(self) -> float:
+        """Seconds spent on training until now, as this rank's host sees it."""
+        return self.seconds_before + time.monotonic() - self.started
 
     @property
     def goes_on(self) -> bool:
@@ -4202,8 +5267,7 @@ class Training:
         self.step += 1
         last = self.step == config.iterations
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
-        here = self.seconds_before + time.monotonic() - self.started
-        self.elapsed, not_finite = self.agreement.reach(here, loss, late=not saves)
+        self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
         if not_finite:
             raise Stop(
                 f"train_loss is not finite at step {self.step}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR "
@@ -4242,15 +5306,18 @@ class Training:
         self.started += self.run.now() - paused
         self.graphs_before_clock += compiled_graphs() - graphs
 
-    def checkpoint(self) -> dict[str, Any]:
-        """All that `resume` needs, in host memory."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": self.optimizers.state(),
-            "average": self.average,
-        }
-        place = {"step": self.step, "train_seconds": self.elapsed, "looped": self.model.looped}
-        return {**self.identity, "complete": False, **place, **to_cpu(state)}
+    def checkpoint(self) -> dict[str, Any] | None:
+        """All that `resume` needs, in host memory; None except on rank 0, which alone writes it."""
+        optimizers = self.optimizers.state()  # every rank gives its part of Muon's momenta
+        if not self.run.is_main:
+            return None
+        state = {"model": self.model.state_dict(), "optimizers": optimizers, "average": self.average}
+        return {**self.content(complete=False, seconds=self.elapsed), **to_cpu(state)}
+
+    def content(self, complete: bool, seconds: float) -> dict[str, Any]:
+        """What every checkpoint.pt holds besides tensors; `seconds` of training."""
+        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
         """Stop the clock, write the averaged weights and the facts of the training."""
@@ -4279,11 +5346,14 @@ class Training:
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
             f"peak memory {mebibytes} MiB, stopped by {limit}"
         )
-        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
-        content = {**self.identity, "complete": True, **place, "average": to_cpu(self.average)}
-        save = functools.partial(torch.save, content)
-        run.on_main_rank(lambda: write_atomically(run.folder / "checkpoint.pt", save))
+        run.on_main_rank(functools.partial(self.save_trained, seconds))
         record_stage(run, "train", facts)
+
+    def save_trained(self, seconds: float) -> None:
+        """Write the averaged weights of the finished training as checkpoint.pt. Rank 0 only."""
+        content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        save = functools.partial(torch.save, content)
+        write_atomically(self.run.folder / "checkpoint.pt", save)
 
 
 def peak_memory_mebibytes(run: Run) -> int:
@@ -4309,6 +5379,307 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     training.finish()
 
 
+# === PREFLIGHT ===
+# In: the settings and this machine. Out: Stop, in the first seconds, for what would fail at the end of a run
+# (`preflight`); and one line for each property of the machine that decides how many steps the budget gives,
+# with the remedy where it is bad (`inspect_machine`). `python train_gpt.py --preflight` prints all of them
+# and tries some steps; a run on GPUs starts with all but those. The limits below which a remedy is shown are
+# assumptions, not measured.
+
+
+SAMPLE_SECONDS = 60.0  # that --preflight spends in training steps
+# The oldest driver (its major version) that runs programs of a CUDA version: NVIDIA's compatibility table.
+LEAST_DRIVER = {"12": 525, "13": 580}
+# Dense bf16 TFLOP/s by a part of the GPU's name, the first that fits, from the makers' data sheets.
+DATA_SHEET_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
+LEAST_ALL_REDUCE = 100e9  # bytes per second, bus bandwidth: PCIe gives less, NVLink several times as much
+LEAST_DISK = 100e6  # bytes per second
+LEAST_SHARED_MEMORY = 2**30  # NCCL's buffers; a container has 64 MiB if nothing else was asked for
+
+
+def check_compressor(compressor: str) -> None:
+    """Stop unless `compressor` is installed and gives back what it packed."""
+    sample = bytes(range(256)) * 4
+    try:
+        again = compress(compress(sample, compressor), compressor, undo=True)
+    except ImportError:
+        raise Stop(f"COMPRESSOR={compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
+    if again != sample:
+        raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
+
+
+def preflight(run: Run) -> None:
+    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
+    config = run.config
+    check_compressor(config.compressor)
+    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
+    needed = 24 * sum(count for count, _ in counts) + 2**26
+    free = shutil.disk_usage(run.folder).free
+    if free < needed:
+        raise Stop(
+            f"OUT_DIR={config.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
+            "free disk space or set OUT_DIR elsewhere"
+        )
+    code = len(pack_source(Path(__file__).read_bytes())[0])
+    least = sum(count * least_bits(config, quantizer) / 8 for count, quantizer in counts)
+    left = config.artifact_cap_bytes - code
+    limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    if not config.artifact and least > limit:
+        raise Stop(
+            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
+            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
+            f"{least:.0f} needed; lower MODEL_DIM"
+        )
+
+
+class Finding(NamedTuple):
+    """One property of the machine: its name, how it stands, and what to do if that is bad (else empty)."""
+
+    what: str
+    state: str
+    remedy: str = ""
+
+
+def report(run: Run, finding: Finding) -> None:
+    """Log a finding in one line."""
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    run.log(f"preflight {finding.what}: {finding.state}{remedy}")
+
+
+def query_driver() -> tuple[list[list[str]], str]:
+    """[driver version, name] of every GPU that nvidia-smi lists; or none, and why."""
+    if not shutil.which("nvidia-smi"):
+        return [], "no nvidia-smi"
+    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi: {type(error).__name__}"
+    rows = [line.split(", ", 1) for line in shown.stdout.splitlines() if ", " in line]
+    if shown.returncode or not rows:
+        answer = (shown.stdout + shown.stderr).strip().splitlines() or ["nothing"]
+        return [], f"nvidia-smi answers {answer[0]!r}"
+    return rows, ""
+
+
+def find_driver(run: Run) -> Finding:
+    """The GPUs and the driver, against the CUDA version that this torch was built for."""
+    gpus, trouble = query_driver()
+    build = torch.version.cuda
+    wheel = f"torch {torch.__version__}, built for {f'CUDA {build}' if build else 'the CPU'}"
+    if not gpus:
+        device = torch.cuda.get_device_name(run.device) if run.is_cuda else "none, the CPU trains"
+        broken = not run.is_cuda and trouble != "no nvidia-smi"
+        remedy = "install the driver, or start the container with --gpus all" if broken else ""
+        return Finding("GPU", f"{device} ({trouble}; {wheel})", remedy)
+    version, name = gpus[0]
+    major = re.match(r"\d+", version)
+    needed = LEAST_DRIVER.get(build.split(".")[0], 0) if build else 0
+    remedy = ""
+    if not build:
+        remedy = (
+            "this torch cannot use it: start with a Python whose torch is a CUDA build (PYTHON=... ./run.sh)"
+        )
+    elif major and int(major[0]) < needed:
+        remedy = f"CUDA {build} needs driver {needed} or later: update it, or install torch for an older CUDA"
+    elif not run.is_cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        remedy = f"torch sees no GPU: check CUDA_VISIBLE_DEVICES ({visible}) and the container's --gpus"
+    return Finding("GPU", f"{len(gpus)} x {name}, driver {version} ({wheel})", remedy)
+
+
+def worst_of_ranks(run: Run, value: float) -> float:
+    """The least `value` of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=run.device)
+    if run.world_size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor.item()
+
+
+def least_seconds(run: Run, work: Callable[[], Any]) -> float:
+    """The shortest of five times that `work` takes on the device, after one that is not counted."""
+    times = []
+    for _ in range(6):
+        began = run.now()
+        work()
+        times.append(run.now() - began)
+    return min(times[1:])
+
+
+def find_memory(run: Run) -> Finding:
+    """The free memory of the fullest GPU."""
+    free, total = torch.cuda.mem_get_info(run.device)
+    held = torch.cuda.memory_reserved(run.device)  # by this process
+    share = worst_of_ranks(run, (free + held) / total)
+    remedy = "" if share > 0.9 else "another process holds the rest: nvidia-smi shows which"
+    return Finding("memory", f"{share * total / 2**30:.1f} of {total / 2**30:.1f} GiB free", remedy)
+
+
+def matmul_peak(run: Run) -> float:
+    """FLOP/s of a square matrix product in the run's data type on the slowest rank."""
+    size = 8192 if run.is_cuda else 512
+    # Random, not constant: the clock of a GPU follows its power, and that the bits that change.
+    left, right = (torch.randn(size, size, device=run.device, dtype=run.dtype) for _ in range(2))
+    return worst_of_ranks(run, 2 * size**3 / least_seconds(run, lambda: left @ right))
+
+
+def find_matmul(run: Run, peak: float) -> Finding:
+    """The measured matmul peak beside the data sheet's, if that is known."""
+    name = torch.cuda.get_device_name(run.device) if run.is_cuda else ""
+    promised = next((tflops for part, tflops in DATA_SHEET_TFLOPS.items() if part in name), None)
+    state = f"{peak / 1e12:.3g} TFLOP/s in {str(run.dtype).removeprefix('torch.')}"
+    remedy = ""
+    if promised and run.dtype == torch.bfloat16:
+        state += f", the data sheet says {promised}"
+        if peak < promised / 2 * 1e12:
+            remedy = "the GPU is throttled or shared: nvidia-smi -q -d PERFORMANCE; or take another machine"
+    return Finding("matmul", state, remedy)
+
+
+def find_all_reduce(run: Run) -> Finding:
+    """The bandwidth of an all-reduce over all ranks, as every byte crosses a link (NCCL's bus bandwidth)."""
+    size = 2**28 if run.is_cuda else 2**20
+    content = torch.zeros(size // 4, device=run.device)
+    seconds = least_seconds(run, lambda: dist.all_reduce(content))
+    bandwidth = worst_of_ranks(run, 2 * (run.world_size - 1) / run.world_size * size / seconds)
+    remedy = ""
+    if run.is_cuda and bandwidth < LEAST_ALL_REDUCE:
+        remedy = "not NVLink: see nvidia-smi topo -m, unset NCCL_P2P_DISABLE; or take another machine"
+    return Finding("all-reduce", f"{bandwidth / 1e9:.3g} GB/s over {run.world_size} ranks", remedy)
+
+
+def find_disk(run: Run) -> Finding:
+    """How fast OUT_DIR takes 64 MiB. Rank 0 only."""
+    path = Path(run.config.out_dir) / f".preflight-{os.getpid()}"
+    content = os.urandom(2**26)
+    began = time.monotonic()
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rate = len(content) / (time.monotonic() - began)
+    except OSError as error:
+        return Finding("disk", f"OUT_DIR={run.config.out_dir}: {error.strerror}", "set OUT_DIR elsewhere")
+    finally:
+        path.unlink(missing_ok=True)
+    remedy = "" if rate > LEAST_DISK else "checkpoints will be late: set OUT_DIR to a local disk"
+    return Finding("disk", f"{rate / 1e6:.0f} MB/s written to OUT_DIR", remedy)
+
+
+def find_shared_memory(run: Run, folder: str = "/dev/shm") -> Finding:
+    """The size of the shared memory, through which the ranks of one machine talk."""
+    if not os.path.isdir(folder):
+        return Finding("shared memory", f"no {folder}")
+    size = shutil.disk_usage(folder).total
+    small = size < LEAST_SHARED_MEMORY and (run.world_size > 1 or torch.cuda.device_count() > 1)
+    remedy = "several ranks need more: docker run --shm-size=8g (or --ipc=host)" if small else ""
+    return Finding("shared memory", f"{size >> 20} MiB in {folder}", remedy)
+
+
+def inspect_machine(run: Run, whole: bool) -> float:
+    """Log what this machine will give, on all ranks together; the matmul peak in FLOP/s (0: not measured).
+
+    Without a GPU and unless `whole`, only what became of the GPU.
+    """
+    if run.is_main:
+        report(run, find_driver(run))
+    if not (whole or run.is_cuda):
+        return 0.0
+    if run.is_cuda:
+        report(run, find_memory(run))
+    peak = matmul_peak(run)
+    report(run, find_matmul(run, peak))
+    if run.world_size > 1:
+        report(run, find_all_reduce(run))
+    if run.is_main:
+        report(run, find_disk(run))
+        report(run, find_shared_memory(run))
+    return peak
+
+
+def step_flops(config: Config, looped: bool) -> float:
+    """FLOPs of the matrix products of one step, forward and backward, without the scores of attention."""
+    width = config.model_dim
+    grouped = width // config.num_heads * config.num_kv_heads
+    visit = 2 * width * width + 2 * width * grouped + 2 * width * config.mlp_mult * width
+    weights = len(make_route(config, looped)) * visit + width * config.vocab_size
+    return 6 * config.train_batch_tokens * weights
+
+
+def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
+    """Steps per second over a whole run, from the seconds of one step by loop state."""
+    plain = seconds[False]
+    looped = seconds.get(True, plain)
+    share = config.enable_looping_at  # of the time or of the steps, as SCHEDULE says, without loops
+    if config.schedule == "steps":
+        return 1 / (share * plain + (1 - share) * looped)
+    return share / plain + (1 - share) / looped
+
+
+def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
+    """Seconds of one training step by loop state, after the warm-up; SAMPLE_SECONDS in all."""
+    config = run.config
+    built = build(run)
+    optimizers = Optimizers(run, built.model, built.compiled)
+    feed = Feed(run, LOADERS[config.loader](config, data))
+    warm_up(run, built, optimizers, feed)
+    seconds = {}
+    for looped in loop_states(config):
+        built.model.looped = looped
+        began = run.now()
+        count = 0
+        goes_on = True
+        while goes_on:
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            count += 1
+            spent = run.now() - began
+            # The ranks stop together, when the first of them has used its part and after 50 steps.
+            left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
+            goes_on = left > 0 and count < 50
+        seconds[looped] = spent / count
+    return seconds
+
+
+def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
+    """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
+    config = run.config
+    budget = config.max_wallclock_seconds - config.gptq_reserve_seconds
+    floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
+    most = budget * average_pace(config, floors)
+    if sum(floors.values()) > SAMPLE_SECONDS / 4:
+        slowest = max(floors.values())
+        remedy = "train on GPUs, or set TRAIN_BATCH_TOKENS and the model smaller"
+        return Finding(
+            "steps", f"not tried: a step takes {slowest:.0f}s or more, {most:.0f} in {budget:.0f}s", remedy
+        )
+    seconds = sample_steps(run, data)
+    steps = budget * average_pace(config, seconds)
+    times = ", ".join(f"{1000 * time:.1f}ms{' looped' if looped else ''}" for looped, time in seconds.items())
+    remedy = ""
+    if run.is_cuda and steps < most / 4:
+        remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"
+    share = f"{100 * steps / most:.0f}% of what the matmul peak would give without attention"
+    return Finding("steps", f"{steps:.0f} in {budget:.0f}s ({times}), {share}", remedy)
+
+
+def report_machine(config: Config) -> None:
+    """`--preflight`: log what this machine will give to a run of these settings; nothing of it is kept."""
+    # Two steps of warm-up are enough to compile.
+    run = Run(dataclasses.replace(config, warmup_steps=min(config.warmup_steps, 2)))
+    run.folder = Path(config.out_dir)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Stop(f"OUT_DIR={config.out_dir}: {error.strerror}; set it to a writable folder") from None
+    peak = inspect_machine(run, whole=True)
+    run.on_main_rank(lambda: preflight(run))
+    data = Dataset(config, need_training=True)
+    finding = find_steps(run, data, peak)
+    report(run, finding)
+    run.close()
+
+
 # === MAIN ===
 # The stages train -> quantise -> evaluate, each of which leaves its result in the run folder and its facts in
 # stages.json, from which `summarize` makes summary.json. Whatever can be refused is refused by `preflight`,
@@ -4323,14 +5694,24 @@ def record_stage(run: Run, stage: str, facts: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(read_json(path) | {stage: facts}, indent=1).encode())
 
 
-def train_on_validation(run: Run, data: Dataset, model: GPT) -> dict[str, Tensor]:
-    """The fp32 weights after PREQUANT_TTT on the validation text, with scores before and after. Not legal."""
+def train_on_validation(
+    run: Run, data: Dataset, built: Built, weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PREQUANT_TTT makes of `weights` on the validation text, in fp32; scored before and after."""
+    model, forward, compiled = built
+
+    def learn(tally: Tally) -> None:
+        prequant_ttt(run, forward, tally.validation)
+
+    plain = functools.partial(score_sliding, run, forward, run.config.eval_seq_len)
+    if compiled:
+        rehearse(run, {"plain": plain, "prequant_ttt": learn})
+        model.load_state_dict(weights)
     began = run.now()
     validation = load_validation(data)
     run.ledger("validation_read")
-    plain = functools.partial(score_sliding, run, model, run.config.eval_seq_len)
     before = measure(run, validation, "before prequant_ttt", plain)
-    prequant_ttt(run, model, validation)
+    prequant_ttt(run, forward, validation)
     after = measure(run, validation, "prequant_ttt", plain)
     weights = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
     facts = {"before_bpb": before.bpb, "after_bpb": after.bpb, "prequant_ttt_seconds": run.now() - began}
@@ -4349,7 +5730,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     model.load_state_dict(weights)
     model.looped = saved["looped"]
     if run.config.prequant_ttt_enabled:
-        weights = train_on_validation(run, data, model)
+        weights = train_on_validation(run, data, built, weights)
     began = run.now()
     moments = collect_moments(run, model, data)
     calibration_seconds = run.now() - began
@@ -4373,9 +5754,9 @@ def pack_run(
     """
     config = run.config
     began = run.now()
-    packed, how = pack_source(Path(__file__).read_text())
-    code_bytes = len(packed.encode())
-    write_atomically(run.folder / "packed_train_gpt.py", packed.encode())
+    packed, how = pack_source(Path(__file__).read_bytes())
+    code_bytes = len(packed)
+    write_atomically(run.folder / "packed_train_gpt.py", packed)
     left = config.artifact_cap_bytes - code_bytes
     goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
     tensors = quantize(run, model.table, weights, goal, model.looped, moments)
@@ -4414,12 +5795,19 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     if config.sliding_window_enabled:
         modes["sliding"] = functools.partial(score_sliding, run, forward, config.eval_stride)
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
-        modes["ttt"] = functools.partial(chunk_sgd, run, model, forward)
+        modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
-        modes["ttt"] = functools.partial(doc_lora, run, model, adapted)
+        modes["ttt"] = functools.partial(doc_lora, run, forward, adapted)
     return modes
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Put `weights` into the model; a hash embedding, which is in no file, is zero again."""
+    if model.hash_embed is not None:
+        weights = weights | {"hash_embed": torch.zeros_like(model.hash_embed)}
+    model.load_state_dict(weights)
 
 
 def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
@@ -4434,8 +5822,14 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
+    if config.ttt_enabled and config.hash_embed_enabled:
+        # Zero until it is learnt, and there from the rehearsal on: a parameter more is another graph.
+        rows = torch.zeros(config.hash_embed_size, config.model_dim, device=run.device)
+        model.hash_embed = nn.Parameter(rows)
     if built.compiled:
         rehearse(run, modes)
+    graphs = compiled_graphs()
+
     began = run.now()
     run.ledger("eval_clock_start")
     run.ledger("validation_read")
@@ -4444,24 +5838,28 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
         f"val_bpb:{validation.source}:enabled"
     )
-    scores = {}
-    if config.eval_prequant:
-        scores |= score_unquantized(run, data, model, validation, modes["quantized"])
-    model.load_state_dict(assemble_weights(model.table, tensors))
+    load_weights(model, assemble_weights(model.table, tensors))
+    bpb = {}
     for mode, how in modes.items():
-        if mode == "ttt" and config.hash_embed_enabled:
-            rows = torch.zeros(config.hash_embed_size, config.model_dim, device=run.device)
-            model.hash_embed = nn.Parameter(rows)
-        scores[mode] = measure(run, validation, mode, how)
+        final = measure(run, validation, mode, how)
+        bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
-    final = scores[next(reversed(scores))]
+    seconds = run.now() - began
+
+    late = warn_of_late_graphs(run, graphs)
+    if run.is_main and final.losses is not None:
+        save_document_sums(run.folder / "documents.npz", validation, final.losses)
+    if config.eval_prequant:
+        bpb = score_unquantized(run, data, model, validation, modes["quantized"]) | bpb
+        load_weights(model, assemble_weights(model.table, tensors))
     facts = {
         "val_bpb": final.bpb,
         "val_loss": final.loss,
         "val_tokens": final.tokens,
         "val_bytes": final.bytes,
-        "bpb": {mode: score.bpb for mode, score in scores.items()},
-        "eval_seconds": run.now() - began,
+        "bpb": bpb,
+        "eval_seconds": seconds,
+        "graphs_inside_eval_clock": late,
         "artifact_bytes": path.stat().st_size,
         "artifact_sha256": digest,
     }
@@ -4469,16 +5867,24 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     run.on_main_rank(lambda: summarize(run, data))
 
 
+def warn_of_late_graphs(run: Run, before: int) -> int:
+    """How many graphs the ranks have compiled since there were `before`; a warning if any."""
+    late = int(run.sum_over_ranks(torch.tensor(compiled_graphs() - before, device=run.device)))
+    if late:
+        run.log(f"warning: compile: {late} graphs inside the evaluation clock that the rehearsal has not met")
+    return late
+
+
 def score_unquantized(
     run: Run, data: Dataset, model: GPT, validation: Validation, how: Callable[[Tally], None]
-) -> dict[str, Score]:
-    """The score of the weights before quantisation, if this run has them, to compare the artifact with."""
+) -> dict[str, float]:
+    """The BPB of the weights before quantisation, if this run has them: a diagnostic, off the clock."""
     saved = None if run.config.artifact else load_checkpoint(run, data)
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
         return {}
-    model.load_state_dict(saved["average"])
-    return {"prequant": measure(run, validation, "prequant", how)}
+    load_weights(model, saved["average"])
+    return {"prequant": measure(run, validation, "prequant", how).bpb}
 
 
 def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bool) -> dict[str, Any]:
@@ -4547,41 +5953,6 @@ def summarize(run: Run, data: Dataset) -> None:
     )
 
 
-def check_compressor(compressor: str) -> None:
-    """Stop unless `compressor` is installed and gives back what it packed."""
-    sample = bytes(range(256)) * 4
-    try:
-        again = compress(compress(sample, compressor), compressor, undo=True)
-    except ImportError:
-        raise Stop(f"COMPRESSOR={compressor}: not installed; pip install it or set COMPRESSOR=lzma") from None
-    if again != sample:
-        raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
-
-
-def preflight(run: Run) -> None:
-    """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
-    config = run.config
-    check_compressor(config.compressor)
-    counts = [(math.prod(spec.shape), spec.quantizer) for spec in parameter_table(config).values()]
-    needed = 24 * sum(count for count, _ in counts) + 2**26
-    free = shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise Stop(
-            f"OUT_DIR={config.out_dir}: {free >> 20} MiB free, a run of this model needs {needed >> 20} MiB; "
-            "free disk space or set OUT_DIR elsewhere"
-        )
-    code = len(pack_source(Path(__file__).read_text())[0])
-    least = sum(count * least_bits(config, quantizer) / 8 for count, quantizer in counts)
-    left = config.artifact_cap_bytes - code
-    limit = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
-    if not config.artifact and least > limit:
-        raise Stop(
-            f"ARTIFACT_CAP_BYTES={config.artifact_cap_bytes}, "
-            f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
-            f"{least:.0f} needed; lower MODEL_DIM"
-        )
-
-
 def pairs(values: Mapping[str, Any], mark: str) -> str:
     """`values` in one line, names and values separated by `mark`."""
     return " ".join(f"{name}{mark}{value}" for name, value in values.items())
@@ -4603,8 +5974,7 @@ def log_header(run: Run, data: Dataset) -> None:
         shape = "x".join(map(str, spec.shape))
         run.log(f"  {name:<24}{shape:<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
     if run.is_cuda:
-        gpus = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-        run.log(gpus, console=False)
+        run.log(f"allocator: {describe_allocator(os.environ)}")
     warn_of_unread_settings(run)
 
 
@@ -4615,9 +5985,12 @@ def warn_of_unread_settings(run: Run) -> None:
     known = [*(field.name.upper() for field in fields), *ALIASES, *FIXED]
     for name in sorted(set(os.environ) - set(known) - NOT_OURS):
         family = name.split("_")[0] + "_"
-        if "_" in name and sum(other.startswith(family) for other in known) > 1:
+        near, _ = find_near_miss(name, config.variables())
+        if near or ("_" in name and sum(other.startswith(family) for other in known) > 1):
+            hint = f" (the nearest is {near})" if near else ""
             run.log(
-                f"warning: {name} is set, but no setting of this program has that name; it changes nothing"
+                f"warning: {name} is set, but no setting of this program has that name{hint}; "
+                "it changes nothing"
             )
     reader = {field.name.upper(): field.metadata["meaning"].split(": ")[0] for field in fields}
     others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {config.quantizer, config.ttt_mode}
@@ -4647,6 +6020,7 @@ def main(config: Config) -> None:
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
     log_header(run, data)
+    inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()
     run.on_main_rank(lambda: write_atomically(run.folder / "config.json", content))
     built = build(run)
@@ -4658,6 +6032,9 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(CONFIG)
+        if sys.argv[1:] == ["--preflight"]:
+            report_machine(CONFIG)
+        else:
+            main(CONFIG)
     except KeyboardInterrupt:
         raise Stop("interrupted; the same command goes on from the last checkpoint") from None

@@ -35,12 +35,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-import caps_reference
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
 from data.prepare import LONGEST_SENTENCE, Job, Known
 from data.shards import BOS, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
+from helpers import caps_reference
 from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
 
 SHARED = ROOT.parent / "shared" / "data"

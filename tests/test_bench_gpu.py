@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
 from bench import gpu_meter as m
-from conftest import ROOT, TINY
+from helpers import ROOT
+from helpers.trainer import TINY
 
 KEYS = {
     "head",

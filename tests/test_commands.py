@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import environment
-from conftest import ROOT
-from run_folders import copy_run, original
+from helpers import ROOT, STAND_IN
+from helpers.run_folders import copy_run, original
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(?:bash|sh|console)?\n(.*?)^```", re.S | re.M)
@@ -147,7 +147,7 @@ def test_the_tools_work_on_finished_runs_from_another_folder(dataset, shell, tmp
         "--date",
         "2026-01-02",
     ]
-    sweep = ["SEED=1,2", "--script", str(ROOT / "tests" / "stand_in.py"), "--out", "sweeps", "--name", "s"]
+    sweep = ["SEED=1,2", "--script", str(STAND_IN), "--out", "sweeps", "--name", "s"]
     for words in (
         [str(ROOT / "report.py"), "../runs/s1"],
         [str(ROOT / "submit.py"), "../runs/s1", "../runs/s2", *submission],

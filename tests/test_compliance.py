@@ -17,12 +17,12 @@ from sentencepiece import sentencepiece_model_pb2
 
 import compliance
 import train_gpt as t
-from conftest import TINY, launch, sentences, vocabulary
 from data.shards import BOS, read_shard, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
+from helpers.run_folders import edit
+from helpers.trainer import launch, sentences, tiny_settings
 from lossless_caps import TRANSFORMS
 from results import Run
-from run_folders import edit
 
 TOKENS = 800
 POSITIONS = 1
@@ -67,8 +67,7 @@ def legal(caseops, tmp_path_factory) -> Path:
         "TTT_LORA_LR": "0.01",
         "RUN_ID": "legal",
     }
-    places = {"DATASETS_DIR": str(caseops), "VOCAB_SIZE": str(vocabulary(caseops)), "OUT_DIR": str(out)}
-    result = launch(TINY | changes | places)
+    result = launch(tiny_settings(caseops, out) | changes)
     assert result.returncode == 0, result.stderr
     record(out / "legal", CLOCK)
     return out / "legal"

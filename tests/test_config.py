@@ -11,14 +11,17 @@ from collections.abc import Callable
 import pytest
 
 import train_gpt as t
-from conftest import ROOT, environment
+from helpers import ROOT
+from helpers.trainer import environment
 
-NOT_TYPOS = """OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG NCCL_IB_DISABLE TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC
-    TORCH_LOGS
-    TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR TRITON_INTERPRET HF_HOME HF_TOKEN HF_HUB_OFFLINE WANDB_PROJECT WANDB_MODE
-    MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID
-    RUNPOD_POD_ID PATH HOME LANG SHELL PWD USER TERM EDITOR PYTHONPATH LD_LIBRARY_PATH VIRTUAL_ENV SSH_CONNECTION
-    LS_COLORS DISPLAY XDG_RUNTIME_DIR TMPDIR LOGNAME HOSTNAME""".split()
+NOT_TYPOS = """
+    OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG NCCL_IB_DISABLE TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC
+    TORCH_LOGS TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR TRITON_INTERPRET
+    HF_HOME HF_TOKEN HF_HUB_OFFLINE WANDB_PROJECT WANDB_MODE
+    MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK
+    TORCHELASTIC_RUN_ID RUNPOD_POD_ID PATH HOME LANG SHELL PWD USER TERM EDITOR PYTHONPATH
+    LD_LIBRARY_PATH VIRTUAL_ENV SSH_CONNECTION LS_COLORS DISPLAY XDG_RUNTIME_DIR TMPDIR LOGNAME HOSTNAME
+""".split()
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,11 @@ NOT_TYPOS = """OMP_NUM_THREADS CUDA_VISIBLE_DEVICES NCCL_DEBUG NCCL_IB_DISABLE T
         ("EVAL_STRIDE", "4096", "EVAL_SEQ_LEN"),
         ("TRAIN_BATCH_TOKENS", "1001", "multiple of 8"),
         ("GPTQ_RESERVE_SECONDS", "700", "MAX_WALLCLOCK_SECONDS"),
+        ("GPTQ_RESERVE_SECONDS", "-2", "must not be negative (or -1)"),
+        ("SEED", "9223372036854775808", "less than 2^63 = 9223372036854775808"),
+        ("SEED", "1e9999999999", "less than 2^63"),
+        ("SEED", "inf", "whole number"),
+        ("TTT_ENABLE", "1", "did you mean TTT_ENABLED"),
         ("MLP_MULT", "0.3001", "whole number"),
         ("ARTIFACT", "x.ptz", "STAGE=evaluate"),
         ("GATE_WIDTH", "513", "must not exceed MODEL_DIM=512"),
@@ -68,7 +76,7 @@ def test_a_wrong_setting_is_one_line_that_names_it_and_its_value(name, value, wo
 
 @pytest.fixture
 def without_packages(tmp_path, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
-    """Starts the trainer where each package that is not of the standard library ends the process when it is loaded."""
+    """Starts the trainer where loading a package outside the standard library ends the process."""
     packages = tmp_path / "packages"
     for name in ("numba", "numpy", "torch", "tqdm", "triton"):
         (packages / name).mkdir(parents=True)
@@ -123,6 +131,20 @@ def test_settings_that_do_not_go_together_are_refused(settings, words):
 
 def test_names_of_other_programs_are_left_alone():
     assert t.Config.from_env(dict.fromkeys(NOT_TYPOS, "1")) == t.Config()
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [("MODEL_DIR", "MODEL_DIM"), ("COMPILER", "COMPILE"), ("KERNEL", "KERNELS"), ("DATA_DIRS", "DATA_DIR")],
+)
+def test_a_near_miss_that_may_be_a_strangers_does_not_stop(name, near):
+    assert t.Config.from_env({name: "/opt"}) == t.Config()
+    assert t.find_near_miss(name, t.Config.variables()) == (near, False)
+
+
+def test_integers_are_exact():
+    for text in ("9007199254740993", "9_007_199_254_740_993", "9223372036854775807"):
+        assert t.Config.from_env({"SEED": text}).seed == int(text)
 
 
 @pytest.mark.parametrize("text, value", [("1e4", 10_000), ("524_288", 524_288), ("8", 8), ("8.0", 8)])

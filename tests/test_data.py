@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import replace, sentences
 from data.shards import BOS, train_tokenizer, write_shard
+from helpers.trainer import replace, sentences
 
 
 def damaged(path, **change):
@@ -181,11 +181,10 @@ def test_too_little_data_is_refused(config):
         t.PackedLoader(big, t.Dataset(big))
 
 
-def test_the_feed_gives_every_rank_its_streams_of_the_same_step(config, monkeypatch):
+def test_the_feed_gives_every_rank_its_streams_of_the_same_step(config):
     def steps(world):
         out = []
         for rank in range(world):
-            monkeypatch.setenv("RANK", str(rank))
             run = t.Run(replace(config, micro_batch_tokens=1))
             run.world_size, run.rank, run.streams = world, rank, range(rank, t.STREAMS, world)
             feed = t.Feed(run, t.ShuffledLoader(config, t.Dataset(config)))

@@ -7,11 +7,11 @@ import json
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT
+
 spec = importlib.util.spec_from_file_location("fuzz", ROOT / "bench" / "fuzz.py")
 fuzz = importlib.util.module_from_spec(spec)
 sys.modules["fuzz"] = fuzz  # dataclasses look their module up

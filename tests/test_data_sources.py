@@ -29,9 +29,10 @@ from data.compressed import CompressedStream, StreamError
 from data.shards import read_json_object, sha256_file, train_tokenizer
 from data.sidecar import CaseCheck, standard_normaliser, table_bytes, table_problem
 from data.workers import run_in_order
+from helpers import ROOT
+from helpers.data_side import content, refused, refuted, run_prepare, verify
 from lossless_caps import TRANSFORMS, CaseOpsError, decode_caseops
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPRESS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
@@ -63,45 +64,12 @@ def tokenizer(tmp_path_factory) -> Path:
     return train_tokenizer(map(encode, corpus(200)), folder / "small", 400, operators)
 
 
-def run(*arguments: object) -> int:
-    """data/prepare.py in this process, one worker."""
-    return prepare.main([str(argument) for argument in (*arguments, "--workers", 1)])
-
-
-def refused(capsys, *arguments: object) -> str:
-    """The one line with which data/prepare.py refuses."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]
-    assert len(error) == 1 and error[0].startswith("prepare: ") and "; " in error[0], error
-    return error[0]
-
-
-def verify(capsys, *arguments: object) -> tuple[int, dict]:
-    """Exit code and report of verify_bytes.py in this process."""
-    capsys.readouterr()
-    code = verify_bytes.main([str(argument) for argument in (*arguments, "--json", "--workers", 1)])
-    return code, json.loads(capsys.readouterr().out)
-
-
-def refuted(capsys, *arguments: object) -> str:
-    """The counter-example of verify_bytes.py."""
-    code, report = verify(capsys, *arguments)
-    assert code == 1
-    return report["first_counterexample"]
-
-
 def sign(folder: Path, **changes: object) -> None:
     """Make a manifest's checksum right again after some of its values were changed."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text()) | changes
     manifest["checksum"] = prepare.checksum(manifest)
     path.write_text(json.dumps(manifest))
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Hash of every file of a dataset."""
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 # === THE END OF A SOURCE ===
@@ -165,7 +133,7 @@ def test_a_cut_source_makes_no_dataset_and_proves_none(tmp_path, tokenizer, caps
     assert "it ends inside its compressed part 4" in error and "get this file again" in error
     assert not list(out.glob("*.bin*"))  # nothing was made of it
     source.write_bytes(packed)
-    assert run(source, "--out", out, *options) == 0
+    assert run_prepare(source, "--out", out, *options) == 0
     source.write_bytes(packed[: len(packed) * 61 // 100])
     assert "bytes, but the dataset was made of" in refuted(capsys, out, "--documents", source)
 
@@ -206,7 +174,7 @@ def test_the_manifest_says_what_the_sources_hold(tmp_path, tokenizer, capsys):
     pyarrow.parquet.write_table(pyarrow.table({"text": corpus(30)}), second)
     val.write_bytes(b"\n" + lines(corpus(9)))
     out = tmp_path / "out"
-    assert run(first, second, "--val", val, "--out", out, "--tokenizer", tokenizer, "--sidecar") == 0
+    assert run_prepare(first, second, "--val", val, "--out", out, "--tokenizer", tokenizer, "--sidecar") == 0
     sources = json.loads((out / "manifest.json").read_text())["recipe"]["sources"]
     assert [facts["records"] for facts in sources] == [40, 30, 10]
     assert [facts["bytes"] for facts in sources] == [len(lines(corpus(40))), None, len(lines(corpus(9))) + 1]
@@ -224,8 +192,8 @@ def test_a_dataset_that_lacks_documents_of_its_sources_is_refuted(tmp_path, toke
     source.write_bytes(lines(corpus(60)))
     short.write_bytes(lines(corpus(60)[:50]))
     options = ("--tokenizer", tokenizer, "--val-docs", 10, "--sidecar")
-    assert run(source, "--out", tmp_path / "whole", *options) == 0
-    assert run(short, "--out", out, *options) == 0
+    assert run_prepare(source, "--out", tmp_path / "whole", *options) == 0
+    assert run_prepare(short, "--out", out, *options) == 0
     assert "bytes, but the dataset was made of" in refuted(capsys, out, "--documents", source)
     whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())["recipe"]
     sign(out, recipe=whole)
@@ -256,7 +224,7 @@ def test_an_unfinished_dataset_is_refuted(tmp_path, tokenizer, capsys, monkeypat
     source, out = tmp_path / "all.jsonl", tmp_path / "out"
     source.write_bytes(lines(corpus(60)))
     options = ("--tokenizer", tokenizer, "--val-docs", 10, "--sidecar")
-    assert run(source, "--out", out, *options) == 0
+    assert run_prepare(source, "--out", out, *options) == 0
     (out / "manifest.json").unlink()
     assert verify(capsys, out)[0] == 0
     for name in (prepare.JOURNAL, shards.UNFINISHED):
@@ -280,7 +248,7 @@ def test_a_binary_column_is_text_and_another_is_named(tmp_path, tokenizer, capsy
         source, out = tmp_path / f"{number}.parquet", tmp_path / f"out{number}"
         table = pyarrow.table({"text": pyarrow.array(texts).cast(kind)})
         pyarrow.parquet.write_table(table, source)
-        assert run(source, "--out", out, *options) == 0
+        assert run_prepare(source, "--out", out, *options) == 0
         found.add(sha256_file(out / "fineweb_train_000000.bin"))
     assert len(found) == 1
     source = tmp_path / "bad.parquet"
@@ -337,7 +305,7 @@ def test_decomposed_accents_are_refused_at_once(tmp_path, tokenizer, capsys, pla
     assert f"{place} documents" in error and "--max-case-lost" in error and "Document " in error
     if place == "validation":
         assert not list(out.glob("*.bin*"))
-    assert run(source, *options, "--max-case-lost", 1) == 0
+    assert run_prepare(source, *options, "--max-case-lost", 1) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["case_lost"] == (
         {"val": 15, "train": 0} if place == "validation" else {"val": 0, "train": 10}
@@ -379,7 +347,7 @@ def test_a_tokenizer_without_a_lone_space_is_refused(tmp_path, tokenizer, capsys
     assert "no piece for a lone space" in refused(
         capsys, source, "--out", out, "--val-docs", 5, "--tokenizer", lame
     )
-    assert run(source, "--out", out, "--val-docs", 5, "--tokenizer", tokenizer) == 0
+    assert run_prepare(source, "--out", out, "--val-docs", 5, "--tokenizer", tokenizer) == 0
     shutil.copy(lame, out / "tokenizer.model")
     (out / "manifest.json").unlink()
     assert "no piece for a lone space" in refuted(capsys, out)
@@ -405,7 +373,7 @@ def test_tables_are_compared_with_the_decoded_text(tmp_path, capsys):
         user_defined_symbols=["of\u2581the"],
         minloglevel=2,
     )
-    assert run(source, "--out", out, "--val-docs", 20, "--tokenizer", tmp_path / "wide.model") == 0
+    assert run_prepare(source, "--out", out, "--val-docs", 20, "--tokenizer", tmp_path / "wide.model") == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert 0 < manifest["val_lut_bytes"] / manifest["val_bytes"] - 1 < 0.01
     assert "its tokens decode to" in refuted(capsys, out)
@@ -544,7 +512,7 @@ def test_odd_manifests_and_journals_are_one_line(tmp_path, tokenizer, capsys, te
     assert code == 1
     assert demo.problem(out, "x") is not None
     (out / "manifest.json").unlink()
-    assert run(source, *options, "--overwrite") == 0
+    assert run_prepare(source, *options, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(

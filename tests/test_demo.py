@@ -19,8 +19,8 @@ import sentencepiece
 
 from data import demo
 from data.shards import BOS, read_shard, sha256_file
+from helpers import ROOT
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SPEECH = (
     "the value of this function depends on its first argument when a caller passes another list and returns "
     "whether every element was found before we read more text from each open file or stream into memory"
@@ -221,7 +221,7 @@ def test_what_a_killed_build_left_is_cleared_away(tree, tmp_path):
     )
     out = tmp_path / "demo"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(out), str(tree)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", program, str(out), str(tree)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
     while not (tmp_path / ".demo.building" / "tokenizer.model").exists() and process.poll() is None:
         time.sleep(0.05)
@@ -254,7 +254,7 @@ def test_an_unwritable_place_is_one_line_and_exit_code_2(tmp_path, out):
     (tmp_path / "file").touch()
     result = subprocess.run(
         [sys.executable, "data/demo.py", "--out", tmp_path / out],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,

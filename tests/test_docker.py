@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import environment
-from conftest import ROOT
+from helpers import ROOT
 
 
 def instructions() -> list[tuple[str, str]]:

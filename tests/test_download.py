@@ -17,9 +17,9 @@ from huggingface_hub import constants
 
 from data.download import DATASETS, DownloadError, Entry, main, make_plan, settle_tokenizer
 from data.shards import UNFINISHED, read_shard, sha256_file, write_shard
-from tests.hub_server import COMMIT, Hub
+from helpers import ROOT
+from helpers.hub_server import COMMIT, Hub
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 CASEOPS = DATASETS["caseops_v1"]
 DOUBLED = f"datasets/datasets/{CASEOPS.folder}"
 FIRST = "fineweb_train_000000.bin"
@@ -91,7 +91,7 @@ class Client:
             }
             result = subprocess.run(
                 [sys.executable, "data/download.py", *arguments],
-                cwd=REPOSITORY,
+                cwd=ROOT,
                 text=True,
                 env=clean | environment,
                 capture_output=True,

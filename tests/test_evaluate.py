@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as t
-from conftest import replace
+from helpers.trainer import replace
 
 
 @given(st.integers(2, 500), st.integers(1, 64), st.data())
@@ -29,9 +29,9 @@ def test_every_target_is_scored_exactly_once_with_full_context(length, context, 
 @given(st.integers(2, 500), st.integers(1, 64), st.data())
 def test_chunks_of_a_document_end_their_window(length, context, data):
     chunk, scored = data.draw(st.integers(1, context)), []
-    for start, end, first in t.plan_windows(length, context, chunk, chunk).tolist():
-        assert 0 <= start < first < end <= length and end - 1 - start <= context and end - first <= chunk
-        assert start == 0 or first - 1 - start == context - chunk
+    for start, end, first in t.plan_chunks(length, context, chunk).tolist():
+        assert 0 <= start < first < end <= length and end - first <= chunk
+        assert start == max(0, end - 1 - context), "all the context that it may have, the last chunk too"
         scored += range(first, end)
     assert scored == list(range(1, length))
 
@@ -89,6 +89,7 @@ def test_a_uniform_model_has_the_entropy_of_the_vocabulary(config):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_share_the_windows(config, world):
+    config = replace(config, val_batch_tokens=8 * 4 * 32)  # a batch for every rank
     validation = t.load_validation(t.Dataset(config))
     whole, parts = t.Tally(t.Run(config), validation), []
     t.score_sliding(t.Run(config), ids_as_losses, 8, whole)
@@ -105,8 +106,8 @@ def test_ranks_share_the_windows(config, world):
 
 def test_documents_sum_to_the_score(config, tmp_path):
     run, validation = t.Run(config), t.load_validation(t.Dataset(config))
-    run.folder = tmp_path
     result = plain(run, uniform(config.vocab_size), validation, 32)
+    t.save_document_sums(tmp_path / "documents.npz", validation, result.losses)
     found = np.load(tmp_path / "documents.npz")
     assert len(found["nats"]) == (validation.tokens == t.BOS).sum() == 30
     assert found["tokens"].sum() == result.tokens and found["bytes"].sum() == result.bytes

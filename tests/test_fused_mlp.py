@@ -1,9 +1,7 @@
-"""The GEMM kernel with its epilogues: the fused MLP and the symmetric products of Muon, interpreted and compiled."""
+"""The GEMM kernel with its epilogues, interpreted and compiled: the fused MLP, Muon's symmetric products."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -12,30 +10,20 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import train_gpt as t
-from conftest import ROOT, environment, replace
+from helpers import ROOT
+from helpers.tensors import distance
+from helpers.trainer import replace, without_interpreter
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("poisoned")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of norms, relative
 SHAPES = [(1, 8, 8), (3, 5, 7), (1300, 24, 300), (257, 40, 72)]  # (M, D, H): tiles are 128 by 128 or by 256
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory a kernel forgets to write must not look like a result."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: real(*a, **k).fill_(float("nan")))
 
 
 def random(*shapes, dtype=torch.float32, seed=0):
     """Tensors with entries of about one over the root of their last dimension."""
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype) for shape in shapes]
-
-
-def distance(ours, theirs):
-    """The relative distance of norms."""
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 @pytest.mark.parametrize("keep_input", [False, True])
@@ -193,6 +181,7 @@ class Watched:
 
     def __init__(self, dtype=torch.float32, device="cpu"):
         self.dtype, self.device, self.is_cuda, self.lines = dtype, torch.device(device), device == "cuda", []
+        self.world_size = 1
 
     def log(self, line):
         """Remember one line."""
@@ -212,6 +201,15 @@ def test_the_choice_of_the_mlp_is_logged_with_the_reasons_against_the_better_one
         "mlp: triton",
         "mlp: reference",
     )
+
+
+def test_older_gpus_do_not_get_the_triton_mlp_unless_it_is_asked_for(config, monkeypatch):
+    for capability, expected in (((8, 9), t.mlp_reference), ((9, 0), t.mlp_triton), ((10, 0), t.mlp_triton)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        run = Watched(torch.float32, "cuda")
+        assert t.pick_mlp(config, run, fused=True) is expected
+        assert t.pick_mlp(replace(config, mlp_kernel="triton"), run, fused=True) is t.mlp_triton
+        assert ("compute capability 9.0, this GPU has 8.9" in run.lines[0]) == (expected is t.mlp_reference)
 
 
 def test_an_mlp_that_cannot_be_had_stops_the_run(config, monkeypatch, tmp_path):
@@ -246,19 +244,21 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-for capability, mode in ((90, "act_and_slope"), (90, "act_and_input"), (90, "times_slope"), (90, "times_input"),
-                         (90, "gram"), (90, "polynomial"), (100, "act_and_slope"), (100, "gram")):
+modes = ("act_and_slope", "act_and_input", "times_slope", "times_input", "gram", "polynomial")
+for capability, mode in (*((90, mode) for mode in modes), (100, "act_and_slope"), (100, "gram")):
     m, n, k = t.gemm_tile(mode, t.torch.bfloat16)
     tile = lambda *block: f"tensordesc<bf16[1,{{block[0]}},{{block[1]}}]>"
     right = tile(k, n) if mode.startswith("times") else tile(n, k)
     constants = dict(MODE=mode, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP=8)
-    types = dict(a=tile(m, k), b=right, aux=tile(m, n), out=tile(m, n), rows="i32", columns="i32", depth="i32",
-                 linear="fp32", square="fp32", **dict.fromkeys(constants, "constexpr"))
+    types = dict(a=tile(m, k), b=right, aux=tile(m, n), out=tile(m, n), linear="fp32", square="fp32")
+    types |= dict(rows="i32", columns="i32", depth="i32", **dict.fromkeys(constants, "constexpr"))
     source = ASTSource(t.gemm_kernel, {{name: types[name] for name in t.gemm_kernel.arg_names}}, constants)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=8, num_stages=4))
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options=dict(num_warps=8, num_stages=4))
     assert built.metadata.shared <= 232_448, built.metadata.shared
     text = built.asm["ptx"]
-    assert ("wgmma.mma_async" if capability == 90 else "tcgen05.mma") in text and "cp.async.bulk.tensor" in text
+    assert ("wgmma.mma_async" if capability == 90 else "tcgen05.mma") in text
+    assert "cp.async.bulk.tensor" in text
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(text)
         file.flush()
@@ -271,14 +271,7 @@ for capability, mode in ((90, "act_and_slope"), (90, "act_and_input"), (90, "tim
 
 
 def test_the_kernel_compiles_for_hopper_and_blackwell_within_their_limits():
-    variables = environment({})
-    variables.pop("TRITON_INTERPRET")
-    code = COMPILE.format(root=str(ROOT))
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 8
+    assert len(without_interpreter(COMPILE.format(root=str(ROOT)))) == 8
 
 
 def compiled_run(config, monkeypatch, **changes):
@@ -312,8 +305,8 @@ def test_what_is_compiled_inside_the_clock_is_counted(config, monkeypatch, tmp_p
     data, load, torch._dynamo.config.recompile_limit = t.Dataset(run.config), t.Feed.load, 64
 
     def denser(feed, step):
-        """From step 1 on, more segments than warm-up has seen: one size more, or several."""
-        starts = t.pad_starts(np.zeros(127 if covered else 319, np.int32), 128)
+        """From step 1 on, more segments than warm-up has seen: of the same size, or of the next."""
+        starts = t.pad_starts(np.zeros(400 if covered else 600, np.int32), 128)
         return [batch._replace(starts=starts) if step else batch for batch in load(feed, step)]
 
     monkeypatch.setattr(t.Feed, "load", denser)

@@ -9,7 +9,6 @@ import lzma
 import pickle
 import random
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import caps_reference as reference
 import lossless_caps
+from helpers import ROOT
+from helpers import caps_reference as reference
 from lossless_caps import (
     ALLCAPS,
     CAPNEXT,

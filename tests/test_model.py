@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train_gpt as t
-from conftest import replace
+from helpers.tensors import perturbed, tokens
+from helpers.trainer import replace
 
 FULL = t.Config()
 PLAIN = {"head_gate": "none", "smear_gate": False}
@@ -77,19 +79,22 @@ def test_parameter_counts_of_the_published_systems(changes, count):
 def make(config: t.Config, seed: int = 0, **changes) -> t.GPT:
     """A model in fp64 whose parameters are all far from their neutral initial values."""
     torch.manual_seed(seed)
-    model = t.GPT(replace(config, **changes), dtype=torch.float64).double()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
+    model = perturbed(t.GPT(replace(config, **changes), dtype=torch.float64).double(), 0.3)
     model.looped = True
     return model
 
 
-def tokens(config: t.Config, rows: int = 2, length: int = 32, seed: int = 0) -> t.Batch:
-    """Random ids without BOS."""
-    ids = torch.randint(
-        4, config.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(seed)
-    )
-    return t.Batch(ids[:, :-1], ids[:, 1:])
+def published_smear(model: t.GPT, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """#1667 token by token: each takes of the one before, with #1851 a BOS nothing."""
+    c = model.config
+    smeared = x.clone()
+    for row in range(ids.size(0)):
+        for p in range(1, ids.size(1)):
+            if not (c.smear_gate_bos_fix and ids[row, p] == t.BOS):
+                seen = x[row, p, : c.gate_width or None]
+                gate = torch.sigmoid(model.smear_w[0].detach() @ seen)
+                smeared[row, p] = x[row, p] + model.smear_lambda.detach() * gate * x[row, p - 1]
+    return smeared
 
 
 def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
@@ -159,18 +164,16 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         + list(range(c.loop_end + 1, layers))
     )
     half, skips, lanes = len(order) // 2, [], None
-    x, ids = rms(w["embed"][batch.inputs]), batch.inputs
+    x, ids = w["embed"][batch.inputs], batch.inputs
+    smeared = c.smear_gate_order if c.smear_gate else "never"
+    if smeared == "before_norm":
+        x = published_smear(model, x, ids)
+    x = rms(x)
     if "hash_embed" in w:
         before = torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], 1)
         x = x + w["hash_embed"][(2039 * before + ids) % c.hash_embed_size]
-    if c.smear_gate:
-        smeared = x.clone()
-        for row in range(ids.size(0)):
-            for p in range(1, ids.size(1)):
-                if not (c.smear_gate_bos_fix and ids[row, p] == t.BOS):
-                    gate = torch.sigmoid(w["smear_w"][0] @ x[row, p, :window])
-                    smeared[row, p] = x[row, p] + w["smear_lambda"] * gate * x[row, p - 1]
-        x = smeared
+    if smeared == "after_norm":
+        x = published_smear(model, x, ids)
     x0 = x
     for place, i in enumerate(order):
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
@@ -227,7 +230,12 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         },
         {"num_heads": 2, "num_kv_heads": 2, "rope_dims": 16, "mlp_mult": 1.5},
         PLAIN,
-        {"head_gate": "attn_out", "gate_attn_src": "residual", "smear_gate_bos_fix": False},  # #1693
+        {
+            "head_gate": "attn_out",
+            "gate_attn_src": "residual",
+            "smear_gate_bos_fix": False,
+            "smear_gate_order": "after_norm",
+        },  # #1693
         {"head_gate": "attn_out", "gate_attn_src": "proj", "gate_width": 5},  # #1667
         {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
         {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
@@ -242,6 +250,33 @@ def test_the_one_forward_equals_the_published_equations(config, changes):
     # The one difference left: losses leave in fp32.
     assert torch.allclose(ours.double(), theirs, rtol=1e-6, atol=1e-6)
     assert theirs.std() > 0.1
+
+
+@pytest.mark.parametrize("bos_fix", [True, False])
+@pytest.mark.parametrize("order", ["before_norm", "after_norm"])
+def test_the_smear_gate_is_the_published_one(config, order, bos_fix):
+    """On a packed row of two documents, the second cut at 25, where our own shutting changes one token."""
+    changes = {"smear_gate_order": order, "smear_gate_bos_fix": bos_fix, "smear_gate_segment_fix": False}
+    model = make(config, **changes)
+    inputs, targets, *_ = tokens(config, rows=1, length=40)
+    inputs[:, 9] = t.BOS
+    batch = t.Batch(inputs, targets, t.pad_starts(np.array([0, 9, 25]), 40), 16)
+    raw = model.embed[inputs]
+    if order == "before_norm":
+        expected = t.rms_norm(published_smear(model, raw, inputs))
+    else:
+        expected = published_smear(model, t.rms_norm(raw), inputs)
+    assert torch.allclose(model.embedding(batch), expected)
+
+    model.config = replace(model.config, smear_gate_segment_fix=True)
+    differs = ~torch.isclose(model.embedding(batch), expected).all(-1)[0]
+    assert differs.nonzero().flatten().tolist() == ([25] if bos_fix else [])
+    assert torch.allclose(model.embedding(batch)[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
+
+
+def test_the_default_smears_as_the_audited_system_does():
+    """#1855: the embedding as it is stored, shut at every BOS."""
+    assert (FULL.smear_gate, FULL.smear_gate_order, FULL.smear_gate_bos_fix) == (True, "before_norm", True)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +363,7 @@ def test_packed_documents_do_not_see_each_other(config):
     packed = model(t.Batch(batch.inputs, batch.targets, starts, 40))
     for a, b in ((0, 13), (13, 30), (30, 40)):
         alone = model(t.Batch(batch.inputs[:, a:b], batch.targets[:, a:b]))
-        # Positions differ, but only distances matter to the rotation; fp32 tables leave rounding of that size.
+        # Positions differ, but only distances matter to the rotation; its fp32 tables leave such rounding.
         assert torch.allclose(packed[:, a:b], alone, atol=1e-5)
 
 
@@ -346,7 +381,7 @@ def test_the_tap_sees_the_input_of_every_matrix(config):
 
 
 def test_the_forward_is_one_graph_in_both_loop_states(config):
-    """fullgraph: a graph break would be an error. The attention of packed rows is a GPU kernel and not part of this."""
+    """A graph break would be an error (fullgraph). Attention of packed rows, a GPU kernel, is left out."""
     model, batch = t.GPT(config, fused=True), tokens(config)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for looped in (False, True):
@@ -388,11 +423,12 @@ def test_gradients_match_finite_differences(config):
 
 
 def test_pytorchs_varlen_kernel_is_called_as_its_signature_asks(monkeypatch):
-    """The kernel itself needs a GPU; an argument that this version of torch does not have would end a run there."""
+    """The kernel itself needs a GPU; an argument that this torch does not have would end a run there."""
     from torch.nn.attention import varlen
 
     def stand_in(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **_):
-        assert window_size == (-1, 0) and max_q == max_k == 8 and cu_q is cu_k
+        assert window_size == (-1, 0) and max_q == max_k == 8
+        assert torch.equal(cu_q, cu_k) and cu_q is not cu_k
         return t.attend_sdpa(q[None], k[None], v[None], cu_q, max_q)[0]
 
     fake = mock.create_autospec(varlen.varlen_attn, side_effect=stand_in)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_model import tokens
 
 import train_gpt as t
-from conftest import ROOT, launch, replace
+from helpers import ROOT
+from helpers.tensors import tokens
+from helpers.trainer import launch, replace
 
 
 @pytest.mark.parametrize("name, low, high", [("classic", 0.6, 1.25), ("polar_express", 0.75, 1.25)])
@@ -187,7 +188,7 @@ TWO_RANKS = """
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch, train_gpt as t
-from test_model import tokens
+from helpers.tensors import tokens
 config = t.Config.from_env(os.environ)
 run = t.Run(config)
 torch.manual_seed(0)

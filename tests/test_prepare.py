@@ -21,12 +21,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 from data import documents, prepare
 from data.fast_tokenizer import FastTokenizer, load_model
 from data.shards import BOS, read_shard, sha256_file, train_tokenizer
 from data.sidecar import encode_with_bytes, folded_weights
+from helpers import ROOT
+from helpers.data_side import content, refused, run_prepare
 from lossless_caps import TRANSFORMS, casefold
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -114,16 +114,6 @@ def small_tokenizer(tmp_path_factory) -> Path:
     return train_tokenizer(
         texts, tmp_path_factory.mktemp("tokenizer") / "small", 500, TRANSFORMS["caseops_v3"][2]
     )
-
-
-def run(*arguments: object) -> int:
-    """The command in this process, one worker."""
-    return prepare.main([str(argument) for argument in (*arguments, "--workers", 1)])
-
-
-def content(folder: Path) -> dict[str, str]:
-    """Hash of every file of a dataset."""
-    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def shard_documents(folder: Path, kind: str) -> list[list[int]]:
@@ -315,7 +305,7 @@ def test_the_dataset_is_what_the_documents_say(tmp_path, small_tokenizer):
     out = tmp_path / "out"
     source = write_lines(tmp_path / "all.jsonl", texts + extra)
     assert (
-        run(
+        run_prepare(
             source,
             "--out",
             out,
@@ -363,7 +353,9 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path, small_tokenizer):
     for number, source in enumerate(sources):
         out = tmp_path / f"out{number}"
         assert (
-            run(source, "--out", out, "--val-docs", 5, "--tokenizer", small_tokenizer, "--batch-mb", 0.004)
+            run_prepare(
+                source, "--out", out, "--val-docs", 5, "--tokenizer", small_tokenizer, "--batch-mb", 0.004
+            )
             == 0
         )
         files = content(out)
@@ -377,7 +369,7 @@ def test_separate_validation_files(tmp_path, small_tokenizer):
     source = write_lines(tmp_path / "train.jsonl", [*train, val[4]])
     out = tmp_path / "out"
     assert (
-        run(
+        run_prepare(
             source,
             "--val",
             write_lines(tmp_path / "val.jsonl.gz", val),
@@ -504,14 +496,6 @@ def test_stopping_at_every_journal_entry_gives_the_same_bytes(tmp_path, referenc
 # === REFUSALS ===
 
 
-def refused(capsys, *arguments: object) -> str:
-    """The one line with which the command refuses."""
-    assert run(*arguments) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "WARNING" not in line]
-    assert len(error) == 1 and error[0].startswith("prepare: ") and "; " in error[0], error
-    return error[0]
-
-
 BAD_LINES = {
     "bad JSON": b'{"text": "a"',
     "no key 'text'": b'{"body": "a"}',
@@ -587,11 +571,11 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, small_tokenizer, capsys, monkeypa
 def test_another_dataset_is_not_replaced(tmp_path, small_tokenizer, capsys):
     source, out = write_lines(tmp_path / "all.jsonl", corpus(20)), tmp_path / "out"
     options = ("--tokenizer", small_tokenizer)
-    assert run(source, "--out", out, "--val-docs", 5, *options) == 0
+    assert run_prepare(source, "--out", out, "--val-docs", 5, *options) == 0
     before = content(out)
     assert "another dataset" in refused(capsys, source, "--out", out, "--val-docs", 6, *options)
     assert content(out) == {**before, ".lock": sha256_file(out / ".lock")}
-    assert run(source, "--out", out, "--val-docs", 6, "--overwrite", *options) == 0
+    assert run_prepare(source, "--out", out, "--val-docs", 6, "--overwrite", *options) == 0
     with open(out / "fineweb_train_000000.bin", "r+b") as file:
         file.seek(2000)
         file.write(b"\1\1")

@@ -6,15 +6,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import replace
-
-
-def random_matrix(rows, columns, seed=0):
-    """A weight matrix and the Hessian of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
-    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs
+from helpers.tensors import random_matrix
+from helpers.trainer import replace
 
 
 def plain_gptq(weight, hessian, sigmas, bits, dampening):

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_quantize import random_matrix
 
 import train_gpt as t
-from conftest import replace
+from helpers.tensors import random_matrix
+from helpers.trainer import replace
 
 STATES = [8, 64, 256]
 INT32 = st.integers(-(2**31), 2**31 - 1)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-from run_folders import copy_run, original
+from helpers import ROOT, STAND_IN
+from helpers.run_folders import copy_run, original
 
 BIND = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && cd "$0" && exec "$@"'
 HOME = "/proc/none"  # nobody, root neither, can make it
@@ -51,11 +51,10 @@ def copy(tmp_path_factory) -> Path:
 
 def test_the_tools_work(dataset, copy, tmp_path):
     runs = [copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
-    stand_in = ROOT / "tests" / "stand_in.py"
     for words in (
         ["report.py", *runs],
         ["submit.py", *runs, "--name", "A", "--track", "demo", "--out", tmp_path / "records"],
-        ["sweep.py", "SEED=1", "--script", stand_in, "--out", tmp_path / "sweeps"],
+        ["sweep.py", "SEED=1", "--script", STAND_IN, "--out", tmp_path / "sweeps"],
         ["compliance.py", "--help"],
     ):
         done = inside(copy, *words)
@@ -68,6 +67,6 @@ def test_what_would_be_written_into_it_is_refused_in_one_line(dataset, copy, tmp
     done = inside(copy, "submit.py", run, "--name", "A", "--track", "demo")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "records/demo: cannot be written (Read-only file system); choose another --out" in done.stderr
-    done = inside(copy, "sweep.py", "SEED=1", "--script", ROOT / "tests" / "stand_in.py")
+    done = inside(copy, "sweep.py", "SEED=1", "--script", STAND_IN)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "cannot be written (Read-only file system); choose another --out" in done.stderr

@@ -9,13 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from damage import mutants
 
 import recipes
 import sweep
 import train_gpt as t
 from bench import gpu
-from conftest import ROOT, environment
+from helpers import ROOT
+from helpers.damage import mutants
+from helpers.trainer import environment
 from recipes import read as read_recipe
 
 SYSTEMS = ["pr1585", "pr1738", "pr1755", "pr1693"]

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stand_in
 
 import report
 import results
 import sweep
-from conftest import ROOT
-from run_folders import copy_run, edit, original
+from helpers import ROOT, STAND_IN, stand_in
+from helpers.run_folders import copy_run, edit, original
 
 VOID = {"meta", "br", "line", "polyline"}
 
@@ -191,7 +190,7 @@ def test_a_sweep_has_a_page_with_its_table_and_one_for_each_run(tmp_path, datase
         "MATRIX_LR=0.02,0.03,9",
         "SEED=1,2",
         "--script",
-        str(ROOT / "tests" / "stand_in.py"),
+        str(STAND_IN),
         "--out",
         str(tmp_path),
         "--name",

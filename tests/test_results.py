@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import json_mutants, mutants
 
 import compliance
 import report
@@ -21,8 +20,9 @@ import results
 import submit
 import sweep
 import track
-from conftest import ROOT
-from run_folders import edit, original
+from helpers import ROOT, STAND_IN
+from helpers.damage import json_mutants, mutants
+from helpers.run_folders import edit, original
 
 ROUNDS = 60  # mutants of each file; 2,000 were tried once
 
@@ -169,7 +169,7 @@ def test_a_damaged_plan_of_a_sweep_is_refused_by_every_reader(run, tmp_path, pla
     words = [
         "SEED=1",
         "--script",
-        str(ROOT / "tests" / "stand_in.py"),
+        str(STAND_IN),
         "--out",
         str(tmp_path),
         "--name",

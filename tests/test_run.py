@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import ROOT, environment, launch
+from helpers import ROOT
+from helpers.trainer import environment, launch, tiny_settings
 
 
 def artifact_hash(folder: Path) -> str:
@@ -43,15 +44,8 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
     """(settings, folder) of one finished run, shared by the tests that only look at it."""
-    from conftest import TINY, vocabulary
-
     out = tmp_path_factory.mktemp("finished")
-    settings = TINY | {
-        "DATASETS_DIR": str(dataset),
-        "VOCAB_SIZE": str(vocabulary(dataset)),
-        "OUT_DIR": str(out),
-        "RUN_ID": "a",
-    }
+    settings = tiny_settings(dataset, out) | {"RUN_ID": "a"}
     result = launch(settings, processes=1)
     assert result.returncode == 0, result.stderr
     (out / "a" / "stdout").write_text(result.stdout)
@@ -329,7 +323,7 @@ def test_packed_documents_train_and_score_too(settings):
     result = launch(settings | {"LOADER": "packed", "RUN_ID": "packed", "ITERATIONS": "4"})
     assert result.returncode == 0, result.stderr
     summary = json.loads((Path(settings["OUT_DIR"]) / "packed" / "summary.json").read_text())
-    # Documents keep to themselves, so windows that overlap see no more than the document: never worse than cut ones.
+    # Documents keep to themselves: overlapping windows see the same document, never worse than cut ones.
     assert summary["bpb"]["sliding"] <= summary["bpb"]["quantized"] * 1.01
 
 
@@ -380,8 +374,8 @@ def test_odd_shapes_run_through_every_stage(settings, shape):
 def test_importing_the_script_takes_no_environment_and_does_nothing(tmp_path):
     code = (
         "import sys, time, torch, numba, triton, triton.language; began = time.process_time(); "
-        f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; assert not torch.distributed.is_initialized(); "
-        "print(time.process_time() - began)"
+        f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; "
+        "assert not torch.distributed.is_initialized(); print(time.process_time() - began)"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-c", code],
@@ -404,8 +398,17 @@ def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
 
 
 def test_a_setting_that_the_chosen_mode_does_not_read_is_named(settings):
-    done = launch(settings | {"STAGE": "train", "ITERATIONS": "1", "MATRIX_BITS": "5", "TTT_LORA_RANK": "8",
-                              "TTT_LR": "0.1", "RUN_ID": "warned"})  # fmt: skip
+    done = launch(
+        settings
+        | {
+            "STAGE": "train",
+            "ITERATIONS": "1",
+            "MATRIX_BITS": "5",
+            "TTT_LORA_RANK": "8",
+            "TTT_LR": "0.1",
+            "RUN_ID": "warned",
+        }
+    )
     warned = [line for line in done.stdout.splitlines() if "it changes nothing" in line]
     assert "only sdclip reads it" in "".join(line for line in warned if "MATRIX_BITS" in line)
     assert "only chunk_sgd reads it" in "".join(line for line in warned if "TTT_LR " in line)

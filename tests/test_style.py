@@ -17,6 +17,7 @@ SECTIONS = [
     "RUN",
     "DATA",
     "KERNELS",
+    "HEADS",
     "TOPOLOGY",
     "MODEL",
     "OPTIMIZERS",
@@ -24,6 +25,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "TRAIN",
+    "PREFLIGHT",
     "MAIN",
 ]
 SCREEN = 60  # lines
@@ -31,7 +33,7 @@ SCREEN = 60  # lines
 
 def test_the_file_is_readable_source():
     assert SOURCE.isascii()
-    assert not SOURCE.startswith(t.PACKED_HEAD)
+    assert not SOURCE.encode().startswith(t.PACKED_HEAD)
     assert max(map(len, SOURCE.splitlines())) <= 110
 
 
@@ -80,7 +82,8 @@ def test_settings_are_read_from_the_environment_in_one_place():
         "LOCAL_RANK",
         "TRITON_INTERPRET",
         "RUN_FOLDER_FILE",
-    }  # of launchers and triton
+        "CUDA_VISIBLE_DEVICES",
+    }  # of launchers, triton and CUDA
     rest = SOURCE.replace(config, "")
     assert set(re.findall(r'os\.environ\.get\("(\w+)"', rest)) <= allowed and "getenv" not in SOURCE
 

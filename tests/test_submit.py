@@ -17,8 +17,9 @@ import compliance
 import results
 import submit
 import train_gpt as t
-from conftest import ROOT, environment
-from run_folders import copy_run, edit, original
+from helpers import ROOT
+from helpers.run_folders import copy_run, edit, original
+from helpers.trainer import environment
 
 FACTORS = {1: 1.0, 2: 0.999, 3: 1.0005}
 

@@ -15,20 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stand_in
 from scipy import stats
 
 import results
 import sweep
-from conftest import ROOT, launch
-from run_folders import original
-
-SCRIPT = ROOT / "tests" / "stand_in.py"
+from helpers import ROOT, STAND_IN, stand_in
+from helpers.run_folders import original
+from helpers.trainer import launch
 
 
 def call(tmp_path: Path, *words: str, status: int = 0) -> Path:
     """Run a sweep of the stand-in in this process; returns its folder."""
-    arguments = [*words, "--script", str(SCRIPT), "--out", str(tmp_path / "runs"), "--name", "s"]
+    arguments = [*words, "--script", str(STAND_IN), "--out", str(tmp_path / "runs"), "--name", "s"]
     if status:
         with pytest.raises(SystemExit) as stop:
             sweep.main(arguments)
@@ -41,7 +39,7 @@ def call(tmp_path: Path, *words: str, status: int = 0) -> Path:
 def refused(tmp_path: Path, *words: str) -> str:
     """The line with which a sweep is refused; no run was started."""
     with pytest.raises(results.Stop) as stop:
-        sweep.main([*words, "--script", str(SCRIPT), "--out", str(tmp_path / "runs"), "--name", "s"])
+        sweep.main([*words, "--script", str(STAND_IN), "--out", str(tmp_path / "runs"), "--name", "s"])
     assert not list(tmp_path.glob("runs/*/*/starts")) and "\n" not in str(stop.value)
     return str(stop.value)
 
@@ -146,7 +144,7 @@ def test_after_kill_9_the_same_command_goes_on(tmp_path):
         "MATRIX_LR=0.02,0.03",
         "SEED=1,2,3",
         "--script",
-        str(SCRIPT),
+        str(STAND_IN),
         "--out",
         str(tmp_path),
         "--name",
@@ -204,11 +202,11 @@ def test_settings_come_from_axes_then_environment_then_recipe(tmp_path, monkeypa
 
 def test_an_edit_of_the_script_changes_no_run_and_is_noticed(tmp_path):
     script = tmp_path / "trainer.py"
-    script.write_text(SCRIPT.read_text())
+    script.write_text(STAND_IN.read_text())
     words = ["SEED=1,2", "--out", str(tmp_path), "--name", "s"]
     sweep.main([*words, "--script", str(script)])
-    assert (tmp_path / "s" / "train_gpt.py").read_text() == SCRIPT.read_text()
-    script.write_text(SCRIPT.read_text() + "# changed\n")
+    assert (tmp_path / "s" / "train_gpt.py").read_text() == STAND_IN.read_text()
+    script.write_text(STAND_IN.read_text() + "# changed\n")
     with pytest.raises(results.Stop, match="has changed since .*--name NEW .*--script .*train_gpt.py"):
         sweep.main([*words, "--script", str(script)])
     sweep.main([*words, "--script", str(tmp_path / "s" / "train_gpt.py")])

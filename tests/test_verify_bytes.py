@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import verify_bytes
 from data import prepare
 from data.shards import BOS, HEADER_BYTES, ShardError, read_shard, sha256_file, train_tokenizer, write_shard
+from helpers import ROOT
+from helpers.data_side import refuted, verify
 from lossless_caps import TRANSFORMS
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -110,20 +110,6 @@ def made(tmp_path_factory) -> Data:
 @pytest.fixture
 def copy(made, tmp_path) -> Path:
     return Path(shutil.copytree(made.folder, tmp_path / "copy"))
-
-
-def verify(capsys, *arguments: object) -> tuple[int, dict]:
-    """Exit code and report of the command in this process."""
-    capsys.readouterr()
-    code = verify_bytes.main([str(argument) for argument in (*arguments, "--json", "--workers", 1)])
-    return code, json.loads(capsys.readouterr().out)
-
-
-def refuted(capsys, *arguments: object) -> str:
-    """The counter-example."""
-    code, report = verify(capsys, *arguments)
-    assert code == 1 and report["verdict"] == "refuted"
-    return report["first_counterexample"]
 
 
 def sign(folder: Path, **changes) -> None:

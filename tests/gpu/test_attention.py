@@ -10,7 +10,7 @@ from bench import gpu_meter as m
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", ["fa3", "fa2", "varlen", "sdpa"])
+@pytest.mark.parametrize("backend", ["fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa"])
 def test_backend(backend, packed, dry, meter, dtype):
     run = t.Run(t.Config.from_env({"COMPUTE_DTYPE": str(dtype).removeprefix("torch."), "ATTENTION": backend}))
     try:

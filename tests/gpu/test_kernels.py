@@ -12,13 +12,9 @@ import cutlass_evt_fusion
 import train_gpt as t
 from bench import gpu_meter as m
 from cutlass_evt_fusion import bench as cutlass
+from helpers.tensors import distance
 
 FORMS = [("cross-entropy", "triton"), ("mlp", "triton"), ("mlp", "cutlass"), ("newton-schulz", "triton")]
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """Norm of the difference over that of the second."""
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 def make(name: str, config: t.Config, meter: m.Meter, dtype: torch.dtype, rows: int) -> m.Kernel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 import train_gpt as t
 from bench import gpu_meter as m
 from bench.train_step import TrainStep
-from conftest import TINY
+from helpers.trainer import TINY
 
 
 def test_a_training_run_has_the_losses_of_the_cpu(monkeypatch, meter):
@@ -55,6 +57,23 @@ def test_nothing_is_compiled_again_in_20_steps_of_packed_documents(trainer):
         losses.append(t.train_step(step.run, step.forward, step.optimizers, batches, 0.5, number))
     assert m.compiled_graphs() == graphs
     assert torch.stack(losses).isfinite().all()
+
+
+def test_no_step_waits_for_the_gpu(trainer, dry):
+    step, feed = trainer
+    agreement = t.Agreement(step.run)
+    batches = [feed.get(number) for number in (20, 21)]
+    for place, batch in enumerate(batches):
+        if place == 1 and not dry:  # the first of them allocates
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = t.train_step(step.run, step.forward, step.optimizers, batch, 0.5, 20 + place)
+            t.update_ema(step.average, step.model, step.config.ema_decay)
+            seconds, not_finite = agreement.reach(time.monotonic, loss, late=True)
+        finally:
+            if not dry:
+                torch.cuda.set_sync_debug_mode("default")
+    assert seconds <= time.monotonic() and not not_finite
 
 
 def test_an_artifact_of_the_gpu_is_the_same_model_on_the_cpu(meter, tmp_path):

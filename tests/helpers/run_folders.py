@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from conftest import TINY, launch, vocabulary
+from helpers.trainer import launch, tiny_settings
 
 
 @functools.cache
 def original(dataset: Path) -> Path:
     """The folder of one finished run with plain and sliding scores; made once, not to be changed."""
     out = Path(tempfile.mkdtemp(dir=dataset.parent))
-    settings = TINY | {
-        "DATASETS_DIR": str(dataset),
-        "VOCAB_SIZE": str(vocabulary(dataset)),
-        "OUT_DIR": str(out),
+    settings = tiny_settings(dataset, out) | {
         "RUN_ID": "original",
         "SEED": "1",
         "VAL_LOSS_EVERY": "4",

@@ -1,0 +1,124 @@
+"""Settings of a run that takes seconds, and ways to start the trainer with them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece
+
+import train_gpt as t
+from helpers import ROOT
+
+TINY = {
+    "LOADER": "shuffled",
+    "TRAIN_SEQ_LEN": "32",
+    "TRAIN_BATCH_TOKENS": "512",
+    "NUM_LAYERS": "4",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "4",
+    "XSA_LAST_N": "4",
+    "NUM_LOOPS": "1",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+    "SCHEDULE": "steps",
+    "ITERATIONS": "8",
+    "WARMUP_STEPS": "1",
+    "CHECKPOINT_EVERY": "3",
+    "GPTQ_CALIBRATION_BATCHES": "4",
+    "EVAL_SEQ_LEN": "32",
+    "EVAL_STRIDE": "8",
+    "SLIDING_WINDOW_ENABLED": "1",
+    "TTT_CHUNK_TOKENS": "256",
+    "TTT_LORA_RANK": "4",
+    "TTT_CHUNK_SIZE": "16",
+    "TTT_EVAL_SEQ_LEN": "32",
+    "TTT_BATCH_SIZE": "8",
+    "PHASED_TTT_PREFIX_DOCS": "12",
+    "GLOBAL_TTT_CHUNK_TOKENS": "128",
+    "VAL_BATCH_TOKENS": "16384",
+    "COMPUTE_DTYPE": "float32",
+    "MUON_MOMENTUM_WARMUP_STEPS": "10",
+    "EMA_DECAY": "0.5",
+}
+WORDS = (
+    "the a model of language that reads and writes one token after another while loss falls with every step "
+    "we take in space Time 42 kernel matrix bank shard byte café naïve"
+).split()
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """`count` documents of 5 to 60 random words."""
+    source = random.Random(seed)
+    return [" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(count)]
+
+
+def vocabulary(folder: Path) -> int:
+    """Entries of the tokenizer in a dataset folder."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+
+
+def tiny_settings(dataset: Path, out: Path) -> dict[str, str]:
+    """TINY with the dataset in one folder and its runs below another."""
+    return TINY | {
+        "DATASETS_DIR": str(dataset),
+        "VOCAB_SIZE": str(vocabulary(dataset)),
+        "OUT_DIR": str(out),
+    }
+
+
+def replace(config: t.Config, **changes) -> t.Config:
+    """`config` with some settings changed (and checked)."""
+    return dataclasses.replace(config, **changes)
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a child process: this one's, without settings of the program, plus `settings`."""
+    known = {f.name.upper() for f in dataclasses.fields(t.Config)}
+    return {name: value for name, value in os.environ.items() if name not in known} | settings
+
+
+def launch(
+    settings: dict[str, str], processes: int = 0, script: Path = ROOT / "train_gpt.py"
+) -> subprocess.CompletedProcess:
+    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own."""
+    if processes == 0:
+        shown, status, error = io.StringIO(), 0, ""
+        with contextlib.redirect_stdout(shown):
+            try:
+                t.main(t.Config.from_env(settings))
+            except t.Stop as stop:
+                status, error = 1, f"{stop}\n"
+        return subprocess.CompletedProcess([], status, shown.getvalue(), error)
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [*start, str(script)],
+        env=environment(settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def without_interpreter(program: str) -> list[str]:
+    """The lines that a Python program prints where Triton compiles its kernels; it has to succeed."""
+    variables = environment({})
+    variables.pop("TRITON_INTERPRET")
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=variables, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()

@@ -1,0 +1,176 @@
+"""What is said of the machine before a run: one line each, with or without GPU, driver and nvidia-smi."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt as t
+from helpers import ROOT
+from helpers.trainer import environment, launch, replace
+
+
+@pytest.fixture
+def run(config):
+    """A Run on the CPU that remembers its log."""
+    run = t.Run(config)
+    run.lines = []
+    run.log = lambda line, console=True: run.lines.append(line)
+    return run
+
+
+def fake_smi(folder: Path, monkeypatch, answer: str, status: int = 0) -> None:
+    """Puts an nvidia-smi on the PATH that prints `answer`."""
+    path = folder / "bin" / "nvidia-smi"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    "answer, status, build, state, remedy",
+    [
+        ("570.86.10, NVIDIA H100 80GB HBM3", 0, None, "1 x NVIDIA H100 80GB HBM3, driver 570", "PYTHON="),
+        ("535.54.03, NVIDIA A100-SXM4", 0, "13.0", "driver 535", "CUDA 13.0 needs driver 580 or later"),
+        ("535.54.03, NVIDIA A100-SXM4", 0, "12.8", "driver 535", "check CUDA_VISIBLE_DEVICES (7)"),
+        ("[N/A], NVIDIA A100-SXM4", 0, "12.8", "driver [N/A]", "check CUDA_VISIBLE_DEVICES (7)"),
+        ("NVIDIA-SMI has failed", 9, "12.8", "answers 'NVIDIA-SMI has failed'", "install the driver"),
+        ("nonsense", 0, None, "none, the CPU trains (nvidia-smi answers 'nonsense'", "install the driver"),
+        ("", 0, None, "none, the CPU trains", "install the driver"),
+    ],
+)
+def test_what_nvidia_smi_says_becomes_one_line(
+    run, tmp_path, monkeypatch, answer, status, build, state, remedy
+):
+    fake_smi(tmp_path, monkeypatch, answer, status)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    t.inspect_machine(run, whole=False)
+    (line,) = run.lines
+    assert line.startswith("preflight GPU: ") and "\n" not in line
+    assert state in line.split("; ")[0] and remedy in line
+
+
+def test_a_machine_without_gpu_and_nvidia_smi_gets_one_line_and_no_remedy(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    t.inspect_machine(run, whole=False)
+    assert run.lines == [
+        f"preflight GPU: none, the CPU trains (no nvidia-smi; torch {torch.__version__}, built for the CPU)"
+    ]
+    run.is_main = False  # the other ranks do not ask
+    t.inspect_machine(run, whole=False)
+    assert len(run.lines) == 1
+
+
+def test_a_run_with_a_broken_nvidia_smi_goes_on(settings, tmp_path, monkeypatch):
+    fake_smi(tmp_path, monkeypatch, "no driver", 9)
+    done = launch(settings | {"STAGE": "train", "ITERATIONS": "1", "WARMUP_STEPS": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "preflight GPU: none, the CPU trains (nvidia-smi answers 'no driver'" in done.stdout
+
+
+def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, ROOT / "train_gpt.py", "--preflight"]
+    values = environment(settings | {"COMPILE_CACHE": str(cache), "MAX_WALLCLOCK_SECONDS": "100"})
+    done = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("preflight ")]
+    assert [line.split(":")[0].removeprefix("preflight ") for line in lines] == [
+        "GPU",
+        "matmul",
+        "disk",
+        "shared memory",
+        "steps",
+    ]
+    assert " in 92s (" in lines[-1] and "looped)" in lines[-1], lines[-1]
+    assert "compile cache: 0 files before, 0 after" in done.stdout
+    assert sorted(path.name for path in cache.iterdir()) == ["inductor", "numba", "triton"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_two_ranks_report_once_and_stop_their_sample_together(settings, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train_gpt.py"), "--preflight"]
+    done = subprocess.run(command, env=environment(settings), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("preflight all-reduce: ") == 1 and " GB/s over 2 ranks" in done.stdout
+    assert done.stdout.count("preflight steps: ") == 1
+
+
+def test_a_step_that_would_take_too_long_is_not_tried(run, monkeypatch):
+    monkeypatch.setattr(t, "sample_steps", lambda *_: pytest.fail("tried"))
+    flops = t.step_flops(run.config, True)
+    finding = t.find_steps(run, None, flops / 100)
+    assert "not tried: a step takes 100s or more" in finding.state and finding.remedy
+
+
+def test_the_forecast_counts_loops_as_the_schedule_does(run, monkeypatch):
+    config = replace(
+        run.config,
+        schedule="time",
+        enable_looping_at=0.25,
+        max_wallclock_seconds=108.0,
+        gptq_reserve_seconds=8.0,
+    )
+    run.config = config
+    monkeypatch.setattr(t, "sample_steps", lambda *_: {False: 0.1, True: 0.2})
+    assert t.find_steps(run, None, 1e15).state.startswith("625 in 100s (100.0ms, 200.0ms looped)")
+    run.config = replace(config, schedule="steps")
+    assert t.find_steps(run, None, 1e15).state.startswith("571 in 100s")
+    run.is_cuda = True
+    assert "slow" in t.find_steps(run, None, 1e15).remedy
+    assert not t.find_steps(run, None, 4 * t.step_flops(config, True)).remedy
+
+
+def test_the_flops_of_a_step_are_those_of_its_matrices(config):
+    model = t.GPT(config)
+    matrices = t.list_matrices(model.table)
+    count = sum(
+        model.table[m.parameter].shape[-2] * model.table[m.parameter].shape[-1]
+        for m in matrices
+        if len(model.table[m.parameter].shape) == 3
+    )
+    head = config.vocab_size * config.model_dim
+    assert t.step_flops(config, False) == 6 * config.train_batch_tokens * (count + head)
+    assert t.step_flops(config, True) > t.step_flops(config, False)
+
+
+def test_a_disk_that_cannot_be_written_is_a_finding(run, tmp_path):
+    run.config = replace(run.config, out_dir=str(tmp_path / "missing"))
+    finding = t.find_disk(run)
+    assert "No such file" in finding.state and finding.remedy == "set OUT_DIR elsewhere"
+
+
+def test_little_shared_memory_matters_to_several_ranks_only(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(t.shutil, "disk_usage", lambda _: type("Usage", (), {"total": 2**26}))
+    assert t.find_shared_memory(run, str(tmp_path)) == ("shared memory", f"64 MiB in {tmp_path}", "")
+    run.world_size = 2
+    assert "--shm-size" in t.find_shared_memory(run, str(tmp_path)).remedy
+    assert t.find_shared_memory(run, str(tmp_path / "none")).state == f"no {tmp_path / 'none'}"
+
+
+def test_the_compile_cache_is_set_before_its_readers_are_loaded(tmp_path, monkeypatch):
+    source = Path(t.__file__).read_text()
+    assert source.index("    use_compile_cache(CONFIG") < source.index("\nimport numba\n")
+    for variable in t.COMPILE_CACHES:
+        monkeypatch.setenv(variable, "elsewhere")
+    t.use_compile_cache("")
+    assert {os.environ[variable] for variable in t.COMPILE_CACHES} == {"elsewhere"}
+    t.use_compile_cache(str(tmp_path / "cache"))
+    for variable, name in t.COMPILE_CACHES.items():
+        assert os.environ[variable] == str(tmp_path / "cache" / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(t.Stop, match="COMPILE_CACHE=.*file: cannot be written .*; choose another folder"):
+        t.use_compile_cache(str(tmp_path / "file"))
+
+
+def test_an_unknown_argument_names_those_there_are():
+    with pytest.raises(t.Stop, match="--help, --print-config and --preflight"):
+        t.command_line(["--prefligth"])

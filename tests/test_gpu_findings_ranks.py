@@ -1,0 +1,513 @@
+"""What several ranks must do alike, what no rank may wait for, and numbers that bf16 must not bend."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import train_gpt as t
+from helpers import ROOT
+from helpers.tensors import tokens
+from helpers.trainer import environment, launch, replace
+
+# Every collective of a rank as (name, shape, dtype), written to FOLDER/RANK.json.
+RECORDER = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, train_gpt as t
+
+record = []
+
+def recorded(name, call):
+    def wrapped(*arguments, **options):
+        tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+        record.append([name, *((str(one.dtype), list(one.shape)) for one in tensors)])
+        return call(*arguments, **options)
+    return wrapped
+
+for name in ("all_reduce", "broadcast_object_list"):
+    setattr(t.dist, name, recorded(name, getattr(t.dist, name)))
+for name in ("reduce_scatter", "all_gather"):
+    setattr(t, name, recorded(name, getattr(t, name)))
+
+def save():
+    with open(f"{folder}/{{os.environ['RANK']}}.json", "w") as file:
+        json.dump(record, file)
+
+{work}
+"""
+TWO_STEPS = """
+from helpers.tensors import tokens
+config = t.Config.from_env(os.environ)
+run = t.Run(config)
+torch.manual_seed(0)
+model = t.GPT(config, dtype=run.dtype)
+optimizers = t.Optimizers(run, model, compiled=False)
+for step in range(2):
+    model(tokens(config, seed=step)).mean().backward()
+    optimizers.step(1.0, 0.9, 0.095)
+optimizers.state()
+save()
+run.close()
+"""
+WHOLE_RUN = """
+close = t.Run.close
+def last(run):
+    save()
+    close(run)
+t.Run.close = last
+t.main(t.Config.from_env(os.environ))
+"""
+BF16 = {"COMPUTE_DTYPE": "bfloat16", "ITERATIONS": "3", "CHECKPOINT_EVERY": "2", "NUM_LAYERS": "3"}
+
+
+def collectives(settings: dict[str, str], folder: Path, processes: int, work: str) -> list[list]:
+    """What each rank recorded while doing `work`."""
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(RECORDER.format(root=str(ROOT), folder=str(folder), work=work))
+    hash_seed = {"PYTHONHASHSEED": str(random.randrange(2**32))}
+    done = launch(settings | BF16 | hash_seed, processes, script)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("processes, runs", [(2, 3), (4, 2)])
+def test_ranks_in_bf16_issue_the_same_collectives_in_every_run(settings, tmp_path, processes, runs):
+    """The order of a set of dtypes follows their addresses, which differ from process to process."""
+    seen = set()
+    for number in range(runs):
+        ranks = collectives(settings, tmp_path / str(number), processes, TWO_STEPS)
+        seen.update(map(json.dumps, ranks))
+    assert len(seen) == 1
+    kinds = {(name, facts[0][0]) for name, *facts in ranks[0]}
+    assert {("all_reduce", "torch.bfloat16"), ("all_reduce", "torch.float32")} <= kinds
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_training_calibration_and_evaluation_have_one_order_of_collectives(settings, tmp_path, processes):
+    ranks = collectives(settings, tmp_path / "record", processes, WHOLE_RUN)
+    assert all(rank == ranks[0] for rank in ranks)
+    names = {name for name, *_ in ranks[0]}
+    assert names == {"all_reduce", "reduce_scatter", "all_gather", "broadcast_object_list"}
+    summary = next(Path(settings["OUT_DIR"]).glob("*/summary.json"))
+    assert json.loads(summary.read_text())["world_size"] == processes
+
+
+# A process per rank, forked after the imports: sixteen of them start in the time of one.
+FORKED = """
+import os, sys
+sys.path[:0] = [{root!r}]
+import train_gpt as t
+t.torch.set_num_threads(1)
+count = int(sys.argv[1])
+os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}} if count > 1 else {{}}
+children = []
+for rank in range(count):
+    child = os.fork()
+    if child == 0:
+        if count > 1:
+            os.environ |= {{"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}}
+        try:
+            t.main(t.Config.from_env(os.environ))
+        except t.Stop as stop:
+            print(stop, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def fork_ranks(settings: dict[str, str], count: int) -> subprocess.CompletedProcess:
+    """The trainer on `count` ranks."""
+    return subprocess.run(
+        [sys.executable, "-c", FORKED.format(root=str(ROOT)), str(count), str(free_port())],
+        env=environment(settings | {"OMP_NUM_THREADS": "1"}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_sixteen_ranks_train_and_score_as_one_does(settings):
+    tiny = settings | {
+        "ITERATIONS": "2",
+        "NUM_LAYERS": "3",
+        "CHECKPOINT_EVERY": "1",
+        "GPTQ_CALIBRATION_BATCHES": "16",
+        "SLIDING_WINDOW_ENABLED": "0",
+        "EVAL_PREQUANT": "0",
+    }
+    found = []
+    for count in (1, 16):
+        done = fork_ranks(tiny | {"RUN_ID": str(count)}, count)
+        assert done.returncode == 0, done.stderr
+        folder = Path(settings["OUT_DIR"]) / str(count)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["train_loss"] for line in lines if "train_loss" in line]
+        found.append((losses, json.loads((folder / "summary.json").read_text())))
+    (one, alone), (sixteen, shared) = found
+    assert len(one) == 2 and sixteen == pytest.approx(one, rel=1e-5)
+    assert shared["world_size"] == 16 and shared["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-3)
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "packed"])
+@pytest.mark.parametrize("world", [16, 32])
+def test_ranks_beyond_eight_share_the_tokens_of_each_stream(config, monkeypatch, loader, world):
+    if loader == "shuffled":
+        config = replace(config, train_batch_tokens=8 * 4 * config.train_seq_len)
+    config = replace(config, loader=loader)
+    run, data = t.Run(config), t.Dataset(config)
+    source = t.LOADERS[loader](config, data)
+    whole = [source.get(1, stream) for stream in range(t.STREAMS)]
+    parts: list[list[t.Batch]] = [[] for _ in range(t.STREAMS)]
+    for rank in range(world):
+        run.rank, run.world_size = rank, world
+        (batch,) = t.Feed(run, source).load(1)
+        parts[rank % t.STREAMS].append(batch)
+        if batch.starts is not None:
+            starts = batch.starts.numpy()
+            size = batch.inputs.numel()
+            assert starts[0] == 0 and starts[-1] == size and batch.longest == config.train_seq_len
+            assert (np.diff(starts) >= 0).all() and np.diff(starts).max() <= batch.longest
+    axis = int(loader == "packed")
+    for batch, shares in zip(whole, parts, strict=True):
+        assert torch.equal(torch.cat([share.inputs for share in shares], axis), batch.inputs)
+        assert torch.equal(torch.cat([share.targets for share in shares], axis), batch.targets)
+        if axis:  # a document starts where it did, and where a rank's stretch does
+            size = shares[0].inputs.numel()
+            borders = {
+                start + place * size for place, share in enumerate(shares) for start in share.starts.tolist()
+            }
+            assert borders == set(batch.starts.tolist()) | set(range(0, batch.inputs.numel() + 1, size))
+
+
+def test_a_batch_that_more_ranks_cannot_share_equally_is_refused(config):
+    with pytest.raises(t.Stop, match="TRAIN_BATCH_TOKENS=512: must be a multiple of 1024 for WORLD_SIZE=32"):
+        t.check_batch_share(config, 32)
+    t.check_batch_share(config, 16)
+
+
+@pytest.mark.parametrize(
+    "launcher, words",
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be 1, 2, 4, 8 or a multiple of 8"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2: not a number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
+        ({"WORLD_SIZE": "3"}, "WORLD_SIZE=3: must be"),
+        ({"WORLD_SIZE": "12"}, "WORLD_SIZE=12: must be"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK=2",
+        ),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x: not a number"),
+    ],
+)
+def test_launcher_variables_that_cannot_be_true_are_one_line(launcher, words):
+    with pytest.raises(t.Stop) as stop:
+        t.find_place(launcher)
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_wrong_world_size_stops_the_program_before_torch_is_loaded(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')\n")
+    changes = {"WORLD_SIZE": "0", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=environment(changes), capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("WORLD_SIZE=0") and done.stderr.count("\n") == 1
+
+
+def test_a_local_rank_without_a_gpu_is_refused(config, monkeypatch):
+    place = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(t.Stop, match="LOCAL_RANK=1: this machine shows 1 GPUs"):
+        t.Run(config)
+
+
+def nearest_quintic(low: float, high: float) -> np.ndarray:
+    """(a, b, c) of the odd quintic with the least largest distance to 1 on [low, high], by Remez exchange."""
+    points = np.linspace(low, high, 4)
+    for _ in range(100):
+        powers = points[:, None] ** np.array([1, 3, 5])
+        system = np.concatenate([powers, [[1], [-1], [1], [-1]]], 1)
+        a, b, c, _ = np.linalg.solve(system, np.ones(4))
+        # The error is largest at both ends and where the derivative a + 3bx^2 + 5cx^4 is zero.
+        points[1:3] = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+    return np.array([a, b, c])
+
+
+def test_polar_express_coefficients_are_those_of_the_published_method():
+    """arXiv:2505.16932: the nearest quintic to 1 on what the iterations before leave of [1e-3, 1].
+
+    An interval starts at 2 % of its end at least (the quintic is then scaled until its values at the true
+    ends lie evenly about 1), and all but the last row are shrunk by 2 % against rounding.
+    """
+    low, high = 1e-3, 1.0
+    rows = t.NEWTON_SCHULZ["polar_express"]
+    powers = np.array([1, 3, 5])
+    for place, row in enumerate(rows):
+        quintic = nearest_quintic(max(low, 0.02 * high), high)
+        if low < 0.02 * high:
+            quintic *= 2 / sum(quintic @ end**powers for end in (low, high))
+        if place + 1 < len(rows):
+            quintic /= 1.02**powers
+        assert row == pytest.approx(quintic, rel=1e-12)
+        low = float(quintic @ low**powers)
+        high = 2 - low
+
+
+def test_momentum_in_bf16_is_that_of_fp32():
+    """0.97 in bf16 is 0.96875, which makes the buffer of 200 independent gradients 2 % smaller."""
+    source = torch.Generator().manual_seed(0)
+    buffers = {dtype: torch.zeros(4, 64, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    published = torch.zeros(4, 64, 64, dtype=torch.bfloat16)
+    for _ in range(200):
+        gradient = torch.randn(4, 64, 64, generator=source).bfloat16()
+        for dtype, buffer in buffers.items():
+            t.muon_update(gradient.to(dtype), buffer, torch.tensor(0.97), True, dtype, ())
+        published.mul_(0.97).add_(gradient)  # a number of the host acts exactly
+    assert torch.equal(buffers[torch.bfloat16], published)
+    size = buffers[torch.bfloat16].float().norm() / buffers[torch.float32].norm()
+    assert size.item() == pytest.approx(1.0, abs=0.002)
+
+
+def test_a_few_steps_of_muon_in_bf16_follow_those_in_fp32(config):
+    config = replace(config, grad_clip_norm=0.0)
+    momenta = []
+    for dtype in ("float32", "bfloat16"):
+        run = t.Run(replace(config, compute_dtype=dtype))
+        torch.manual_seed(0)
+        model = t.GPT(config)
+        optimizers = t.Optimizers(run, model, compiled=False)
+        source = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=source).bfloat16().float()
+            optimizers.step(1.0, 0.97, 0.0)
+        momenta.append(optimizers.muon.momenta)
+    for name, exact in momenta[0].items():
+        error = momenta[1][name].float() - exact
+        assert error.norm() < 0.004 * exact.norm(), name
+
+
+class HostTensors(TorchFunctionMode):
+    """Notes where the trainer makes a host wait for its GPU: tensors of numbers, numbers of tensors."""
+
+    WAITS = (torch.tensor, torch.as_tensor, torch.Tensor.tolist, torch.Tensor.nonzero, torch.Tensor.cpu)
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        caller = sys._getframe(1).f_code.co_filename
+        if function in self.WAITS and caller in (t.__file__, __file__):
+            self.seen.append(function.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_training_step_makes_no_tensor_of_a_host_number(config):
+    run = t.Run(config)
+    torch.manual_seed(0)
+    model = t.GPT(config)
+    optimizers = t.Optimizers(run, model, compiled=False)
+    with HostTensors() as mode:
+        t.train_step(run, model, optimizers, [tokens(config)], 0.5, 3)
+    assert mode.seen == []
+    with HostTensors() as mode:
+        torch.tensor(1.0).tolist()
+    assert mode.seen == ["tensor", "tolist"]
+
+
+class Pretend:
+    """A GPU's queue: an event is over once `queue` has been worked off up to it."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = 0.0  # of the host's clock
+        self.ends: list[float] = []  # of the steps queued
+        monkeypatch.setattr(torch.cuda, "Event", functools.partial(PretendEvent, self))
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+
+    def queue(self, seconds: float) -> None:
+        """Queue a step; the host goes on at once."""
+        self.ends.append(max(self.seconds, self.ends[-1] if self.ends else 0.0) + seconds)
+
+
+class PretendEvent:
+    def __init__(self, gpu: Pretend):
+        self.gpu = gpu
+
+    def record(self) -> None:
+        self.end = self.gpu.ends[-1]
+
+    def synchronize(self) -> None:
+        self.gpu.seconds = max(self.gpu.seconds, self.end)
+
+
+def test_training_on_a_gpu_ends_a_step_late_at_most_and_does_not_wait_for_the_last_one(monkeypatch):
+    gpu = Pretend(monkeypatch)
+    run = types.SimpleNamespace(
+        is_cuda=True, max_over_ranks=lambda *values: [float(value) for value in values]
+    )
+    agreement, budget, step, elapsed = t.Agreement(run), 10.0, 0.9, 0.0
+    while elapsed < budget:
+        gpu.queue(step)
+        elapsed, not_finite = agreement.reach(lambda: gpu.seconds, torch.tensor(1.0), late=True)
+        assert not not_finite
+        if len(gpu.ends) > 1:
+            assert gpu.seconds == gpu.ends[-2]  # the step just queued is still running
+    # The step during which the budget ran out, and the one queued meanwhile.
+    assert gpu.ends[-3] < budget <= gpu.ends[-2] and gpu.ends[-1] < budget + 2 * step
+    gpu.queue(step)
+    elapsed, not_finite = agreement.reach(lambda: gpu.seconds, torch.tensor(float("nan")), late=False)
+    assert not_finite and elapsed == gpu.ends[-1]
+
+
+def test_on_a_cpu_time_and_loss_are_those_of_the_step(config):
+    agreement = t.Agreement(t.Run(config))
+    assert agreement.reach(lambda: 7.5, torch.tensor(1.0), late=True) == (7.5, False)
+    assert agreement.reach(lambda: 8.5, torch.tensor(float("inf")), late=True) == (8.5, True)
+
+
+def test_hosts_wait_for_rank_0_through_gloo_and_longer_than_nccl_would(config, monkeypatch):
+    """What rank 0 does alone may take longer than NCCL waits: no GPU group has a part in it."""
+    run = t.Run(config)
+    run.world_size, run.rank, run.is_main, run.host_group = 2, 1, False, "hosts"
+    groups = []
+
+    def broadcast(outcome, group=None, device=None):
+        groups.append((group, device))
+        outcome[1] = "value"
+
+    monkeypatch.setattr(t.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(
+        t.dist, "all_reduce", lambda tensor, op, group=None: groups.append((group, tensor.device.type))
+    )
+    assert run.on_main_rank(lambda: None) == "value"
+    run.max_over_ranks(1.0)
+    assert groups == [("hosts", None), ("hosts", "cpu")]
+    assert t.HOST_PATIENCE.total_seconds() > 3600
+
+
+def training(config, tmp_path) -> t.Training:
+    """A training run before its first step."""
+    run, data = t.Run(config), t.Dataset(config)
+    run.folder = tmp_path
+    return t.Training(run, data, t.build(run))
+
+
+def test_only_rank_0_copies_a_checkpoint_to_the_host(config, tmp_path, monkeypatch):
+    state = training(config, tmp_path)
+    assert state.checkpoint()["model"].keys() == dict(state.model.named_parameters()).keys()
+    state.run.is_main = False
+    gathered = []
+    monkeypatch.setattr(state.optimizers, "state", lambda: gathered.append(True))
+    monkeypatch.setattr(t, "to_cpu", lambda state: pytest.fail("a copy that nobody writes"))
+    assert state.checkpoint() is None and gathered == [True]
+
+
+def test_the_reserve_for_calibration_is_measured_and_kept_by_a_resumed_run(config, tmp_path, monkeypatch):
+    calls = []
+
+    def collect(run, model, data, forwards):
+        calls.append((forwards, model.looped))
+        clock[0] += 0.5 + 2.0 * forwards + 30.0 * (len(calls) == 1)
+
+    clock = [0.0]
+    monkeypatch.setattr(t, "collect_moments", collect)
+    monkeypatch.setattr(t.Run, "now", lambda run: clock[0])
+    config = replace(config, gptq_calibration_batches=10, max_wallclock_seconds=600.0)
+    assert t.calibration_forwards(config) == (10, 64)
+    state = training(config, tmp_path)
+    assert calls == [(1, True), (1, True), (3, True)] and state.model.looped is False
+    assert state.reserve == pytest.approx(1.3 * (0.5 + 10 * 2.0) + 1)
+    assert state.budget == pytest.approx(600 - state.reserve)
+
+    saved = t.to_cpu(state.checkpoint())
+    clock[0] = 0.0
+    again = training(config, tmp_path)
+    again.reserve = 1.0
+    again.resume(saved)
+    assert again.budget == state.budget
+
+    fixed = training(replace(config, gptq_reserve_seconds=0.0), tmp_path)
+    assert fixed.reserve == 0.0
+    poor = training(replace(config, max_wallclock_seconds=5.0), tmp_path)
+    with pytest.raises(t.Stop, match="MAX_WALLCLOCK_SECONDS=5: calibration alone would take"):
+        poor.start_clock(t.Dataset(config))
+
+
+def test_the_log_says_where_the_reserve_comes_from(settings):
+    measured = launch(settings | {"STAGE": "train", "ITERATIONS": "1", "RUN_ID": "a"})
+    given = launch(
+        settings | {"STAGE": "train", "ITERATIONS": "1", "RUN_ID": "b", "GPTQ_RESERVE_SECONDS": "4"}
+    )
+    assert "are kept for it (measured)" in measured.stdout
+    assert "calibration: 4.0s of the 600s are kept for it (GPTQ_RESERVE_SECONDS)" in given.stdout
+
+
+def test_queries_keys_and_values_share_the_moment_of_their_input(config, monkeypatch):
+    run, data = t.Run(config), t.Dataset(config)
+    torch.manual_seed(0)
+    model = t.GPT(config)
+    found = t.collect_moments(run, model, data)
+    monkeypatch.setattr(t, "SAME_INPUT", {})
+    apart = t.collect_moments(run, model, data)
+    assert found.keys() == apart.keys()
+    for key, pair in apart.items():
+        assert all(torch.equal(one, other) for one, other in zip(found[key], pair, strict=True)), key
+    for layer in range(config.num_layers):
+        assert found["q", layer][0] is found["k", layer][0] is found["v", layer][0]
+
+
+def test_an_fp32_embedding_keeps_small_updates_that_bf16_loses(config):
+    config = replace(config, compute_dtype="bfloat16")
+    moved, losses = {}, {}
+    for master in (False, True):
+        torch.manual_seed(0)
+        model = t.GPT(replace(config, embed_master_fp32=master), dtype=torch.bfloat16)
+        assert model.embed.dtype == (torch.float32 if master else torch.bfloat16)
+        model.embed.data.copy_(model.embed.data.bfloat16())
+        losses[master] = model(tokens(config))
+        before = model.embed.detach().float().clone()
+        for _ in range(30):
+            model.embed.data.add_(before.to(model.embed.dtype), alpha=1e-3)  # a quarter of an ulp
+        moved[master] = ((model.embed.detach().float() - before).norm() / (0.03 * before.norm())).item()
+    assert torch.equal(losses[True], losses[False])  # the same function of the same weights
+    assert moved[True] == pytest.approx(1.0, abs=1e-3) and moved[False] < 0.5
+    losses[True].mean().backward()
+    assert model.embed.grad.dtype == torch.float32
+    assert not t.Config().embed_master_fp32
