@@ -4550,7 +4550,8 @@ class Learner:
         mine = plan
         if self.shared:
             part = -(-len(plan) // STREAMS)
-            mine = np.concatenate([plan[stream * part : (stream + 1) * part] for stream in run.streams])
+            parts = [plan[stream * part : (stream + 1) * part] for stream in run.streams]
+            mine = np.concatenate([plan[:0], *parts])  # ranks beyond eight have no stream
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
