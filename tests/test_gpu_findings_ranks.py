@@ -108,6 +108,7 @@ def test_training_calibration_and_evaluation_have_one_order_of_collectives(setti
 FORKED = """
 import os, sys
 sys.path[:0] = [{root!r}]
+import sentencepiece, torch._dynamo  # else loaded by every rank
 import train_gpt as t
 t.torch.set_num_threads(1)
 count = int(sys.argv[1])
@@ -151,7 +152,10 @@ def fork_ranks(settings: dict[str, str], count: int) -> subprocess.CompletedProc
 def test_sixteen_ranks_train_and_score_as_one_does(settings):
     tiny = settings | {
         "ITERATIONS": "2",
-        "NUM_LAYERS": "3",
+        "WARMUP_STEPS": "0",
+        "GPTQ_RESERVE_SECONDS": "1",
+        "NUM_LAYERS": "2",
+        "NUM_LOOPS": "0",
         "CHECKPOINT_EVERY": "1",
         "GPTQ_CALIBRATION_BATCHES": "16",
         "SLIDING_WINDOW_ENABLED": "0",
