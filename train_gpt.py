@@ -5617,13 +5617,19 @@ def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
     return share / plain + (1 - share) / looped
 
 
-def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
-    """Seconds of one training step by loop state, after the warm-up; SAMPLE_SECONDS in all."""
+def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
+    """(seconds of one training step by loop state, seconds kept for calibration), after the warm-up.
+
+    The steps take SAMPLE_SECONDS in all.
+    """
     config = run.config
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
     warm_up(run, built, optimizers, feed)
+    reserve = config.gptq_reserve_seconds
+    if reserve < 0:
+        reserve = measure_reserve(run, built.model, data)
     seconds = {}
     for looped in loop_states(config):
         built.model.looped = looped
@@ -5638,30 +5644,32 @@ def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
             left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
             goes_on = left > 0 and count < 50
         seconds[looped] = spent / count
-    return seconds
+    return seconds, reserve
 
 
 def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
-    # A reserve that is measured is not known yet: the forecast is then of the whole budget.
-    budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)
+    budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
     floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
-    most = budget * average_pace(config, floors)
+    fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
         remedy = "train on GPUs, or set TRAIN_BATCH_TOKENS and the model smaller"
         return Finding(
-            "steps", f"not tried: a step takes {slowest:.0f}s or more, {most:.0f} in {budget:.0f}s", remedy
+            "steps",
+            f"not tried: a step takes {slowest:.0f}s or more, {budget * fastest:.0f} in {budget:.0f}s",
+            remedy,
         )
-    seconds = sample_steps(run, data)
-    steps = budget * average_pace(config, seconds)
+    seconds, reserve = sample_steps(run, data)
+    budget = config.max_wallclock_seconds - reserve
+    pace = average_pace(config, seconds)
     times = ", ".join(f"{1000 * time:.1f}ms{' looped' if looped else ''}" for looped, time in seconds.items())
     remedy = ""
-    if run.is_cuda and steps < most / 4:
+    if run.is_cuda and pace < fastest / 4:
         remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"
-    share = f"{100 * steps / most:.0f}% of what the matmul peak would give without attention"
-    return Finding("steps", f"{steps:.0f} in {budget:.0f}s ({times}), {share}", remedy)
+    share = f"{100 * pace / fastest:.0f}% of what the matmul peak would give without attention"
+    return Finding("steps", f"{budget * pace:.0f} in {budget:.0f}s ({times}), {share}", remedy)
 
 
 def report_machine(config: Config) -> None:
