@@ -5646,7 +5646,8 @@ def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
 def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
-    budget = config.max_wallclock_seconds - config.gptq_reserve_seconds
+    # A reserve that is measured is not known yet: the forecast is then of the whole budget.
+    budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)
     floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
     most = budget * average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:

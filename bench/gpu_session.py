@@ -388,7 +388,7 @@ def carry(texts: list[Path], validation: Path, tokenizer: Path, folder: Path, me
     with contextlib.ExitStack() as stack:
         sources = [stack.enter_context(lzma.open(path, "rb")) for path in texts]
         out = stack.enter_context((folder / "train.jsonl.xz").open("wb"))
-        while sources and written < most - 4e6:  # what the coder still holds back
+        while sources and written < most - 1e6:  # the coder still holds back some
             for source in list(sources):
                 line = source.readline()
                 if not line:

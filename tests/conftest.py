@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 pytest.register_assert_rewrite("helpers")
@@ -32,6 +31,8 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A folder with two training shards, one validation shard and a tokenizer of 320 entries."""
+    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+
     folder = tmp_path_factory.mktemp("dataset")
     train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

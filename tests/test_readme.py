@@ -23,8 +23,11 @@ from helpers import ROOT
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# Variables of tools and libraries, a published name that the trainer understands, and a place holder.
-OTHER_VARIABLES = {"COMPLIANCE", "TRACKER", "PYTHON", "TRITON_INTERPRET", "PARALLEL_RESIDUAL_START", "NAME"}
+# Variables of tools, launchers, libraries and strangers, and a published name that the trainer understands.
+OTHER_VARIABLES = set(
+    "COMPLIANCE TRACKER PYTHON TRITON_INTERPRET PARALLEL_RESIDUAL_START NAME WORLD_SIZE RANK LOCAL_RANK "
+    "PYTORCH_ALLOC_CONF PREQUANT_TTT MODEL_DIR DATA_DIRS COMPILER KERNEL".split()
+)
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
 VARIABLE = re.compile(r"\b([A-Z][A-Z0-9_]+)=")
@@ -65,6 +68,8 @@ def commands() -> list[Command]:
     """Every command of the documents: lines of shell blocks, and code in the text that starts a file."""
     found = []
     for name in NAMES:
+        if name == "docs/settings.md":  # values of settings, some of which are paths
+            continue
         lines = shell_lines(name)
         lines += [span for span in spans_of(name) if re.match(r"(\w+=\S+ )*(\./|\.venv/)\S", span)]
         for line in lines:

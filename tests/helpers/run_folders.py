@@ -56,7 +56,8 @@ def copy_run(source: Path, folder: Path, seed: int, factor: float = 1.0) -> Path
     edit(folder / "stages.json", lambda s: scaled(s["evaluate"]))
     edit(folder / "summary.json", summarised)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = [r for r in records if r["kind"] == "score"][-1]
+    (final,) = (stage for stage, bpb in before["bpb"].items() if bpb == before["val_bpb"])
+    last = [r for r in records if r["kind"] == "score" and r["stage"] == final][-1]
     last.update(score)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     if (folder / "documents.npz").exists():

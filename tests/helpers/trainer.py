@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import sentencepiece
-
 import train_gpt as t
 from helpers import ROOT
 
@@ -64,6 +62,8 @@ def sentences(count: int, seed: int) -> list[str]:
 
 def vocabulary(folder: Path) -> int:
     """Entries of the tokenizer in a dataset folder."""
+    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
 
 
