@@ -4550,7 +4550,9 @@ class Learner:
         mine = plan
         if self.shared:
             part = -(-len(plan) // STREAMS)
-            mine = np.concatenate([plan[stream * part : (stream + 1) * part] for stream in run.streams])
+            # A rank above the eighth has no stream.
+            parts = [plan[stream * part : (stream + 1) * part] for stream in run.streams]
+            mine = np.concatenate([plan[:0], *parts])
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
@@ -4867,16 +4869,16 @@ def prequant_ttt(run: Run, model: nn.Module, validation: Validation) -> None:
         torch._foreach_copy_(learner.parameters, average)
 
 
-def rehearsal_text(config: Config) -> np.ndarray:
+def rehearsal_text(config: Config, ranks: int) -> np.ndarray:
     """Random tokens (N,) with which every rank meets every shape of the evaluation, the longest context too.
 
-    That is a batch of windows for each of 8 ranks, two chunks to score and learn, a chunk for each rank to
+    That is a batch of windows for each of `ranks`, two chunks to score and learn, a chunk for each rank to
     learn before quantising; and a batch of documents for each stream and one more, so that a phase is learnt.
     """
     rows = max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
-    needed = max(STREAMS * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
+    needed = max(ranks * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
     if config.prequant_ttt_enabled:
-        needed = max(needed, STREAMS * config.prequant_ttt_chunk_tokens + 1)
+        needed = max(needed, ranks * config.prequant_ttt_chunk_tokens + 1)
     document = config.ttt_eval_seq_len + config.ttt_chunk_size
     count = -(-needed // document)
     if config.ttt_enabled and config.ttt_mode == "doc_lora":
@@ -4907,7 +4909,7 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     """
     began = run.now()
     config = run.config
-    tokens = rehearsal_text(config)
+    tokens = rehearsal_text(config, run.world_size)
     run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens, untimed")
     run.config = shorten(config)
     try:
