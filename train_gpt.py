@@ -900,7 +900,7 @@ class Run:
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
         if self.is_main and console:
-            print(line, flush=True)
+            show_line(line)
         if self.sink:
             write_line(self.sink, line)
 
@@ -992,6 +992,16 @@ def write_line(file: typing.BinaryIO, line: str) -> None:
             rest = rest[file.write(rest) :]
     except OSError as error:
         raise Stop(describe_unwritten(Path(file.name), error)) from None
+
+
+def show_line(line: str) -> None:
+    """Print one line; Stop if standard output does not take it (a file on a full disk, a closed pipe)."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Stop(f"standard output: cannot be written ({error}); free disk space") from None
 
 
 def describe_unwritten(path: Path, error: Exception) -> str:
@@ -6238,8 +6248,9 @@ def describe_saved(run: Run) -> str:
     words = [f"{name}={shlex.quote(format_value(value))}" for name, value in settings.items()]
     words.append(shlex.quote(sys.executable))
     if run.world_size > 1:
-        here = os.environ.get("LOCAL_WORLD_SIZE", run.world_size)
-        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={here}")
+        here = torch.cuda.device_count() if run.is_cuda else run.world_size  # of several nodes: this one
+        count = min(here, run.world_size)
+        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={count}")
     words.append(shlex.quote(os.path.relpath(__file__)))
     command = " ".join(words)
     return f"saved: training is in {run.folder}; go on with: {command}"

@@ -93,17 +93,17 @@ def test_only_documents_without_text_are_no_score(config, folder):
 
 
 def test_training_is_not_of_other_data_because_a_validation_file_is(config, folder):
-    changed = replace(config, datasets_dir=str(folder))
-    before = t.Dataset(changed)
-    write_shard(folder / "fineweb_val_000000.bin", np.array([BOS, 5, 6], dtype="<u2"))
-    after = t.Dataset(changed)
-    assert after.training_digest == before.training_digest
-    assert after.fingerprint["shards"] != before.fingerprint["shards"]
-    cut(folder / "fineweb_train_000000.bin", 0)
-    path = folder / "fineweb_train_000000.bin"
-    path.write_bytes(path.read_bytes()[:-2] + b"\5\0")
-    write_shard(path, np.array([BOS, 5, 6], dtype="<u2"))
-    assert t.Dataset(changed).training_digest != before.training_digest
+    def identities() -> tuple[str, str]:
+        data = t.Dataset(replace(config, datasets_dir=str(folder)))
+        return data.training_digest, data.fingerprint["shards"]
+
+    training, everything = identities()
+    few = np.array([BOS, 5, 6], dtype="<u2")
+    write_shard(folder / "fineweb_val_000000.bin", few)
+    assert identities()[0] == training
+    assert identities()[1] != everything
+    write_shard(folder / "fineweb_train_000000.bin", few)
+    assert identities()[0] != training
 
 
 # === BYTES ===
@@ -259,6 +259,32 @@ def test_a_file_that_could_not_be_written_leaves_no_part(tmp_path):
     with pytest.raises(t.Stop, match=r"a.bin: cannot be written .*No space left"):
         t.write_atomically(tmp_path / "a.bin", fill)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_standard_output_that_is_full_is_one_line(settings):
+    program = "import os, train_gpt as t\nt.Run(t.Config.from_env(os.environ)).log('x')\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment(settings),
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(r"standard output: cannot be written .*\n", done.stderr)
+
+
+def test_the_saved_command_starts_as_many_processes(config, tmp_path):
+    run = t.Run(replace(config, run_id="other", stage="train"))
+    run.folder = tmp_path / "one"
+    run.complete = "train"
+    run.world_size = 4
+    words = t.describe_saved(run).split("go on with: ")[1]
+    assert words.startswith("RUN_ID=one STAGE=train ") and "RUN_ID=other" not in words
+    assert " -m torch.distributed.run --standalone --nproc_per_node=" in words
 
 
 def test_a_terminated_run_says_how_to_go_on(settings, tmp_path):
