@@ -5132,13 +5132,25 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     return compiled
 
 
+def set_compiler_options() -> None:
+    """What torch.compile must know of this program, whatever it compiles."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
+    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
+    torch._dynamo.config.specialize_float = True
+    # Parameter sums inside the backward's chains make 6 kernels spill registers (bench/gpu_compile.py, torch
+    # 2.14); apart from them none does, for 1 % more bytes. Before torch 2.10 there is no such option.
+    if hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = False
+
+
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
     config = run.config
     torch.manual_seed(config.seed)
-    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
-    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
-    torch._dynamo.config.specialize_float = True
+    if wants_compile(config, run):
+        set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
     fused = pick_kernels(config, run)
