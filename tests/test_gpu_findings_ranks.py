@@ -95,37 +95,35 @@ def test_ranks_in_bf16_issue_the_same_collectives_in_every_run(settings, tmp_pat
 
 
 def test_training_calibration_and_evaluation_have_one_order_of_collectives(settings, tmp_path):
-    processes = 4
-    ranks = collectives(settings, tmp_path / "record", processes, WHOLE_RUN)
+    ranks = collectives(settings, tmp_path / "record", 4, WHOLE_RUN)
     assert all(rank == ranks[0] for rank in ranks)
     names = {name for name, *_ in ranks[0]}
     assert names == {"all_reduce", "reduce_scatter", "all_gather", "broadcast_object_list"}
     summary = next(Path(settings["OUT_DIR"]).glob("*/summary.json"))
-    assert json.loads(summary.read_text())["world_size"] == processes
+    assert json.loads(summary.read_text())["world_size"] == 4
 
 
-# A process per rank, forked after the imports: sixteen of them start in the time of one.
+# A process per rank, forked after the imports: sixteen start in the time of one. They die with their parent
+# (as under torchrun), and it ends with the first that fails.
 FORKED = """
 import os, sys
 sys.path[:0] = [{root!r}]
 import train_gpt as t
 t.torch.set_num_threads(1)
 count = int(sys.argv[1])
-os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}} if count > 1 else {{}}
-children = []
+os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2], "TORCHELASTIC_RUN_ID": "forked"}}
 for rank in range(count):
-    child = os.fork()
-    if child == 0:
-        if count > 1:
-            os.environ |= {{"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}}
+    if os.fork() == 0:
+        os.environ |= {{"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}}
         try:
             t.main(t.Config.from_env(os.environ))
-        except t.Stop as stop:
-            print(stop, file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+        except BaseException as error:
+            print(f"rank {{rank}}: {{error!r}}", file=sys.stderr, flush=True)
+        os._exit(1)
+for _ in range(count):
+    _, status = os.wait()
+    if status:
+        sys.exit(1)
 """
 
 
@@ -145,7 +143,7 @@ def fork_ranks(settings: dict[str, str], count: int) -> subprocess.CompletedProc
         env=environment(settings | {"OMP_NUM_THREADS": "1"}),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
@@ -160,10 +158,11 @@ def test_sixteen_ranks_train_and_score_as_one_does(settings):
         "EVAL_PREQUANT": "0",
     }
     found = []
-    for count in (1, 16):
-        done = fork_ranks(tiny | {"RUN_ID": str(count)}, count)
+    for name in ("one", "sixteen"):
+        change = tiny | {"RUN_ID": name}
+        done = launch(change) if name == "one" else fork_ranks(change, 16)
         assert done.returncode == 0, done.stderr
-        folder = Path(settings["OUT_DIR"]) / str(count)
+        folder = Path(settings["OUT_DIR"]) / name
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses = [line["train_loss"] for line in lines if "train_loss" in line]
         found.append((losses, json.loads((folder / "summary.json").read_text())))
