@@ -13,7 +13,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     CONFIG       every setting, declared once: type, default, range, meaning
     ENVIRONMENT  rules between settings, other names of settings, the command line
     RUN          rank, device, run folder, log, metrics, errors
-    DATA         shards, the two training loaders, validation tokens and their bytes
+    DATA         shards, tokenizer, manifest, validation tokens and their bytes
+    LOADERS      micro-batches of training, packed by document or shuffled
     KERNELS      fused GPU kernels, each beside its plain reference
     HEADS        those that act head by head around attention
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
@@ -21,7 +22,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
     ARTIFACT     entropy coder, the container on disk, the packed script
-    EVALUATE     windows, scores, plain and sliding evaluation, test-time training
+    EVALUATE     windows, scores, plain and sliding evaluation
+    ADAPTATION   test-time training, adapters by document, the rehearsal
     TRAIN        warm-up, the training loop, checkpoints
     PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
@@ -1161,10 +1163,9 @@ def versions(run: Run) -> dict[str, str]:
 # === DATA ===
 # From a dataset folder to what training and evaluation read. In: shards of tokens (fineweb_train_*.bin and
 # fineweb_val_*.bin), a SentencePiece tokenizer and, if there are any, the bytes of each validation token
-# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Batch` for each (step, stream), and the `Validation`
-# tokens with the bytes they stand for. The global batch is always STREAMS micro-batches, whatever the number
-# of ranks, so a run has the same data on one GPU and on eight. A new loader is a class with `get(step,
-# stream)` and a line in LOADERS.
+# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Dataset`, whose training tokens the loaders take, and the
+# `Validation` tokens with the bytes they stand for. Whatever can be wrong with these files is said in the
+# first seconds, from headers and sizes alone; no validation token is read before the artifact is sealed.
 
 # A shard is a header of 256 int32 (magic, version, number of values, zeros) and then that many uint16 values,
 # all little-endian.
@@ -1370,6 +1371,102 @@ class Dataset:
                 "the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE"
             )
         return tokens
+
+
+class Validation(NamedTuple):
+    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+    source: str
+
+
+def load_validation(data: Dataset) -> Validation:
+    """The whole validation set; Stop rather than count a byte that is not in the text.
+
+    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for; their sum
+    is that of the manifest if it has one.
+    """
+    tokens = np.concatenate([read_shard(path) for path in data.val_files])
+    data.check_ids(tokens, data.val_files[0])
+    if data.sidecar_files:
+        source = "byte_sidecar"
+        sizes = read_sidecar(data, len(tokens))
+    else:
+        source = "lut"
+        sizes = count_bytes(data, tokens)
+    total = int(sizes.sum(dtype=np.int64))
+    if sizes[1:].max(initial=0) == 0:
+        raise Stop(f"{data.val_files[0]}: {len(tokens)} validation tokens of no bytes of text; {AGAIN}")
+    # SentencePiece may normalise the text: prepare.py has then counted both, its raw bytes and the pieces'.
+    counted = "val_sidecar_bytes" if data.sidecar_files else "val_lut_bytes"
+    name = counted if counted in data.manifest else "val_bytes"
+    promised = data.manifest.get(name, total)
+    if promised != total:
+        raise Stop(f"{data.folder}/manifest.json: {name} is {promised}, the {source} counts {total}; {AGAIN}")
+    return Validation(tokens, sizes, source)
+
+
+def read_sidecar(data: Dataset, count: int) -> np.ndarray:
+    """The bytes (count,) int32 of the validation tokens from the sidecar, which has as many (checked)."""
+    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
+    return sizes[:count].astype(np.int32)
+
+
+class ByteTables(NamedTuple):
+    """By token id: bytes of the piece, whether it begins with a space, whether it stands for no text."""
+
+    lengths: np.ndarray
+    spaced: np.ndarray
+    special: np.ndarray
+
+
+def byte_tables(data: Dataset) -> ByteTables:
+    """What the tokenizer's pieces say of bytes; Stop if they cannot say it, as then the sidecar must.
+
+    Case operators (private-use code points) are no bytes of the text. Where a lone space is no piece, it
+    becomes the three bytes of its stand-in U+2581, which are not in the text either.
+    """
+    pieces = data.pieces
+    ids = range(data.vocab_size)
+    texts = [pieces.id_to_piece(i) for i in ids]
+    is_byte = np.array([pieces.is_byte(i) for i in ids])
+    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
+    wrong = ""
+    if operators:
+        wrong = f"has case operators (ids {operators[:4]}...), which are no bytes of the text"
+    elif is_byte.any() and WORD_START not in texts:
+        wrong = "has byte pieces but no piece for a lone space (U+2581), whose three bytes would be counted"
+    if wrong:
+        raise Stop(
+            f"DATASETS_DIR={data.folder}: the tokenizer {wrong}, and there is no fineweb_val_bytes_*.bin; "
+            "prepare or download this sidecar"
+        )
+
+    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
+    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
+    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
+    lengths[is_byte] = 1
+    lengths[special] = 0
+    return ByteTables(lengths, spaced, special)
+
+
+def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
+    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
+
+    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
+    """
+    lengths, spaced, special = byte_tables(data)
+    counts = lengths[tokens].astype(np.int32)
+    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
+    return counts
+
+
+# === LOADERS ===
+# In: a Dataset and the settings. Out: the micro-batches of this rank for any step, on its device. Eight
+# streams of data make up a batch whatever the number of ranks, so the same step sees the same tokens
+# everywhere, and a resumed run goes on where it stopped. A new order of the tokens is a class with `get(step,
+# stream)` and a row of LOADERS.
 
 
 class Batch(NamedTuple):
@@ -1604,95 +1701,6 @@ def to_device(batch: Any, run: Run) -> Any:
         return tensor.to(run.device, non_blocking=True)
 
     return tree_map_only(Tensor, send, batch)
-
-
-class Validation(NamedTuple):
-    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
-
-    tokens: np.ndarray
-    bytes: np.ndarray
-    source: str
-
-
-def load_validation(data: Dataset) -> Validation:
-    """The whole validation set; Stop rather than count a byte that is not in the text.
-
-    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for; their sum
-    is that of the manifest if it has one.
-    """
-    tokens = np.concatenate([read_shard(path) for path in data.val_files])
-    data.check_ids(tokens, data.val_files[0])
-    if data.sidecar_files:
-        source = "byte_sidecar"
-        sizes = read_sidecar(data, len(tokens))
-    else:
-        source = "lut"
-        sizes = count_bytes(data, tokens)
-    total = int(sizes.sum(dtype=np.int64))
-    if sizes[1:].max(initial=0) == 0:
-        raise Stop(f"{data.val_files[0]}: {len(tokens)} validation tokens of no bytes of text; {AGAIN}")
-    # SentencePiece may normalise the text: prepare.py has then counted both, its raw bytes and the pieces'.
-    counted = "val_sidecar_bytes" if data.sidecar_files else "val_lut_bytes"
-    name = counted if counted in data.manifest else "val_bytes"
-    promised = data.manifest.get(name, total)
-    if promised != total:
-        raise Stop(f"{data.folder}/manifest.json: {name} is {promised}, the {source} counts {total}; {AGAIN}")
-    return Validation(tokens, sizes, source)
-
-
-def read_sidecar(data: Dataset, count: int) -> np.ndarray:
-    """The bytes (count,) int32 of the validation tokens from the sidecar, which has as many (checked)."""
-    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
-    return sizes[:count].astype(np.int32)
-
-
-class ByteTables(NamedTuple):
-    """By token id: bytes of the piece, whether it begins with a space, whether it stands for no text."""
-
-    lengths: np.ndarray
-    spaced: np.ndarray
-    special: np.ndarray
-
-
-def byte_tables(data: Dataset) -> ByteTables:
-    """What the tokenizer's pieces say of bytes; Stop if they cannot say it, as then the sidecar must.
-
-    Case operators (private-use code points) are no bytes of the text. Where a lone space is no piece, it
-    becomes the three bytes of its stand-in U+2581, which are not in the text either.
-    """
-    pieces = data.pieces
-    ids = range(data.vocab_size)
-    texts = [pieces.id_to_piece(i) for i in ids]
-    is_byte = np.array([pieces.is_byte(i) for i in ids])
-    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
-    wrong = ""
-    if operators:
-        wrong = f"has case operators (ids {operators[:4]}...), which are no bytes of the text"
-    elif is_byte.any() and WORD_START not in texts:
-        wrong = "has byte pieces but no piece for a lone space (U+2581), whose three bytes would be counted"
-    if wrong:
-        raise Stop(
-            f"DATASETS_DIR={data.folder}: the tokenizer {wrong}, and there is no fineweb_val_bytes_*.bin; "
-            "prepare or download this sidecar"
-        )
-
-    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
-    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
-    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
-    lengths[is_byte] = 1
-    lengths[special] = 0
-    return ByteTables(lengths, spaced, special)
-
-
-def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
-    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
-
-    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
-    """
-    lengths, spaced, special = byte_tables(data)
-    counts = lengths[tokens].astype(np.int32)
-    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
-    return counts
 
 
 # === KERNELS ===
@@ -4644,6 +4652,14 @@ def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tal
     """Score in windows of EVAL_SEQ_LEN with `stride` new targets each (all of them: plain evaluation)."""
     plan = plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
     score_windows(run, forward, tally, plan)
+
+
+# === ADAPTATION ===
+# In: the model, its forward, a Tally. Out: every target scored, in an order in which what is scored may be
+# learnt: chunk by chunk by SGD on all weights (`chunk_sgd`), document by document by adapters with phases of
+# SGD between (`doc_lora`). `Tally.require` stops an update that is not earned. Training on validation text
+# before scoring it (`prequant_ttt`) is here too and is not legal. Whatever runs on the evaluation clock is
+# rehearsed.
 
 
 def cosine_decay(place: int, count: int) -> float:
