@@ -23,7 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 PLACES = ("DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH")  # where things lie, not what they are
-NAMES = ("RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT", "data")
+NAMES = ("RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT", "data", "training_data")
 
 
 class Stop(SystemExit):

@@ -86,7 +86,9 @@ def below(options: argparse.Namespace) -> Settings:
     settings: Settings = {}
     if options.artifact and (config := options.artifact.parent / "config.json").exists():
         made = Run.read(config.parent).config
-        settings = {name: show(value) for name, value in made.items() if name not in (*OURS, "data")}
+        settings = {
+            name: show(value) for name, value in made.items() if name not in (*OURS, "data", "training_data")
+        }
     if options.recipe:
         try:
             settings |= recipes.read(options.recipe)

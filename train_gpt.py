@@ -13,7 +13,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     CONFIG       every setting, declared once: type, default, range, meaning
     ENVIRONMENT  rules between settings, other names of settings, the command line
     RUN          rank, device, run folder, log, metrics, errors
-    DATA         shards, the two training loaders, validation tokens and their bytes
+    DATA         shards, tokenizer, manifest, validation tokens and their bytes
+    LOADERS      micro-batches of training, packed by document or shuffled
     KERNELS      fused GPU kernels, each beside its plain reference
     HEADS        those that act head by head around attention
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
@@ -21,7 +22,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
     ARTIFACT     entropy coder, the container on disk, the packed script
-    EVALUATE     windows, scores, plain and sliding evaluation, test-time training
+    EVALUATE     windows, scores, plain and sliding evaluation
+    ADAPTATION   test-time training, adapters by document, the rehearsal
     TRAIN        warm-up, the training loop, checkpoints
     PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
@@ -47,12 +49,14 @@ import pickle
 import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -377,7 +381,8 @@ class Config:
             value = getattr(self, field.name)
             for check in (finite, field.metadata["check"]):
                 if not check.holds(value):
-                    raise Stop(f"{field.name.upper()}={value}: {check.rule} ({field.metadata['meaning']})")
+                    meaning = field.metadata["meaning"]
+                    raise Stop(f"{field.name.upper()}={value}: {check.rule} ({meaning})")
         for holds, message in model_rules(self) + run_rules(self):
             if not holds:
                 raise Stop(message)
@@ -441,10 +446,11 @@ class Config:
         for section, fields in cls.sections():
             yield f"\n{section.title}"
             for field in fields:
-                options = typing.get_args(types[field.name])
-                suffix = f" [{', '.join(options)}]" if options else ""
+                options = ", ".join(typing.get_args(types[field.name]))
+                suffix = f" [{options}]" if options else ""
                 default = format_value(field.default) or "(empty)"
-                yield f"  {field.name.upper():<32} {default:<14} {field.metadata['meaning']}{suffix}"
+                meaning = field.metadata["meaning"]
+                yield f"  {field.name.upper():<32} {default:<14} {meaning}{suffix}"
 
 
 # === ENVIRONMENT ===
@@ -657,7 +663,7 @@ def parse_value(name: str, text: str, kind: Any) -> Any:
     """`text` as the type `kind` of the setting `name`; integers may be written 1e4 or 524_288."""
     options = typing.get_args(kind)
     if options and text not in options:
-        raise Stop(f"{name}={text}: must be one of {', '.join(options)}")
+        raise Stop(f"{name}={text}: must be one of " + ", ".join(options))
     if options or kind is str:
         return text
     if kind is bool:
@@ -736,8 +742,9 @@ def command_line(arguments: list[str]) -> Config:
         for name in config.variables():
             print(f"{name}={format_value(getattr(config, name.lower()))}")
     else:
+        given = " ".join(arguments)
         raise Stop(
-            f"{' '.join(arguments)}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
+            f"{given}: settings are environment variables, as in `SEED=2 python train_gpt.py`; "
             "the only arguments are --help, --print-config and --preflight"
         )
     raise SystemExit(0)
@@ -859,8 +866,10 @@ class Run:
         # Set by `open`, on the main rank alone.
         self.folder = Path()
         self.lock: typing.TextIO | None = None
-        self.sink: typing.TextIO | None = None
-        self.metrics: typing.TextIO | None = None
+        self.sink: typing.BinaryIO | None = None
+        self.metrics: typing.BinaryIO | None = None
+        # The last stage that the run folder holds complete: what stops a later one costs no training.
+        self.complete: Literal["", "train", "quantize"] = ""
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -878,8 +887,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.sink = open(folder / "train.log", "a", buffering=1)  # noqa: SIM115
-            self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+            self.sink = open_lines(folder / "train.log")
+            self.metrics = open_lines(folder / "metrics.jsonl")
         except BlockingIOError:
             raise Stop(
                 f"{folder}: another process is writing this run; wait for it or choose another RUN_ID"
@@ -893,14 +902,14 @@ class Run:
     def log(self, line: str, console: bool = True) -> None:
         """One line to train.log, and to the terminal unless `console` is false. Rank 0 only."""
         if self.is_main and console:
-            print(line, flush=True)
+            show_line(line)
         if self.sink:
-            self.sink.write(line + "\n")
+            write_line(self.sink, line)
 
     def metric(self, kind: str, **values: Any) -> None:
         """One record of full-precision values to metrics.jsonl. Rank 0 only."""
         if self.metrics:
-            self.metrics.write(json.dumps({"kind": kind, "time": time.time(), **values}) + "\n")
+            write_line(self.metrics, json.dumps({"kind": kind, "time": time.time(), **values}))
 
     def ledger(self, event: str, **values: Any) -> None:
         """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
@@ -967,6 +976,41 @@ class Run:
             os._exit(0)
 
 
+def open_lines(path: Path) -> typing.BinaryIO:
+    """`path`, to add lines to; one that a full disk or a kill has cut is ended first."""
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 -- open as long as the run
+    if file.seek(0, os.SEEK_END) > 0:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
+
+
+def write_line(file: typing.BinaryIO, line: str) -> None:
+    """Add one line; Stop if the disk does not take all of it."""
+    rest = line.encode() + b"\n"
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        raise Stop(describe_unwritten(Path(file.name), error)) from None
+
+
+def show_line(line: str) -> None:
+    """Print one line; Stop if standard output does not take it (a file on a full disk, a closed pipe)."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise Stop(f"standard output: cannot be written ({error}); free disk space") from None
+
+
+def describe_unwritten(path: Path, error: Exception) -> str:
+    """The error message for a file that could not be written."""
+    return f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere"
+
+
 def check_batch_share(config: Config, world_size: int) -> None:
     """Stop unless a micro-batch can be shared equally where there are more ranks than streams."""
     unit = config.train_seq_len if config.loader == "shuffled" else 1
@@ -1002,8 +1046,8 @@ def tune_process(is_cuda: bool) -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def find_run_folder(config: Config, shards: str) -> Path:
-    """The folder of this run: RUN_ID, else the newest to go on from (of data `shards`), else a new one."""
+def find_run_folder(config: Config, training_data: str) -> Path:
+    """The folder of this run: RUN_ID, else the newest to go on from (of `training_data`), else a new one."""
     root = Path(config.out_dir)
     trains = config.stage in ("all", "train")
     if config.run_id:
@@ -1016,7 +1060,7 @@ def find_run_folder(config: Config, shards: str) -> Path:
         return folder
 
     needed = "final_model.ptz" if config.stage == "evaluate" else "checkpoint.pt"
-    for folder in matching_folders(config, shards, needed):
+    for folder in matching_folders(config, training_data, needed):
         # Training goes on in a run that is neither being written nor finished; later stages may be repeated.
         if not trains or not (is_locked(folder) or (folder / "summary.json").exists()):
             return folder
@@ -1030,11 +1074,11 @@ def find_run_folder(config: Config, shards: str) -> Path:
     return root / f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{digest[:6]}-seed{config.seed}"
 
 
-def matching_folders(config: Config, shards: str, needed: str) -> Iterator[Path]:
-    """The run folders, newest first, with a file `needed` from the same data and settings."""
+def matching_folders(config: Config, training_data: str, needed: str) -> Iterator[Path]:
+    """The run folders, newest first, with a file `needed` from the same training data and settings."""
     # STAGE=quantize starts from the trained model, so the settings of the quantiser may be others.
     kinds = ("training",) if config.stage == "quantize" else ("training", "artifact")
-    ours = config.chosen(*kinds) | {"data": shards}
+    ours = config.chosen(*kinds) | {"training_data": training_data}
     folders = [path.parent for path in Path(config.out_dir).glob("*/config.json")]
     for folder in sorted(folders, key=lambda folder: folder.name, reverse=True):
         differences = describe_differences(read_json(folder / "config.json"), ours)
@@ -1088,7 +1132,8 @@ def write_atomically(path: Path, write: bytes | Callable[[typing.BinaryIO], Any]
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise Stop(f"{path}: cannot be written ({error}); free disk space or set OUT_DIR elsewhere") from None
+        temporary.unlink(missing_ok=True)
+        raise Stop(describe_unwritten(path, error)) from None
 
 
 def describe_commit(folder: Path) -> str:
@@ -1118,10 +1163,9 @@ def versions(run: Run) -> dict[str, str]:
 # === DATA ===
 # From a dataset folder to what training and evaluation read. In: shards of tokens (fineweb_train_*.bin and
 # fineweb_val_*.bin), a SentencePiece tokenizer and, if there are any, the bytes of each validation token
-# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Batch` for each (step, stream), and the `Validation`
-# tokens with the bytes they stand for. The global batch is always STREAMS micro-batches, whatever the number
-# of ranks, so a run has the same data on one GPU and on eight. A new loader is a class with `get(step,
-# stream)` and a line in LOADERS.
+# (fineweb_val_bytes_*.bin) and a manifest. Out: a `Dataset`, whose training tokens the loaders take, and the
+# `Validation` tokens with the bytes they stand for. Whatever can be wrong with these files is said in the
+# first seconds, from headers and sizes alone; no validation token is read before the artifact is sealed.
 
 # A shard is a header of 256 int32 (magic, version, number of values, zeros) and then that many uint16 values,
 # all little-endian.
@@ -1130,11 +1174,19 @@ SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
 BOS = 1  # the token that begins every document
 WORD_START = "\u2581"  # SentencePiece's character for the space before a word
+AGAIN = "prepare or download the data again"
+MANIFEST_TYPES = {
+    **dict.fromkeys(("docs_train", "docs_val", "val_tokens"), int),
+    **dict.fromkeys(("val_bytes", "val_lut_bytes", "val_sidecar_bytes"), int),
+    **{"name": str, "validation": dict, "references": dict},
+}
+# What the tools leave in a folder until its manifest is written.
+UNFINISHED_MARKS = {"prepare.journal.json": "data/prepare.py", "download.unfinished": "data/download.py"}
 
 
 def read_shard(path: Path) -> np.ndarray:
     """Map the values (N,) uint16 of one shard; Stop if magic, version or size are not as the format says."""
-    remedy = "delete it and prepare or download the data again"
+    remedy = f"delete it and {AGAIN}"
     try:
         size = path.stat().st_size
         words = np.fromfile(path, dtype="<i4", count=3)
@@ -1197,8 +1249,10 @@ class Dataset:
         self.sidecar_files = self.find_shards("val_bytes", required=False)
         self.train = [read_shard(path) for path in self.train_files]
 
-        self.manifest = read_json(self.folder / "manifest.json")
+        self.manifest = self.read_manifest()
         self.pieces = load_tokenizer(self.tokenizer, self.vocab_size)
+        self.check_finished()
+        self.check_validation()
 
     def find_tokenizer(self, config: Config) -> Path:
         """TOKENIZER_PATH, else the tokenizer beside the shards, else the shared one of VOCAB_SIZE."""
@@ -1219,9 +1273,61 @@ class Dataset:
             )
         return found
 
+    def read_manifest(self) -> dict[str, Any]:
+        """What manifest.json says, without what it leaves open (null); Stop if that cannot be used."""
+        path = self.folder / "manifest.json"
+        manifest = {name: value for name, value in read_json(path).items() if value is not None}
+        for name, kind in MANIFEST_TYPES.items():
+            if name in manifest and type(manifest[name]) is not kind:
+                raise Stop(
+                    f"{path}: {name} is {str(manifest[name])[:40]}, not of type {kind.__name__}; {AGAIN}"
+                )
+        for name, bpb in manifest.get("references", {}).items():
+            if not isinstance(bpb, int | float) or not bpb > 0:
+                raise Stop(f"{path}: the reference {name} is {str(bpb)[:40]}, not a score; {AGAIN}")
+        return manifest
+
+    def check_finished(self) -> None:
+        """Stop if prepare.py or download.py has begun this folder and not finished it."""
+        for name, tool in UNFINISHED_MARKS.items():
+            if not self.manifest and (self.folder / name).exists():
+                raise Stop(
+                    f"{self.folder / name}: the dataset is not finished; give its command ({tool}) again"
+                )
+
+    def check_validation(self) -> None:
+        """Stop for what headers, pieces and manifest say against the validation set: no token is read."""
+        count = sum(len(read_shard(path)) for path in self.val_files)
+        if count < 2:
+            raise Stop(f"{self.val_files[0]}: the validation set is one token, nothing to score; {AGAIN}")
+        promised = self.manifest.get("val_tokens", count)
+        if count != promised:
+            raise Stop(
+                f"{self.val_files[-1]}: the validation shards have {count} tokens, the manifest says "
+                f"{promised}; {AGAIN}"
+            )
+        if self.sidecar_files:
+            sizes = sum(len(read_shard(path)) for path in self.sidecar_files)
+            if sizes < count:
+                raise Stop(
+                    f"{self.sidecar_files[-1]}: the byte sidecar has {sizes} values for "
+                    f"{count} validation tokens; {AGAIN}"
+                )
+            return
+        byte_tables(self)
+        if self.manifest.get("val_sidecar"):
+            raise Stop(f"{self.folder}/fineweb_val_bytes_*.bin: the manifest promises this sidecar; {AGAIN}")
+        true = self.manifest.get("val_bytes", math.inf)
+        credited = self.manifest.get("val_lut_bytes", 0)
+        if credited > true:
+            raise Stop(
+                f"{self.folder}/manifest.json: the tokenizer's pieces count {credited} bytes where the "
+                f"validation text has {true}, the score would be too good; prepare it with --sidecar"
+            )
+
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What data this is, for the log, checkpoints and compliance.py.
+        """What data this is, for the log, summary.json and compliance.py.
 
         Hashes of shards, manifest and tokenizer, whether the validation set is the contest's, and the counts
         of the manifest and of the shard headers.
@@ -1232,7 +1338,7 @@ class Dataset:
         # The contest's validation set is the first 50,000 documents of FineWeb.
         contest_size = counts.get("docs_val") == 50_000
         return {
-            "shards": self.shards_digest(),
+            "shards": self.digest([*self.train_files, *self.val_files, *self.sidecar_files]),
             "manifest": short_digest(manifest_path) if manifest_path.exists() else None,
             "standard": self.manifest.get("validation", {}).get("standard", contest_size),
             "tokenizer": short_digest(self.tokenizer),
@@ -1241,10 +1347,15 @@ class Dataset:
             **counts,
         }
 
-    def shards_digest(self) -> str:
-        """A hash of the names and sizes of all shards and of the first 64 KiB of those for training."""
+    @functools.cached_property
+    def training_digest(self) -> str:
+        """What training depends on, for checkpoints: a mended validation file needs no training again."""
+        return self.digest(self.train_files)
+
+    def digest(self, files: list[Path]) -> str:
+        """A hash of the names and sizes of `files` and of the first 64 KiB of those for training."""
         digest = hashlib.sha256()
-        for path in [*self.train_files, *self.val_files, *self.sidecar_files]:
+        for path in files:
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
         for path in self.train_files:  # only these: no validation token is read before the artifact is sealed
             with open(path, "rb") as file:
@@ -1260,6 +1371,102 @@ class Dataset:
                 "the shards belong to another tokenizer; set DATASETS_DIR or VOCAB_SIZE"
             )
         return tokens
+
+
+class Validation(NamedTuple):
+    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+    source: str
+
+
+def load_validation(data: Dataset) -> Validation:
+    """The whole validation set; Stop rather than count a byte that is not in the text.
+
+    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for; their sum
+    is that of the manifest if it has one.
+    """
+    tokens = np.concatenate([read_shard(path) for path in data.val_files])
+    data.check_ids(tokens, data.val_files[0])
+    if data.sidecar_files:
+        source = "byte_sidecar"
+        sizes = read_sidecar(data, len(tokens))
+    else:
+        source = "lut"
+        sizes = count_bytes(data, tokens)
+    total = int(sizes.sum(dtype=np.int64))
+    if sizes[1:].max(initial=0) == 0:
+        raise Stop(f"{data.val_files[0]}: {len(tokens)} validation tokens of no bytes of text; {AGAIN}")
+    # SentencePiece may normalise the text: prepare.py has then counted both, its raw bytes and the pieces'.
+    counted = "val_sidecar_bytes" if data.sidecar_files else "val_lut_bytes"
+    name = counted if counted in data.manifest else "val_bytes"
+    promised = data.manifest.get(name, total)
+    if promised != total:
+        raise Stop(f"{data.folder}/manifest.json: {name} is {promised}, the {source} counts {total}; {AGAIN}")
+    return Validation(tokens, sizes, source)
+
+
+def read_sidecar(data: Dataset, count: int) -> np.ndarray:
+    """The bytes (count,) int32 of the validation tokens from the sidecar, which has as many (checked)."""
+    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
+    return sizes[:count].astype(np.int32)
+
+
+class ByteTables(NamedTuple):
+    """By token id: bytes of the piece, whether it begins with a space, whether it stands for no text."""
+
+    lengths: np.ndarray
+    spaced: np.ndarray
+    special: np.ndarray
+
+
+def byte_tables(data: Dataset) -> ByteTables:
+    """What the tokenizer's pieces say of bytes; Stop if they cannot say it, as then the sidecar must.
+
+    Case operators (private-use code points) are no bytes of the text. Where a lone space is no piece, it
+    becomes the three bytes of its stand-in U+2581, which are not in the text either.
+    """
+    pieces = data.pieces
+    ids = range(data.vocab_size)
+    texts = [pieces.id_to_piece(i) for i in ids]
+    is_byte = np.array([pieces.is_byte(i) for i in ids])
+    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
+    wrong = ""
+    if operators:
+        wrong = f"has case operators (ids {operators[:4]}...), which are no bytes of the text"
+    elif is_byte.any() and WORD_START not in texts:
+        wrong = "has byte pieces but no piece for a lone space (U+2581), whose three bytes would be counted"
+    if wrong:
+        raise Stop(
+            f"DATASETS_DIR={data.folder}: the tokenizer {wrong}, and there is no fineweb_val_bytes_*.bin; "
+            "prepare or download this sidecar"
+        )
+
+    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
+    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
+    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
+    lengths[is_byte] = 1
+    lengths[special] = 0
+    return ByteTables(lengths, spaced, special)
+
+
+def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
+    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
+
+    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
+    """
+    lengths, spaced, special = byte_tables(data)
+    counts = lengths[tokens].astype(np.int32)
+    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
+    return counts
+
+
+# === LOADERS ===
+# In: a Dataset and the settings. Out: the micro-batches of this rank for any step, on its device. Eight
+# streams of data make up a batch whatever the number of ranks, so the same step sees the same tokens
+# everywhere, and a resumed run goes on where it stopped. A new order of the tokens is a class with `get(step,
+# stream)` and a row of LOADERS.
 
 
 class Batch(NamedTuple):
@@ -1494,65 +1701,6 @@ def to_device(batch: Any, run: Run) -> Any:
         return tensor.to(run.device, non_blocking=True)
 
     return tree_map_only(Tensor, send, batch)
-
-
-class Validation(NamedTuple):
-    """All validation tokens (N,) uint16, the original bytes of each (N,) int32, and where those are from."""
-
-    tokens: np.ndarray
-    bytes: np.ndarray
-    source: str
-
-
-def load_validation(data: Dataset) -> Validation:
-    """The whole validation set; Stop rather than count a byte that is not in the text.
-
-    The bytes are those of the sidecar if there is one, else what the tokenizer's pieces stand for.
-    """
-    tokens = np.concatenate([read_shard(path) for path in data.val_files])
-    data.check_ids(tokens, data.val_files[0])
-    if data.sidecar_files:
-        return Validation(tokens, read_sidecar(data, len(tokens)), "byte_sidecar")
-    return Validation(tokens, count_bytes(data, tokens), "lut")
-
-
-def read_sidecar(data: Dataset, count: int) -> np.ndarray:
-    """The bytes (count,) int32 of the validation tokens from the sidecar; Stop if it holds fewer values."""
-    sizes = np.concatenate([read_shard(path) for path in data.sidecar_files])
-    if len(sizes) < count:
-        raise Stop(
-            f"{data.sidecar_files[-1]}: the byte sidecar has {len(sizes)} values for "
-            f"{count} validation tokens; prepare or download it again"
-        )
-    return sizes[:count].astype(np.int32)
-
-
-def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
-    """The bytes (N,) int32 of the text that `tokens` (N,) stand for.
-
-    The UTF-8 length of the piece, and one for the space before it unless the token before is a control token.
-    Case operators (private-use code points) are no bytes of the text: Stop, as they need the sidecar.
-    """
-    pieces = data.pieces
-    ids = range(data.vocab_size)
-    texts = [pieces.id_to_piece(i) for i in ids]
-    operators = [i for i, text in enumerate(texts) if re.search("[\ue000-\uf8ff]", text)]
-    if operators:
-        raise Stop(
-            f"DATASETS_DIR={data.folder}: the tokenizer has case operators (ids {operators[:4]}...), "
-            "which are no bytes of the text, and there is no fineweb_val_bytes_*.bin; "
-            "prepare or download this sidecar"
-        )
-
-    special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
-    spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
-    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
-    lengths[[pieces.is_byte(i) for i in ids]] = 1
-    lengths[special] = 0
-
-    counts = lengths[tokens].astype(np.int32)
-    counts[1:] += spaced[tokens[1:]] & ~special[tokens[:-1]]
-    return counts
 
 
 # === KERNELS ===
@@ -1905,7 +2053,8 @@ def pick_kernels(config: Config, run: Run) -> bool:
         reason = "interpreted"
     else:
         reason = f"KERNELS={wanted}, {run.device.type}"
-    run.log(f"kernels: {'triton' if chosen else 'reference'} ({reason})")
+    kernels = "triton" if chosen else "reference"
+    run.log(f"kernels: {kernels} ({reason})")
     return chosen
 
 
@@ -1925,7 +2074,8 @@ def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[st
             if count and not isinstance(found, str):
                 found = f"cannot be used on {count} other ranks"
         if not isinstance(found, str):
-            reasons = f" (not {'; not '.join(refused)})" if refused else ""
+            others = "; not ".join(refused)
+            reasons = f" (not {others})" if refused else ""
             run.log(f"{what}: {name}{reasons}")
             return found
         refused.append(f"{name}: {found}")
@@ -2744,9 +2894,8 @@ def try_attention(attend: Attend, config: Config, run: Run) -> str:
         for ours, right in zip(found, wanted, strict=True):
             close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
             if not close:
-                return (
-                    f"gives other {'dense' if starts is None else 'packed'} results than PyTorch's attention"
-                )
+                kind = "dense" if starts is None else "packed"
+                return f"gives other {kind} results than PyTorch's attention"
     return ""
 
 
@@ -4254,12 +4403,13 @@ PACKED_DECODER = (
     b"s=z.decompress('%s'.encode('latin-1'),3,None,[{'id':33,'dict_size':1<<20}]).decode()\n"
     b"n='<train_gpt>'\nl.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
 )
+LEAST_PYTHON = (3, 10)  # as the decoder says
 # What cannot stand in the literal as it is.
 LITERAL_ESCAPES = {b"\\": rb"\\", b"'": rb"\'", b"\n": rb"\n", b"\r": rb"\r", b"\0": rb"\x00"}
 
 
 def minify(source: str) -> tuple[str, str]:
-    """(`source` without comments, docstrings and spaces, how it was made)."""
+    """(`source` without comments, docstrings and spaces, how it was made): the same under every Python."""
     import ast
 
     try:
@@ -4268,7 +4418,13 @@ def minify(source: str) -> tuple[str, str]:
         return source, "not minified (python-minifier is not installed)"
     # Names stay: Triton passes arguments by name. Hoisting literals would take them out of the kernels' text.
     # Docstrings go, but for the head of the file, which --help prints.
-    head = ast.get_docstring(ast.parse(source), clean=False) or ""
+    try:
+        tree = ast.parse(source, feature_version=LEAST_PYTHON)
+    except SyntaxError as error:
+        raise Stop(
+            f"{__file__}:{error.lineno}: {error.msg}; the packed script has to run on Python 3.10"
+        ) from None
+    head = ast.get_docstring(tree, clean=False) or ""
     minified = python_minifier.minify(
         source,
         rename_locals=False,
@@ -4276,7 +4432,29 @@ def minify(source: str) -> tuple[str, str]:
         remove_annotations=False,
         remove_literal_statements=True,
     )
+    lines = quoted_expressions(minified)
+    if lines:
+        return source, f"not minified (f-strings with quotes inside, in lines {lines} of its short form)"
     return f"{head!r}\n{minified}", "minified"
+
+
+def quoted_expressions(source: str) -> list[int]:
+    """The lines of `source` with an f-string in whose expressions there is a string.
+
+    Python 3.12 lets such a string have the quotes of the f-string, and python-minifier makes use of that when
+    it runs there; 3.10 and 3.11 refuse it. Without such strings the short form is the same under all of them.
+    """
+    import ast
+
+    lines = set()
+    for node in ast.walk(ast.parse(source, feature_version=LEAST_PYTHON)):
+        if not isinstance(node, ast.FormattedValue):
+            continue
+        for inner in ast.walk(node.value):
+            text = isinstance(inner, ast.Constant) and isinstance(inner.value, str | bytes)
+            if text or isinstance(inner, ast.JoinedStr):
+                lines.add(node.lineno)
+    return sorted(lines)
 
 
 @functools.lru_cache(1)
@@ -4417,7 +4595,12 @@ def save_document_sums(path: Path, validation: Validation, losses: Tensor) -> No
     for kind, values in (("nats", nats), ("bytes", validation.bytes[1:].astype(np.int64))):
         sums[kind] = np.add.reduceat(values, firsts)
         sums[f"position_{kind}"] = np.bincount(octave, values)
-    np.savez(path, **sums)
+    write_atomically(path, functools.partial(savez, sums))
+
+
+def savez(arrays: Mapping[str, np.ndarray], file: typing.BinaryIO) -> None:
+    """Write `arrays` to `file` in NumPy's .npz format."""
+    np.savez(file, **arrays)
 
 
 def window_batch(
@@ -4469,6 +4652,14 @@ def score_sliding(run: Run, forward: Callable[[Batch], Tensor], stride: int, tal
     """Score in windows of EVAL_SEQ_LEN with `stride` new targets each (all of them: plain evaluation)."""
     plan = plan_windows(len(tally.validation.tokens), run.config.eval_seq_len, stride)
     score_windows(run, forward, tally, plan)
+
+
+# === ADAPTATION ===
+# In: the model, its forward, a Tally. Out: every target scored, in an order in which what is scored may be
+# learnt: chunk by chunk by SGD on all weights (`chunk_sgd`), document by document by adapters with phases of
+# SGD between (`doc_lora`). `Tally.require` stops an update that is not earned. Training on validation text
+# before scoring it (`prequant_ttt`) is here too and is not legal. Whatever runs on the evaluation clock is
+# rehearsed.
 
 
 def cosine_decay(place: int, count: int) -> float:
@@ -4550,8 +4741,9 @@ class Learner:
         mine = plan
         if self.shared:
             part = -(-len(plan) // STREAMS)
+            # A rank above the eighth has no stream.
             parts = [plan[stream * part : (stream + 1) * part] for stream in run.streams]
-            mine = np.concatenate([plan[:0], *parts])  # ranks beyond eight have no stream
+            mine = np.concatenate([plan[:0], *parts])
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
@@ -4868,16 +5060,16 @@ def prequant_ttt(run: Run, model: nn.Module, validation: Validation) -> None:
         torch._foreach_copy_(learner.parameters, average)
 
 
-def rehearsal_text(config: Config) -> np.ndarray:
+def rehearsal_text(config: Config, ranks: int) -> np.ndarray:
     """Random tokens (N,) with which every rank meets every shape of the evaluation, the longest context too.
 
-    That is a batch of windows for each of 8 ranks, two chunks to score and learn, a chunk for each rank to
+    That is a batch of windows for each of `ranks`, two chunks to score and learn, a chunk for each rank to
     learn before quantising; and a batch of documents for each stream and one more, so that a phase is learnt.
     """
     rows = max(1, config.val_batch_tokens // STREAMS // config.eval_seq_len)
-    needed = max(STREAMS * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
+    needed = max(ranks * rows * config.eval_seq_len, 2 * config.ttt_chunk_tokens) + 1
     if config.prequant_ttt_enabled:
-        needed = max(needed, STREAMS * config.prequant_ttt_chunk_tokens + 1)
+        needed = max(needed, ranks * config.prequant_ttt_chunk_tokens + 1)
     document = config.ttt_eval_seq_len + config.ttt_chunk_size
     count = -(-needed // document)
     if config.ttt_enabled and config.ttt_mode == "doc_lora":
@@ -4908,8 +5100,9 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     """
     began = run.now()
     config = run.config
-    tokens = rehearsal_text(config)
-    run.log(f"rehearsal: {', '.join(stages)} on {len(tokens)} random tokens, untimed")
+    tokens = rehearsal_text(config, run.world_size)
+    names = ", ".join(stages)
+    run.log(f"rehearsal: {names} on {len(tokens)} random tokens, untimed")
     run.config = shorten(config)
     try:
         for how in stages.values():
@@ -4950,24 +5143,38 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
         if config.compile == "on":
             raise Stop(f"COMPILE=on: {reason}; set COMPILE=auto, LOADER=shuffled or another ATTENTION")
         compiled = False
-    run.log(f"compile: {'on' if compiled else 'off'} ({reason})")
+    state = "on" if compiled else "off"
+    run.log(f"compile: {state} ({reason})")
     return compiled
+
+
+def set_compiler_options() -> None:
+    """What torch.compile must know of this program, whatever it compiles."""
+    import torch._inductor.config as inductor
+
+    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
+    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
+    torch._dynamo.config.specialize_float = True
+    # Parameter sums inside the backward's chains make 6 kernels spill registers (bench/gpu_compile.py, torch
+    # 2.14); apart from them none does, for 1 % more bytes. Before torch 2.10 there is no such option.
+    if hasattr(inductor.triton, "mix_order_reduction"):
+        inductor.triton.mix_order_reduction = False
 
 
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
     config = run.config
     torch.manual_seed(config.seed)
-    torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
-    # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
-    torch._dynamo.config.specialize_float = True
+    if wants_compile(config, run):
+        set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
     for looped in loop_states(config):
-        run.log(f"route{' looped' if looped else ''}: {show_route(model.routes[looped])}")
+        kind = " looped" if looped else ""
+        run.log(f"route{kind}: {show_route(model.routes[looped])}")
     count = sum(parameter.numel() for parameter in model.parameters())
     run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
     forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
@@ -5037,7 +5244,7 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     Stop if it is damaged or of other settings or data.
     """
     path = run.folder / "checkpoint.pt"
-    shards = data.fingerprint["shards"]
+    shards = data.training_digest
     if not path.exists():
         return None
     try:
@@ -5058,8 +5265,11 @@ def load_checkpoint(run: Run, data: Dataset) -> dict[str, Any] | None:
     different = describe_differences(settings, run.config.chosen("training"))
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them back or choose another RUN_ID")
-    if fingerprint != shards:
-        raise Stop(f"{path}: of other data ({fingerprint}, here {shards}); choose another RUN_ID")
+    if data.train_files and fingerprint != shards:  # they may be gone after training
+        raise Stop(
+            f"{path}: of other training data ({fingerprint}, here {shards}); "
+            "put them back, or choose another RUN_ID"
+        )
     return saved
 
 
@@ -5183,7 +5393,7 @@ class Training:
         self.model, self.forward, compiled = built
         self.optimizers = Optimizers(run, self.model, compiled)
         self.feed = Feed(run, LOADERS[run.config.loader](run.config, data))
-        self.identity = {"settings": run.config.chosen("training"), "data": data.fingerprint["shards"]}
+        self.identity = {"settings": run.config.chosen("training"), "data": data.training_digest}
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
@@ -5347,12 +5557,14 @@ class Training:
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
             f"peak memory {mebibytes} MiB, stopped by {limit}"
         )
-        run.on_main_rank(functools.partial(self.save_trained, seconds))
+        run.on_main_rank(functools.partial(self.save_trained, seconds, facts))
+        run.complete = "train"
         record_stage(run, "train", facts)
 
-    def save_trained(self, seconds: float) -> None:
-        """Write the averaged weights of the finished training as checkpoint.pt. Rank 0 only."""
+    def save_trained(self, seconds: float, facts: dict[str, Any]) -> None:
+        """Write the averaged weights and facts of the finished training as checkpoint.pt. Rank 0 only."""
         content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        content["facts"] = facts
         save = functools.partial(torch.save, content)
         write_atomically(self.run.folder / "checkpoint.pt", save)
 
@@ -5369,7 +5581,11 @@ def train(run: Run, data: Dataset, built: Built) -> None:
     saved = load_checkpoint(run, data)
     if saved and saved["complete"]:
         path = run.folder / "checkpoint.pt"
-        run.log(f"train: {path} holds the finished training of {saved['step']} steps; going on from there")
+        steps = saved["step"]
+        run.log(f"train: {path} holds the finished training of {steps} steps; going on from there")
+        run.complete = "train"
+        if run.is_main and "train" not in read_json(run.folder / "stages.json"):
+            record_stage(run, "train", saved["facts"])
         return
     training = Training(run, data, built)
     if saved:
@@ -5467,7 +5683,8 @@ def find_driver(run: Run) -> Finding:
     """The GPUs and the driver, against the CUDA version that this torch was built for."""
     gpus, trouble = query_driver()
     build = torch.version.cuda
-    wheel = f"torch {torch.__version__}, built for {f'CUDA {build}' if build else 'the CPU'}"
+    goal = f"CUDA {build}" if build else "the CPU"
+    wheel = f"torch {torch.__version__}, built for {goal}"
     if not gpus:
         device = torch.cuda.get_device_name(run.device) if run.is_cuda else "none, the CPU trains"
         broken = not run.is_cuda and trouble != "no nvidia-smi"
@@ -5528,7 +5745,8 @@ def find_matmul(run: Run, peak: float) -> Finding:
     """The measured matmul peak beside the data sheet's, if that is known."""
     name = torch.cuda.get_device_name(run.device) if run.is_cuda else ""
     promised = next((tflops for part, tflops in DATA_SHEET_TFLOPS.items() if part in name), None)
-    state = f"{peak / 1e12:.3g} TFLOP/s in {str(run.dtype).removeprefix('torch.')}"
+    kind = str(run.dtype).removeprefix("torch.")
+    state = f"{peak / 1e12:.3g} TFLOP/s in {kind}"
     remedy = ""
     if promised and run.dtype == torch.bfloat16:
         state += f", the data sheet says {promised}"
@@ -5618,13 +5836,19 @@ def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
     return share / plain + (1 - share) / looped
 
 
-def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
-    """Seconds of one training step by loop state, after the warm-up; SAMPLE_SECONDS in all."""
+def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
+    """(seconds of one training step by loop state, seconds kept for calibration), after the warm-up.
+
+    The steps take SAMPLE_SECONDS in all.
+    """
     config = run.config
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
     warm_up(run, built, optimizers, feed)
+    reserve = config.gptq_reserve_seconds
+    if reserve < 0:
+        reserve = measure_reserve(run, built.model, data)
     seconds = {}
     for looped in loop_states(config):
         built.model.looped = looped
@@ -5639,30 +5863,33 @@ def sample_steps(run: Run, data: Dataset) -> dict[bool, float]:
             left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
             goes_on = left > 0 and count < 50
         seconds[looped] = spent / count
-    return seconds
+    return seconds, reserve
 
 
 def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
-    # A reserve that is measured is not known yet: the forecast is then of the whole budget.
-    budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)
+    budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
     floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
-    most = budget * average_pace(config, floors)
+    fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
         remedy = "train on GPUs, or set TRAIN_BATCH_TOKENS and the model smaller"
         return Finding(
-            "steps", f"not tried: a step takes {slowest:.0f}s or more, {most:.0f} in {budget:.0f}s", remedy
+            "steps",
+            f"not tried: a step takes {slowest:.0f}s or more, {budget * fastest:.0f} in {budget:.0f}s",
+            remedy,
         )
-    seconds = sample_steps(run, data)
-    steps = budget * average_pace(config, seconds)
-    times = ", ".join(f"{1000 * time:.1f}ms{' looped' if looped else ''}" for looped, time in seconds.items())
+    seconds, reserve = sample_steps(run, data)
+    budget = config.max_wallclock_seconds - reserve
+    pace = average_pace(config, seconds)
+    kinds = {False: "", True: " looped"}
+    times = ", ".join(f"{1000 * spent:.1f}ms{kinds[looped]}" for looped, spent in seconds.items())
     remedy = ""
-    if run.is_cuda and steps < most / 4:
+    if run.is_cuda and pace < fastest / 4:
         remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"
-    share = f"{100 * steps / most:.0f}% of what the matmul peak would give without attention"
-    return Finding("steps", f"{steps:.0f} in {budget:.0f}s ({times}), {share}", remedy)
+    share = f"{100 * pace / fastest:.0f}% of what the matmul peak would give without attention"
+    return Finding("steps", f"{budget * pace:.0f} in {budget:.0f}s ({times}), {share}", remedy)
 
 
 def report_machine(config: Config) -> None:
@@ -5728,6 +5955,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     if not saved or not saved["complete"]:
         path = run.folder / "checkpoint.pt"
         raise Stop(f"STAGE=quantize: {path} holds no finished training; run STAGE=train first")
+    run.complete = "train"
     weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
@@ -5741,6 +5969,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     times = {"hessian_seconds": calibration_seconds, "budgeted_seconds": budgeted}
     facts = run.on_main_rank(lambda: pack_run(run, model, weights, moments, times))
     record_stage(run, "quantize", facts)
+    run.complete = "quantize"
 
 
 def pack_run(
@@ -5767,13 +5996,15 @@ def pack_run(
     run.ledger("artifact_sealed", sha256=digest)
     sealed = run.now()
     matrices = sum(tensor.scales is not None for tensor in tensors.values())
+    calibration = times["hessian_seconds"]
     run.log(
         f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: "
-        f"calibration {times['hessian_seconds']:.1f}s, rounding {rounded - began:.1f}s, "
+        f"calibration {calibration:.1f}s, rounding {rounded - began:.1f}s, "
         f"sealing {sealed - rounded:.1f}s; read back, all equal; code {how}"
     )
     limit = config.max_wallclock_seconds
-    run.log(f"training and calibration: {times['budgeted_seconds']:.1f}s of {limit:g}s")
+    budgeted = times["budgeted_seconds"]
+    run.log(f"training and calibration: {budgeted:.1f}s of {limit:g}s")
     total = artifact_bytes + code_bytes
     cap = config.artifact_cap_bytes
     run.log(f"artifact bytes:{artifact_bytes} code:{code_bytes} total:{total} cap:{cap} left:{cap - total}")
@@ -5819,6 +6050,8 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     path = Path(config.artifact or run.folder / "final_model.ptz")
     manifest, tensors, digest = decode_artifact(path)
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
+    if not config.artifact:
+        run.complete = "quantize"
     different = describe_differences(manifest["model"], config.chosen("Model"))
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
@@ -5947,11 +6180,25 @@ def summarize(run: Run, data: Dataset) -> None:
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
     announce(run.folder, "scored")
-    run.log(f"compliance: {'legal' if verdict['legal'] else 'NOT LEGAL'} ({verdict['reason']})")
-    run.log(
-        f"final val_loss:{facts['val_loss']:.8f} val_bpb:{facts['val_bpb']:.8f} "
-        f"total_bytes:{facts['total_bytes']} train_time:{facts.get('train_seconds', math.nan):.1f}s "
-        f"eval_time:{facts['eval_seconds']:.1f}s"
+    legal = "legal" if verdict["legal"] else "NOT LEGAL"
+    reason = verdict["reason"]
+    run.log(f"compliance: {legal} ({reason})")
+    run.log(describe_score(**{"train_seconds": math.nan, **facts}))
+
+
+def describe_score(
+    *,
+    val_loss: float,
+    val_bpb: float,
+    total_bytes: int | None,
+    train_seconds: float,
+    eval_seconds: float,
+    **others: Any,
+) -> str:
+    """The last line of a run, from the facts of summary.json."""
+    return (
+        f"final val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} total_bytes:{total_bytes} "
+        f"train_time:{train_seconds:.1f}s eval_time:{eval_seconds:.1f}s"
     )
 
 
@@ -5965,13 +6212,13 @@ def log_header(run: Run, data: Dataset) -> None:
     config = run.config
     micro_steps = len(run.streams)
     run.log(f"run: {run.folder} stage:{config.stage} world_size:{run.world_size} micro_steps:{micro_steps}")
-    run.log(f"versions: {pairs(versions(run), ':')}")
-    run.log(f"data: {pairs(data.fingerprint, ':')}")
+    run.log("versions: " + pairs(versions(run), ":"))
+    run.log("data: " + pairs(data.fingerprint, ":"))
     if not data.fingerprint["standard"]:
         documents = data.manifest.get("docs_val", "")
         run.log(f"warning: these {documents} validation documents are not the contest's 50,000")
     overrides = {name: format_value(value) for name, value in config.overrides().items()}
-    run.log(f"overrides: {pairs(overrides, '=') or 'none'}")
+    run.log("overrides: " + (pairs(overrides, "=") or "none"))
     for name, spec in parameter_table(config).items():
         shape = "x".join(map(str, spec.shape))
         run.log(f"  {name:<24}{shape:<16}{spec.optimizer:<8}{spec.quantizer}", console=False)
@@ -6011,13 +6258,93 @@ def announce(folder: Path, state: str) -> None:
 STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
 
 
+def is_sealed(run: Run) -> bool:
+    """Whether the run folder holds the artifact that this run has packed, unharmed."""
+    path = run.folder / "final_model.ptz"
+    if run.complete != "quantize" or not path.exists():
+        return False
+    try:
+        promised = read_json(run.folder / "stages.json").get("quantize", {}).get("artifact_sha256")
+    except Stop:
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == promised
+
+
+def describe_saved(run: Run) -> str:
+    """The line that says how to go on without training again. Rank 0 only."""
+    config = run.config
+    stage = config.stage
+    if is_sealed(run):
+        stage = "evaluate"
+    elif stage == "evaluate":
+        stage = "quantize"
+    # What the shell sets may differ from a default that this run was given, so those are repeated too.
+    names = config.overrides().keys() | (os.environ.keys() & set(config.variables()))
+    others = {name: getattr(config, name.lower()) for name in config.variables() if name in names}
+    settings = {"RUN_ID": run.folder.name, "STAGE": stage}
+    settings |= {name: value for name, value in others.items() if name not in settings}
+    words = [f"{name}={shlex.quote(format_value(value))}" for name, value in settings.items()]
+    words.append(shlex.quote(sys.executable))
+    if run.world_size > 1:
+        here = torch.cuda.device_count() if run.is_cuda else run.world_size  # of several nodes: this one
+        count = min(here, run.world_size)
+        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={count}")
+    words.append(shlex.quote(os.path.relpath(__file__)))
+    command = " ".join(words)
+    return f"saved: training is in {run.folder}; go on with: {command}"
+
+
+def describe_end(run: Run, error: BaseException) -> str:
+    """What ends a run that `error` stops after its training: the error and that line; else empty.
+
+    The traceback of an unexpected error is printed.
+    """
+    if not run.complete or not run.is_main:
+        return ""
+    saved = describe_saved(run)
+    if isinstance(error, Stop):
+        return f"{error}\n{saved}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted\n{saved}"
+    traceback.print_exception(error)
+    return saved
+
+
+def on_termination(run: Run, number: int, frame: Any) -> None:
+    """Let SIGTERM end this process as ever, after that line if training is complete.
+
+    Written past Python's buffers, which the signal may have met in use.
+    """
+    if run.complete and run.is_main:
+        os.write(2, describe_saved(run).encode() + b"\n")
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def main(config: Config) -> None:
     """Run the stages of `config.stage`."""
     run = Run(config)
+    before = signal.signal(signal.SIGTERM, functools.partial(on_termination, run))
+    try:
+        run_stages(run)
+    except (Exception, Stop, KeyboardInterrupt) as error:
+        message = describe_end(run, error)
+        if not message:
+            raise
+        raise Stop(message) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    run.close()
+
+
+def run_stages(run: Run) -> None:
+    """Read the data, open the run folder, refuse what cannot work, then do the stages one by one."""
+    config = run.config
     data = Dataset(config, need_training=config.stage != "evaluate")
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
-    run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, settings["data"])))
+    settings["training_data"] = data.training_digest
+    run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, data.training_digest)))
     run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
@@ -6029,7 +6356,6 @@ def main(config: Config) -> None:
     for stage, work in STAGES.items():
         if config.stage in ("all", stage):
             work(run, data, built)
-    run.close()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import lzma
 import random
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import train_gpt as t
+from data.shards import write_shard
 from helpers import ROOT
 from helpers.trainer import environment, launch, replace
 
@@ -152,13 +154,23 @@ def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "train_gpt.py").write_bytes(t.pack_source((ROOT / "train_gpt.py").read_bytes())[0])
+    dataset = tmp_path / "dataset"  # a short validation text: the interpreter takes a millisecond per row
+    shutil.copytree(settings["DATASETS_DIR"], dataset)
+    write_shard(
+        dataset / "fineweb_val_000000.bin", t.read_shard(dataset / "fineweb_val_000000.bin")[:500].copy()
+    )
     short = settings | {
-        "ITERATIONS": "2",
+        "DATASETS_DIR": str(dataset),
+        "GPTQ_RESERVE_SECONDS": "1",
+        "ITERATIONS": "1",
+        "NUM_LAYERS": "1",
+        "NUM_LOOPS": "0",
+        "GPTQ_CALIBRATION_BATCHES": "1",
         "TRAIN_BATCH_TOKENS": "256",
         "WARMUP_STEPS": "0",
         "EVAL_PREQUANT": "0",
         "SLIDING_WINDOW_ENABLED": "0",
-        "TTT_ENABLED": "0",  # the interpreter takes a millisecond per row
+        "TTT_ENABLED": "0",
         "VAL_BATCH_TOKENS": "2048",
     }
     variables = environment(short | {"KERNELS": "triton", "TRITON_INTERPRET": "1", "RUN_ID": "packed"})

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from helpers.trainer import ROOT
+from helpers import ROOT
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import train_gpt as t
 from helpers.tensors import perturbed
 from helpers.trainer import replace
 
-RANKS = [(0, 1), (0, 4), (3, 4)]  # (rank, world size)
+RANKS = [(0, 1), (3, 4), (9, 16)]  # (rank, world size)
 
 
 @torch.library.custom_op("findings::attention_input", mutates_args=())
@@ -155,7 +155,8 @@ def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank
     monkeypatch.setattr(t, "measure", measure)
     before = t.compiled_graphs()
     t.evaluate_stage(run, None, built)
-    assert t.compiled_graphs() >= before + 2 and read == [1]
+    learns = len(run.streams) > 0  # a rank above the eighth only scores windows
+    assert t.compiled_graphs() >= before + 1 + learns and read == [1]
     assert graphs == [("quantized", 0), ("sliding", 0), ("ttt", 0)]
     assert facts["graphs_inside_eval_clock"] == 0 and list(facts["bpb"]) == ["quantized", "sliding", "ttt"]
 
@@ -324,7 +325,7 @@ def test_a_phase_learns_the_same_on_any_number_of_ranks(tiny, monkeypatch):
 
     monkeypatch.setattr(t, "window_batch", window_batch)
     monkeypatch.setattr(t.Learner, "step", lambda learner: None)
-    for world in (1, 2, 4, 8):
+    for world in (1, 2, 4, 8, 16):
         model = build_eager(tiny)
         starts.clear()
         for rank in range(world):
@@ -334,7 +335,7 @@ def test_a_phase_learns_the_same_on_any_number_of_ranks(tiny, monkeypatch):
         gradients[world] = [parameter.grad.clone() for parameter in model.parameters()]
         assert all(64 * stream in starts[0] for stream in range(8 // world)), "cut between streams"
         assert world < 8 or any(32 not in segment for segment in starts), "not between the rows of a stream"
-    for world in (2, 4, 8):
+    for world in (2, 4, 8, 16):
         for one, other in zip(gradients[1], gradients[world], strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 

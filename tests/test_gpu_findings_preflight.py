@@ -90,8 +90,8 @@ def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
         "shared memory",
         "steps",
     ]
-    forecast = re.search(r"steps: \d+ in (\d+)s \(.* looped\)", lines[-1])
-    assert forecast and int(forecast[1]) == 100, lines[-1]
+    budget = re.search(r"steps: \d+ in (\d+)s \(.*looped\)", lines[-1])
+    assert budget and 0 < int(budget[1]) < 100, lines[-1]  # the reserve for calibration is measured
     assert "compile cache: 0 files before, 0 after" in done.stdout
     assert sorted(path.name for path in cache.iterdir()) == ["inductor", "numba", "triton"]
     assert list((tmp_path / "runs").iterdir()) == []
@@ -119,10 +119,9 @@ def test_the_forecast_counts_loops_as_the_schedule_does(run, monkeypatch):
         schedule="time",
         enable_looping_at=0.25,
         max_wallclock_seconds=108.0,
-        gptq_reserve_seconds=8.0,
     )
     run.config = config
-    monkeypatch.setattr(t, "sample_steps", lambda *_: {False: 0.1, True: 0.2})
+    monkeypatch.setattr(t, "sample_steps", lambda *_: ({False: 0.1, True: 0.2}, 8.0))
     assert t.find_steps(run, None, 1e15).state.startswith("625 in 100s (100.0ms, 200.0ms looped)")
     run.config = replace(config, schedule="steps")
     assert t.find_steps(run, None, 1e15).state.startswith("571 in 100s")

@@ -392,7 +392,7 @@ def test_the_configuration_in_the_run_folder_is_the_whole_one(finished):
     _settings, folder = finished
     saved = json.loads((folder / "config.json").read_text())
     assert (
-        set(saved) == {"data", *(f.name.upper() for f in dataclasses.fields(t.Config))}
+        set(saved) == {"data", "training_data", *(f.name.upper() for f in dataclasses.fields(t.Config))}
         and saved["NUM_LAYERS"] == 4
     )
 

@@ -110,7 +110,7 @@ def test_the_command_of_the_readme_gives_the_recorded_settings(runs, tmp_path):
         line.split("=", 1) for line in shown.stdout.splitlines()[: len(shown.stdout.splitlines()) // 3]
     )
     recorded = json.loads((runs[0] / "config.json").read_text())
-    apart = {"DATASETS_DIR", "RUN_ID", "OUT_DIR", "data"}
+    apart = {"DATASETS_DIR", "RUN_ID", "OUT_DIR", "data", "training_data"}
     assert {n: v for n, v in first.items() if n not in apart} == {
         n: t.format_value(v) for n, v in recorded.items() if n not in apart
     }
