@@ -155,7 +155,8 @@ def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank
     monkeypatch.setattr(t, "measure", measure)
     before = t.compiled_graphs()
     t.evaluate_stage(run, None, built)
-    assert t.compiled_graphs() >= before + 2 and read == [1]
+    learns = len(run.streams) > 0  # a rank above the eighth only scores windows
+    assert t.compiled_graphs() >= before + 1 + learns and read == [1]
     assert graphs == [("quantized", 0), ("sliding", 0), ("ttt", 0)]
     assert facts["graphs_inside_eval_clock"] == 0 and list(facts["bpb"]) == ["quantized", "sliding", "ttt"]
 
