@@ -874,6 +874,7 @@ def probe_documents(report: Report, stages: Stages, stage: str) -> None:
         "ttt_lr": 0.0,
         "global_ttt_lr": 0.0,
         "global_ttt_warmup_start_lr": 0.0,
+        "ttt_warm_start_a": False,
         "ttt_batch_size": max(2, min(config.ttt_batch_size, len(documents) // 3)),
     }
     first = stages.again(stage, tokens, **still) if stages.watches[stage].updates else stages.watches[stage]

@@ -82,7 +82,7 @@ def collectives(settings: dict[str, str], folder: Path, processes: int, work: st
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("processes, runs", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("processes, runs", [(2, 2), (4, 1)])
 def test_ranks_in_bf16_issue_the_same_collectives_in_every_run(settings, tmp_path, processes, runs):
     """The order of a set of dtypes follows their addresses, which differ from process to process."""
     seen = set()
