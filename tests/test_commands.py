@@ -86,9 +86,9 @@ def tools() -> list[Path]:
 
 
 @cache
-def help_of(script: Path, variables: tuple[tuple[str, str], ...], cwd: Path) -> subprocess.CompletedProcess:
-    """`script --help` in a fresh shell, once for all."""
-    return paste([str(script), "--help"], dict(variables), cwd)
+def help_of(script: Path, variables: tuple[tuple[str, str], ...]) -> subprocess.CompletedProcess:
+    """`script --help` in a fresh shell, from a folder that is not the repository; once for all tests."""
+    return paste([str(script), "--help"], dict(variables), Path("/"))
 
 
 def test_the_pages_have_commands_and_the_tools_are_known():
@@ -107,14 +107,14 @@ def test_the_pages_have_commands_and_the_tools_are_known():
 
 @pytest.mark.parametrize("tool", tools(), ids=lambda path: path.name)
 def test_every_tool_starts_from_any_folder(tool, shell, tmp_path):
-    done = help_of(tool, tuple(shell.items()), tmp_path)
+    done = help_of(tool, tuple(shell.items()))
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
     started = paste(["python3", str(tool), "--help"], shell, tmp_path)
     assert started.stdout == done.stdout
 
 
 @pytest.mark.parametrize("page, line", commands(), ids=lambda text: text[:60])
-def test_every_command_exists_with_its_options(page, line, shell, tmp_path):
+def test_every_command_exists_with_its_options(page, line, shell):
     words = words_of(line)
     script = script_of(words)
     if script is None:
@@ -125,7 +125,7 @@ def test_every_command_exists_with_its_options(page, line, shell, tmp_path):
         assert os.access(script, os.X_OK), f"{page}: {line}: has no run bit"
     if script == TRAINER or script.suffix == ".sh" or script not in tools():
         return
-    done = help_of(script, tuple(shell.items()), tmp_path)
+    done = help_of(script, tuple(shell.items()))
     assert done.returncode == 0, done.stderr
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in done.stdout, f"{page}: {line}: no such option {option}"

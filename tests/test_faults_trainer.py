@@ -80,6 +80,18 @@ def test_a_dataset_is_refused_before_training(config, folder, kind):
     assert "\n" not in str(stop.value)
 
 
+def run_program(program: str, settings: dict[str, str]) -> subprocess.CompletedProcess:
+    """A Python program that changes the trainer before it starts it, with the small settings."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(settings | SMALL),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_a_finished_dataset_may_have_kept_its_marks(config, folder):
     (folder / "prepare.journal.json").touch()
     write_manifest(docs_val=30)(folder)
@@ -227,14 +239,7 @@ def test_a_full_disk_stops_with_one_line_and_costs_no_training(settings, tmp_pat
         "t.load_validation = full\n"
         "t.main(t.Config.from_env(os.environ))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(settings | SMALL),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program(program, settings)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     error, saved = done.stderr.strip().splitlines()
     assert "cannot be written" in error and "free disk space" in error
@@ -294,14 +299,7 @@ def test_a_terminated_run_says_how_to_go_on(settings, tmp_path):
         "t.pack_run = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or real(*given)\n"
         "t.main(t.Config.from_env(os.environ))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(settings | SMALL),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program(program, settings)
     assert done.returncode == -signal.SIGTERM
     go_on(done.stderr)
 
