@@ -5380,8 +5380,19 @@ class CheckpointWriter:
 
     def finish_pending(self) -> None:
         """The same on rank 0."""
-        if self.pending is not None:
-            self.pending.result()
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end when something stops the training.
+
+        Nothing is raised, for what stopped the training is to be told, and no other rank is waited for.
+        """
+        self.thread.shutdown()
+        if self.pending is not None and self.pending.exception() is not None:
+            self.run.log(f"warning: {self.pending.exception()}")
 
 
 class Training:
@@ -5588,12 +5599,15 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             record_stage(run, "train", saved["facts"])
         return
     training = Training(run, data, built)
-    if saved:
-        training.resume(saved)
-    training.start_clock(data)
-    while training.goes_on:
-        training.take_step()
-    training.finish()
+    try:
+        if saved:
+            training.resume(saved)
+        training.start_clock(data)
+        while training.goes_on:
+            training.take_step()
+        training.finish()
+    finally:
+        training.writer.close()
 
 
 # === PREFLIGHT ===
