@@ -147,6 +147,9 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    cuda_graphs: bool = knob(
+        False, "replay a micro-batch's forward and backward as one CUDA graph (not measured)"
+    )
     compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
@@ -827,8 +830,8 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     triton = None
     tl = None
 
-    def triton_jit(function: Callable) -> Callable:
-        return function
+    def triton_jit(function: Callable | None = None, **options: Any) -> Callable:
+        return triton_jit if function is None else function
 
 
 # === RUN ===
@@ -1828,7 +1831,7 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["rows"])
 def gemm_kernel(
     a,
     b,
@@ -2208,7 +2211,7 @@ def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.co
         store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_kernel(
     q,
     k,
@@ -2270,7 +2273,7 @@ def rotate_rows_back(
         store_rows(gradient, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_backward_kernel(
     q,
     k,
@@ -2419,7 +2422,7 @@ def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
     return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_kernel(
     y,
     v,
@@ -2457,7 +2460,7 @@ def attention_output_kernel(
             store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_backward_kernel(
     y,
     v,
@@ -5148,6 +5151,17 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     return compiled
 
 
+def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
+    """Stop if CUDA_GRAPHS=1 cannot be had here; logs that it is."""
+    if not config.cuda_graphs:
+        return
+    if not run.is_cuda:
+        raise Stop("CUDA_GRAPHS=1: there is no GPU; unset CUDA_GRAPHS")
+    if not compiled:
+        raise Stop("CUDA_GRAPHS=1: the forward is not compiled, as the log says; set COMPILE=on or unset it")
+    run.log("cuda graphs: on (forward and backward of each micro-batch)")
+
+
 def set_compiler_options() -> None:
     """What torch.compile must know of this program, whatever it compiles."""
     import torch._inductor.config as inductor
@@ -5169,6 +5183,7 @@ def build(run: Run) -> Built:
         set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
+    check_cuda_graphs(config, run, compiled)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
@@ -5181,6 +5196,97 @@ def build(run: Run) -> Built:
     return Built(model, forward, compiled)
 
 
+def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:
+    """Forward and backward of one of `count` micro-batches; its part of their mean loss (0-d)."""
+    loss = forward(batch).mean() / count
+    loss.backward()
+    return loss.detach()
+
+
+class LearnGraph:
+    """`learn` for micro-batches of one shape as a CUDA graph, with the tensors that it reads and writes.
+
+    Its memory is its own: a batch is copied in, loss and gradients are copied out. Weights are read where
+    they are, so they may change, but not move.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Batch], Tensor],
+        parameters: list[nn.Parameter],
+        batch: Batch,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ):
+        self.batch = tree_map_only(Tensor, torch.clone, batch)
+        self.graph = torch.cuda.CUDAGraph()
+        before = [parameter.grad for parameter in parameters]  # of the micro-batches before this one
+        # Once unrecorded: what is loaded, tuned or allocated at first use is no part of the work.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for parameter in parameters:
+                parameter.grad = None
+            work(self.batch)
+            for parameter in parameters:
+                parameter.grad = None
+        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.loss = work(self.batch)
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def replay(self, batch: Batch) -> Tensor:
+        """What `learn` does for `batch`."""
+        for place, given in zip(self.batch, batch, strict=True):
+            if isinstance(given, Tensor):
+                place.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            if gradient is None:  # the route visits no layer that uses it
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+        return self.loss.clone()
+
+
+class LearnGraphs:
+    """A LearnGraph for each loop state and shape of micro-batch, recorded where it is first met: in warm-up.
+
+    A replay costs the host one launch instead of some 700, and no guard of torch.compile is looked at. That
+    nothing in forward and backward waits for the GPU is proved by the recording, which fails otherwise. All
+    graphs share their memory, as only one runs at a time. Nothing in `learn` is random or talks to other
+    ranks. The update of the weights is not recorded: its rates are numbers of the host, which a graph would
+    freeze, its collectives are waited for one by one, and its 200 launches are queued while the GPU works on
+    the backward. Gradients are copied once more per micro-batch (0.1 ms of the full model's, by their bytes).
+    Not measured on a GPU.
+    """
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[[Batch], Tensor]):
+        self.model = model
+        self.forward = forward
+        self.parameters = list(model.parameters())
+        self.stream = torch.cuda.Stream(run.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[Any, LearnGraph] = {}
+
+    def learn(self, batch: Batch, count: int) -> Tensor:
+        """`learn` by replay."""
+        shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
+        key = (self.model.looped, count, shapes)
+        if key not in self.graphs:
+            work = functools.partial(learn, self.forward, count=count)
+            self.graphs[key] = LearnGraph(work, self.parameters, batch, self.stream, self.pool)
+        return self.graphs[key].replay(batch)
+
+
+def learn_graphs(run: Run, model: GPT, forward: Callable[[Batch], Tensor]) -> LearnGraphs | None:
+    """The graphs of a training that CUDA_GRAPHS=1 asks for, or None."""
+    return LearnGraphs(run, model, forward) if run.config.cuda_graphs else None
+
+
 def train_step(
     run: Run,
     forward: Callable[[Batch], Tensor],
@@ -5188,14 +5294,17 @@ def train_step(
     batches: list[Batch],
     progress: float,
     step: int,
+    graphs: LearnGraphs | None = None,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device).
+
+    With `graphs`, forward and backward are replayed.
+    """
     config = run.config
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = forward(batch).mean() / len(batches)
-        loss.backward()
-        total += loss.detach()
+        total += work(batch, len(batches))
     optimizers.step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
@@ -5219,17 +5328,16 @@ class Agreement:
 
     def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
         """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
-        finite = loss.isfinite()
         if self.run.is_cuda:
-            finite = self.copied(finite, late)
-        not_finite = not finite.item()
+            loss = self.copied(loss, late)
+        not_finite = not math.isfinite(loss.item())
         seconds, failed = self.run.max_over_ranks(clock(), not_finite)
         return seconds, bool(failed)
 
-    def copied(self, fact: Tensor, late: bool) -> Tensor:
-        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
-        copy.copy_(fact, non_blocking=True)
+    def copied(self, loss: Tensor, late: bool) -> Tensor:
+        """`loss` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        copy.copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -5295,12 +5403,15 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
+def warm_up(
+    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: LearnGraphs | None = None
+) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
     cached = count_cached_files(config)
     model, forward, compiled = built
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
     padded = []
@@ -5309,9 +5420,10 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     for looped in loop_states(config):
         model.looped = looped
         for batch in padded:
-            forward(batch).mean().backward()
+            work(batch, len(feed.get(0)))
         for step in range(config.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 0.0, config.muon_momentum_warmup_steps)
+            momentum_is_final = config.muon_momentum_warmup_steps
+            train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
@@ -5408,7 +5520,8 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        warm_up(run, built, self.optimizers, self.feed)
+        self.graphs = learn_graphs(run, self.model, self.forward)
+        warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
             self.reserve = measure_reserve(run, self.model, data)
@@ -5484,7 +5597,7 @@ class Training:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step)
-        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step)
+        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
         last = self.step == config.iterations
@@ -5859,7 +5972,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
-    warm_up(run, built, optimizers, feed)
+    graphs = learn_graphs(run, built.model, built.forward)
+    warm_up(run, built, optimizers, feed, graphs)
     reserve = config.gptq_reserve_seconds
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
@@ -5870,7 +5984,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
         count = 0
         goes_on = True
         while goes_on:
-            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count, graphs)
             count += 1
             spent = run.now() - began
             # The ranks stop together, when the first of them has used its part and after 50 steps.

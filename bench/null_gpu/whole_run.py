@@ -156,7 +156,7 @@ def objects_through_the_store() -> Callable[..., None]:
 
 
 def any_numbers(trial: Callable[..., str]) -> Callable[..., str]:
-    """The trainer's trial of an attention backend, which runs and compiles as ever, without its comparison."""
+    """The trainer's trial of an attention backend: it compiles and runs it as ever, and compares nothing."""
     import torch
 
     @functools.wraps(trial)
