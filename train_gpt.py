@@ -2825,7 +2825,7 @@ def attend_varlen() -> Attend:
 
 
 # The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
-FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface", "fa2": "flash_attn"}
 FLASH_HUB = ("kernels-community/flash-attn3", 1)
 
 
@@ -2837,6 +2837,9 @@ def attend_flash(backend: str) -> Attend:
     """
     if backend == "varlen":
         return attend_varlen()
+    if backend == "fa4":
+        fa4_half("fwd")
+        return attend_fa4
     if backend == "fa3_hub":
         name, version = FLASH_HUB
         library = importlib.import_module("kernels").get_kernel(name, version=version)
@@ -2859,12 +2862,92 @@ def attend_flash(backend: str) -> Attend:
     return attend
 
 
+# FlashAttention-4 builds its kernels in Python while it runs, which no graph can hold: its two halves become
+# operators, of which a graph knows the shapes alone. The package does not offer them to others, so a release
+# may have them otherwise, which the trial shows. Read in 4.0.0b36; not run.
+
+
+def fa4_half(name: Literal["fwd", "bwd"]) -> Callable:
+    """FlashAttention-4's forward or backward."""
+    return getattr(importlib.import_module(FLASH_MODULES["fa4"]), f"_flash_attn_{name}")
+
+
+def fa4_options(starts: Tensor | None, longest: int) -> dict[str, Any]:
+    """What both halves must know besides tensors."""
+    if starts is None:
+        return {"causal": True}
+    edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return {"causal": True, **edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of FlashAttention-4 on q (B, T, H, D), or with `starts` packed (T, H, D)."""
+    output, normalizers, *_ = fa4_half("fwd")(q, k, v, return_lse=True, **fa4_options(starts, longest))
+    return output, normalizers
+
+
+@fa4_op.register_fake
+def _fa4_fake(q, k, v, starts, longest):
+    rows = (q.size(0), q.size(2), q.size(1)) if starts is None else (q.size(1), q.size(0))
+    return torch.empty_like(q), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
+def fa4_backward_op(
+    tensors: list[Tensor], upstream: Tensor, starts: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; `tensors` are these, the output and the log-sum-exp."""
+    q, k, v, output, normalizers = tensors
+    gradients = fa4_half("bwd")(q, k, v, output, upstream, normalizers, **fa4_options(starts, longest))
+    return gradients[0], gradients[1], gradients[2]
+
+
+@fa4_backward_op.register_fake
+def _fa4_backward_fake(tensors, upstream, starts, longest):
+    return torch.empty_like(tensors[0]), torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
+
+
+def _fa4_save(ctx, inputs, output):
+    q, k, v, ctx.starts, ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _fa4_gradients(ctx, upstream, _):
+    tensors = list(ctx.saved_tensors)
+    return *fa4_backward_op(tensors, upstream.contiguous(), ctx.starts, ctx.longest), None, None
+
+
+fa4_op.register_autograd(_fa4_gradients, setup_context=_fa4_save)
+
+
+def attend_fa4(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
+    """FlashAttention-4, as Attend says."""
+    if starts is None:
+        return fa4_op(q, k, v, None, 0)[0]
+    return fa4_op(q[0], k[0], v[0], starts, longest)[0][None]
+
+
 def wants_compile(config: Config, run: Run) -> bool:
     """Whether COMPILE asks for torch.compile on this machine."""
     return config.compile == "on" or (config.compile == "auto" and run.is_cuda)
 
 
 TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def on_products(attend: Attend, counts: tuple[int, int, int], width: int) -> Attend:
+    """`attend` for q, k and v of so many heads as products give them, (B, T, heads * `width`).
+
+    The number of heads and their width are constants then, as in the model, whatever is dynamic.
+    """
+
+    def attend_products(q, k, v, starts, longest):
+        pairs = zip((q, k, v), counts, strict=True)
+        heads = [tensor.unflatten(2, (count, width)) for tensor, count in pairs]
+        return attend(*heads, starts, longest).flatten(2)
+
+    return attend_products
 
 
 def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
@@ -2877,22 +2960,29 @@ def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor
 def try_attention(attend: Attend, config: Config, run: Run) -> str:
     """Why `attend` cannot serve this run, empty if it can; raises what it raises.
 
-    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
-    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
-    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    A dense and a packed batch go forward and backward and are compared with attend_sdpa in fp32: to import a
+    package proves little, as FlashAttention-3 was long without a trace for torch.compile (pytorch#144540,
+    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, so are they,
+    each in one graph, and a dense one of any length as well, which documents with adapters have.
     """
-    tried = attend
-    if wants_compile(config, run):
-        tried = torch.compile(attend, dynamic=False, fullgraph=True)
     width = config.model_dim // config.num_heads
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    reference = on_products(attend_sdpa, counts, width)
     packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
-    for rows, starts in ((2, None), (1, packed)):
+    cases = [(2, None, False), (1, packed, False)]
+    compiled = wants_compile(config, run)
+    if compiled:
+        cases.append((2, None, True))
+    for rows, starts, dynamic in cases:
+        tried = on_products(attend, counts, width)
+        if compiled:
+            tried = torch.compile(tried, dynamic=dynamic, fullgraph=True)
         inputs = []
-        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+        for place, count in enumerate(counts):
             # Not random: the random numbers that follow belong to the initial weights.
-            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
-            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
-        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+            angles = torch.arange(TRIAL_TOKENS * count * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, count * width).to(run.dtype))
+        wanted = attention_and_gradients(reference, [tensor.float() for tensor in inputs], starts)
         found = attention_and_gradients(tried, inputs, starts)
         for ours, right in zip(found, wanted, strict=True):
             close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()

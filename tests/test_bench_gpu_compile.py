@@ -242,6 +242,25 @@ def test_a_descriptor_with_a_crooked_stride_is_refused(library, tmp_path, stride
     library.cudaFree(memory)
 
 
+@needs_gcc
+def test_a_recording_counts_launches_apart_and_refuses_whoever_waits(library, tmp_path):
+    library.nullgpu_reset()
+    stream, graph, nodes = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
+    library.cudaStreamCreate(ctypes.byref(stream))
+    assert library.cudaStreamBeginCapture(stream, 1) == 0
+    library.cudaMemsetAsync(ctypes.create_string_buffer(8), 0, ctypes.c_size_t(8), stream)
+    assert library.cudaStreamSynchronize(None) == 0  # another stream
+    assert library.cudaStreamSynchronize(stream) != 0 and library.cudaDeviceSynchronize() != 0
+    assert library.cudaStreamBeginCapture(stream, 1) != 0
+    assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0 and graph.value
+    assert library.cudaGraphGetNodes(graph, None, ctypes.byref(nodes)) == 0 and nodes.value == 1
+    assert library.cudaStreamSynchronize(stream) == 0 and library.cudaDeviceSynchronize() == 0
+    library.cudaGraphLaunch(graph, stream)
+    found = ledger_of(library, tmp_path)
+    assert found["recorded:memset"] == 1 and found["graph"] == 1 and "memset" not in found
+    assert len(account.refused(found)) == 3
+
+
 class Id(ctypes.Structure):
     """ncclUniqueId."""
 

@@ -1,4 +1,4 @@
-"""CUDA_GRAPHS=1: forward and backward by replay, with a stand-in that records and repeats operations of the CPU.
+"""CUDA_GRAPHS=1: forward and backward by replay; a stand-in records and repeats operations of the CPU.
 
 What it records it spoils, as a GPU does not run what it records; what would wait for the GPU it refuses.
 """

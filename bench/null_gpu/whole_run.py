@@ -90,10 +90,10 @@ def free_port() -> int:
 
 
 def start(folder: Path, settings: dict[str, str], flash_attn: str, ranks: int) -> list[str]:
-    """Run the trainer to its end in `ranks` processes; returns a line for each that failed."""
+    """Run the trainer to its end in `ranks` processes that log to `folder`; a line for each that failed."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    meetings = folder / f"meetings{ranks}"
-    meetings.mkdir()
+    meetings = folder / "meetings"
+    meetings.mkdir(parents=True)
     processes, logs = [], []
     for rank in range(ranks):
         own = {
@@ -104,7 +104,7 @@ def start(folder: Path, settings: dict[str, str], flash_attn: str, ranks: int) -
         }
         environment = os.environ | settings | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         environment |= shared | own if ranks > 1 else {"FLASH_ATTN": flash_attn}
-        logs.append(open(folder / f"ranks{ranks}-{rank}.log", "w+"))  # noqa: SIM115 -- read below
+        logs.append(open(folder / f"rank{rank}.log", "w+"))  # noqa: SIM115 -- read below
         command = [sys.executable, "-m", "bench.null_gpu.whole_run"]
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=logs[-1], stderr=subprocess.STDOUT)
