@@ -1831,6 +1831,8 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
+# Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
+# meets all kinds of lengths, and would build a kernel again for each on its clock.
 @triton_jit(do_not_specialize=["rows"])
 def gemm_kernel(
     a,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import json
@@ -149,6 +150,32 @@ def test_the_record_names_what_fails_and_what_is_not_checked(script):
     assert "fails: 2 spills" in text and "| peak_gib | 39.5 |" in text and "trunk" in text
     assert all(line in text for line in script.NOT_CHECKED)
     json.dumps(script.result(found))
+
+
+def test_a_part_that_held_is_not_repeated_until_something_changes(script, tmp_path, monkeypatch, capsys):
+    checks, starts = [[True, "fine"]], []
+
+    def start(name, arguments, library):
+        starts.append(name)
+        return {"checks": checks}
+
+    monkeypatch.setattr(script, "start_part", start)
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda package: "1.0")
+    options = argparse.Namespace(cache=str(tmp_path), set=[], flash_attn="", again=False)
+
+    def run(name: str, **changes) -> int:
+        options.__dict__.update(changes)
+        before = len(starts)
+        assert script.run_part(name, options, tmp_path) == {"checks": checks}
+        return len(starts) - before
+
+    assert run("shapes") == 1 and run("shapes") == 0
+    assert "kept: all 1 checks held before" in capsys.readouterr().out
+    assert run("run") == 1  # another part
+    assert run("shapes", set=["NUM_LAYERS=2"]) == 1 and run("shapes") == 0
+    assert run("shapes", again=True) == 1 and run("shapes", again=False) == 0
+    checks[0][0] = False
+    assert run("shapes", flash_attn="/x") == 1 and run("shapes") == 1  # what failed is tried again
 
 
 # --- the library ---
