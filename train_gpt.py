@@ -2964,20 +2964,20 @@ def try_attention(attend: Attend, config: Config, run: Run) -> str:
 
     A dense and a packed batch go forward and backward and are compared with attend_sdpa in fp32: to import a
     package proves little, as FlashAttention-3 was long without a trace for torch.compile (pytorch#144540,
-    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, so are they,
-    each in one graph, and a dense one of any length as well, which documents with adapters have.
+    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, they go
+    through one graph each as well, and a dense one of any length too, which documents with adapters have.
     """
     width = config.model_dim // config.num_heads
     counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     reference = on_products(attend_sdpa, counts, width)
     packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
-    cases = [(2, None, False), (1, packed, False)]
-    compiled = wants_compile(config, run)
-    if compiled:
-        cases.append((2, None, True))
+    # (rows, starts, whether a graph is dynamic; None: no graph, which shows what the package itself says)
+    cases = [(2, None, None), (1, packed, None)]
+    if wants_compile(config, run):
+        cases += [(2, None, False), (1, packed, False), (2, None, True)]
     for rows, starts, dynamic in cases:
         tried = on_products(attend, counts, width)
-        if compiled:
+        if dynamic is not None:
             tried = torch.compile(tried, dynamic=dynamic, fullgraph=True)
         inputs = []
         for place, count in enumerate(counts):

@@ -449,6 +449,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu_session: there is no GPU here; --dry tries the plan without one", file=sys.stderr)
         return 2
     parts = CALLS[options.action](places)
+    if (
+        options.dry
+    ):  # how long a CPU takes, busy with other things, says nothing: a part may take what is left
+        parts = [part._replace(most=options.limit) for part in parts]
     outcomes = session.run(parts)
     text = section(options.action, parts, outcomes, session, about)
     out = options.out or Path(os.environ.get("OUT") or work)

@@ -231,6 +231,13 @@ def test_a_package_that_cannot_be_compiled_for_any_length_gives_way(hopper, monk
     assert asked == [False, False, True]
 
 
+def test_what_a_package_itself_says_is_told_in_a_compiled_run_too(hopper, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("a graph would hide it"))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(broken))
+    with pytest.raises(t.Stop, match="ATTENTION=fa3: RuntimeError: CUDA error: no kernel image is available"):
+        pick(hopper, attention="fa3", compile="on")
+
+
 def test_a_tensor_that_is_passed_twice_cannot_be_traced(hopper, monkeypatch):
     """What the first compiled step died of, and what the trial sees (torch 2.13 and later)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
