@@ -13,6 +13,7 @@ from pathlib import Path
 
 import train_gpt as t
 from helpers import ROOT
+from helpers.processes import run_python
 
 TINY = {
     "LOADER": "shuffled",
@@ -88,9 +89,15 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 def launch(
-    settings: dict[str, str], processes: int = 0, script: Path = ROOT / "train_gpt.py"
+    settings: dict[str, str],
+    processes: int = 0,
+    script: Path = ROOT / "train_gpt.py",
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
-    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own."""
+    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own.
+
+    With `torchrun` they are new interpreters, which share no address and no hash seed.
+    """
     if processes == 0:
         shown, status, error = io.StringIO(), 0, ""
         with contextlib.redirect_stdout(shown):
@@ -99,9 +106,9 @@ def launch(
             except t.Stop as stop:
                 status, error = 1, f"{stop}\n"
         return subprocess.CompletedProcess([], status, shown.getvalue(), error)
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if not torchrun:
+        return run_python([script], environment(settings), processes)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*start, str(script)],
         env=environment(settings),

@@ -1,0 +1,120 @@
+"""Python programs in processes of their own that start in a tenth of the time.
+
+They are forked from a server that has imported the heavy libraries (never the program itself), once per test
+process. What a fork may hide is left to tests that start an interpreter or torchrun: killed runs and every
+command of the documents.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from helpers import ROOT
+
+LIBRARIES = ["numba", "numpy", "sentencepiece", "torch", "torch._dynamo", "torch.distributed.run", "tqdm"]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(LIBRARIES)
+TIMED_OUT = 1000  # no exit status
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def become(words: list[str], variables: dict[str, str], folder: str, outputs: list[str]) -> None:
+    """Be `python words…` in this forked process: its environment, folder, outputs and exit status."""
+    for descriptor, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    status = 0
+    try:
+        execute(words)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if not isinstance(stop.code, int | None):
+            print(stop.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def execute(words: list[str]) -> None:
+    """Run a script, or the text after -c, as __main__."""
+    if words[0] == "-c":
+        name, text, sys.argv, first = "<string>", words[1], ["-c", *words[2:]], ""
+    else:
+        name, text, sys.argv = words[0], Path(words[0]).read_text(), words
+        first = str(Path(name).resolve().parent)
+    sys.path.insert(0, first)
+    main = type(sys)("__main__")
+    if first:
+        main.__file__ = name
+    sys.modules["__main__"] = main
+    exec(compile(text, name, "exec"), main.__dict__)
+
+
+def run_python(
+    words: list[str],
+    variables: dict[str, str] | None = None,
+    ranks: int = 1,
+    folder: Path = ROOT,
+    timeout: float = 240,
+) -> subprocess.CompletedProcess:
+    """The finished `python words…` in this environment or in `variables`.
+
+    Several ranks are told what torchrun tells them, and all are stopped when one fails.
+    """
+    variables = dict(os.environ) if variables is None else variables
+    with tempfile.TemporaryDirectory() as outputs:
+        paths = [f"{outputs}/stdout", f"{outputs}/stderr"]
+        for path in paths:
+            Path(path).touch()
+        processes = []
+        port = str(free_port())
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
+            told = {name: str(value) for name, value in place.items()} | launcher if ranks > 1 else {}
+            arguments = (list(map(str, words)), variables | told, str(folder), paths)
+            processes.append(SERVER.Process(target=become, args=arguments, daemon=True))
+            processes[-1].start()
+        status = wait_for(processes, timeout)
+        shown, said = (Path(path).read_text() for path in paths)
+    return subprocess.CompletedProcess(words, status, shown, said)
+
+
+def wait_for(processes: list[multiprocessing.Process], timeout: float) -> int:
+    """The status of the first process that fails, or 0; none of them is left."""
+    running = {process.sentinel: process for process in processes}
+    status = 0
+    while running and not status:
+        ended = wait(list(running), timeout)
+        if not ended:
+            status = TIMED_OUT
+        for sentinel in ended:
+            process = running.pop(sentinel)
+            process.join()
+            status = status or process.exitcode
+    for process in running.values():
+        process.kill()
+        process.join()
+    assert status != TIMED_OUT, f"still running after {timeout:.0f} seconds"
+    return status
