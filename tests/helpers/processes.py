@@ -1,12 +1,13 @@
 """Python programs in processes of their own that start in a tenth of the time.
 
-They are forked from a server that has imported the heavy libraries (never the program itself), once per test
-process. What a fork may hide is left to tests that start an interpreter or torchrun: killed runs and every
-command of the documents.
+They are forked from a server that has imported the heavy libraries once per test process, and the trainer
+as a module; each executes its script anew. What a fork may hide is left to tests that start an interpreter
+or torchrun: killed runs and every command of the documents.
 """
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
@@ -14,15 +15,29 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from importlib.machinery import SourceFileLoader
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from helpers import ROOT
 
-LIBRARIES = ["numba", "numpy", "sentencepiece", "torch", "torch._dynamo", "torch.distributed.run", "tqdm"]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(LIBRARIES)
+LIBRARIES = ["numba", "numpy", "sentencepiece", "torch", "torch._dynamo", "tqdm"]
 TIMED_OUT = 1000  # no exit status
+
+
+@functools.cache
+def server() -> multiprocessing.context.BaseContext:
+    """The server, started and loaded by the first who asks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*LIBRARIES, "helpers.preload"])
+    with pytest.MonkeyPatch.context() as patch:  # it does not inherit sys.path, and skips what it cannot find
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        forkserver.ensure_running()
+    return context
 
 
 def free_port() -> int:
@@ -51,24 +66,23 @@ def become(words: list[str], variables: dict[str, str], folder: str, outputs: li
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    sys.exit(status)
 
 
 def execute(words: list[str]) -> None:
     """Run a script, or the text after -c, as __main__."""
     if words[0] == "-c":
-        name, text, sys.argv, first = "<string>", words[1], ["-c", *words[2:]], ""
+        code = compile(words[1], "<string>", "exec")
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
     else:
-        name, text, sys.argv = words[0], Path(words[0]).read_text(), words
-        first = str(Path(name).resolve().parent)
-    sys.path.insert(0, first)
-    main = type(sys)("__main__")
-    if first:
-        main.__file__ = name
+        code = SourceFileLoader("__main__", words[0]).get_code("__main__")  # compiled once for all
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+    main = ModuleType("__main__")
+    main.__file__ = words[0]
     sys.modules["__main__"] = main
-    exec(compile(text, name, "exec"), main.__dict__)
+    exec(code, main.__dict__)
 
 
 def run_python(
@@ -94,7 +108,7 @@ def run_python(
             launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
             told = {name: str(value) for name, value in place.items()} | launcher if ranks > 1 else {}
             arguments = (list(map(str, words)), variables | told, str(folder), paths)
-            processes.append(SERVER.Process(target=become, args=arguments, daemon=True))
+            processes.append(server().Process(target=become, args=arguments, daemon=True))
             processes[-1].start()
         status = wait_for(processes, timeout)
         shown, said = (Path(path).read_text() for path in paths)

@@ -49,6 +49,8 @@ TINY = {
     "MUON_MOMENTUM_WARMUP_STEPS": "10",
     "EMA_DECAY": "0.5",
 }
+TRAINER = ROOT / "train_gpt.py"
+RANK = "import os, train_gpt as t; t.main(t.Config.from_env(os.environ))"  # what the script does at last
 WORDS = (
     "the a model of language that reads and writes one token after another while loss falls with every step "
     "we take in space Time 42 kernel matrix bank shard byte café naïve"
@@ -91,7 +93,7 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
 def launch(
     settings: dict[str, str],
     processes: int = 0,
-    script: Path = ROOT / "train_gpt.py",
+    script: Path = TRAINER,
     torchrun: bool = False,
 ) -> subprocess.CompletedProcess:
     """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own.
@@ -107,7 +109,8 @@ def launch(
                 status, error = 1, f"{stop}\n"
         return subprocess.CompletedProcess([], status, shown.getvalue(), error)
     if not torchrun:
-        return run_python([script], environment(settings), processes)
+        words = ["-c", RANK] if script == TRAINER else [script]
+        return run_python(words, environment(settings), processes)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*start, str(script)],
