@@ -22,7 +22,7 @@ import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
 from helpers.processes import run_python
-from helpers.trainer import environment, launch, replace, sentences
+from helpers.trainer import VALIDATION, environment, launch, replace, sentences
 
 SMALL = {"ITERATIONS": "3", "SLIDING_WINDOW_ENABLED": "0", "TTT_ENABLED": "0", "RUN_ID": "one"}
 
@@ -145,7 +145,7 @@ def test_byte_pieces_without_a_lone_space_need_a_sidecar(config, folder):
 def test_the_total_is_that_of_the_manifest(config, folder):
     changed = replace(config, datasets_dir=str(folder))
     true = int(t.load_validation(t.Dataset(changed)).bytes.sum())
-    assert true == sum(len(text.encode()) for text in sentences(30, 3))
+    assert true == sum(len(text.encode()) for text in VALIDATION)
     for name in ("val_bytes", "val_lut_bytes"):
         write_manifest(**{name: true})(folder)
         t.load_validation(t.Dataset(changed))

@@ -77,7 +77,7 @@ def collectives(settings: dict[str, str], folder: Path, processes: int, work: st
     script = folder / "script.py"
     script.write_text(RECORDER.format(root=str(ROOT), folder=str(folder), work=work))
     hash_seed = {"PYTHONHASHSEED": str(random.randrange(2**32))}
-    done = launch(settings | BF16 | hash_seed, processes, script, torchrun=True)
+    done = launch(settings | BF16 | hash_seed, processes, script, fresh=True)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 

@@ -1,8 +1,8 @@
 """Python programs in processes of their own that start in a tenth of the time.
 
 They are forked from a server that has imported the heavy libraries once per test process, and the trainer
-as a module; each executes its script anew. What a fork may hide is left to tests that start an interpreter
-or torchrun: killed runs and every command of the documents.
+as a module; each executes its script anew. What a fork may hide is left to `fresh` processes, and to tests
+that start an interpreter or torchrun themselves: killed runs and every command of the documents.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def become(words: list[str], variables: dict[str, str], folder: str, outputs: list[str]) -> None:
+def become(words: list[str], variables: dict[str, str], folder: str, outputs: list[str], fresh: bool) -> None:
     """Be `python words…` in this forked process: its environment, folder, outputs and exit status."""
     for descriptor, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -56,6 +56,8 @@ def become(words: list[str], variables: dict[str, str], folder: str, outputs: li
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    if fresh:
+        os.execv(sys.executable, [sys.executable, *words])
     status = 0
     try:
         execute(words)
@@ -90,11 +92,13 @@ def run_python(
     variables: dict[str, str] | None = None,
     ranks: int = 1,
     folder: Path = ROOT,
+    fresh: bool = False,
     timeout: float = 240,
 ) -> subprocess.CompletedProcess:
     """The finished `python words…` in this environment or in `variables`.
 
-    Several ranks are told what torchrun tells them, and all are stopped when one fails.
+    Several ranks are told what torchrun tells them, and all are stopped when one fails. `fresh` processes
+    start a new interpreter each, and share no address and no hash seed.
     """
     variables = dict(os.environ) if variables is None else variables
     with tempfile.TemporaryDirectory() as outputs:
@@ -107,7 +111,7 @@ def run_python(
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
             told = {name: str(value) for name, value in place.items()} | launcher if ranks > 1 else {}
-            arguments = (list(map(str, words)), variables | told, str(folder), paths)
+            arguments = (list(map(str, words)), variables | told, str(folder), paths, fresh)
             processes.append(server().Process(target=become, args=arguments, daemon=True))
             processes[-1].start()
         status = wait_for(processes, timeout)

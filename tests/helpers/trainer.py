@@ -57,10 +57,13 @@ WORDS = (
 ).split()
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """`count` documents of 5 to 60 random words."""
+def sentences(count: int, seed: int, longest: int = 60) -> list[str]:
+    """`count` documents of 5 to `longest` random words."""
     source = random.Random(seed)
-    return [" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(count)]
+    return [" ".join(source.choices(WORDS, k=source.randint(5, longest))) for _ in range(count)]
+
+
+VALIDATION = sentences(30, 3, longest=40)  # the documents of the small dataset's validation shard
 
 
 def vocabulary(folder: Path) -> int:
@@ -94,12 +97,9 @@ def launch(
     settings: dict[str, str],
     processes: int = 0,
     script: Path = TRAINER,
-    torchrun: bool = False,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess:
-    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own.
-
-    With `torchrun` they are new interpreters, which share no address and no hash seed.
-    """
+    """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own."""
     if processes == 0:
         shown, status, error = io.StringIO(), 0, ""
         with contextlib.redirect_stdout(shown):
@@ -108,19 +108,8 @@ def launch(
             except t.Stop as stop:
                 status, error = 1, f"{stop}\n"
         return subprocess.CompletedProcess([], status, shown.getvalue(), error)
-    if not torchrun:
-        words = ["-c", RANK] if script == TRAINER else [script]
-        return run_python(words, environment(settings), processes)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*start, str(script)],
-        env=environment(settings),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    words = ["-c", RANK] if script == TRAINER and not fresh else [script]
+    return run_python(words, environment(settings), processes, fresh=fresh)
 
 
 def without_interpreter(program: str) -> list[str]:
