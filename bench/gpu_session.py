@@ -254,6 +254,8 @@ def second_call(places: Places) -> list[Part]:
     run = places.work / "model"
     packing = tool("bench/gpu_packing.py", run, *(["--quick"] if places.dry else []))
     adapters = training(places, "adapters", STAGE="evaluate", TTT_MODE="doc_lora", TTT_ENABLED="1")
+    if places.dry:
+        adapters |= {"TTT_BATCH_SIZE": "4", "TTT_CHUNK_SIZE": "64", "TTT_LORA_RANK": "8"}
     seconds = "{seconds}" if not places.dry else "10"
     return [
         *data_part(places),

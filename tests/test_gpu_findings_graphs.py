@@ -135,7 +135,8 @@ def packed(config: t.Config, seed: int, total: int = 64) -> t.Batch:
 
 def learnt(model: t.GPT, batches: list[t.Batch], work) -> tuple[list[float], dict[str, torch.Tensor | None]]:
     """Losses and summed gradients of `batches`, which are freed."""
-    losses = [work(batch, len(batches)).item() for batch in batches]
+    parts = [work(batch, len(batches)) for batch in batches]
+    losses = [part.item() for part in parts]  # after all of them: a later replay must not change one
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return losses, gradients
