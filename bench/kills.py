@@ -44,16 +44,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import sentencepiece
 import torch
 
 import compliance
 import results
 import submit
 import train_gpt as t
-from data.shards import BOS, train_tokenizer, write_shard
-from helpers.trainer import sentences, tiny_settings
+from helpers.trainer import make_dataset, tiny_settings
 
 STAGES = ("start", "train", "quantise", "pack", "evaluate")
 WRITE, CALL = "write", "call"  # the two kinds of moments
@@ -262,16 +259,6 @@ def plan(counts: dict[tuple[str, str], int], stage: str, kills: int) -> list[tup
     return [(stage, WRITE, place) for place in writes] + [(stage, CALL, place) for place in calls]
 
 
-def make_dataset(folder: Path) -> None:
-    """A tokenizer of 320 entries, two training shards and a validation shard."""
-    folder.mkdir()
-    train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for name, count, seed in (("train_000000", 300, 1), ("train_000001", 300, 2), ("val_000000", 30, 3)):
-        ids = [i for text in sentences(count, seed) for i in [BOS, *pieces.encode(text)]]
-        write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the readers' warnings of lines that a kill has cut: they are wanted."""
@@ -292,8 +279,8 @@ def undisturbed(settings: dict[str, str], out: Path) -> tuple[Ended, dict[tuple[
 
 def kill_all(place: Path, stages: list[str], kills: int) -> dict[str, dict[str, int]]:
     """Kill runs at all planned moments and print a line for each stage; the figures of each."""
-    make_dataset(place / "data")
-    settings = tiny_settings(place / "data", place / "runs") | SETTINGS
+    (place / "data").mkdir()
+    settings = tiny_settings(make_dataset(place / "data"), place / "runs") | SETTINGS
     t.pack_source(Path(t.__file__).read_bytes())  # kept for the forks
     whole, counts = undisturbed(settings, place / "whole")
     print(f"{'stage':<10}{'writes':>8}{'calls':>8}{'kills':>7}{'most steps again':>18}{'lost':>6}{'s':>7}")

@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import train_gpt as t
+from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
 
 TINY = {
@@ -60,9 +63,21 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(count)]
 
 
+def make_dataset(folder: Path) -> Path:
+    """Two training shards, one validation shard and a tokenizer of 320 entries, in `folder`."""
+    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+
+    train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for name, count, seed in (("train_000000", 300, 1), ("train_000001", 300, 2), ("val_000000", 30, 3)):
+        ids = [i for text in sentences(count, seed) for i in [BOS, *pieces.encode(text)]]
+        write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
+    return folder
+
+
 def vocabulary(folder: Path) -> int:
     """Entries of the tokenizer in a dataset folder."""
-    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+    import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
 
