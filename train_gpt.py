@@ -4444,6 +4444,8 @@ def decode_payload(manifest: dict[str, Any], compressor: str, payload: bytes) ->
         raise ValueError("looped and model are not a truth value and an object")
     tensors = {}
     for name, parts in manifest["tensors"]:
+        if type(name) is not str:
+            raise ValueError(f"a tensor is called {name}")
         for kind, shape in parts:
             check_part(kind, shape)
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
