@@ -84,14 +84,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file so that a kill at any moment leaves the old one or the new one."""
+def write_atomically(path: Path, text: str, lasting: bool = True) -> None:
+    """Replace the file so that a kill at any moment leaves the old one or the new one.
+
+    If it is `lasting`, so does a machine that goes down: file systems may keep the name without the text.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a machine that goes down may keep the new name and none of the text
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise Stop(

@@ -211,7 +211,8 @@ def track(folder: Path, name: str, pause: float) -> None:
         step = step_of(record, step)
         if values := figures(record):
             tracker.log(values, step)
-        write_atomically(mark, json.dumps({"offset": offset, "step": step}))
+        # After every record: waiting for the disk would take longer than sending it.
+        write_atomically(mark, json.dumps({"offset": offset, "step": step}), lasting=False)
     tracker.finish()
 
 
