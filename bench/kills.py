@@ -226,6 +226,9 @@ def kill(
     if status != -signal.SIGKILL:
         return 0, [f"exit status {status} instead of a kill: {said.read_text()[-300:]}"]
     folders = list(out.glob("*/"))
+    if folders and (folders[0] / "summary.json").exists():  # of a finished run everything must be there
+        ended = Ended(folders[0])
+        return 0, ended.differences(whole) + ended.refusals()
     before = steps_taken(folders[0]) if folders else 0
     saved = saved_training(folders)
     status = start(settings, said)

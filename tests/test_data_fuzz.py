@@ -49,7 +49,7 @@ def test_a_wrong_count_and_a_traceback_are_seen(tmp_path, monkeypatch):
 
 def test_json_mutants_are_json(tmp_path):
     content = json.dumps({"a": {"b": [1, {"c": 2}]}, "d": "x"}).encode()
-    mutants = {fuzz.mutate_json(content, random.Random(seed)) for seed in range(200)}
+    mutants = {fuzz.change_json(content, random.Random(seed)) for seed in range(200)}
     assert len(mutants) > 20 and all(isinstance(json.loads(mutant), dict) for mutant in mutants)
 
 
