@@ -148,6 +148,9 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    cuda_graphs: bool = knob(
+        False, "replay a micro-batch's forward and backward as one CUDA graph (not measured)"
+    )
     compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
@@ -828,8 +831,8 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     triton = None
     tl = None
 
-    def triton_jit(function: Callable) -> Callable:
-        return function
+    def triton_jit(function: Callable | None = None, **options: Any) -> Callable:
+        return triton_jit if function is None else function
 
 
 # === RUN ===
@@ -1879,7 +1882,9 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
-@triton_jit
+# Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
+# meets all kinds of lengths, and would build a kernel again for each on its clock.
+@triton_jit(do_not_specialize=["rows"])
 def gemm_kernel(
     a,
     b,
@@ -2259,7 +2264,7 @@ def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.co
         store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_kernel(
     q,
     k,
@@ -2321,7 +2326,7 @@ def rotate_rows_back(
         store_rows(gradient, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_backward_kernel(
     q,
     k,
@@ -2470,7 +2475,7 @@ def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
     return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_kernel(
     y,
     v,
@@ -2508,7 +2513,7 @@ def attention_output_kernel(
             store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_backward_kernel(
     y,
     v,
@@ -2873,7 +2878,7 @@ def attend_varlen() -> Attend:
 
 
 # The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
-FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface", "fa2": "flash_attn"}
 FLASH_HUB = ("kernels-community/flash-attn3", 1)
 
 
@@ -2885,6 +2890,9 @@ def attend_flash(backend: str) -> Attend:
     """
     if backend == "varlen":
         return attend_varlen()
+    if backend == "fa4":
+        fa4_half("fwd")
+        return attend_fa4
     if backend == "fa3_hub":
         name, version = FLASH_HUB
         library = importlib.import_module("kernels").get_kernel(name, version=version)
@@ -2907,12 +2915,92 @@ def attend_flash(backend: str) -> Attend:
     return attend
 
 
+# FlashAttention-4 builds its kernels in Python while it runs, which no graph can hold: its two halves become
+# operators, of which a graph knows the shapes alone. The package does not offer them to others, so a release
+# may have them otherwise, which the trial shows. Read in 4.0.0b36; not run.
+
+
+def fa4_half(name: Literal["fwd", "bwd"]) -> Callable:
+    """FlashAttention-4's forward or backward."""
+    return getattr(importlib.import_module(FLASH_MODULES["fa4"]), f"_flash_attn_{name}")
+
+
+def fa4_options(starts: Tensor | None, longest: int) -> dict[str, Any]:
+    """What both halves must know besides tensors."""
+    if starts is None:
+        return {"causal": True}
+    edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return {"causal": True, **edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of FlashAttention-4 on q (B, T, H, D), or with `starts` packed (T, H, D)."""
+    output, normalizers, *_ = fa4_half("fwd")(q, k, v, return_lse=True, **fa4_options(starts, longest))
+    return output, normalizers
+
+
+@fa4_op.register_fake
+def _fa4_fake(q, k, v, starts, longest):
+    rows = (q.size(0), q.size(2), q.size(1)) if starts is None else (q.size(1), q.size(0))
+    return torch.empty_like(q), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
+def fa4_backward_op(
+    tensors: list[Tensor], upstream: Tensor, starts: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; `tensors` are these, the output and the log-sum-exp."""
+    q, k, v, output, normalizers = tensors
+    gradients = fa4_half("bwd")(q, k, v, output, upstream, normalizers, **fa4_options(starts, longest))
+    return gradients[0], gradients[1], gradients[2]
+
+
+@fa4_backward_op.register_fake
+def _fa4_backward_fake(tensors, upstream, starts, longest):
+    return torch.empty_like(tensors[0]), torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
+
+
+def _fa4_save(ctx, inputs, output):
+    q, k, v, ctx.starts, ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _fa4_gradients(ctx, upstream, _):
+    tensors = list(ctx.saved_tensors)
+    return *fa4_backward_op(tensors, upstream.contiguous(), ctx.starts, ctx.longest), None, None
+
+
+fa4_op.register_autograd(_fa4_gradients, setup_context=_fa4_save)
+
+
+def attend_fa4(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
+    """FlashAttention-4, as Attend says."""
+    if starts is None:
+        return fa4_op(q, k, v, None, 0)[0]
+    return fa4_op(q[0], k[0], v[0], starts, longest)[0][None]
+
+
 def wants_compile(config: Config, run: Run) -> bool:
     """Whether COMPILE asks for torch.compile on this machine."""
     return config.compile == "on" or (config.compile == "auto" and run.is_cuda)
 
 
 TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def on_products(attend: Attend, counts: tuple[int, int, int], width: int) -> Attend:
+    """`attend` for q, k and v of so many heads as products give them, (B, T, heads * `width`).
+
+    The number of heads and their width are constants then, as in the model, whatever is dynamic.
+    """
+
+    def attend_products(q, k, v, starts, longest):
+        pairs = zip((q, k, v), counts, strict=True)
+        heads = [tensor.unflatten(2, (count, width)) for tensor, count in pairs]
+        return attend(*heads, starts, longest).flatten(2)
+
+    return attend_products
 
 
 def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
@@ -2925,22 +3013,29 @@ def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor
 def try_attention(attend: Attend, config: Config, run: Run) -> str:
     """Why `attend` cannot serve this run, empty if it can; raises what it raises.
 
-    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
-    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
-    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    A dense and a packed batch go forward and backward and are compared with attend_sdpa in fp32: to import a
+    package proves little, as FlashAttention-3 was long without a trace for torch.compile (pytorch#144540,
+    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, they go
+    through one graph each as well, and a dense one of any length too, which documents with adapters have.
     """
-    tried = attend
-    if wants_compile(config, run):
-        tried = torch.compile(attend, dynamic=False, fullgraph=True)
     width = config.model_dim // config.num_heads
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    reference = on_products(attend_sdpa, counts, width)
     packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
-    for rows, starts in ((2, None), (1, packed)):
+    # (rows, starts, whether a graph is dynamic; None: no graph, which shows what the package itself says)
+    cases = [(2, None, None), (1, packed, None)]
+    if wants_compile(config, run):
+        cases += [(2, None, False), (1, packed, False), (2, None, True)]
+    for rows, starts, dynamic in cases:
+        tried = on_products(attend, counts, width)
+        if dynamic is not None:
+            tried = torch.compile(tried, dynamic=dynamic, fullgraph=True)
         inputs = []
-        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+        for place, count in enumerate(counts):
             # Not random: the random numbers that follow belong to the initial weights.
-            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
-            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
-        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+            angles = torch.arange(TRIAL_TOKENS * count * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, count * width).to(run.dtype))
+        wanted = attention_and_gradients(reference, [tensor.float() for tensor in inputs], starts)
         found = attention_and_gradients(tried, inputs, starts)
         for ours, right in zip(found, wanted, strict=True):
             close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
@@ -5245,6 +5340,17 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     return compiled
 
 
+def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
+    """Stop if CUDA_GRAPHS=1 cannot be had here; logs that it is."""
+    if not config.cuda_graphs:
+        return
+    if not run.is_cuda:
+        raise Stop("CUDA_GRAPHS=1: there is no GPU; unset CUDA_GRAPHS")
+    if not compiled:
+        raise Stop("CUDA_GRAPHS=1: the forward is not compiled, as the log says; set COMPILE=on or unset it")
+    run.log("cuda graphs: on (forward and backward of each micro-batch)")
+
+
 def set_compiler_options() -> None:
     """What torch.compile must know of this program, whatever it compiles."""
     import torch._inductor.config as inductor
@@ -5266,6 +5372,7 @@ def build(run: Run) -> Built:
         set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
+    check_cuda_graphs(config, run, compiled)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
@@ -5278,6 +5385,97 @@ def build(run: Run) -> Built:
     return Built(model, forward, compiled)
 
 
+def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:
+    """Forward and backward of one of `count` micro-batches; its part of their mean loss (0-d)."""
+    loss = forward(batch).mean() / count
+    loss.backward()
+    return loss.detach()
+
+
+class LearnGraph:
+    """`learn` for micro-batches of one shape as a CUDA graph, with the tensors that it reads and writes.
+
+    Its memory is its own: a batch is copied in, loss and gradients are copied out. Weights are read where
+    they are, so they may change, but not move.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Batch], Tensor],
+        parameters: list[nn.Parameter],
+        batch: Batch,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ):
+        self.batch = tree_map_only(Tensor, torch.clone, batch)
+        self.graph = torch.cuda.CUDAGraph()
+        before = [parameter.grad for parameter in parameters]  # of the micro-batches before this one
+        # Once unrecorded: what is loaded, tuned or allocated at first use is no part of the work.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for parameter in parameters:
+                parameter.grad = None
+            work(self.batch)
+            for parameter in parameters:
+                parameter.grad = None
+        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.loss = work(self.batch)
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def replay(self, batch: Batch) -> Tensor:
+        """What `learn` does for `batch`."""
+        for place, given in zip(self.batch, batch, strict=True):
+            if isinstance(given, Tensor):
+                place.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            if gradient is None:  # the route visits no layer that uses it
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+        return self.loss.clone()
+
+
+class LearnGraphs:
+    """A LearnGraph for each loop state and shape of micro-batch, recorded where it is first met: in warm-up.
+
+    A replay costs the host one launch instead of some 700, and no guard of torch.compile is looked at. That
+    nothing in forward and backward waits for the GPU is proved by the recording, which fails otherwise. All
+    graphs share their memory, as only one runs at a time. Nothing in `learn` is random or talks to other
+    ranks. The update of the weights is not recorded: its rates are numbers of the host, which a graph would
+    freeze, its collectives are waited for one by one, and its 200 launches are queued while the GPU works on
+    the backward. Gradients are copied once more per micro-batch (0.1 ms of the full model's, by their bytes).
+    Not measured on a GPU.
+    """
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[[Batch], Tensor]):
+        self.model = model
+        self.forward = forward
+        self.parameters = list(model.parameters())
+        self.stream = torch.cuda.Stream(run.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[Any, LearnGraph] = {}
+
+    def learn(self, batch: Batch, count: int) -> Tensor:
+        """`learn` by replay."""
+        shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
+        key = (self.model.looped, count, shapes)
+        if key not in self.graphs:
+            work = functools.partial(learn, self.forward, count=count)
+            self.graphs[key] = LearnGraph(work, self.parameters, batch, self.stream, self.pool)
+        return self.graphs[key].replay(batch)
+
+
+def learn_graphs(run: Run, model: GPT, forward: Callable[[Batch], Tensor]) -> LearnGraphs | None:
+    """The graphs of a training that CUDA_GRAPHS=1 asks for, or None."""
+    return LearnGraphs(run, model, forward) if run.config.cuda_graphs else None
+
+
 def train_step(
     run: Run,
     forward: Callable[[Batch], Tensor],
@@ -5285,14 +5483,17 @@ def train_step(
     batches: list[Batch],
     progress: float,
     step: int,
+    graphs: LearnGraphs | None = None,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device).
+
+    With `graphs`, forward and backward are replayed.
+    """
     config = run.config
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = forward(batch).mean() / len(batches)
-        loss.backward()
-        total += loss.detach()
+        total += work(batch, len(batches))
     optimizers.step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
@@ -5316,17 +5517,16 @@ class Agreement:
 
     def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
         """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
-        finite = loss.isfinite()
         if self.run.is_cuda:
-            finite = self.copied(finite, late)
-        not_finite = not finite.item()
+            loss = self.copied(loss, late)
+        not_finite = not math.isfinite(loss.item())
         seconds, failed = self.run.max_over_ranks(clock(), not_finite)
         return seconds, bool(failed)
 
-    def copied(self, fact: Tensor, late: bool) -> Tensor:
-        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
-        copy.copy_(fact, non_blocking=True)
+    def copied(self, loss: Tensor, late: bool) -> Tensor:
+        """`loss` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        copy.copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -5392,12 +5592,15 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
+def warm_up(
+    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: LearnGraphs | None = None
+) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
     cached = count_cached_files(config)
     model, forward, compiled = built
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
     padded = []
@@ -5406,9 +5609,10 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     for looped in loop_states(config):
         model.looped = looped
         for batch in padded:
-            forward(batch).mean().backward()
+            work(batch, len(feed.get(0)))
         for step in range(config.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 0.0, config.muon_momentum_warmup_steps)
+            momentum_is_final = config.muon_momentum_warmup_steps
+            train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
@@ -5477,8 +5681,19 @@ class CheckpointWriter:
 
     def finish_pending(self) -> None:
         """The same on rank 0."""
-        if self.pending is not None:
-            self.pending.result()
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end when something stops the training.
+
+        Nothing is raised, for what stopped the training is to be told, and no other rank is waited for.
+        """
+        self.thread.shutdown()
+        if self.pending is not None and self.pending.exception() is not None:
+            self.run.log(f"warning: {self.pending.exception()}")
 
 
 class Training:
@@ -5494,7 +5709,8 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        warm_up(run, built, self.optimizers, self.feed)
+        self.graphs = learn_graphs(run, self.model, self.forward)
+        warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
             self.reserve = measure_reserve(run, self.model, data)
@@ -5570,7 +5786,7 @@ class Training:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step)
-        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step)
+        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
         last = self.step == config.iterations
@@ -5685,12 +5901,15 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             record_stage(run, "train", saved["facts"])
         return
     training = Training(run, data, built)
-    if saved:
-        training.resume(saved)
-    training.start_clock(data)
-    while training.goes_on:
-        training.take_step()
-    training.finish()
+    try:
+        if saved:
+            training.resume(saved)
+        training.start_clock(data)
+        while training.goes_on:
+            training.take_step()
+        training.finish()
+    finally:
+        training.writer.close()
 
 
 # === PREFLIGHT ===
@@ -5942,7 +6161,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
-    warm_up(run, built, optimizers, feed)
+    graphs = learn_graphs(run, built.model, built.forward)
+    warm_up(run, built, optimizers, feed, graphs)
     reserve = config.gptq_reserve_seconds
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
@@ -5953,7 +6173,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
         count = 0
         goes_on = True
         while goes_on:
-            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count, graphs)
             count += 1
             spent = run.now() - began
             # The ranks stop together, when the first of them has used its part and after 50 steps.
