@@ -36,6 +36,7 @@ import ctypes
 import dataclasses
 import decimal
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -889,7 +890,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(self.lock)
             self.sink = open_lines(folder / "train.log")
             self.metrics = open_lines(folder / "metrics.jsonl")
         except BlockingIOError:
@@ -900,6 +901,8 @@ class Run:
             raise Stop(
                 f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder"
             ) from None
+        if not locked:
+            self.log(f"warning: {folder}: its file system has no locks; see that no other process writes it")
         return folder
 
     def log(self, line: str, console: bool = True) -> None:
@@ -915,8 +918,11 @@ class Run:
             write_line(self.metrics, json.dumps({"kind": kind, "time": time.time(), **values}))
 
     def ledger(self, event: str, **values: Any) -> None:
-        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
-        self.metric("ledger", event=event, **values)
+        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed.
+
+        `clock` cannot be set, as `time` can (by NTP, or when a virtual machine goes on): durations are its.
+        """
+        self.metric("ledger", event=event, clock=time.monotonic(), **values)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
@@ -1040,8 +1046,30 @@ MALLOC_OPTIONS = (
 )
 
 
+CGROUP_QUOTAS = (  # of a container: microseconds of processor time in a period, and that period
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a container or a job often has fewer than the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in CGROUP_QUOTAS:
+        try:
+            words = " ".join(Path(name).read_text() for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or no limit: "max 100000"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cores, -(-quota // period)))
+    return cores
+
+
 def tune_process(is_cuda: bool) -> None:
-    """Let this process die with torchrun, and keep memory that it will need again."""
+    """Let this process die with torchrun, use the cores it has, and keep memory that it will need again."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left
     if not is_cuda and platform.libc_ver()[0] == "glibc":
@@ -1110,11 +1138,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# What flock says on file systems without locks: Lustre mounted without them, some NFS.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def lock_file(file: typing.TextIO) -> bool:
+    """Lock an open file; False where files cannot be locked. BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
 def is_locked(folder: Path) -> bool:
-    """Whether a living process writes to the run `folder`."""
+    """Whether a living process writes to the run `folder`; False where that cannot be known."""
     try:
         with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -1267,8 +1310,16 @@ class Dataset:
         return Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
 
     def find_shards(self, kind: str, required: bool = True) -> list[Path]:
-        """The files of one kind in order; Stop if they are required and there are none."""
+        """The files of one kind in order; Stop if they are required and there are none.
+
+        Also for a name that is almost one: fineweb_val_000000 (1).bin, a copy, would be read as more data.
+        """
         found = sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        for path in found:
+            if not re.fullmatch(rf"fineweb_{kind}_[0-9]{{6}}", path.stem):
+                raise Stop(
+                    f"{path}: a shard is called fineweb_{kind}_ and six digits; rename it or move it away"
+                )
         if required and not found:
             raise Stop(
                 f"DATASETS_DIR={self.folder}: no fineweb_{kind}_*.bin there; set it, "
@@ -3676,8 +3727,8 @@ GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
-    """[work(job)] on as many threads as there are cores, or on `threads`."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    """[work(job)] on as many threads as there are cores for us, or on `threads`."""
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         return list(pool.map(work, jobs))
 
 
@@ -4204,7 +4255,8 @@ def code_symbol(symbol, context, counts, coder, buffer, decoding):
     span = unit * counts[context, symbol]
     while span <= INTERVAL_MASK >> 8:
         if decoding:
-            low = low << 8 | buffer[coder[POSITION]]
+            # Not beyond the end, where a damaged stream may lead.
+            low = low << 8 | buffer[min(coder[POSITION], len(buffer) - 1)]
         else:
             buffer[coder[POSITION]] = low >> 48
             low = low << 8 & INTERVAL_MASK
@@ -4324,7 +4376,10 @@ def initial_counts(states: int) -> np.ndarray:
 
 
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it."""
+    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it.
+
+    ValueError if `data` is not a stream of so many integers.
+    """
     values = np.concatenate([matrix.ravel() for matrix in matrices])
     shapes = np.array([matrix.shape for matrix in matrices])
     if data is None:
@@ -4334,6 +4389,8 @@ def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = 
         buffer = np.frombuffer(bytearray(data + b"\xff" * 64), np.uint8)
         coder = np.array([int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7])
     code_integers(values, shapes, trellis(states)[0], initial_counts(states), coder, buffer, data is not None)
+    if data is not None and coder[POSITION] != len(data) + 6:  # it reads 7 bytes ahead of where it is
+        raise ValueError(f"a stream of {len(data)} bytes holds other integers")
     parts = np.split(values, np.cumsum(shapes.prod(1))[:-1])
     for matrix, part in zip(matrices, parts, strict=True):
         matrix[:] = part.reshape(matrix.shape)
@@ -4447,30 +4504,70 @@ def read_container(path: Path) -> tuple[str, bytes, bytes, str]:
     if len(data) != size:
         raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
     coder = coder.rstrip(b"\0")
+    if coder not in (b"lzma", b"brotli"):
+        raise Stop(f"{path}: packed with {coder!a}, which is not known; {remedy}")
     if hashlib.sha256(coder + data[start:]).digest() != digest:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
     return coder.decode(), data[start : start + head], data[start + head :], hashlib.sha256(data).hexdigest()
 
 
 def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
-    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong."""
+    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong.
+
+    Also if its checksum fits and what it says cannot be: it may be another program's.
+    """
     compressor, head, payload, digest = read_container(path)
-    manifest = json.loads(compress(head, compressor, undo=True))
+    try:
+        manifest = json.loads(compress(head, compressor, undo=True))
+        tensors = decode_payload(manifest, compressor, payload)
+    except ImportError as error:
+        raise Stop(
+            f"{path}: packed with {compressor}, which is not installed; pip install {error.name}"
+        ) from None
+    # lzma's and brotli's own errors are direct heirs of Exception.
+    except Exception as error:
+        raise Stop(
+            f"{path}: not as an artifact has to be ({describe_error(error)}); "
+            "make it again with STAGE=quantize"
+        ) from None
+    return manifest, tensors, digest
+
+
+def decode_payload(manifest: dict[str, Any], compressor: str, payload: bytes) -> dict[str, Quantized]:
+    """The tensors that `manifest` describes, from the streams in `payload`; any Exception if it cannot be."""
+    if type(manifest["looped"]) is not bool or type(manifest["model"]) is not dict:
+        raise ValueError("looped and model are not a truth value and an object")
     tensors = {}
     for name, parts in manifest["tensors"]:
+        if type(name) is not str:
+            raise ValueError(f"a tensor is called {name}")
+        for kind, shape in parts:
+            check_part(kind, shape)
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
     streams = collect_streams(tensors)
-    begin = 0
-    pieces = {}
-    for name, size in manifest["streams"]:
-        pieces[name] = payload[begin : begin + size]
-        begin += size
+    names = [name for name, _ in manifest["streams"]]
+    sizes = [size for _, size in manifest["streams"]]
+    if names != list(streams) or min(sizes) < 0 or sum(sizes) != len(payload):
+        raise ValueError(f"its streams are not {list(streams)} of {len(payload)} bytes")
+    ends = itertools.accumulate(sizes)
+    pieces = {name: payload[end - size : end] for name, size, end in zip(names, sizes, ends, strict=True)}
 
     def fill(name: str) -> None:
         code_stream(streams[name], compressor, manifest["states"], pieces[name])
 
     parallel_map(fill, pieces)
-    return manifest, tensors, digest
+    return tensors
+
+
+PART_TYPES = ("int8", "int32", "float16", "float32")
+MOST_ELEMENTS = 1 << 28  # of one part: more than fit under the cap
+
+
+def check_part(kind: Any, shape: Any) -> None:
+    """ValueError unless these can be the type and the shape of a part of a tensor."""
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if kind not in PART_TYPES or not whole or math.prod(shape) > MOST_ELEMENTS:
+        raise ValueError(f"a part of type {kind} and shape {shape}")
 
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
@@ -6256,6 +6353,26 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     return modes
 
 
+def check_tensors(path: Path, table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> None:
+    """Stop unless the tensors of an artifact are those of a model with this `table`, in types and shapes."""
+    wanted: dict[str, list[list]] = {}
+    for name, spec in table.items():
+        if spec.quantizer == "fp16":
+            wanted[name] = [[(torch.float16, spec.shape)]]
+    for matrix in list_matrices(table):
+        rows, columns = shape = table[matrix.parameter].shape[-2:]
+        clipped = [(torch.int8, shape), (torch.float16, (rows,))]
+        coded = [(torch.int32, shape), (torch.int32, (rows + columns,)), (torch.float32, (1,))]
+        wanted[matrix.name] = [clipped, coded]
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found = [(part.dtype, tuple(part.shape)) for part in tensors.get(name, ()) if part is not None]
+        if found not in wanted.get(name, []):
+            raise Stop(
+                f"{path}: {name} has the parts {found} instead of one of {wanted.get(name, [])}; "
+                "make it again with STAGE=quantize"
+            )
+
+
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
     """Put `weights` into the model; a hash embedding, which is in no file, is zero again."""
     if model.hash_embed is not None:
@@ -6275,6 +6392,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     different = describe_differences(manifest["model"], config.chosen("Model"))
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
+    check_tensors(path, model.table, tensors)
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
     if config.ttt_enabled and config.hash_embed_enabled:
@@ -6375,7 +6493,7 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
 
 
 def summarize(run: Run, data: Dataset) -> None:
-    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
+    """Log the last lines and write summary.json from the stages' facts. Rank 0 only."""
     stages = read_json(run.folder / "stages.json")
     quantized = stages.get("quantize", {})
     adapted = stages.get("prequant_ttt", {})
@@ -6392,18 +6510,19 @@ def summarize(run: Run, data: Dataset) -> None:
         "data": data.fingerprint,
         "compliance": verdict,
     }
-    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
         gain = 100 * (facts["val_bpb"] / bpb - 1)
         run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {gain:+.1f}%")
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
-    announce(run.folder, "scored")
     legal = "legal" if verdict["legal"] else "NOT LEGAL"
     reason = verdict["reason"]
     run.log(f"compliance: {legal} ({reason})")
     run.log(describe_score(**{"train_seconds": math.nan, **facts}))
+    # Last of all files: a run that is stopped before it is evaluated again, one that has it is finished.
+    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
+    announce(run.folder, "scored")
 
 
 def describe_score(
@@ -6557,6 +6676,49 @@ def main(config: Config) -> None:
     run.close()
 
 
+# Settings that may differ between nodes: where things lie, and what rank 0 alone reads.
+PLACES = {"RUN_ID", "OUT_DIR", "ARTIFACT", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "COMPILE_CACHE"}
+
+
+def check_ranks_agree(run: Run, settings: Mapping[str, Any]) -> None:
+    """Stop if a rank has other settings, data or code than rank 0: every node reads its own environment."""
+    if run.world_size == 1:
+        return
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    ours = {name: value for name, value in settings.items() if name not in PLACES}
+    ours["source_sha256"] = source[:16]
+    everyone: list[Any] = [None] * run.world_size
+    dist.all_gather_object(everyone, ours, group=run.host_group)
+    for rank, theirs in enumerate(everyone):
+        different = describe_differences(theirs, everyone[0])
+        if different:
+            message = (
+                f"rank {rank} was started otherwise than rank 0 ({different}); "
+                "give every node the same variables, data and script"
+            )
+            raise Stop(message if run.is_main else 1)
+
+
+# Launchers that start a program many times, and say how often, but leave it to it to find the others.
+PLAIN_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def check_launcher(run: Run) -> None:
+    """Stop, or warn where it may be meant, if a launcher has started this program as many separate runs."""
+    for name, launcher in PLAIN_LAUNCHERS.items():
+        count = os.environ.get(name, "1")
+        if "WORLD_SIZE" in os.environ or count == "1":
+            continue
+        message = (
+            f"{name}={count}: {launcher} has started this program {count} times, each without WORLD_SIZE and "
+            f"so a run of its own; let {launcher} start torchrun once on each node, or unset {name}"
+        )
+        # Runs that see one GPU each may be several runs on purpose.
+        if run.is_cuda and torch.cuda.device_count() > 1:
+            raise Stop(message)
+        run.log(f"warning: {message}")
+
+
 def run_stages(run: Run) -> None:
     """Read the data, open the run folder, refuse what cannot work, then do the stages one by one."""
     config = run.config
@@ -6564,10 +6726,12 @@ def run_stages(run: Run) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
     settings["training_data"] = data.training_digest
+    check_ranks_agree(run, settings)
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, data.training_digest)))
     run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
+    check_launcher(run)
     log_header(run, data)
     inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()
