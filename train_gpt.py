@@ -2812,11 +2812,11 @@ def attend_varlen() -> Attend:
     def attend(q, k, v, starts, longest):
         if starts is None:
             return attend_sdpa(q, k, v, None, longest)
-        keys, values = k[0], v[0]
+        queries, keys, values = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         if not grouped:
             copies = q.size(2) // k.size(2)
             keys, values = keys.repeat_interleave(copies, 1), values.repeat_interleave(copies, 1)
-        return varlen_attn(q[0], keys, values, starts, starts[:], longest, longest, **causal)[None]
+        return varlen_attn(queries, keys, values, starts, starts[:], longest, longest, **causal).unsqueeze(0)
 
     return attend
 
@@ -2851,7 +2851,9 @@ def attend_flash(backend: str) -> Attend:
         # A view for the second: autograd functions that are given one tensor twice cannot be traced.
         edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts[:]}
         sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        return output(packed(q[0], k[0], v[0], **edges, **sizes, causal=True))[None]
+        # Not q[0]: the gradient of a selection is written into zeros, a copy each; that of a view is one.
+        rows = (tensor.squeeze(0) for tensor in (q, k, v))
+        return output(packed(*rows, **edges, **sizes, causal=True)).unsqueeze(0)
 
     return attend
 
