@@ -2605,6 +2605,488 @@ def _attention_output_gradients(ctx, upstream):
 attention_output_op.register_autograd(_attention_output_gradients, setup_context=_attention_output_save)
 
 
+# === RESIDUAL ===
+# The residual stream between the products of serial visits, each join as one kernel per direction. The plain
+# form is in GPT: mix, merge_skip, normalise and the sums of serial. Three things make the kernels move less:
+#
+# * A stream is kept normalised, as the products read it, with its `size` per token: the stream itself is the
+#   two multiplied, rounded no worse than in its own dtype, and is neither written nor read beside them.
+# * What a join multiplies by a gain per channel it takes from somewhere: another stream, a remembered output,
+#   the embedding. The gradient there is the join's own times the gain. It travels without the gain, as one
+#   tensor for all of them, and who made the tensor multiplies it where it is read anyway. Such gradients take
+#   a `path`: a tensor of the right shape that holds nothing.
+# * The embedding enters every visit. Its gradient is summed once for all of them (spread_op).
+
+
+@triton_jit
+def load_gain(gain, channel, D: tl.constexpr):
+    """A gain per channel in fp32, as a row."""
+    return tl.load(gain + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton_jit
+def residual_kernel(
+    normed,
+    size,
+    branch,
+    keep,
+    skip,
+    share,
+    embedding,
+    again,
+    out,
+    out_size,
+    source,
+    whole,
+    tokens,
+    scale,
+    eps,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The join of residual_op for BLOCK tokens a program; what takes no part is None."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (channel < D)[None, :]
+    line = token[:, None] * D
+    joined = tl.zeros((BLOCK, WIDTH), tl.float32)
+    if normed is not None:
+        lengths = tl.load(size + token, mask=token < tokens, other=0.0)
+        joined += load_rows(normed, line, channel, live) * lengths[:, None]
+        if whole is not None:
+            joined += load_rows(branch, line, channel, live)
+            store_rows(whole, line, channel, live, joined)
+        if keep is not None:
+            joined *= load_gain(keep, channel, D)
+        if whole is None:
+            joined += load_rows(branch, line, channel, live)
+    if skip is not None:
+        joined += load_gain(share, channel, D) * load_rows(skip, line, channel, live)
+    if embedding is not None:
+        joined += load_gain(again, channel, D) * load_rows(embedding, line, channel, live)
+    lengths = tl.sqrt(tl.sum(joined * joined, 1) / D + eps) / scale
+    result = joined / lengths[:, None]
+    tl.store(out_size + token, lengths, mask=token < tokens)
+    store_rows(out, line, channel, live, result)
+    if READ > 0:
+        store_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :], result)
+
+
+@triton_jit
+def residual_backward_kernel(
+    out,
+    out_size,
+    out_upstream,
+    path_upstream,
+    source_upstream,
+    after,
+    keep,
+    whole,
+    whole_upstream,
+    late,
+    gradient,
+    whole_gradient,
+    gain_gradients,
+    tokens,
+    scale,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of residual_kernel; `gain_gradients` (programs, 3, D) are parts of sums.
+
+    A program takes BLOCK tokens, then those that lie as many further on as all programs take.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, WIDTH)
+    after_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    keep_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    late_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for start in range(program * BLOCK, tokens, tl.num_programs(0) * BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        live = (token < tokens)[:, None] & (channel < D)[None, :]
+        line = token[:, None] * D
+        result = load_rows(out, line, channel, live)
+        lengths = tl.load(out_size + token, mask=token < tokens, other=1.0)[:, None]
+        slope = load_rows(out_upstream, line, channel, live)
+        if source_upstream is not None:
+            reads = live & (channel < READ)[None, :]
+            slope += load_rows(source_upstream, token[:, None] * READ, channel, reads)
+        along = tl.sum(slope * result, 1) / (D * scale * scale)
+        slope = (slope - result * along[:, None]) / lengths
+        if path_upstream is not None:
+            straight = load_rows(path_upstream, line, channel, live)
+            if after is not None:
+                after_sum += straight * result * lengths
+                straight *= load_gain(after, channel, D)
+            slope += straight
+        if gradient is not None:
+            store_rows(gradient, line, channel, live, slope)
+        if whole_gradient is not None:
+            if keep is not None:
+                keep_sum += slope * load_rows(whole, line, channel, live)
+                slope *= load_gain(keep, channel, D)
+            if whole_upstream is not None:
+                lately = load_rows(whole_upstream, line, channel, live)
+                if late is not None:
+                    late_sum += lately * load_rows(whole, line, channel, live)
+                    lately *= load_gain(late, channel, D)
+                slope += lately
+            store_rows(whole_gradient, line, channel, live, slope)
+    place = gain_gradients + program * 3 * D + channel
+    if after is not None:
+        tl.store(place, tl.sum(after_sum, 0), mask=channel < D)
+    if keep is not None:
+        tl.store(place + D, tl.sum(keep_sum, 0), mask=channel < D)
+    if late is not None:
+        tl.store(place + 2 * D, tl.sum(late_sum, 0), mask=channel < D)
+
+
+# Tokens that a program of the residual kernels holds at a time, its warps, and the most programs that sum
+# gradients, four for each multiprocessor of an H100. Not measured on a GPU.
+RESIDUAL_BLOCK = 4
+RESIDUAL_WARPS = 4
+RESIDUAL_PROGRAMS = 528
+
+
+def residual_sizes(like: Tensor, read: int) -> dict[str, Any]:
+    """The sizes that the residual kernels take."""
+    return {
+        "tokens": like.size(0) * like.size(1),
+        "D": like.size(2),
+        "READ": read,
+        "BLOCK": RESIDUAL_BLOCK,
+        "WIDTH": triton.next_power_of_2(like.size(2)),
+        "num_warps": RESIDUAL_WARPS,
+    }
+
+
+def empty_path(like: Tensor) -> Tensor:
+    """A tensor of the shape of `like` that takes no memory, for gradients to follow."""
+    return like.new_empty(1, 1, 1).expand(like.shape)
+
+
+@torch.library.custom_op(f"{OPERATORS}::residual", mutates_args=())
+def residual_op(
+    normed: Tensor | None = None,
+    size: Tensor | None = None,
+    path: Tensor | None = None,
+    branch: Tensor | None = None,
+    keep: Tensor | None = None,
+    skip: Tensor | None = None,
+    share: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedding_path: Tensor | None = None,
+    again: Tensor | None = None,
+    after: Tensor | None = None,
+    late: Tensor | None = None,
+    remembers: bool = False,
+    read: int = 0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(normed, size, path, source, whole) of a stream that the parts join; each but the embedding may lack.
+
+    The stream is keep * (normed * size) + branch + share * skip + again * embedding, all (B, T, D), `size`
+    (B, T), gains (D,) in fp32. If it `remembers`, it is keep * whole + ... with whole = normed * size +
+    branch, which is given too. Returned are the stream, normalised and times `scale`, its size, and the first
+    `read` channels of it, as its gate reads them.
+
+    Gradients of a stream (through `path`), of a skip and of the embedding come without the gains: `after` is
+    the gain that the next join gives to this stream, `late` the share of `whole` in the join that remembers
+    it, or None for 1. Of gains, after, late and the keep of a whole have gradients here, the others where the
+    tensor was made that they multiply.
+    """
+    like = embedding if normed is None else normed
+    out = torch.empty_like(like)
+    out_size = torch.empty(like.shape[:2], dtype=torch.float32, device=like.device)
+    source = like.new_empty(*like.shape[:2], read)
+    whole = torch.empty_like(like) if remembers else None
+    sizes = residual_sizes(like, read)
+    residual_kernel[(-(-sizes["tokens"] // RESIDUAL_BLOCK),)](
+        normed,
+        size,
+        branch,
+        keep,
+        skip,
+        share,
+        embedding,
+        again,
+        out,
+        out_size,
+        source,
+        whole,
+        scale=scale,
+        eps=RMS_EPS,
+        **sizes,
+    )
+    return out, out_size, empty_path(like), source, like.new_empty(0) if whole is None else whole
+
+
+@residual_op.register_fake
+def _residual_fake(
+    normed=None,
+    size=None,
+    path=None,
+    branch=None,
+    keep=None,
+    skip=None,
+    share=None,
+    embedding=None,
+    embedding_path=None,
+    again=None,
+    after=None,
+    late=None,
+    remembers=False,
+    read=0,
+    scale=1.0,
+):
+    like = embedding if normed is None else normed
+    out_size = like.new_empty(like.size(0), like.size(1), dtype=torch.float32)
+    source = like.new_empty(like.size(0), like.size(1), read)
+    whole = torch.empty_like(like) if remembers else like.new_empty(0)
+    return torch.empty_like(like), out_size, empty_path(like), source, whole
+
+
+@torch.library.custom_op(f"{OPERATORS}::residual_backward", mutates_args=())
+def residual_backward_op(
+    out: Tensor,
+    out_size: Tensor,
+    out_upstream: Tensor,
+    path_upstream: Tensor | None,
+    source_upstream: Tensor | None,
+    after: Tensor | None,
+    keep: Tensor | None,
+    whole: Tensor | None,
+    whole_upstream: Tensor | None,
+    late: Tensor | None,
+    wants: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the stream, that of `whole`, those of after, keep and late (3, D) in fp32).
+
+    The second is empty where it is the first, the first unless it is wanted or is the second.
+    """
+    differs = keep is not None or whole_upstream is not None
+    gradient = torch.empty_like(out) if wants or not differs else None
+    whole_gradient = torch.empty_like(out) if differs else None
+    sizes = residual_sizes(out, 0 if source_upstream is None else source_upstream.size(2))
+    programs = min(-(-sizes["tokens"] // RESIDUAL_BLOCK), RESIDUAL_PROGRAMS)
+    parts = torch.empty(programs, 3, out.size(2), dtype=torch.float32, device=out.device)
+    residual_backward_kernel[(programs,)](
+        out,
+        out_size,
+        out_upstream,
+        path_upstream,
+        source_upstream,
+        after,
+        keep,
+        whole,
+        whole_upstream,
+        late,
+        gradient,
+        whole_gradient,
+        parts,
+        scale=scale,
+        **sizes,
+    )
+    has_gains = after is not None or keep is not None or late is not None
+    empty = out.new_empty(0)
+    return (
+        empty if gradient is None else gradient,
+        empty if whole_gradient is None else whole_gradient,
+        parts.sum(0) if has_gains else parts.new_empty(3, out.size(2)),
+    )
+
+
+@residual_backward_op.register_fake
+def _residual_backward_fake(
+    out,
+    out_size,
+    out_upstream,
+    path_upstream,
+    source_upstream,
+    after,
+    keep,
+    whole,
+    whole_upstream,
+    late,
+    wants,
+    scale,
+):
+    differs = keep is not None or whole_upstream is not None
+    return (
+        torch.empty_like(out) if wants or not differs else out.new_empty(0),
+        torch.empty_like(out) if differs else out.new_empty(0),
+        out.new_empty(3, out.size(2), dtype=torch.float32),
+    )
+
+
+def _residual_save(ctx, inputs, output):
+    normed, _, _, _, keep, skip, _, embedding, _, _, after, late, remembers, _, scale = inputs
+    out, out_size, _, _, whole = output
+    own_keep = keep if remembers else None
+    # Whoever shares in it needs no whole for its own gradient, only the gains do.
+    kept_whole = whole if own_keep is not None or late is not None else None
+    ctx.continues = normed is not None
+    ctx.takes = skip is not None, embedding is not None
+    ctx.scale = scale
+    ctx.mark_non_differentiable(out_size)
+    ctx.set_materialize_grads(False)  # else what no one has read would be read as zeros
+    ctx.save_for_backward(out, out_size, after, own_keep, kept_whole, late)
+
+
+def _residual_gradients(ctx, out_upstream, _, path_upstream, source_upstream, whole_upstream):
+    out, out_size, after, keep, whole, late = ctx.saved_tensors
+    upstreams = [
+        None if upstream is None else upstream.contiguous()
+        for upstream in (out_upstream, path_upstream, source_upstream, whole_upstream)
+    ]
+    if source_upstream is not None and source_upstream.size(2) == 0:
+        upstreams[2] = None
+    if whole is None and whole_upstream is not None and whole_upstream.numel() == 0:
+        upstreams[3] = None
+    gradient, whole_gradient, gains = residual_backward_op(
+        out, out_size, *upstreams[:3], after, keep, whole, upstreams[3], late, any(ctx.takes), ctx.scale
+    )
+    if keep is None and upstreams[3] is None:
+        whole_gradient = gradient
+    gain_gradients = [
+        None if gain is None else gains[place].to(gain.dtype)
+        for place, gain in enumerate((after, keep, late))
+    ]
+    after_gradient, keep_gradient, late_gradient = gain_gradients
+    has_skip, has_embedding = ctx.takes
+    return (
+        None,
+        None,
+        whole_gradient if ctx.continues else None,
+        whole_gradient if ctx.continues else None,
+        keep_gradient,
+        gradient if has_skip else None,
+        None,
+        None,
+        gradient if has_embedding else None,
+        None,
+        after_gradient,
+        late_gradient,
+        None,
+        None,
+        None,
+    )
+
+
+residual_op.register_autograd(_residual_gradients, setup_context=_residual_save)
+
+
+@triton_jit
+def spread_backward_kernel(
+    embedding,
+    again,
+    upstreams,
+    gradient,
+    gain_gradients,
+    tokens,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of spread_op for a tile (BLOCK, WIDTH); `gain_gradients` (programs, V, D) are parts."""
+    program = tl.program_id(0).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (channel < D)[None, :]
+    line = token[:, None] * D
+    given = load_rows(embedding, line, channel, live)
+    total = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for visit in tl.static_range(len(upstreams)):
+        upstream = load_rows(upstreams[visit], line, channel, live)
+        total += upstream * load_gain(again + visit * D, channel, D)
+        place = gain_gradients + (program * len(upstreams) + visit) * D + channel
+        tl.store(place, tl.sum(upstream * given, 0), mask=channel < D)
+    store_rows(gradient, line, channel, live, total)
+
+
+# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and 128 bytes wide.
+SPREAD_BLOCK = 128
+SPREAD_WIDTH = 64
+
+
+@torch.library.custom_op(f"{OPERATORS}::spread", mutates_args=())
+def spread_op(embedding: Tensor, again: Tensor) -> list[Tensor]:
+    """A path for each use of the embedding (B, T, D), which multiplies it by its row of `again` (V, D)."""
+    return [empty_path(embedding) for _ in range(again.size(0))]
+
+
+@spread_op.register_fake
+def _spread_fake(embedding, again):
+    return [empty_path(embedding) for _ in range(again.size(0))]
+
+
+@torch.library.custom_op(f"{OPERATORS}::spread_backward", mutates_args=())
+def spread_backward_op(embedding: Tensor, again: Tensor, upstreams: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of the embedding and, in fp32, of `again`, from those at its uses."""
+    width = embedding.size(2)
+    tokens = embedding.size(0) * embedding.size(1)
+    gradient = torch.empty_like(embedding)
+    programs = -(-tokens // SPREAD_BLOCK)
+    parts = torch.empty(programs, *again.shape, dtype=torch.float32, device=embedding.device)
+    spread_backward_kernel[(programs, -(-width // SPREAD_WIDTH))](
+        embedding,
+        again,
+        tuple(upstreams),
+        gradient,
+        parts,
+        tokens,
+        D=width,
+        BLOCK=SPREAD_BLOCK,
+        WIDTH=SPREAD_WIDTH,
+        num_warps=8,
+    )
+    return gradient, parts.sum(0)
+
+
+@spread_backward_op.register_fake
+def _spread_backward_fake(embedding, again, upstreams):
+    return torch.empty_like(embedding), again.new_empty(again.size(0), again.size(1), dtype=torch.float32)
+
+
+def _spread_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _spread_gradients(ctx, upstreams):
+    embedding, again = ctx.saved_tensors
+    gradient, gains = spread_backward_op(embedding, again, [upstream.contiguous() for upstream in upstreams])
+    return gradient, gains.to(again.dtype)
+
+
+spread_op.register_autograd(_spread_gradients, setup_context=_spread_save)
+
+
+class Stream(NamedTuple):
+    """A residual stream as residual_op gives it."""
+
+    normed: Tensor
+    size: Tensor
+    path: Tensor
+    source: Tensor
+    whole: Tensor
+
+
+class Join(NamedTuple):
+    """How the stream of a visit comes about from the one before, see residual_op."""
+
+    keep: Tensor | None
+    again: Tensor
+    path: Tensor
+    share: Tensor | None
+    late: Tensor | None
+    remembers: bool
+
+
 # === TOPOLOGY ===
 # In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
 # outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
@@ -3025,6 +3507,25 @@ class Shared(NamedTuple):
     hooks: Hooks
 
 
+def is_serial(visit: Visit) -> bool:
+    """Whether attention and MLP follow each other in this visit."""
+    return visit.residual == "serial"
+
+
+def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
+    """The entry of each visit's layer, from `entries` by layer.
+
+    Joined from slices of consecutive layers: an index would have a gradient that adds up in any order.
+    """
+    runs: list[list[int]] = []
+    for visit in visits:
+        if runs and visit.layer == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([visit.layer, visit.layer + 1])
+    return torch.cat([entries[first:stop] for first, stop in runs])
+
+
 class GPT(nn.Module):
     """The one network: layers as the route says, weights from the table, matrices in banks (#1523)."""
 
@@ -3076,7 +3577,11 @@ class GPT(nn.Module):
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
-        for visit in self.routes[self.looped]:
+        route = self.routes[self.looped]
+        joins = self.joins(route, shared)
+        if joins:
+            x, skips = self.joined(route[: len(joins)], joins, shared)
+        for visit in route[len(joins) :]:
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -3122,19 +3627,118 @@ class GPT(nn.Module):
     def serial(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The MLP reads what attention has written; both write to the mixed stream."""
         x = self.mix(x, visit, shared)
-        x = x + self.attention(self.normalise(x, visit), x, visit, shared)
+        normed = self.normalise(x, visit)
+        x = x + self.attention(normed, self.gate_source(normed, x), visit, shared)
         return x + self.mlp(self.normalise(x, visit), visit, shared)
+
+    # Where the kernels are used, the serial visits before all others run as one chain of residual_op.
+
+    def joins(self, route: tuple[Visit, ...], shared: Shared) -> list[Join]:
+        """How the streams of the leading serial visits come about; none where the plain form has to run."""
+        gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
+        if not shared.folded or gates_read_residual:
+            return []
+        visits = list(itertools.takewhile(is_serial, route))
+        if not visits:
+            return []
+        half = sum(visit.pushes_skip for visit in route)
+        keep, again, share = self.gains(visits)
+        paths = spread_op(shared.x0, again)
+        joins = []
+        for visit, path in zip(visits, paths, strict=True):
+            index = visit.index
+            # What the last visit of the first half leaves is merged at once, by the gain of the stream.
+            remembers = 0 < index < half
+            merger = 2 * half - index
+            joins.append(
+                Join(
+                    keep=keep[index] if index else None,
+                    again=again[index],
+                    path=path,
+                    share=share[index - half] if index > half and visit.skip_row is not None else None,
+                    late=share[merger - half] if remembers and merger < len(visits) else None,
+                    remembers=remembers,
+                )
+            )
+        return joins
+
+    def gains(self, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor]:
+        """(keep, again, share) per channel of visits from the first on: (V, D), (V, D), (merging visits, D).
+
+        With mix after merge_skip, a visit's stream is keep * x + share * skip + again * embedding.
+        """
+        keep, again = by_visit(self.resid_mix, visits).unbind(1)
+        # The first stream is the embedding.
+        again = torch.cat((again[:1] + keep[:1], again[1:]))
+        merging = [visit.index for visit in visits if visit.skip_row is not None]
+        if not merging:
+            return keep, again, keep[:0]
+        start, stop = merging[0], merging[-1] + 1
+        through = keep[start:stop]
+        share = through * self.skip_weights[: len(merging)]
+        if self.config.skip_gates_enabled:
+            gate = torch.sigmoid(self.skip_gates[: len(merging)])
+            share = share * (1 - gate)
+            through = through * gate
+        # The first that merges finds its own stream remembered.
+        keep = torch.cat((keep[:start], through[:1] + share[:1], through[1:], keep[stop:]))
+        return keep, again, share
+
+    def joined(
+        self, visits: tuple[Visit, ...], joins: list[Join], shared: Shared
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(x, the outputs remembered for later) after the leading serial visits, as `serial` has them."""
+        gate_width = self.config.gate_width
+        compact = self.config.head_gate != "none" and self.config.gate_attn_src == "proj"
+        read = gate_width if compact and gate_width <= MOST_READ else 0
+        carried: dict[str, Tensor] = {}
+        skips: list[Tensor] = []
+        for visit, join in zip(visits, joins, strict=True):
+            scale = self.norm_scale(visit)
+            mixed = Stream(
+                *residual_op(
+                    **carried,
+                    keep=join.keep,
+                    skip=None if join.share is None else skips.pop(),
+                    share=join.share,
+                    embedding=shared.x0,
+                    embedding_path=join.path,
+                    again=join.again,
+                    late=join.late,
+                    remembers=join.remembers,
+                    read=read,
+                    scale=scale,
+                )
+            )
+            if join.remembers:
+                skips.append(mixed.whole)
+            source = mixed.source if read else self.gate_source(mixed.normed, None)
+            attended = self.attention(mixed.normed, source, visit, shared)
+
+            following = joins[visit.index + 1] if visit.index + 1 < len(joins) else None
+            # A whole that is remembered has another gain there, so the MLP's output cannot contain this one.
+            after = None if following is None or following.remembers else following.keep
+            ends = following is None  # the plain form goes on with what is written
+            written = Stream(*residual_op(*mixed[:3], attended, after=after, remembers=ends, scale=scale))
+            branch = self.mlp(written.normed, visit, shared, after)
+            carried = dict(zip(("normed", "size", "path", "branch"), (*written[:3], branch), strict=True))
+        x = written.whole + branch
+        if visits[-1].pushes_skip:
+            skips.append(x)
+        return x, skips
 
     def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""
         x = self.mix(x, visit, shared)
         normed = self.normalise(x, visit)
-        return x + self.attention(normed, x, visit, shared) + self.mlp(normed, visit, shared)
+        attended = self.attention(normed, self.gate_source(normed, x), visit, shared)
+        return x + attended + self.mlp(normed, visit, shared)
 
     def two_lane(self, x: Tensor, lane: Tensor, visit: Visit, shared: Shared) -> tuple[Tensor, Tensor]:
         """Attention reads x mixed, the MLP `lane` as it is; both write to both, without the mix (#1529)."""
         mixed = self.mix(x, visit, shared)
-        attended = self.attention(self.normalise(mixed, visit), mixed, visit, shared)
+        normed = self.normalise(mixed, visit)
+        attended = self.attention(normed, self.gate_source(normed, mixed), visit, shared)
         transformed = self.mlp(self.normalise(lane, visit), visit, shared)
         keep = shared.banks["parallel_resid_lambdas"][visit.layer]
         post = shared.banks["parallel_post_lambdas"][visit.layer]  # [branch, lane]: its share for the lane
@@ -3150,7 +3754,15 @@ class GPT(nn.Module):
 
     def normalise(self, x: Tensor, visit: Visit) -> Tensor:
         """x normalised, with LN_SCALE the smaller the deeper the layer."""
-        return rms_norm(x) * ((visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0)
+        return rms_norm(x) * self.norm_scale(visit)
+
+    def norm_scale(self, visit: Visit) -> float:
+        """What the normalised input of a layer is multiplied by."""
+        return (visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0
+
+    def gate_source(self, normed: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What the gates of the heads read: of the residual stream or of its norm; None: of the queries."""
+        return {"residual": residual, "proj": normed, "q": None}[self.config.gate_attn_src]
 
     @staticmethod
     def matmul(
@@ -3171,8 +3783,8 @@ class GPT(nn.Module):
             hooks.tap(site, visit.layer, x, y)
         return hooks.adapt(site, visit, x if adapt is None else adapt, y, adapt_scale)
 
-    def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
-        """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
+    def attention(self, x: Tensor, source: Tensor | None, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of attention on x (B, T, D), with gates that read `source`, see gate_source."""
         config = self.config
         banks = shared.banks
         layer = visit.layer
@@ -3186,8 +3798,7 @@ class GPT(nn.Module):
 
         q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
         y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
-        source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
-        y = self.finish_heads(y, v, source, layer, banks).flatten(2)
+        y = self.finish_heads(y, v, raw if source is None else source, layer, banks).flatten(2)
 
         weight = banks["qo"][config.num_layers + layer]
         scale = banks["attn_scale"][layer]
@@ -3235,12 +3846,19 @@ class GPT(nn.Module):
             return attention_output_op(y.contiguous(), v, source, weight, *gate)
         return attention_output_reference(y, v, source, weight, gate)
 
-    def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
-        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
+    def mlp(self, x: Tensor, visit: Visit, shared: Shared, gain: Tensor | None = None) -> Tensor:
+        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside.
+
+        `gain` (D,) multiplies it too, where matrices contain the scales.
+        """
         hooks = shared.hooks
         up = shared.banks["up"][visit.layer]
         down = shared.banks["down"][visit.layer]
         scale = shared.banks["mlp_scale"][visit.layer]
+        if gain is not None:
+            gain = self.mlp_scale[visit.layer] * gain
+            down = (self.down[visit.layer] * gain[:, None]).to(self.dtype)
+            scale = gain.to(self.dtype)
         if shared.folded:
             return hooks.adapt("down", visit, x, self.feed_forward(x, up, down), scale)
         if hooks.tap is None:
