@@ -2195,17 +2195,22 @@ def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
 
 
 @triton_jit
-def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
-    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated."""
+def rotate_rows(
+    x, out, gain, c, s, token, stride, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr
+):
+    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated.
+
+    Tokens of x lie `stride` values apart.
+    """
     for head in range(HEADS):
-        line = (token[:, None] * HEADS + head) * D
+        line = token[:, None] * stride + head * D
         here = load_rows(x, line, dim, live)
         there = load_rows(x, line, partner, live)
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
         if gain is not None:
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (here * c + there * s) * scale[:, None]
-        store_rows(out, line, dim, live, result)
+        store_rows(out, (token[:, None] * HEADS + head) * D, dim, live, result)
 
 
 @triton_jit
@@ -2219,6 +2224,8 @@ def rotated_heads_kernel(
     k_out,
     tokens,
     length,
+    q_stride,
+    k_stride,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -2227,13 +2234,13 @@ def rotated_heads_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """rotated_heads_reference of BLOCK tokens per program."""
+    """rotated_heads_reference of BLOCK tokens per program; strides are those from token to token."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
-    rotate_rows(q, q_out, gain, c, s, token, dim, partner, live, eps, HEADS, D)
-    rotate_rows(k, k_out, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+    rotate_rows(q, q_out, gain, c, s, token, q_stride, dim, partner, live, eps, HEADS, D)
+    rotate_rows(k, k_out, None, c, s, token, k_stride, dim, partner, live, eps, KV_HEADS, D)
 
 
 @triton_jit
@@ -2246,6 +2253,8 @@ def rotate_rows_back(
     c,
     s,
     token,
+    stride,
+    gradient_stride,
     dim,
     partner,
     live,
@@ -2256,7 +2265,7 @@ def rotate_rows_back(
     """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        raw = load_rows(x, line, dim, live)
+        raw = load_rows(x, token[:, None] * stride + head * D, dim, live)
         here = load_rows(upstream, line, dim, live)
         there = load_rows(upstream, line, partner, live)
         turned = here * c - there * s
@@ -2267,7 +2276,7 @@ def rotate_rows_back(
             tl.store(gain_gradient + head, tl.sum(along, 0))
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (turned - normed * (along / D)[:, None]) * scale[:, None]
-        store_rows(gradient, line, dim, live, result)
+        store_rows(gradient, token[:, None] * gradient_stride + head * D, dim, live, result)
 
 
 @triton_jit
@@ -2279,11 +2288,18 @@ def rotated_heads_backward_kernel(
     sin,
     q_upstream,
     k_upstream,
+    v_upstream,
+    v_path_upstream,
     q_gradient,
     k_gradient,
+    v_gradient,
     gain_gradients,
     tokens,
     length,
+    q_stride,
+    k_stride,
+    q_gradient_stride,
+    k_gradient_stride,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -2292,15 +2308,59 @@ def rotated_heads_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum."""
+    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum.
+
+    With v_gradient, which lies like k_gradient, it receives the sum of the gradients that values have.
+    """
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
     parts = gain_gradients + program * HEADS
-    rotate_rows_back(q, q_upstream, q_gradient, gain, parts, c, s, token, dim, partner, live, eps, HEADS, D)
-    rotate_rows_back(k, k_upstream, k_gradient, None, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+    rotate_rows_back(
+        q,
+        q_upstream,
+        q_gradient,
+        gain,
+        parts,
+        c,
+        s,
+        token,
+        q_stride,
+        q_gradient_stride,
+        dim,
+        partner,
+        live,
+        eps,
+        HEADS,
+        D,
+    )
+    rotate_rows_back(
+        k,
+        k_upstream,
+        k_gradient,
+        None,
+        None,
+        c,
+        s,
+        token,
+        k_stride,
+        k_gradient_stride,
+        dim,
+        partner,
+        live,
+        eps,
+        KV_HEADS,
+        D,
+    )
+    if v_gradient is not None:
+        for head in range(KV_HEADS):
+            line = (token[:, None] * KV_HEADS + head) * D
+            total = load_rows(v_upstream, line, dim, live)
+            if v_path_upstream is not None:
+                total += load_rows(v_path_upstream, line, dim, live)
+            store_rows(v_gradient, token[:, None] * k_gradient_stride + head * D, dim, live, total)
 
 
 # Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
@@ -2316,6 +2376,8 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
     sizes = {
         "tokens": tokens,
         "length": q.size(1),
+        "q_stride": q.stride(1),
+        "k_stride": k.stride(1),
         "eps": RMS_EPS,
         "HEADS": q.size(2),
         "KV_HEADS": k.size(2),
@@ -2330,9 +2392,9 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
 def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """rotated_heads_reference in one kernel; all inputs contiguous."""
-    q_out = torch.empty_like(q)
-    k_out = torch.empty_like(k)
+    """rotated_heads_reference in one kernel; the heads of a token lie side by side."""
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     grid, sizes = rotated_heads_sizes(q, k, cos)
     rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
     return q_out, k_out
@@ -2350,12 +2412,31 @@ def rotated_heads_backward_op(
     """The gradients of q, k and the gain (this one summed in fp32)."""
     q_gradient = torch.empty_like(q)
     k_gradient = torch.empty_like(k)
+    upstreams = q_upstream, k_upstream, None, None
+    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, (q_gradient, k_gradient, None))
+    return q_gradient, k_gradient, gain_gradient
+
+
+def rotated_heads_back(
+    q: Tensor,
+    k: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upstreams: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Fill the `gradients` of q, k and, if there, v; the upstreams of v are two, the second may lack.
+
+    Returns the gradient of the gain in fp32.
+    """
     grid, sizes = rotated_heads_sizes(q, k, cos)
     parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
+    strides = {"q_gradient_stride": gradients[0].stride(1), "k_gradient_stride": gradients[1].stride(1)}
     rotated_heads_backward_kernel[grid](
-        q, k, gain, cos, sin, q_upstream, k_upstream, q_gradient, k_gradient, parts, **sizes
+        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **strides
     )
-    return q_gradient, k_gradient, parts.sum(0)
+    return parts.sum(0)
 
 
 @rotated_heads_backward_op.register_fake
@@ -2376,6 +2457,100 @@ def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
 
 
 rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+def empty_path(like: Tensor) -> Tensor:
+    """A tensor of the shape of `like` that takes no memory, for gradients to follow."""
+    return like.new_empty((1,) * like.dim()).expand(like.shape)
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_inputs", mutates_args=())
+def attention_inputs_op(
+    x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, a path to v, q and k before their norm) of x (B, T, D), for one matrix of all three.
+
+    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Queries and keys are those of
+    rotated_heads_reference. In backward the gradients of all three lie side by side and are multiplied
+    at once: two products for six, and none of the three results is added to another. Values that are read in
+    two places have their two gradients added in the same kernel, for which the second goes through the path.
+    """
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    rows = x.flatten(0, 1)
+    turning = (heads + kv_heads) * size
+    raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
+    v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
+    q, k = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
+    return q, k, v, empty_path(v), raw
+
+
+@attention_inputs_op.register_fake
+def _attention_inputs_fake(x, weight, gain, cos, sin, kv_heads):
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    q, k, raw = (
+        x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, heads + kv_heads)
+    )
+    v = torch.empty_like(k)
+    return q, k, v, empty_path(v), raw
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_inputs_backward", mutates_args=())
+def attention_inputs_backward_op(
+    raw: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_upstream: Tensor,
+    k_upstream: Tensor,
+    v_upstream: Tensor,
+    v_path_upstream: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the product of x and weight, (tokens, rows of weight), and of the gain in fp32."""
+    B, T, turning, size = raw.shape
+    heads = gain.size(0)
+    gradient = raw.new_empty(B, T, 2 * turning - heads, size)
+    parts = gradient.split((heads, turning - heads, turning - heads), 2)
+    upstreams = q_upstream, k_upstream, v_upstream, v_path_upstream
+    q, k = raw[:, :, :heads], raw[:, :, heads:]
+    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, parts)
+    return gradient.view(B * T, -1), gain_gradient
+
+
+@attention_inputs_backward_op.register_fake
+def _attention_inputs_backward_fake(raw, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream):
+    width = (2 * raw.size(2) - gain.size(0)) * raw.size(3)
+    gradient = raw.new_empty(raw.size(0) * raw.size(1), width)
+    return gradient, gain.new_empty(gain.size(0), dtype=torch.float32)
+
+
+def _attention_inputs_save(ctx, inputs, output):
+    x, weight, gain, cos, sin, _ = inputs
+    raw = output[4]
+    ctx.mark_non_differentiable(raw)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, gain, cos, sin, raw)
+
+
+def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_upstream, _):
+    x, weight, gain, cos, sin, raw = ctx.saved_tensors
+    gradient, gain_gradient = attention_inputs_backward_op(
+        raw,
+        gain,
+        cos,
+        sin,
+        q_upstream.contiguous(),
+        k_upstream.contiguous(),
+        v_upstream.contiguous(),
+        None if v_path_upstream is None else v_path_upstream.contiguous(),
+    )
+    x_gradient = (gradient @ weight).view(x.shape)
+    weight_gradient = gradient.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, gain_gradient.to(gain.dtype), None, None, None
+
+
+attention_inputs_op.register_autograd(_attention_inputs_gradients, setup_context=_attention_inputs_save)
 
 
 class Gate(NamedTuple):
@@ -2540,9 +2715,18 @@ def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[
 
 @torch.library.custom_op(f"{OPERATORS}::attention_output", mutates_args=())
 def attention_output_op(
-    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, height: float, slope: float
+    y: Tensor,
+    v: Tensor,
+    v_path: Tensor | None,
+    source: Tensor,
+    weight: Tensor,
+    height: float,
+    slope: float,
 ) -> Tensor:
-    """attention_output_reference in one kernel; `source` may be the first channels of wider rows."""
+    """attention_output_reference in one kernel; `source` may be the first channels of wider rows.
+
+    The gradient of v goes to `v_path` if there is one, see attention_inputs_op.
+    """
     out = torch.empty_like(y)
     grid, sizes = attention_output_sizes(y, v, source)
     attention_output_kernel[grid](y, v, source, weight, out, height=height, slope=slope, **sizes)
@@ -2550,7 +2734,7 @@ def attention_output_op(
 
 
 @attention_output_op.register_fake
-def _attention_output_fake(y, v, source, weight, height, slope):
+def _attention_output_fake(y, v, v_path, source, weight, height, slope):
     return torch.empty_like(y)
 
 
@@ -2589,7 +2773,8 @@ def _attention_output_backward_fake(y, v, source, weight, upstream, height, slop
 
 
 def _attention_output_save(ctx, inputs, output):
-    y, v, source, weight, height, slope = inputs
+    y, v, v_path, source, weight, height, slope = inputs
+    ctx.has_path = v_path is not None
     ctx.gate = Gate(height, slope)
     ctx.save_for_backward(y, v, source, weight)
 
@@ -2599,7 +2784,8 @@ def _attention_output_gradients(ctx, upstream):
     y_gradient, v_gradient, source_gradient, weight_gradient = attention_output_backward_op(
         y, v, source, weight, upstream.contiguous(), *ctx.gate
     )
-    return y_gradient, v_gradient, source_gradient, weight_gradient.to(weight.dtype), None, None
+    v_gradients = (None, v_gradient) if ctx.has_path else (v_gradient, None)
+    return y_gradient, *v_gradients, source_gradient, weight_gradient.to(weight.dtype), None, None
 
 
 attention_output_op.register_autograd(_attention_output_gradients, setup_context=_attention_output_save)
@@ -2762,11 +2948,6 @@ def residual_sizes(like: Tensor, read: int) -> dict[str, Any]:
         "WIDTH": triton.next_power_of_2(like.size(2)),
         "num_warps": RESIDUAL_WARPS,
     }
-
-
-def empty_path(like: Tensor) -> Tensor:
-    """A tensor of the shape of `like` that takes no memory, for gradients to follow."""
-    return like.new_empty(1, 1, 1).expand(like.shape)
 
 
 @torch.library.custom_op(f"{OPERATORS}::residual", mutates_args=())
@@ -3605,11 +3786,13 @@ class GPT(nn.Module):
         the same as scaling each output. It moves less: the gradients of the scales follow from those of the
         matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
         """
-        banked = [name for name in self.table if name not in ("embed", "smear_w", "smear_lambda")]
-        weights = {name: getattr(self, name) for name in banked}
+        others = ("embed", "qo", "kv", "smear_w", "smear_lambda")
+        weights = {name: getattr(self, name) for name in self.table if name not in others}
+        weights["q"], weights["o"] = self.qo.chunk(2)
+        weights["k"], weights["v"] = self.kv.chunk(2)
         if folded:
-            q, o = self.qo.chunk(2)
-            weights["qo"] = torch.cat((q, o * self.attn_scale[:, :, None]))
+            weights["qkv"] = torch.cat([weights[name] for name in "qkv"], 1)
+            weights["o"] = weights["o"] * self.attn_scale[:, :, None]
             weights["down"] = self.down * self.mlp_scale[:, :, None]
         return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
 
@@ -3789,18 +3972,24 @@ class GPT(nn.Module):
         banks = shared.banks
         layer = visit.layer
         B, T, _ = x.shape
-        raw = self.matmul("q", banks["qo"][layer], x, visit, shared.hooks)
-        k = self.matmul("k", banks["kv"][layer], x, visit, shared.hooks)
-        v = self.matmul("v", banks["kv"][config.num_layers + layer], x, visit, shared.hooks)
-        q = raw.view(B, T, config.num_heads, -1)
-        k = k.view(B, T, config.num_kv_heads, -1)
-        v = v.view(B, T, config.num_kv_heads, -1)
-
-        q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
+        v_path = None
+        if shared.folded and shared.hooks.lora is None and source is not None:
+            gain = banks["q_gain"][layer]
+            heads = attention_inputs_op(x, banks["qkv"][layer], gain, *shared.rotation, config.num_kv_heads)
+            q, k, v, v_path, _ = heads
+        else:
+            raw = self.matmul("q", banks["q"][layer], x, visit, shared.hooks)
+            k = self.matmul("k", banks["k"][layer], x, visit, shared.hooks)
+            v = self.matmul("v", banks["v"][layer], x, visit, shared.hooks)
+            source = raw if source is None else source
+            q = raw.view(B, T, config.num_heads, -1)
+            k = k.view(B, T, config.num_kv_heads, -1)
+            v = v.view(B, T, config.num_kv_heads, -1)
+            q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
         y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
-        y = self.finish_heads(y, v, raw if source is None else source, layer, banks).flatten(2)
+        y = self.finish_heads(y, v, v_path, source, layer, banks).flatten(2)
 
-        weight = banks["qo"][config.num_layers + layer]
+        weight = banks["o"][layer]
         scale = banks["attn_scale"][layer]
         if shared.folded:
             return self.matmul("o", weight, y, visit, shared.hooks, adapt=x, adapt_scale=scale)
@@ -3827,7 +4016,9 @@ class GPT(nn.Module):
         act = rotated_heads_op if self.fused else rotated_heads_reference
         return act(q, k, gain, *rotation)
 
-    def finish_heads(self, y: Tensor, v: Tensor, source: Tensor, layer: int, banks: Banks) -> Tensor:
+    def finish_heads(
+        self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
+    ) -> Tensor:
         """The heads y (B, T, H, D) of attention after XSA and gate, where the layer has them.
 
         v (B, T, KV, D) are the values; the gate reads the first channels of `source`.
@@ -3843,7 +4034,7 @@ class GPT(nn.Module):
         if not exclusive:
             return gate_heads(y, source, weight, gate)
         if self.fused and source.size(-1) <= MOST_READ:
-            return attention_output_op(y.contiguous(), v, source, weight, *gate)
+            return attention_output_op(y.contiguous(), v, v_path, source, weight, *gate)
         return attention_output_reference(y, v, source, weight, gate)
 
     def mlp(self, x: Tensor, visit: Visit, shared: Shared, gain: Tensor | None = None) -> Tensor:

@@ -77,7 +77,7 @@ def test_xsa_and_gate(poisoned, rows, length, heads, kv_heads, size, read, width
     source = draw(generator, rows, length, width, dtype=dtype)
     weight = draw(generator, heads, read, dtype=dtype)
     compare(
-        lambda y, v, source, weight: [t.attention_output_op(y, v, source[..., :read], weight, *gate)],
+        lambda y, v, source, weight: [t.attention_output_op(y, v, None, source[..., :read], weight, *gate)],
         lambda y, v, source, weight: [t.attention_output_reference(y, v, source[..., :read], weight, gate)],
         [y, v, source, weight],
         [upstream],
@@ -92,7 +92,7 @@ def test_the_operators_can_be_traced():
     source = torch.randn(1, 3, 32, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(t.rotated_heads_op, (q, k, gain, *tables), test_utils=checks)
-    given = (q, k, source[..., :5], torch.randn(2, 5, requires_grad=True), 2.0, 1.0)
+    given = (q, k, None, source[..., :5], torch.randn(2, 5, requires_grad=True), 2.0, 1.0)
     torch.library.opcheck(t.attention_output_op, given, test_utils=checks)
     torch.library.opcheck(t.rotation_tables_op, (torch.randn(3, 1, 4), torch.bfloat16), test_utils=checks)
 
