@@ -1730,10 +1730,8 @@ def softcap(raw, cap):
 
 
 @triton_jit
-def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program: streaming log-sum-exp of the capped logits."""
-    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
-    line = logits + row * columns
+def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
+    """Streaming log-sum-exp of a row's capped logits."""
     largest = -float("inf")
     total = 0.0  # of exp(capped - largest) over the columns so far
     for start in range(0, columns, BLOCK):
@@ -1744,27 +1742,57 @@ def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, 
         larger = tl.maximum(largest, tl.max(capped, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
         largest = larger
-    normalizer = largest + tl.log(total)
+    return largest + tl.log(total)
+
+
+@triton_jit
+def softcapped_slope(raw, hit, normalizer, cap):
+    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
+    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
+    # The last factor is 1 - tanh^2, exact when saturated.
+    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
+
+
+@triton_jit
+def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
     chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
     tl.store(losses + row, normalizer - softcap(chosen, cap))
     tl.store(normalizers + row, normalizer)
 
 
 @triton_jit
+def softcapped_ce_slopes_kernel(logits, targets, losses, slopes, columns, cap, BLOCK: tl.constexpr):
+    """Losses and their slopes, a row per program: the second time its logits come from a cache."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
+    target = tl.load(targets + row)
+    tl.store(losses + row, normalizer - softcap(tl.load(line + target).to(tl.float32), cap))
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = column < columns
+        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
+        slope = softcapped_slope(raw, column == target, normalizer, cap)
+        tl.store(slopes + row * columns + column, slope.to(slopes.dtype.element_ty), mask=live)
+
+
+@triton_jit
 def softcapped_ce_backward_kernel(
     logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
 ):
-    """One (row, block of columns) per program: upstream * (softmax - one-hot) * (1 - tanh^2)."""
+    """One (row, block of columns) per program: the slopes times the upstream."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < columns
     raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    rising = tl.sigmoid(2.0 * raw / cap)
-    falling = tl.sigmoid(-2.0 * raw / cap)
-    probability = tl.exp(cap * (2.0 * rising - 1.0) - tl.load(normalizers + row))
-    hit = (column == tl.load(targets + row)).to(tl.float32)
-    # The last factor is 1 - tanh^2, exact when saturated.
-    slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
+    hit = column == tl.load(targets + row)
+    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
 
@@ -1819,6 +1847,48 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+
+@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
+def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(the losses (N,) of softcapped_ce_op on x (N, D) weight (V, D)^T, their slopes in the logits (N, V)).
+
+    For training: the slopes are found while the logits are in reach, and the logits are not kept. The
+    upstream gradient of each row multiplies what is small, x and its gradient, instead of a third (N, V).
+    """
+    logits = x @ weight.T
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    slopes = torch.empty_like(logits)
+    block = min(triton.next_power_of_2(columns), 8192)
+    softcapped_ce_slopes_kernel[(rows,)](
+        logits, targets, losses, slopes, columns, cap, BLOCK=block, num_warps=8
+    )
+    return losses, slopes
+
+
+@head_loss_op.register_fake
+def _head_loss_fake(x, weight, targets, cap):
+    return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))
+
+
+def _head_loss_save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    slopes = output[1]
+    ctx.mark_non_differentiable(slopes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, slopes)
+
+
+def _head_loss_gradients(ctx, upstream, _):
+    x, weight, slopes = ctx.saved_tensors
+    share = upstream[:, None]
+    x_gradient = ((slopes @ weight) * share).to(x.dtype)
+    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, None, None
+
+
+head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
 
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
 
@@ -3725,6 +3795,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.feed_forward = feed_forward
         self.looped = False
+        self.shows_logits = (
+            False  # whether logits always go through a softcapped_ce function: who looks at them
+        )
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
         self.table = parameter_table(config)
         for name, spec in self.table.items():
@@ -3739,8 +3812,13 @@ class GPT(nn.Module):
         """Cross-entropy in nats of every target, (B, T) fp32."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         head = self.embed.to(self.dtype)
-        logits = self.matmul("head", head, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
+        x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
+        plain = hooks.tap is None and hooks.lora is None and not self.shows_logits
+        if self.fused and plain and torch.is_grad_enabled():
+            losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
+            return losses.view_as(batch.targets)
+        logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
