@@ -3245,9 +3245,9 @@ def spread_backward_kernel(
     WIDTH: tl.constexpr,
 ):
     """The gradients of spread_op for a tile (BLOCK, WIDTH); `gain_gradients` (programs, V, D) are parts."""
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (channel < D)[None, :]
     line = token[:, None] * D
     given = load_rows(embedding, line, channel, live)
@@ -3260,9 +3260,11 @@ def spread_backward_kernel(
     store_rows(gradient, line, channel, live, total)
 
 
-# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and 128 bytes wide.
+# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and so narrow that all that
+# visits gave fits into registers. Neighbours in width run side by side. Not measured on a GPU.
 SPREAD_BLOCK = 128
-SPREAD_WIDTH = 64
+SPREAD_WIDTH = 32
+SPREAD_WARPS = 8
 
 
 @torch.library.custom_op(f"{OPERATORS}::spread", mutates_args=())
@@ -3284,7 +3286,7 @@ def spread_backward_op(embedding: Tensor, again: Tensor, upstreams: list[Tensor]
     gradient = torch.empty_like(embedding)
     programs = -(-tokens // SPREAD_BLOCK)
     parts = torch.empty(programs, *again.shape, dtype=torch.float32, device=embedding.device)
-    spread_backward_kernel[(programs, -(-width // SPREAD_WIDTH))](
+    spread_backward_kernel[(-(-width // SPREAD_WIDTH), programs)](
         embedding,
         again,
         tuple(upstreams),
@@ -3294,7 +3296,7 @@ def spread_backward_op(embedding: Tensor, again: Tensor, upstreams: list[Tensor]
         D=width,
         BLOCK=SPREAD_BLOCK,
         WIDTH=SPREAD_WIDTH,
-        num_warps=8,
+        num_warps=SPREAD_WARPS,
     )
     return gradient, parts.sum(0)
 
@@ -3876,11 +3878,13 @@ class GPT(nn.Module):
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
-        skip = shared.banks["skip_weights"][visit.skip_row] * skip
+        weight = shared.banks["skip_weights"][visit.skip_row]
         if not self.config.skip_gates_enabled:
-            return x + skip
+            return x + weight * skip
         gate = torch.sigmoid(shared.banks["skip_gates"][visit.skip_row])
-        return torch.lerp(skip, x, gate)
+        if shared.folded:  # the derivative of lerp reads the two as well as their difference
+            return gate * x + (1 - gate) * weight * skip
+        return torch.lerp(weight * skip, x, gate)
 
     # The three forms of residual differ in what the MLP reads and where the outputs of attention and MLP go.
     # In all of them attention reads its stream mixed with the embedding, normalised.

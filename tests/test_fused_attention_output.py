@@ -113,6 +113,7 @@ def make(config: t.Config, **options) -> t.GPT:
         {"head_gate": "attn_out", "gate_attn_src": "q", "xsa_last_n": 2},
         {"head_gate": "none"},
         {"gate_width": 0, "parallel_residual": "gptj"},
+        {"parallel_residual": "none", "skip_gates_enabled": False},
     ],
 )
 def test_the_fused_network_is_the_plain_one(config, changes):
@@ -193,8 +194,9 @@ import triton, train_gpt as t
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 SIZES = dict(HEADS=8, KV_HEADS=4, GROUP=2, D=64, HALF=8, READ=12, BLOCK=t.HEAD_BLOCK, WIDTH=64, READ_WIDTH=16)
-NUMBERS = dict(tokens="i32", length="i32", stride="i32", eps="fp32", height="fp32", slope="fp32",
-               gain_gradients="*fp32", weight_gradients="*fp32")
+STRIDES = ("q_stride", "k_stride", "q_gradient_stride", "k_gradient_stride")
+NUMBERS = dict(dict.fromkeys(STRIDES, "i32"), tokens="i32", length="i32", stride="i32", eps="fp32",
+               height="fp32", slope="fp32", gain_gradients="*fp32", weight_gradients="*fp32")
 KERNELS = (t.rotated_heads_kernel, t.rotated_heads_backward_kernel,
            t.attention_output_kernel, t.attention_output_backward_kernel)
 for capability in (90, 100):
