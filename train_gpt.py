@@ -3260,8 +3260,8 @@ def spread_backward_kernel(
     store_rows(gradient, line, channel, live, total)
 
 
-# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and so narrow that all that
-# visits gave fits into registers. Neighbours in width run side by side. Not measured on a GPU.
+# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and so narrow that what
+# all visits gave fits into registers. Neighbours in width run side by side. Not measured on a GPU.
 SPREAD_BLOCK = 128
 SPREAD_WIDTH = 32
 SPREAD_WARPS = 8
