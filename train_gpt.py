@@ -16,9 +16,12 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     DATA         shards, tokenizer, manifest, validation tokens and their bytes
     LOADERS      micro-batches of training, packed by document or shuffled
     KERNELS      fused GPU kernels, each beside its plain reference
-    HEADS        those that act head by head around attention
+    HEADS        those that make queries, keys and values
+    GATES        those that finish the heads of attention
+    RESIDUAL     those that join the residual stream from visit to visit
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
-    MODEL        attention backends, adapters, the one forward
+    ATTENTION    its backends, and the trial that chooses one
+    MODEL        adapters, the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
     ARTIFACT     entropy coder, the container on disk, the packed script
@@ -2190,11 +2193,11 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
 
 # === HEADS ===
-# What attention does head by head around its products, each as one fused GPU kernel per direction beside its
-# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate
-# act on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels
-# read each tensor once and write each result once; a program takes HEAD_BLOCK tokens and goes through their
-# heads. Gradients of small parameters are summed in a fixed order: in each program, then over programs.
+# What attention does head by head before its product, as one fused GPU kernel per direction beside its plain
+# PyTorch reference: queries and keys are normalised, scaled and rotated. In the order of KERNELS. All of this
+# moves data and computes little, so the kernels read each tensor once and write each result once; a program
+# takes HEAD_BLOCK tokens and goes through their heads. Gradients of small parameters are summed in a fixed
+# order: in each program, then over programs.
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotation_tables", mutates_args=())
@@ -2265,13 +2268,12 @@ def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
 
 
 @triton_jit
-def rotate_rows(
-    x, out, gain, c, s, token, stride, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr
-):
+def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
     """Every head of these tokens normalised, times its gain (1 without a pointer), rotated.
 
-    Tokens of x lie `stride` values apart.
+    Tokens of x lie `stride` values apart; `turn` is what load_rotation gives.
     """
+    c, s, partner = turn
     for head in range(HEADS):
         line = token[:, None] * stride + head * D
         here = load_rows(x, line, dim, live)
@@ -2308,9 +2310,9 @@ def rotated_heads_kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
-    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
-    rotate_rows(q, q_out, gain, c, s, token, q_stride, dim, partner, live, eps, HEADS, D)
-    rotate_rows(k, k_out, None, c, s, token, k_stride, dim, partner, live, eps, KV_HEADS, D)
+    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
+    rotate_rows(q, q_out, gain, turn, token, q_stride, dim, live, eps, HEADS, D)
+    rotate_rows(k, k_out, None, turn, token, k_stride, dim, live, eps, KV_HEADS, D)
 
 
 @triton_jit
@@ -2320,19 +2322,21 @@ def rotate_rows_back(
     gradient,
     gain,
     gain_gradient,
-    c,
-    s,
+    turn,
     token,
     stride,
-    gradient_stride,
+    pitch,
     dim,
-    partner,
     live,
     eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
+    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens.
+
+    Tokens of x lie `stride` values apart, those of the gradient `pitch`.
+    """
+    c, s, partner = turn
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
         raw = load_rows(x, token[:, None] * stride + head * D, dim, live)
@@ -2346,7 +2350,18 @@ def rotate_rows_back(
             tl.store(gain_gradient + head, tl.sum(along, 0))
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (turned - normed * (along / D)[:, None]) * scale[:, None]
-        store_rows(gradient, token[:, None] * gradient_stride + head * D, dim, live, result)
+        store_rows(gradient, token[:, None] * pitch + head * D, dim, live, result)
+
+
+@triton_jit
+def add_rows(one, other, total, token, pitch, dim, live, HEADS: tl.constexpr, D: tl.constexpr):
+    """The sum of two or, without the other, the copy of one; tokens of the total lie `pitch` values apart."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        values = load_rows(one, line, dim, live)
+        if other is not None:
+            values += load_rows(other, line, dim, live)
+        store_rows(total, token[:, None] * pitch + head * D, dim, live, values)
 
 
 @triton_jit
@@ -2368,8 +2383,8 @@ def rotated_heads_backward_kernel(
     length,
     q_stride,
     k_stride,
-    q_gradient_stride,
-    k_gradient_stride,
+    q_pitch,
+    k_pitch,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -2380,57 +2395,22 @@ def rotated_heads_backward_kernel(
 ):
     """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum.
 
-    With v_gradient, which lies like k_gradient, it receives the sum of the gradients that values have.
+    With v_gradient, which lies like k_gradient, it receives the sum of the gradients of the values.
     """
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
-    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
     parts = gain_gradients + program * HEADS
     rotate_rows_back(
-        q,
-        q_upstream,
-        q_gradient,
-        gain,
-        parts,
-        c,
-        s,
-        token,
-        q_stride,
-        q_gradient_stride,
-        dim,
-        partner,
-        live,
-        eps,
-        HEADS,
-        D,
+        q, q_upstream, q_gradient, gain, parts, turn, token, q_stride, q_pitch, dim, live, eps, HEADS, D
     )
     rotate_rows_back(
-        k,
-        k_upstream,
-        k_gradient,
-        None,
-        None,
-        c,
-        s,
-        token,
-        k_stride,
-        k_gradient_stride,
-        dim,
-        partner,
-        live,
-        eps,
-        KV_HEADS,
-        D,
+        k, k_upstream, k_gradient, None, None, turn, token, k_stride, k_pitch, dim, live, eps, KV_HEADS, D
     )
     if v_gradient is not None:
-        for head in range(KV_HEADS):
-            line = (token[:, None] * KV_HEADS + head) * D
-            total = load_rows(v_upstream, line, dim, live)
-            if v_path_upstream is not None:
-                total += load_rows(v_path_upstream, line, dim, live)
-            store_rows(v_gradient, token[:, None] * k_gradient_stride + head * D, dim, live, total)
+        add_rows(v_upstream, v_path_upstream, v_gradient, token, k_pitch, dim, live, KV_HEADS, D)
 
 
 # Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
@@ -2502,9 +2482,9 @@ def rotated_heads_back(
     """
     grid, sizes = rotated_heads_sizes(q, k, cos)
     parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
-    strides = {"q_gradient_stride": gradients[0].stride(1), "k_gradient_stride": gradients[1].stride(1)}
+    pitches = {"q_pitch": gradients[0].stride(1), "k_pitch": gradients[1].stride(1)}
     rotated_heads_backward_kernel[grid](
-        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **strides
+        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
     )
     return parts.sum(0)
 
@@ -2621,6 +2601,11 @@ def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_
 
 
 attention_inputs_op.register_autograd(_attention_inputs_gradients, setup_context=_attention_inputs_save)
+
+
+# === GATES ===
+# What XSA and the gate do to the heads after attention, as one kernel each way beside its plain form; made
+# like those of HEADS.
 
 
 class Gate(NamedTuple):
@@ -2931,6 +2916,22 @@ def residual_kernel(
 
 
 @triton_jit
+def load_source(source, token, channel, live, READ: tl.constexpr):
+    """Rows of the first READ channels, 0 behind these; 0 without a source."""
+    rows = 0.0
+    if source is not None:
+        rows = load_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :])
+    return rows
+
+
+@triton_jit
+def store_sum(place, gain, parts, live):
+    """The sum of the parts, if there is such a gain."""
+    if gain is not None:
+        tl.store(place, tl.sum(parts, 0), mask=live)
+
+
+@triton_jit
 def residual_backward_kernel(
     out,
     out_size,
@@ -2952,10 +2953,7 @@ def residual_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of residual_kernel; `gain_gradients` (programs, 3, D) are parts of sums.
-
-    A program takes BLOCK tokens, then those that lie as many further on as all programs take.
-    """
+    """The gradients of residual_kernel; `gain_gradients` (programs, 3, D) are parts of sums."""
     program = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     after_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
@@ -2968,9 +2966,7 @@ def residual_backward_kernel(
         result = load_rows(out, line, channel, live)
         lengths = tl.load(out_size + token, mask=token < tokens, other=1.0)[:, None]
         slope = load_rows(out_upstream, line, channel, live)
-        if source_upstream is not None:
-            reads = live & (channel < READ)[None, :]
-            slope += load_rows(source_upstream, token[:, None] * READ, channel, reads)
+        slope += load_source(source_upstream, token, channel, live, READ)
         along = tl.sum(slope * result, 1) / (D * scale * scale)
         slope = (slope - result * along[:, None]) / lengths
         if path_upstream is not None:
@@ -2981,24 +2977,21 @@ def residual_backward_kernel(
             slope += straight
         if gradient is not None:
             store_rows(gradient, line, channel, live, slope)
+        if keep is not None:
+            keep_sum += slope * load_rows(whole, line, channel, live)
+            slope *= load_gain(keep, channel, D)
+        if whole_upstream is not None:
+            lately = load_rows(whole_upstream, line, channel, live)
+            if late is not None:
+                late_sum += lately * load_rows(whole, line, channel, live)
+                lately *= load_gain(late, channel, D)
+            slope += lately
         if whole_gradient is not None:
-            if keep is not None:
-                keep_sum += slope * load_rows(whole, line, channel, live)
-                slope *= load_gain(keep, channel, D)
-            if whole_upstream is not None:
-                lately = load_rows(whole_upstream, line, channel, live)
-                if late is not None:
-                    late_sum += lately * load_rows(whole, line, channel, live)
-                    lately *= load_gain(late, channel, D)
-                slope += lately
             store_rows(whole_gradient, line, channel, live, slope)
     place = gain_gradients + program * 3 * D + channel
-    if after is not None:
-        tl.store(place, tl.sum(after_sum, 0), mask=channel < D)
-    if keep is not None:
-        tl.store(place + D, tl.sum(keep_sum, 0), mask=channel < D)
-    if late is not None:
-        tl.store(place + 2 * D, tl.sum(late_sum, 0), mask=channel < D)
+    store_sum(place, after, after_sum, channel < D)
+    store_sum(place + D, keep, keep_sum, channel < D)
+    store_sum(place + 2 * D, late, late_sum, channel < D)
 
 
 # Tokens that a program of the residual kernels holds at a time, its warps, and the most programs that sum
@@ -3507,11 +3500,9 @@ def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     return found
 
 
-# === MODEL ===
-# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
-# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
-# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
-# `gptj`, `two_lane`), how attention is finished (`GPT.attention`), or add a backend to `pick_attention`.
+# === ATTENTION ===
+# In: the settings and this machine. Out: a function that computes causal attention. pick_attention tries the
+# backends in order, forward and backward, and logs why not the better ones; a new one is an entry there.
 
 
 # A backend of causal attention: q (B, T, H, D), k and v (B, T, KV, D), and for a packed row (B = 1) the int32
@@ -3667,6 +3658,14 @@ def pick_attention(config: Config, run: Run) -> Attend:
     backends = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")
     order = {backend: functools.partial(usable_attention, backend, config, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
+
+
+# === MODEL ===
+# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
+# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
+# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
+# `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
+# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
 
 
 class LoRA(nn.Module):

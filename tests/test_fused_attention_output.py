@@ -194,7 +194,7 @@ import triton, train_gpt as t
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 SIZES = dict(HEADS=8, KV_HEADS=4, GROUP=2, D=64, HALF=8, READ=12, BLOCK=t.HEAD_BLOCK, WIDTH=64, READ_WIDTH=16)
-STRIDES = ("q_stride", "k_stride", "q_gradient_stride", "k_gradient_stride")
+STRIDES = ("q_stride", "k_stride", "q_pitch", "k_pitch")
 NUMBERS = dict(dict.fromkeys(STRIDES, "i32"), tokens="i32", length="i32", stride="i32", eps="fp32",
                height="fp32", slope="fp32", gain_gradients="*fp32", weight_gradients="*fp32")
 KERNELS = (t.rotated_heads_kernel, t.rotated_heads_backward_kernel,
