@@ -18,13 +18,6 @@ TOLERANCES = [(torch.float32, 2e-6), (torch.float16, 2e-3)]
 FUSED = {"num_heads": 4, "num_kv_heads": 2, "xsa_last_n": 11}
 
 
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch):
-    """Interpreted, a program takes the same time whatever its size."""
-    monkeypatch.setattr(t, "RESIDUAL_BLOCK", 32)
-    monkeypatch.setattr(t, "SPREAD_WIDTH", 128)
-
-
 def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal values, rounded to `dtype`."""
     return torch.randn(*shape, generator=generator).to(dtype)

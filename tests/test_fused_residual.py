@@ -17,9 +17,11 @@ SCALES = (1.0, 0.5, 0.25)
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """So few that each has several blocks of tokens to go through."""
+def few_programs(monkeypatch, large_blocks):
+    """So few that each has several blocks of tokens to go through, and tiles that do not fit the width."""
+    monkeypatch.setattr(t, "RESIDUAL_BLOCK", 4)
     monkeypatch.setattr(t, "RESIDUAL_PROGRAMS", 2)
+    monkeypatch.setattr(t, "SPREAD_WIDTH", 32)
 
 
 def chain(embedding, again, keep, share, branches, read):
