@@ -36,8 +36,10 @@ from data.documents import (
     Batch,
     DataError,
     Position,
+    SourceFile,
     batches,
     expand,
+    stored_size,
     survey,
     text_hash,
     texts_of,
@@ -872,8 +874,8 @@ class Proof:
             f"the {len(listed)} source files of the manifest, {records:,} records, read to their ends"
         )
 
-    def _compare_source(self, path: Path, facts: dict) -> None:
-        size = path.stat().st_size
+    def _compare_source(self, path: SourceFile, facts: dict) -> None:
+        size = stored_size(path)
         if size != facts["size"]:
             raise Refuted(f"{path}: {size:,} bytes, but the dataset was made of {facts['size']:,}")
         try:

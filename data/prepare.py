@@ -3,12 +3,14 @@
 
     python data/prepare.py corpus.jsonl.zst --out data/datasets/mine --tokenizer fineweb_8192_bpe.model
     python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_v3 --transform caseops_v3
+    python data/prepare.py hub:docs --out data/datasets/flagship --transform caseops_v3
 
 Every source file is read to its proven end before anything is written; its size, hash and number of records
-are in the manifest. The first 50,000 documents are the validation set (or those of --val); training documents
-equal to one of them are left out and counted. Each document is BOS and its tokens; documents may straddle
-shards. The output does not depend on --workers or --batch-mb. A run that was killed goes on where it was when
-the same command is given again.
+are in the manifest. hub:docs is the contest's own file, read from the hub without being stored; the hub says
+what it must be, and at its end it is proved that it was. The first 50,000 documents are the validation set
+(or those of --val); training documents equal to one of them are left out and counted. Each document is BOS
+and its tokens; documents may straddle shards. The output does not depend on --workers or --batch-mb. A run
+that was killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -43,9 +45,13 @@ from data.documents import (
     Batch,
     DataError,
     Position,
+    RemoteFile,
+    SourceFile,
+    Survey,
     batches,
     check_start,
     expand,
+    stored_size,
     survey,
     text_bytes_estimate,
     text_hash,
@@ -54,6 +60,7 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer, load_model
 from data.options import Parser, number_option
+from data.running_hash import RunningSha256
 from data.shards import (
     BOS,
     HEADER_BYTES,
@@ -369,9 +376,9 @@ class ShardWriter:
 class Settings:
     """Everything the command line says; see --help."""
 
-    sources: list[Path]
+    sources: list[SourceFile]
     out: Path
-    val: list[Path] = field(default_factory=list)
+    val: list[SourceFile] = field(default_factory=list)
     val_docs: int | None = None
     key: str = "text"
     transform: str = "none"
@@ -399,11 +406,14 @@ def say(text: str) -> None:
 
 @dataclass
 class StageState:
-    """How far a stage has come: what was read, what it gave, the first document whose capitals are lost."""
+    """How far a stage has come: what was read, what it gave, the first document whose capitals are lost;
+    of a file that is read from the hub, the sha256 of all of it before the position.
+    """
 
     position: Position
     counts: dict[str, int]
     seconds: float = 0.0
+    digest: RunningSha256 | None = None
     first_lost: str = ""
     began: float = field(default_factory=time.monotonic)
 
@@ -411,6 +421,11 @@ class StageState:
         """Count a batch whose result is written."""
         for name, value in result.counts.items():
             self.counts[name] = self.counts.get(name, 0) + value
+        if batch.start.file != self.position.file:
+            self.digest = None
+        if isinstance(batch.path, RemoteFile):
+            self.digest = self.digest or RunningSha256()
+            self.digest.update(b"".join(batch.records))
         self.position = batch.after
         self.first_lost = self.first_lost or result.lost
 
@@ -421,6 +436,7 @@ class StageState:
             "counts": self.counts,
             "writers": [writer.state() for writer in writers],
             "seconds": self.seconds + time.monotonic() - self.began,
+            "digest": self.digest and self.digest.state(),
         }
 
 
@@ -440,6 +456,9 @@ class Preparation:
         """Make the dataset, or recognise a finished one; the manifest."""
         settings = self.settings
         self._check_tokenizer()
+        for path in settings.val:
+            if isinstance(path, RemoteFile):
+                raise DataError(f"--val {path}: is read in part, so nothing proves it; give it as a source")
         for path in [*settings.sources, *settings.val]:
             check_start(path, settings.key)
         recipe = self._recipe()
@@ -519,10 +538,14 @@ class Preparation:
         seen = self.journal.get("seen", {})
         files = [("documents", path) for path in self.settings.sources]
         files += [("validation", path) for path in self.settings.val]
-        total = sum(path.stat().st_size for _, path in files)
+        total = sum(stored_size(path) for _, path in files)
         progress, done, facts = Progress("read sources", total), 0, []
         self.seen = {}
         for role, path in files:
+            if isinstance(path, RemoteFile):
+                promised = Survey(path.size, path.sha256, path.records, path.size)
+                facts.append({"name": path.name, "role": role, **asdict(promised)})
+                continue
             status = path.stat()
             key = [status.st_size, status.st_mtime_ns]
             if seen.get(str(path), [])[:2] == key:
@@ -640,6 +663,11 @@ class Preparation:
         present = sum(path.stat().st_size for path in self.out.iterdir())
         needed = int(text * OUTPUT_PER_TEXT) + MARGIN_BYTES - present
         free = shutil.disk_usage(self.out).free
+        remote = [source for source in self.settings.sources if isinstance(source, RemoteFile)]
+        say(
+            f"{self.out}: about {max(0, needed) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            + "".join(f"; {source} ({source.size / 1e9:.2f} GB) is not stored" for source in remote)
+        )
         if free < needed:
             raise DataError(
                 f"{self.out}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
@@ -668,6 +696,8 @@ class Preparation:
             seen.add(batch, Result(np.zeros(0, np.uint16), None, counts, place))
             self.validation_end = batch.consumed
         self._judge_case("validation", seen)
+        # What was read here is read again for its tokens, and must be the same then.
+        self.scanned = seen.digest and seen.digest.state()
         count, after = seen.counts["documents"], seen.position
         if count == 0 or (limit is not None and count < limit):
             raise DataError(
@@ -791,12 +821,18 @@ class Preparation:
     ) -> None:
         """Run `job` over the documents from the journal's position on; all state goes into its entry."""
         entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
-        state = StageState(Position(**entry["position"]), dict(entry["counts"]), entry["seconds"])
+        digest = entry.get("digest", None if job.validation else self.scanned)
+        state = StageState(
+            Position(**entry["position"]),
+            dict(entry["counts"]),
+            entry["seconds"],
+            digest and RunningSha256(digest),
+        )
         if limit is not None:
             limit -= state.counts.get("documents", 0)
         source = () if limit == 0 else self._batches(job.validation, state.position, limit)
         results = run_in_order(job, source, self.settings.workers)
-        sizes = sum(path.stat().st_size for path in self.settings.sources)
+        sizes = sum(map(stored_size, self.settings.sources))
         total = self.validation_end if job.validation else sizes
         try:
             self._consume(stage, results, writers, state, total)
@@ -808,8 +844,14 @@ class Preparation:
             for writer in writers:
                 writer.abandon()
         self._save(**{stage: state.entry(writers)})
-        if not job.validation:
-            self._check_passed(stage, state.position, Position(len(self.settings.sources)))
+        if job.validation:
+            if self.scanned != (state.digest and state.digest.state()):
+                raise DataError(
+                    f"{self.settings.sources[0]}: its validation documents came differently a second time; "
+                    "start again with --overwrite"
+                )
+        else:
+            self._check_passed(stage, state, Position(len(self.settings.sources)))
             self._judge_case("training", state)
 
     def _consume(
@@ -822,7 +864,7 @@ class Preparation:
     ) -> None:
         progress = None
         for batch, result in results:
-            self._check_passed(stage, state.position, batch.start)
+            self._check_passed(stage, state, batch.start)
             if progress is None:
                 progress = Progress(stage, total, batch.consumed)
             for writer, values in zip(writers, (result.tokens, result.sidecar), strict=False):
@@ -836,8 +878,11 @@ class Preparation:
         if progress is not None:
             progress.close()
 
-    def _check_passed(self, stage: str, before: Position, after: Position) -> None:
-        """DataError unless every source file that ends between two positions gave all its records."""
+    def _check_passed(self, stage: str, state: StageState, after: Position) -> None:
+        """DataError unless every source file that ends between two positions gave all its records, and one
+        from the hub the bytes that the hub promised.
+        """
+        before = state.position
         role = "validation" if stage == "val" and self.settings.val else "documents"
         sources = [facts for facts in self.journal["recipe"]["sources"] if facts["role"] == role]
         for index in range(before.file, after.file):
@@ -847,6 +892,12 @@ class Preparation:
                     f"{sources[index]['name']}: {read:,} records were read, but it held "
                     f"{sources[index]['records']:,} at the start; let nothing change it, and start again "
                     "with --overwrite"
+                )
+            found = state.digest.hexdigest() if index == before.file and state.digest else None
+            if found not in (None, sources[index]["sha256"]):
+                raise DataError(
+                    f"{sources[index]['name']}: has sha256 {found}, but the hub promised "
+                    f"{sources[index]['sha256']}; start again with --overwrite"
                 )
 
     def _writers(self, stage: str, patterns: list[str]) -> list[ShardWriter]:
@@ -1021,7 +1072,8 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     add(
         "sources",
         nargs="+",
-        help="documents: .jsonl, .gz, .bz2, .xz, .zst, .parquet files or quoted globs, in this order",
+        help="documents: .jsonl, .gz, .bz2, .xz, .zst, .parquet files or quoted globs, in this order; "
+        "hub:docs for the contest's own, hub:docs@OWNER/NAME for those of another repository",
     )
     add(
         "--out",

@@ -12,8 +12,12 @@ import json
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "c0ffee" + "0" * 34
 PAGE = 5  # entries per page of a listing: small, so that the client has to follow pages
@@ -194,8 +198,10 @@ class Handler(BaseHTTPRequestHandler):
         status, start = 200, 0
         headers = {}
         if (wanted := self.headers.get("Range", "")).startswith("bytes="):
-            status, start = 206, int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            whole, status, start = len(content), 206, int(first)
+            content = content[: int(last) + 1] if last else content
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{whole}"
         cut = self.hub.take_cut(path)
         if cut is None:
             return self._answer(status, content[start:], **headers)
@@ -204,6 +210,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content[start : start + cut])
         self.close_connection = True
+
+
+def hub_client(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
+    """Let the hub client of this process talk to `hub` alone, its cache and token being in `home`."""
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 def git_digest(content: bytes) -> str:
