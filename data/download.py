@@ -2,7 +2,8 @@
 """Downloads the public tokenised datasets from the hub into data/datasets/ and data/tokenizers/.
 
     python data/download.py sp8192|casefold_v2|caseops_v1|sp1024|sp4096|byte260 [--train-shards N]
-    python data/download.py docs    # the contest's raw documents: 48 GB of JSON lines
+    python data/download.py docs          # the contest's raw documents: 48 GB of JSON lines
+    python data/download.py OWNER/NAME    # what data/publish.py has put there, with its proof
 
 Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and
 the result is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder
@@ -22,6 +23,7 @@ import environment
 
 environment.enter()
 import argparse
+import functools
 import json
 import os
 import re
@@ -37,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from data.card import MANIFEST, PROOF, changed_or_foreign
 from data.demo import FORMAT, manifest_checksum
 from data.documents import DataError
 from data.hub import (
@@ -57,7 +60,7 @@ from data.hub import (
     place,
 )
 from data.options import Parser
-from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file, write_text
 from data.stream import REPOSITORY as OFFICIAL
 from data.stream import store_documents
 
@@ -520,20 +523,162 @@ def download(
     return target
 
 
+# === WHAT OTHERS HAVE PUBLISHED ===
+
+
+def published_there(target: Path, train_shards: int | None, full_check: bool) -> tuple[dict | None, str]:
+    """The manifest of a published dataset that is complete in `target`, else None and the reason."""
+    if (target / UNFINISHED).exists():
+        return None, "its download was stopped"
+    try:
+        manifest = read_json_object(target / MANIFEST)
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError):
+        return None, "manifest.json is not readable"
+    if problem := changed_or_foreign(manifest):
+        return None, f"manifest.json: {problem}"
+    here = sum(name.startswith("fineweb_train_") for name in manifest["files"])
+    there = manifest.get("source", {}).get("train_shards_there", here)
+    if here < (there if train_shards is None else train_shards):
+        return None, f"it has {here} training shards"
+    for name, facts in manifest["files"].items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != facts["size"]:
+            return None, f"{name} is missing or has another size"
+        if full_check and sha256_file(path) != facts["sha256"]:
+            return None, f"{name} has another sha256"
+    return manifest, ""
+
+
+def plan_published(
+    repository: str,
+    commit: str,
+    entries: Sequence[Entry],
+    manifest: dict,
+    train_shards: int | None,
+    out: Path,
+) -> Plan:
+    """What of a published dataset to fetch; DownloadError if the repository lacks or contradicts anything."""
+    there = {entry.path: entry for entry in entries}
+    target = out / "datasets" / PurePosixPath(repository).name
+    train = sorted(name for name in manifest["files"] if name.startswith("fineweb_train_"))
+    if train_shards is not None and train_shards > len(train):
+        raise DownloadError(
+            f"--train-shards {train_shards}: {repository} has {len(train)}; ask for at most that many"
+        )
+    here = len(list(target.glob("fineweb_train_*.bin")))
+    left_out = set() if train_shards is None else set(train[max(train_shards, here) :])
+    wanted = []
+    for name, facts in manifest["files"].items():
+        entry = there.get(name)
+        agrees = entry is not None and entry.size == facts["size"]
+        if not agrees or (len(entry.digest) == 64 and entry.digest != facts["sha256"]):
+            raise DownloadError(f"{repository} lacks {name} as its manifest says; ask who published it")
+        if name not in left_out:
+            # Whatever the hub hashes a small file with: the manifest says what it must be.
+            wanted.append(Wanted(entry._replace(digest=facts["sha256"]), target / name))
+    if not left_out and PROOF in there:
+        wanted.append(Wanted(there[PROOF], target / PROOF))
+    return Plan(commit, "", wanted, len(train))
+
+
+def download_published(
+    repository: str,
+    out: Path,
+    train_shards: int | None = None,
+    workers: int = 8,
+    revision: str = "main",
+    full_check: bool = False,
+) -> Path:
+    """Make a dataset that data/publish.py has put on the hub complete under `out`; no request if it is."""
+    target = out / "datasets" / PurePosixPath(repository).name
+    manifest, reason = published_there(target, train_shards, full_check)
+    if manifest is None:
+        progress = Progress(repository, 0)
+        if reason:
+            progress.say(f"{target} is not complete: {reason}")
+        listing = (
+            list_cached if constants.is_offline_mode() else functools.partial(list_remote, progress=progress)
+        )
+        commit, entries = listing(repository, revision)
+        fetched = _published_manifest(repository, commit, entries, progress)
+        manifest = read_json_object(fetched)
+        plan = plan_published(repository, commit, entries, manifest, train_shards, out)
+        check_disk(repository, plan, out)
+        progress.total = sum(item.entry.size for item in plan.wanted)
+        progress.say(f"{len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, at {commit[:8]}")
+        target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).touch()
+        fetch_all(repository, plan, workers, progress)
+        kept = {item.target.name for item in plan.wanted}
+        if set(manifest["files"]) <= kept:
+            place(fetched, target / MANIFEST)
+        else:
+            manifest = _reduced(manifest, kept, repository, plan)
+            write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            (target / PROOF).unlink(missing_ok=True)
+        (target / UNFINISHED).unlink()
+        progress.say(f"{progress.fetched / 1e9:.2f} GB fetched, all sizes and checksums right")
+    print(
+        f"{repository}: {target} complete, {manifest['train_tokens']:,} training and "
+        f"{manifest['val_tokens']:,} validation tokens",
+        flush=True,
+    )
+    return target
+
+
+def _published_manifest(repository: str, commit: str, entries: Sequence[Entry], progress: Progress) -> Path:
+    """Where the manifest of a published dataset is in the cache; DownloadError if it is none."""
+    if MANIFEST not in {entry.path for entry in entries}:
+        raise DownloadError(
+            f"{repository} has no {MANIFEST} at its top: data/publish.py has not finished a dataset there; "
+            "name another one"
+        )
+    fetch_it = functools.partial(hf_hub_download, repository, MANIFEST, repo_type="dataset", revision=commit)
+    path = Path(patiently(fetch_it, progress)).resolve()
+    try:
+        problem = changed_or_foreign(read_json_object(path))
+    except ValueError as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise DownloadError(f"{MANIFEST} of {repository} {problem}; ask who published it")
+    return path
+
+
+def _reduced(manifest: dict, kept: set[str], repository: str, plan: Plan) -> dict:
+    """The manifest of a part of the training shards: what is known of the whole alone is left out."""
+    files = {name: facts for name, facts in manifest["files"].items() if name in kept}
+    train = [facts["tokens"] for name, facts in files.items() if name.startswith("fineweb_train_")]
+    whole = ("docs_train", "train_bytes", "left_out", "recipe", "checksum")
+    part = {name: value for name, value in manifest.items() if name not in whole}
+    part |= {"files": files, "train_tokens": sum(train)}
+    part["source"] = {
+        "repository": repository,
+        "commit": plan.commit,
+        "train_shards_there": plan.train_shards_there,
+    }
+    part["checksum"] = manifest_checksum(part)
+    return part
+
+
 def fetch_named(arguments: argparse.Namespace, repository: str) -> None:
     """Download what the command line names."""
     out = arguments.out.resolve()
     if arguments.name == DOCS:
         store_documents(repository, arguments.revision, out, arguments.verify)
         return
-    dataset = DATASETS[arguments.name]._replace(repository=repository)
-    download(dataset, out, arguments.train_shards, arguments.workers, arguments.revision, arguments.verify)
+    how = arguments.train_shards, arguments.workers, arguments.revision, arguments.verify
+    if arguments.name in DATASETS:
+        download(DATASETS[arguments.name]._replace(repository=repository), out, *how)
+    else:
+        download_published(repository, out, *how)
 
 
 def main() -> int:
     """Command line: 0 if the dataset is complete, 2 after a one-line error, 130 if interrupted."""
     parser = Parser(description="Download a public tokenised dataset, or the raw documents, from the hub.")
-    parser.add_argument("name", help=", ".join([*DATASETS, DOCS]))
+    parser.add_argument("name", help=", ".join([*DATASETS, DOCS, "OWNER/NAME"]))
     parser.add_argument(
         "--train-shards",
         type=int,
@@ -553,8 +698,8 @@ def main() -> int:
         "--verify", action="store_true", help="check every sha256 even if all sizes are right"
     )
     arguments = parser.parse_args()
-    if arguments.name not in (*DATASETS, DOCS):
-        names = ", ".join([*DATASETS, DOCS])
+    if arguments.name not in (*DATASETS, DOCS) and arguments.name.count("/") != 1:
+        names = ", ".join([*DATASETS, DOCS, "OWNER/NAME"])
         print(f"error: no dataset {arguments.name!r}; choose one of {names}", file=sys.stderr)
         return 2
     if (arguments.train_shards or 0) < 0 or arguments.workers < 1:
@@ -563,8 +708,11 @@ def main() -> int:
     if arguments.name == DOCS and arguments.train_shards is not None:
         print("error: --train-shards: docs are no shards; leave it out", file=sys.stderr)
         return 2
-    default = OFFICIAL if arguments.name == DOCS else DATASETS[arguments.name].repository
-    repository = arguments.repository or default
+    if "/" in arguments.name and arguments.repository:
+        print(f"error: --repository: {arguments.name} is one already; leave it out", file=sys.stderr)
+        return 2
+    known = {DOCS: OFFICIAL} | {dataset.name: dataset.repository for dataset in DATASETS.values()}
+    repository = arguments.repository or known.get(arguments.name, arguments.name)
     try:
         fetch_named(arguments, repository)
     except (DownloadError, DataError) as error:

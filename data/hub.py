@@ -22,7 +22,7 @@ except ValueError as error:
     names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
     print(f"error: the hub client refuses one of {names} ({error}); unset or correct it", file=sys.stderr)
     sys.exit(2)
-from huggingface_hub import HfApi, RepoFile, hf_hub_download, hf_hub_url, scan_cache_dir
+from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, hf_hub_download, hf_hub_url, scan_cache_dir
 from huggingface_hub.errors import (
     CacheNotFound,
     EntryNotFoundError,
@@ -47,7 +47,7 @@ LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minute
 Result = TypeVar("Result")
 
 
-__all__ = ["build_hf_headers", "constants", "hf_hub_download", "hf_hub_url", "http_get"]
+__all__ = ["CommitOperationAdd", "build_hf_headers", "constants", "hf_hub_download", "hf_hub_url", "http_get"]
 # What the hub client, the network and the disk raise; `explain` has a line for each.
 FAILURES = (OSError, EntryNotFoundError, httpx2.HTTPError, httpx2.InvalidURL, HFValidationError)
 
@@ -181,7 +181,7 @@ def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
     return snapshots[-1].commit_hash, [entry for entry in files if DIGEST.fullmatch(entry.digest)]
 
 
-def _digest(path: Path, like: str) -> str:
+def digest_like(path: Path, like: str) -> str:
     """sha256 of a file, or its git blob id where the hub publishes that."""
     if len(like) == 64:
         return sha256_file(path)
@@ -190,7 +190,9 @@ def _digest(path: Path, like: str) -> str:
 
 def intact(path: Path, entry: Entry) -> bool:
     return (
-        path.is_file() and path.stat().st_size == entry.size and _digest(path, entry.digest) == entry.digest
+        path.is_file()
+        and path.stat().st_size == entry.size
+        and digest_like(path, entry.digest) == entry.digest
     )
 
 

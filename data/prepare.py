@@ -25,7 +25,6 @@ environment.enter()
 import argparse
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -40,6 +39,7 @@ from typing import IO
 
 import numpy as np
 
+from data.card import CARD, FORMAT, MANIFEST, PROOF, write_card
 from data.documents import (
     OPENING_TOKENS,
     Batch,
@@ -68,10 +68,12 @@ from data.shards import (
     MAGIC,
     VERSION,
     ShardError,
+    checksum,
     read_json_object,
     read_shard,
     sha256_file,
     train_tokenizer,
+    write_text,
 )
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -85,10 +87,9 @@ from data.sidecar import (
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
-FORMAT = "parameter-golf-dataset/1"
 STANDARD_VALIDATION = 50_000
 STANDARD_SHARD = 100_000_000
-MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "prepare.journal.json", "tokenizer.model"
+JOURNAL, TOKENIZER = "prepare.journal.json", "tokenizer.model"
 TRAIN, VAL, SIDECAR = "fineweb_train_%06d.bin", "fineweb_val_%06d.bin", "fineweb_val_bytes_%06d.bin"
 PARTIAL = ".partial"
 # Bytes of shards written for one byte of text: 0.32 tokens of 2 bytes with CaseOps v1, and a margin.
@@ -101,21 +102,9 @@ ENOUGH_TO_JUDGE = 1000
 MOST_SHARD_TOKENS = 2**31 - 1
 
 
-def checksum(manifest: dict) -> str:
-    """The sha256 that a manifest carries of itself (of everything but this entry)."""
-    body = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write JSON so that the file is either the old or the new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # === PROGRESS ===
@@ -627,7 +616,7 @@ class Preparation:
     def _load_journal(self, recipe: dict) -> None:
         # The journal first: without it, what a killed replacement
         # leaves behind is taken for nothing it is not.
-        ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
+        ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab", CARD + "*", PROOF + "*"]
         ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
         foreign = [
             path.name for path in sorted(self.out.iterdir()) if not any(path.match(name) for name in ours)
@@ -956,6 +945,7 @@ class Preparation:
     def _finish(self, recipe: dict) -> dict:
         manifest = self._manifest(recipe)
         manifest["checksum"] = checksum(manifest)
+        write_card(self.out, manifest)
         write_json(self.out / MANIFEST, manifest)
         (self.out / JOURNAL).unlink()
         self._report(manifest)
