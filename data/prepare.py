@@ -406,9 +406,9 @@ class StageState:
     first_lost: str = ""
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, batch: Batch, result: Result) -> None:
-        """Count a batch whose result is written."""
-        for name, value in result.counts.items():
+    def add(self, batch: Batch, result: Result | None = None) -> None:
+        """Count a batch that was read and, if it has a result, whose result is written."""
+        for name, value in result.counts.items() if result else ():
             self.counts[name] = self.counts.get(name, 0) + value
         if batch.start.file != self.position.file:
             self.digest = None
@@ -416,7 +416,7 @@ class StageState:
             self.digest = self.digest or RunningSha256()
             self.digest.update(b"".join(batch.records))
         self.position = batch.after
-        self.first_lost = self.first_lost or result.lost
+        self.first_lost = self.first_lost or (result.lost if result else "")
 
     def entry(self, writers: list[ShardWriter]) -> dict:
         """The journal's entry for this state, once all of it is on disk."""
@@ -438,6 +438,8 @@ class Preparation:
         self.batch_bytes = max(1, int(settings.batch_mb * 1e6))
         self.journal: dict = {}
         self.saved = 0.0
+        # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
+        self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
         self.has_sidecar = settings.transform != "none" or settings.sidecar
 
@@ -718,7 +720,10 @@ class Preparation:
         """Transformed training documents up to the limits for training a tokenizer; `read` counts them."""
         encode = TRANSFORMS[self.settings.transform][0]
         most_documents, most_bytes = self.settings.tokenizer_docs, self.settings.tokenizer_mb * 1e6
+        state = StageState(start, {}, digest=self.scanned and RunningSha256(self.scanned))
         for batch in self._batches(False, start):
+            state.add(batch)
+            self.sampled = state.digest and asdict(state.position) | {"digest": state.digest.state()}
             for text in texts_of(batch, self.settings.key):
                 if text_hash(text) in known.texts:
                     continue
@@ -753,7 +758,7 @@ class Preparation:
                 "vocab_size": processor.vocab_size(),
                 "type": {1: "unigram", 2: "bpe"}.get(model.trainer_spec.model_type, "other"),
             }
-            self._save(tokenizer=facts, stage="val")
+            self._save(tokenizer=facts, stage="val", sampled=self.sampled)
         self.tokenizer = tokenizer_of(str(path), facts["sha256"])
         if self.tokenizer.refused:
             say(
@@ -856,6 +861,8 @@ class Preparation:
             self._check_passed(stage, state, batch.start)
             if progress is None:
                 progress = Progress(stage, total, batch.consumed)
+            if stage == "train":
+                self._check_sample(state, batch)
             for writer, values in zip(writers, (result.tokens, result.sidecar), strict=False):
                 writer.append(values)
             state.add(batch, result)
@@ -866,6 +873,22 @@ class Preparation:
                 self._save(**{stage: state.entry(writers)})
         if progress is not None:
             progress.close()
+
+    def _check_sample(self, state: StageState, batch: Batch) -> None:
+        """DataError if the tokenizer was trained on other bytes than those that come now."""
+        sampled = self.journal.get("sampled")
+        if not sampled or batch.start.file != sampled["file"]:
+            return
+        if not batch.start.offset < sampled["offset"] <= batch.after.offset:
+            return
+        same_file = state.digest is not None and batch.start.file == state.position.file
+        digest = RunningSha256(state.digest.state() if same_file else None)
+        digest.update(b"".join(batch.records)[: sampled["offset"] - batch.start.offset])
+        if digest.state() != sampled["digest"]:
+            raise DataError(
+                f"{batch.path}: the tokenizer was trained on other bytes than came now; "
+                "start again with --overwrite"
+            )
 
     def _check_passed(self, stage: str, state: StageState, after: Position) -> None:
         """DataError unless every source file that ends between two positions gave all its records, and one

@@ -244,6 +244,26 @@ def test_validation_documents_that_come_differently_again_are_refused(
     assert "came differently" in refused(capsys, "hub:docs", *options)
 
 
+def test_a_tokenizer_of_other_bytes_is_refused(hub, tmp_path, capsys, monkeypatch):
+    documents = hub.repositories[stream.REPOSITORY][NAME]
+    real = prepare.Preparation._train_tokenizer
+
+    def changed(self, *arguments) -> dict[str, int]:
+        hub.served_as[NAME] = documents.replace(b"Document 60 ", b"Document 61 ")
+        read = real(self, *arguments)
+        hub.served_as.clear()
+        return read
+
+    options = ["--val-docs", 50, "--vocab-size", 300, "--tokenizer-docs", 500, "--batch-mb", 0.01]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Preparation, "_train_tokenizer", changed)
+        assert "trained on other bytes" in refused(capsys, "hub:docs", "--out", tmp_path / "other", *options)
+    assert run_prepare("hub:docs", "--out", tmp_path / "streamed", *options) == 0
+    (tmp_path / stream.DOCUMENTS).write_bytes(documents)
+    assert run_prepare(tmp_path / stream.DOCUMENTS, "--out", tmp_path / "stored", *options) == 0
+    assert content(tmp_path / "streamed") == content(tmp_path / "stored")
+
+
 def test_what_the_hub_refuses_is_one_line(hub, tokenizer, tmp_path, capsys, monkeypatch):
     options = ["--out", tmp_path / "out", "--val-docs", 50, "--tokenizer", tokenizer]
     assert "hub:docs@OWNER/NAME" in refused(capsys, "hub:other", *options)
