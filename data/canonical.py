@@ -213,8 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"canonical: {error}", file=sys.stderr)
         return 2
     print(
-        f"{options.dataset}: {refused / table.size:.1%} of {table.size:,} pairs cannot occur, and none of them "
-        f"is among the {tokens:,} tokens of the shards (built in {built:.1f} s)"
+        f"{options.dataset}: {refused / table.size:.1%} of {table.size:,} pairs cannot occur, and none of "
+        f"them is among the {tokens:,} tokens of the shards (built in {built:.1f} s)"
     )
     return 0
 
