@@ -1195,7 +1195,7 @@ def probe_ledger(report: Report, run: Run) -> None:
     sealed = ""
     for record in events:
         event = record.get("event")
-        moment = record["time"]
+        moment = record.get("clock", record["time"])  # the wall clock of a log that has no other may be set
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
             phase = event
         if event == "start":

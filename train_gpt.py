@@ -36,6 +36,7 @@ import ctypes
 import dataclasses
 import decimal
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -147,6 +148,9 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    cuda_graphs: bool = knob(
+        False, "replay a micro-batch's forward and backward as one CUDA graph (not measured)"
+    )
     compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
@@ -827,8 +831,8 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     triton = None
     tl = None
 
-    def triton_jit(function: Callable) -> Callable:
-        return function
+    def triton_jit(function: Callable | None = None, **options: Any) -> Callable:
+        return triton_jit if function is None else function
 
 
 # === RUN ===
@@ -886,7 +890,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(self.lock)
             self.sink = open_lines(folder / "train.log")
             self.metrics = open_lines(folder / "metrics.jsonl")
         except BlockingIOError:
@@ -897,6 +901,8 @@ class Run:
             raise Stop(
                 f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder"
             ) from None
+        if not locked:
+            self.log(f"warning: {folder}: its file system has no locks; see that no other process writes it")
         return folder
 
     def log(self, line: str, console: bool = True) -> None:
@@ -912,8 +918,11 @@ class Run:
             write_line(self.metrics, json.dumps({"kind": kind, "time": time.time(), **values}))
 
     def ledger(self, event: str, **values: Any) -> None:
-        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
-        self.metric("ledger", event=event, **values)
+        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed.
+
+        `clock` cannot be set, as `time` can (by NTP, or when a virtual machine goes on): durations are its.
+        """
+        self.metric("ledger", event=event, clock=time.monotonic(), **values)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
@@ -1037,8 +1046,30 @@ MALLOC_OPTIONS = (
 )
 
 
+CGROUP_QUOTAS = (  # of a container: microseconds of processor time in a period, and that period
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a container or a job often has fewer than the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in CGROUP_QUOTAS:
+        try:
+            words = " ".join(Path(name).read_text() for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or no limit: "max 100000"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cores, -(-quota // period)))
+    return cores
+
+
 def tune_process(is_cuda: bool) -> None:
-    """Let this process die with torchrun, and keep memory that it will need again."""
+    """Let this process die with torchrun, use the cores it has, and keep memory that it will need again."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left
     if not is_cuda and platform.libc_ver()[0] == "glibc":
@@ -1107,11 +1138,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# What flock says on file systems without locks: Lustre mounted without them, some NFS.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def lock_file(file: typing.TextIO) -> bool:
+    """Lock an open file; False where files cannot be locked. BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
 def is_locked(folder: Path) -> bool:
-    """Whether a living process writes to the run `folder`."""
+    """Whether a living process writes to the run `folder`; False where that cannot be known."""
     try:
         with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -1264,8 +1310,16 @@ class Dataset:
         return Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
 
     def find_shards(self, kind: str, required: bool = True) -> list[Path]:
-        """The files of one kind in order; Stop if they are required and there are none."""
+        """The files of one kind in order; Stop if they are required and there are none.
+
+        Also for a name that is almost one: fineweb_val_000000 (1).bin, a copy, would be read as more data.
+        """
         found = sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        for path in found:
+            if not re.fullmatch(rf"fineweb_{kind}_[0-9]{{6}}", path.stem):
+                raise Stop(
+                    f"{path}: a shard is called fineweb_{kind}_ and six digits; rename it or move it away"
+                )
         if required and not found:
             raise Stop(
                 f"DATASETS_DIR={self.folder}: no fineweb_{kind}_*.bin there; set it, "
@@ -1828,7 +1882,9 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
-@triton_jit
+# Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
+# meets all kinds of lengths, and would build a kernel again for each on its clock.
+@triton_jit(do_not_specialize=["rows"])
 def gemm_kernel(
     a,
     b,
@@ -2208,7 +2264,7 @@ def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.co
         store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_kernel(
     q,
     k,
@@ -2270,7 +2326,7 @@ def rotate_rows_back(
         store_rows(gradient, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_backward_kernel(
     q,
     k,
@@ -2419,7 +2475,7 @@ def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
     return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_kernel(
     y,
     v,
@@ -2457,7 +2513,7 @@ def attention_output_kernel(
             store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_backward_kernel(
     y,
     v,
@@ -2822,7 +2878,7 @@ def attend_varlen() -> Attend:
 
 
 # The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
-FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface", "fa2": "flash_attn"}
 FLASH_HUB = ("kernels-community/flash-attn3", 1)
 
 
@@ -2834,6 +2890,9 @@ def attend_flash(backend: str) -> Attend:
     """
     if backend == "varlen":
         return attend_varlen()
+    if backend == "fa4":
+        fa4_half("fwd")
+        return attend_fa4
     if backend == "fa3_hub":
         name, version = FLASH_HUB
         library = importlib.import_module("kernels").get_kernel(name, version=version)
@@ -2856,12 +2915,92 @@ def attend_flash(backend: str) -> Attend:
     return attend
 
 
+# FlashAttention-4 builds its kernels in Python while it runs, which no graph can hold: its two halves become
+# operators, of which a graph knows the shapes alone. The package does not offer them to others, so a release
+# may have them otherwise, which the trial shows. Read in 4.0.0b36; not run.
+
+
+def fa4_half(name: Literal["fwd", "bwd"]) -> Callable:
+    """FlashAttention-4's forward or backward."""
+    return getattr(importlib.import_module(FLASH_MODULES["fa4"]), f"_flash_attn_{name}")
+
+
+def fa4_options(starts: Tensor | None, longest: int) -> dict[str, Any]:
+    """What both halves must know besides tensors."""
+    if starts is None:
+        return {"causal": True}
+    edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return {"causal": True, **edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of FlashAttention-4 on q (B, T, H, D), or with `starts` packed (T, H, D)."""
+    output, normalizers, *_ = fa4_half("fwd")(q, k, v, return_lse=True, **fa4_options(starts, longest))
+    return output, normalizers
+
+
+@fa4_op.register_fake
+def _fa4_fake(q, k, v, starts, longest):
+    rows = (q.size(0), q.size(2), q.size(1)) if starts is None else (q.size(1), q.size(0))
+    return torch.empty_like(q), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
+def fa4_backward_op(
+    tensors: list[Tensor], upstream: Tensor, starts: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; `tensors` are these, the output and the log-sum-exp."""
+    q, k, v, output, normalizers = tensors
+    gradients = fa4_half("bwd")(q, k, v, output, upstream, normalizers, **fa4_options(starts, longest))
+    return gradients[0], gradients[1], gradients[2]
+
+
+@fa4_backward_op.register_fake
+def _fa4_backward_fake(tensors, upstream, starts, longest):
+    return torch.empty_like(tensors[0]), torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
+
+
+def _fa4_save(ctx, inputs, output):
+    q, k, v, ctx.starts, ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _fa4_gradients(ctx, upstream, _):
+    tensors = list(ctx.saved_tensors)
+    return *fa4_backward_op(tensors, upstream.contiguous(), ctx.starts, ctx.longest), None, None
+
+
+fa4_op.register_autograd(_fa4_gradients, setup_context=_fa4_save)
+
+
+def attend_fa4(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
+    """FlashAttention-4, as Attend says."""
+    if starts is None:
+        return fa4_op(q, k, v, None, 0)[0]
+    return fa4_op(q[0], k[0], v[0], starts, longest)[0][None]
+
+
 def wants_compile(config: Config, run: Run) -> bool:
     """Whether COMPILE asks for torch.compile on this machine."""
     return config.compile == "on" or (config.compile == "auto" and run.is_cuda)
 
 
 TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def on_products(attend: Attend, counts: tuple[int, int, int], width: int) -> Attend:
+    """`attend` for q, k and v of so many heads as products give them, (B, T, heads * `width`).
+
+    The number of heads and their width are constants then, as in the model, whatever is dynamic.
+    """
+
+    def attend_products(q, k, v, starts, longest):
+        pairs = zip((q, k, v), counts, strict=True)
+        heads = [tensor.unflatten(2, (count, width)) for tensor, count in pairs]
+        return attend(*heads, starts, longest).flatten(2)
+
+    return attend_products
 
 
 def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
@@ -2874,22 +3013,29 @@ def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor
 def try_attention(attend: Attend, config: Config, run: Run) -> str:
     """Why `attend` cannot serve this run, empty if it can; raises what it raises.
 
-    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
-    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
-    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    A dense and a packed batch go forward and backward and are compared with attend_sdpa in fp32: to import a
+    package proves little, as FlashAttention-3 was long without a trace for torch.compile (pytorch#144540,
+    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, they go
+    through one graph each as well, and a dense one of any length too, which documents with adapters have.
     """
-    tried = attend
-    if wants_compile(config, run):
-        tried = torch.compile(attend, dynamic=False, fullgraph=True)
     width = config.model_dim // config.num_heads
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    reference = on_products(attend_sdpa, counts, width)
     packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
-    for rows, starts in ((2, None), (1, packed)):
+    # (rows, starts, whether a graph is dynamic; None: no graph, which shows what the package itself says)
+    cases = [(2, None, None), (1, packed, None)]
+    if wants_compile(config, run):
+        cases += [(2, None, False), (1, packed, False), (2, None, True)]
+    for rows, starts, dynamic in cases:
+        tried = on_products(attend, counts, width)
+        if dynamic is not None:
+            tried = torch.compile(tried, dynamic=dynamic, fullgraph=True)
         inputs = []
-        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+        for place, count in enumerate(counts):
             # Not random: the random numbers that follow belong to the initial weights.
-            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
-            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
-        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+            angles = torch.arange(TRIAL_TOKENS * count * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, count * width).to(run.dtype))
+        wanted = attention_and_gradients(reference, [tensor.float() for tensor in inputs], starts)
         found = attention_and_gradients(tried, inputs, starts)
         for ours, right in zip(found, wanted, strict=True):
             close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
@@ -3581,8 +3727,8 @@ GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
-    """[work(job)] on as many threads as there are cores, or on `threads`."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    """[work(job)] on as many threads as there are cores for us, or on `threads`."""
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         return list(pool.map(work, jobs))
 
 
@@ -4109,7 +4255,8 @@ def code_symbol(symbol, context, counts, coder, buffer, decoding):
     span = unit * counts[context, symbol]
     while span <= INTERVAL_MASK >> 8:
         if decoding:
-            low = low << 8 | buffer[coder[POSITION]]
+            # Not beyond the end, where a damaged stream may lead.
+            low = low << 8 | buffer[min(coder[POSITION], len(buffer) - 1)]
         else:
             buffer[coder[POSITION]] = low >> 48
             low = low << 8 & INTERVAL_MASK
@@ -4229,7 +4376,10 @@ def initial_counts(states: int) -> np.ndarray:
 
 
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it."""
+    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it.
+
+    ValueError if `data` is not a stream of so many integers.
+    """
     values = np.concatenate([matrix.ravel() for matrix in matrices])
     shapes = np.array([matrix.shape for matrix in matrices])
     if data is None:
@@ -4239,6 +4389,8 @@ def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = 
         buffer = np.frombuffer(bytearray(data + b"\xff" * 64), np.uint8)
         coder = np.array([int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7])
     code_integers(values, shapes, trellis(states)[0], initial_counts(states), coder, buffer, data is not None)
+    if data is not None and coder[POSITION] != len(data) + 6:  # it reads 7 bytes ahead of where it is
+        raise ValueError(f"a stream of {len(data)} bytes holds other integers")
     parts = np.split(values, np.cumsum(shapes.prod(1))[:-1])
     for matrix, part in zip(matrices, parts, strict=True):
         matrix[:] = part.reshape(matrix.shape)
@@ -4352,30 +4504,70 @@ def read_container(path: Path) -> tuple[str, bytes, bytes, str]:
     if len(data) != size:
         raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
     coder = coder.rstrip(b"\0")
+    if coder not in (b"lzma", b"brotli"):
+        raise Stop(f"{path}: packed with {coder!a}, which is not known; {remedy}")
     if hashlib.sha256(coder + data[start:]).digest() != digest:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
     return coder.decode(), data[start : start + head], data[start + head :], hashlib.sha256(data).hexdigest()
 
 
 def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
-    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong."""
+    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong.
+
+    Also if its checksum fits and what it says cannot be: it may be another program's.
+    """
     compressor, head, payload, digest = read_container(path)
-    manifest = json.loads(compress(head, compressor, undo=True))
+    try:
+        manifest = json.loads(compress(head, compressor, undo=True))
+        tensors = decode_payload(manifest, compressor, payload)
+    except ImportError as error:
+        raise Stop(
+            f"{path}: packed with {compressor}, which is not installed; pip install {error.name}"
+        ) from None
+    # lzma's and brotli's own errors are direct heirs of Exception.
+    except Exception as error:
+        raise Stop(
+            f"{path}: not as an artifact has to be ({describe_error(error)}); "
+            "make it again with STAGE=quantize"
+        ) from None
+    return manifest, tensors, digest
+
+
+def decode_payload(manifest: dict[str, Any], compressor: str, payload: bytes) -> dict[str, Quantized]:
+    """The tensors that `manifest` describes, from the streams in `payload`; any Exception if it cannot be."""
+    if type(manifest["looped"]) is not bool or type(manifest["model"]) is not dict:
+        raise ValueError("looped and model are not a truth value and an object")
     tensors = {}
     for name, parts in manifest["tensors"]:
+        if type(name) is not str:
+            raise ValueError(f"a tensor is called {name}")
+        for kind, shape in parts:
+            check_part(kind, shape)
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
     streams = collect_streams(tensors)
-    begin = 0
-    pieces = {}
-    for name, size in manifest["streams"]:
-        pieces[name] = payload[begin : begin + size]
-        begin += size
+    names = [name for name, _ in manifest["streams"]]
+    sizes = [size for _, size in manifest["streams"]]
+    if names != list(streams) or min(sizes) < 0 or sum(sizes) != len(payload):
+        raise ValueError(f"its streams are not {list(streams)} of {len(payload)} bytes")
+    ends = itertools.accumulate(sizes)
+    pieces = {name: payload[end - size : end] for name, size, end in zip(names, sizes, ends, strict=True)}
 
     def fill(name: str) -> None:
         code_stream(streams[name], compressor, manifest["states"], pieces[name])
 
     parallel_map(fill, pieces)
-    return manifest, tensors, digest
+    return tensors
+
+
+PART_TYPES = ("int8", "int32", "float16", "float32")
+MOST_ELEMENTS = 1 << 28  # of one part: more than fit under the cap
+
+
+def check_part(kind: Any, shape: Any) -> None:
+    """ValueError unless these can be the type and the shape of a part of a tensor."""
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if kind not in PART_TYPES or not whole or math.prod(shape) > MOST_ELEMENTS:
+        raise ValueError(f"a part of type {kind} and shape {shape}")
 
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
@@ -5148,6 +5340,17 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     return compiled
 
 
+def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
+    """Stop if CUDA_GRAPHS=1 cannot be had here; logs that it is."""
+    if not config.cuda_graphs:
+        return
+    if not run.is_cuda:
+        raise Stop("CUDA_GRAPHS=1: there is no GPU; unset CUDA_GRAPHS")
+    if not compiled:
+        raise Stop("CUDA_GRAPHS=1: the forward is not compiled, as the log says; set COMPILE=on or unset it")
+    run.log("cuda graphs: on (forward and backward of each micro-batch)")
+
+
 def set_compiler_options() -> None:
     """What torch.compile must know of this program, whatever it compiles."""
     import torch._inductor.config as inductor
@@ -5169,6 +5372,7 @@ def build(run: Run) -> Built:
         set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
+    check_cuda_graphs(config, run, compiled)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
@@ -5181,6 +5385,97 @@ def build(run: Run) -> Built:
     return Built(model, forward, compiled)
 
 
+def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:
+    """Forward and backward of one of `count` micro-batches; its part of their mean loss (0-d)."""
+    loss = forward(batch).mean() / count
+    loss.backward()
+    return loss.detach()
+
+
+class LearnGraph:
+    """`learn` for micro-batches of one shape as a CUDA graph, with the tensors that it reads and writes.
+
+    Its memory is its own: a batch is copied in, loss and gradients are copied out. Weights are read where
+    they are, so they may change, but not move.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Batch], Tensor],
+        parameters: list[nn.Parameter],
+        batch: Batch,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ):
+        self.batch = tree_map_only(Tensor, torch.clone, batch)
+        self.graph = torch.cuda.CUDAGraph()
+        before = [parameter.grad for parameter in parameters]  # of the micro-batches before this one
+        # Once unrecorded: what is loaded, tuned or allocated at first use is no part of the work.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for parameter in parameters:
+                parameter.grad = None
+            work(self.batch)
+            for parameter in parameters:
+                parameter.grad = None
+        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.loss = work(self.batch)
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def replay(self, batch: Batch) -> Tensor:
+        """What `learn` does for `batch`."""
+        for place, given in zip(self.batch, batch, strict=True):
+            if isinstance(given, Tensor):
+                place.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            if gradient is None:  # the route visits no layer that uses it
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+        return self.loss.clone()
+
+
+class LearnGraphs:
+    """A LearnGraph for each loop state and shape of micro-batch, recorded where it is first met: in warm-up.
+
+    A replay costs the host one launch instead of some 700, and no guard of torch.compile is looked at. That
+    nothing in forward and backward waits for the GPU is proved by the recording, which fails otherwise. All
+    graphs share their memory, as only one runs at a time. Nothing in `learn` is random or talks to other
+    ranks. The update of the weights is not recorded: its rates are numbers of the host, which a graph would
+    freeze, its collectives are waited for one by one, and its 200 launches are queued while the GPU works on
+    the backward. Gradients are copied once more per micro-batch (0.1 ms of the full model's, by their bytes).
+    Not measured on a GPU.
+    """
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[[Batch], Tensor]):
+        self.model = model
+        self.forward = forward
+        self.parameters = list(model.parameters())
+        self.stream = torch.cuda.Stream(run.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[Any, LearnGraph] = {}
+
+    def learn(self, batch: Batch, count: int) -> Tensor:
+        """`learn` by replay."""
+        shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
+        key = (self.model.looped, count, shapes)
+        if key not in self.graphs:
+            work = functools.partial(learn, self.forward, count=count)
+            self.graphs[key] = LearnGraph(work, self.parameters, batch, self.stream, self.pool)
+        return self.graphs[key].replay(batch)
+
+
+def learn_graphs(run: Run, model: GPT, forward: Callable[[Batch], Tensor]) -> LearnGraphs | None:
+    """The graphs of a training that CUDA_GRAPHS=1 asks for, or None."""
+    return LearnGraphs(run, model, forward) if run.config.cuda_graphs else None
+
+
 def train_step(
     run: Run,
     forward: Callable[[Batch], Tensor],
@@ -5188,14 +5483,17 @@ def train_step(
     batches: list[Batch],
     progress: float,
     step: int,
+    graphs: LearnGraphs | None = None,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device).
+
+    With `graphs`, forward and backward are replayed.
+    """
     config = run.config
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = forward(batch).mean() / len(batches)
-        loss.backward()
-        total += loss.detach()
+        total += work(batch, len(batches))
     optimizers.step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
@@ -5219,17 +5517,16 @@ class Agreement:
 
     def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
         """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
-        finite = loss.isfinite()
         if self.run.is_cuda:
-            finite = self.copied(finite, late)
-        not_finite = not finite.item()
+            loss = self.copied(loss, late)
+        not_finite = not math.isfinite(loss.item())
         seconds, failed = self.run.max_over_ranks(clock(), not_finite)
         return seconds, bool(failed)
 
-    def copied(self, fact: Tensor, late: bool) -> Tensor:
-        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
-        copy.copy_(fact, non_blocking=True)
+    def copied(self, loss: Tensor, late: bool) -> Tensor:
+        """`loss` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        copy.copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -5295,12 +5592,15 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
+def warm_up(
+    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: LearnGraphs | None = None
+) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
     cached = count_cached_files(config)
     model, forward, compiled = built
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
     padded = []
@@ -5309,9 +5609,10 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     for looped in loop_states(config):
         model.looped = looped
         for batch in padded:
-            forward(batch).mean().backward()
+            work(batch, len(feed.get(0)))
         for step in range(config.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 0.0, config.muon_momentum_warmup_steps)
+            momentum_is_final = config.muon_momentum_warmup_steps
+            train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
@@ -5380,8 +5681,19 @@ class CheckpointWriter:
 
     def finish_pending(self) -> None:
         """The same on rank 0."""
-        if self.pending is not None:
-            self.pending.result()
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end when something stops the training.
+
+        Nothing is raised, for what stopped the training is to be told, and no other rank is waited for.
+        """
+        self.thread.shutdown()
+        if self.pending is not None and self.pending.exception() is not None:
+            self.run.log(f"warning: {self.pending.exception()}")
 
 
 class Training:
@@ -5397,7 +5709,8 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        warm_up(run, built, self.optimizers, self.feed)
+        self.graphs = learn_graphs(run, self.model, self.forward)
+        warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
             self.reserve = measure_reserve(run, self.model, data)
@@ -5473,7 +5786,7 @@ class Training:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step)
-        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step)
+        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
         last = self.step == config.iterations
@@ -5588,12 +5901,15 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             record_stage(run, "train", saved["facts"])
         return
     training = Training(run, data, built)
-    if saved:
-        training.resume(saved)
-    training.start_clock(data)
-    while training.goes_on:
-        training.take_step()
-    training.finish()
+    try:
+        if saved:
+            training.resume(saved)
+        training.start_clock(data)
+        while training.goes_on:
+            training.take_step()
+        training.finish()
+    finally:
+        training.writer.close()
 
 
 # === PREFLIGHT ===
@@ -5845,7 +6161,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
-    warm_up(run, built, optimizers, feed)
+    graphs = learn_graphs(run, built.model, built.forward)
+    warm_up(run, built, optimizers, feed, graphs)
     reserve = config.gptq_reserve_seconds
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
@@ -5856,7 +6173,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
         count = 0
         goes_on = True
         while goes_on:
-            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count, graphs)
             count += 1
             spent = run.now() - began
             # The ranks stop together, when the first of them has used its part and after 50 steps.
@@ -6036,6 +6353,26 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     return modes
 
 
+def check_tensors(path: Path, table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> None:
+    """Stop unless the tensors of an artifact are those of a model with this `table`, in types and shapes."""
+    wanted: dict[str, list[list]] = {}
+    for name, spec in table.items():
+        if spec.quantizer == "fp16":
+            wanted[name] = [[(torch.float16, spec.shape)]]
+    for matrix in list_matrices(table):
+        rows, columns = shape = table[matrix.parameter].shape[-2:]
+        clipped = [(torch.int8, shape), (torch.float16, (rows,))]
+        coded = [(torch.int32, shape), (torch.int32, (rows + columns,)), (torch.float32, (1,))]
+        wanted[matrix.name] = [clipped, coded]
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found = [(part.dtype, tuple(part.shape)) for part in tensors.get(name, ()) if part is not None]
+        if found not in wanted.get(name, []):
+            raise Stop(
+                f"{path}: {name} has the parts {found} instead of one of {wanted.get(name, [])}; "
+                "make it again with STAGE=quantize"
+            )
+
+
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
     """Put `weights` into the model; a hash embedding, which is in no file, is zero again."""
     if model.hash_embed is not None:
@@ -6055,6 +6392,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     different = describe_differences(manifest["model"], config.chosen("Model"))
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
+    check_tensors(path, model.table, tensors)
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
     if config.ttt_enabled and config.hash_embed_enabled:
@@ -6155,7 +6493,7 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
 
 
 def summarize(run: Run, data: Dataset) -> None:
-    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
+    """Log the last lines and write summary.json from the stages' facts. Rank 0 only."""
     stages = read_json(run.folder / "stages.json")
     quantized = stages.get("quantize", {})
     adapted = stages.get("prequant_ttt", {})
@@ -6172,18 +6510,19 @@ def summarize(run: Run, data: Dataset) -> None:
         "data": data.fingerprint,
         "compliance": verdict,
     }
-    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
         gain = 100 * (facts["val_bpb"] / bpb - 1)
         run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {gain:+.1f}%")
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
-    announce(run.folder, "scored")
     legal = "legal" if verdict["legal"] else "NOT LEGAL"
     reason = verdict["reason"]
     run.log(f"compliance: {legal} ({reason})")
     run.log(describe_score(**{"train_seconds": math.nan, **facts}))
+    # Last of all files: a run that is stopped before it is evaluated again, one that has it is finished.
+    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
+    announce(run.folder, "scored")
 
 
 def describe_score(
@@ -6337,6 +6676,49 @@ def main(config: Config) -> None:
     run.close()
 
 
+# Settings that may differ between nodes: where things lie, and what rank 0 alone reads.
+PLACES = {"RUN_ID", "OUT_DIR", "ARTIFACT", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "COMPILE_CACHE"}
+
+
+def check_ranks_agree(run: Run, settings: Mapping[str, Any]) -> None:
+    """Stop if a rank has other settings, data or code than rank 0: every node reads its own environment."""
+    if run.world_size == 1:
+        return
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    ours = {name: value for name, value in settings.items() if name not in PLACES}
+    ours["source_sha256"] = source[:16]
+    everyone: list[Any] = [None] * run.world_size
+    dist.all_gather_object(everyone, ours, group=run.host_group)
+    for rank, theirs in enumerate(everyone):
+        different = describe_differences(theirs, everyone[0])
+        if different:
+            message = (
+                f"rank {rank} was started otherwise than rank 0 ({different}); "
+                "give every node the same variables, data and script"
+            )
+            raise Stop(message if run.is_main else 1)
+
+
+# Launchers that start a program many times, and say how often, but leave it to it to find the others.
+PLAIN_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def check_launcher(run: Run) -> None:
+    """Stop, or warn where it may be meant, if a launcher has started this program as many separate runs."""
+    for name, launcher in PLAIN_LAUNCHERS.items():
+        count = os.environ.get(name, "1")
+        if "WORLD_SIZE" in os.environ or count == "1":
+            continue
+        message = (
+            f"{name}={count}: {launcher} has started this program {count} times, each without WORLD_SIZE and "
+            f"so a run of its own; let {launcher} start torchrun once on each node, or unset {name}"
+        )
+        # Runs that see one GPU each may be several runs on purpose.
+        if run.is_cuda and torch.cuda.device_count() > 1:
+            raise Stop(message)
+        run.log(f"warning: {message}")
+
+
 def run_stages(run: Run) -> None:
     """Read the data, open the run folder, refuse what cannot work, then do the stages one by one."""
     config = run.config
@@ -6344,10 +6726,12 @@ def run_stages(run: Run) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
     settings["training_data"] = data.training_digest
+    check_ranks_agree(run, settings)
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, data.training_digest)))
     run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
+    check_launcher(run)
     log_header(run, data)
     inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()

@@ -22,7 +22,6 @@ import environment
 environment.enter()
 import argparse
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -420,6 +419,7 @@ class Proof:
 
     def run(self) -> None:
         """All checks in order; Refuted or ShardError at the first that fails."""
+        self._names()
         self._manifest()
         self._shards()
         self._tokenizer()
@@ -429,6 +429,15 @@ class Proof:
         self._canonical()
         self._documents()
         self.report["verdict"] = "proved"
+
+    def _names(self) -> None:
+        shards = {path for files in self.files.values() for path in files}
+        for path in sorted(self.folder.glob("fineweb_*.bin")):
+            if path not in shards:
+                raise Refuted(
+                    f"{path.name}: not a shard's name (fineweb_train_, _val_ or _val_bytes_ and six digits), "
+                    "but other readers may take it for one"
+                )
 
     def _manifest(self) -> None:
         path = self.folder / MANIFEST
@@ -1044,7 +1053,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        default=environment.usable_cores(),
         metavar="N",
         help="processes (default %(default)s)",
     )

@@ -24,7 +24,6 @@ import environment
 environment.enter()
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -1072,8 +1071,9 @@ def prepare(settings: Settings) -> dict:
 
 def _lock(file: IO[str], out: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if not environment.lock_file(file):
+            say(f"WARNING: {out}: its file system has no locks; see that no other process writes it")
+    except BlockingIOError:
         raise DataError(f"{out}: another run is writing here; wait for it or choose another --out") from None
 
 
@@ -1181,11 +1181,10 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens for each shard (default {STANDARD_SHARD:,})",
     )
     add("--name", default="", help="name in the manifest (default: vocabulary size and transform)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add(
         "--workers",
         type=number_option(int, 1, 1024),
-        default=cores,
+        default=environment.usable_cores(),
         metavar="N",
         help="processes (default: one for each core, here %(default)s)",
     )
