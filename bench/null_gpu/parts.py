@@ -425,6 +425,7 @@ def variants(options: Options, findings: Findings) -> None:
 def replay(findings: Findings, trainer: Trainer, batch: t.Batch) -> None:
     """Forward and backward as a CUDA graph: recorded without waiting, then launched among copies alone."""
     ledger, replayed = Ledger(), trainer.replayed()
+    trainer.model.looped = False  # compiled before
     done = []
     for _ in range(2):
         ledger.take()
