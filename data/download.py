@@ -536,7 +536,8 @@ def published_there(target: Path, train_shards: int | None, full_check: bool) ->
         return None, ""
     except (OSError, ValueError):
         return None, "manifest.json is not readable"
-    if problem := changed_or_foreign(manifest):
+    problem = changed_or_foreign(manifest)
+    if problem:
         return None, f"manifest.json: {problem}"
     here = sum(name.startswith("fineweb_train_") for name in manifest["files"])
     there = manifest.get("source", {}).get("train_shards_there", here)

@@ -206,15 +206,17 @@ def store_documents(repository: str, revision: str, out: Path, full_check: bool 
     """
     folder, progress = out / "datasets", Progress("docs", 0)
     target = folder / DOCUMENTS
-    if reason := stored_documents(folder, full_check):
+    reason = stored_documents(folder, full_check)
+    if reason:
         source, manifest = find_documents(repository, revision, progress)
         partial = folder / f".{DOCUMENTS}.{source.sha256[:16]}.partial"
         progress.total = source.size
-        state_disk(source, partial, out)
+        blob = cached_blob(repository, Entry(source.path, source.size, source.sha256))
+        here = max((path.stat().st_size for path in (partial, target, blob) if path.is_file()), default=0)
+        state_disk(source, min(here, source.size), out)
         folder.mkdir(parents=True, exist_ok=True)
         if target.exists():
             print(f"docs: {folder} is not complete: {reason}", flush=True)
-        blob = cached_blob(repository, Entry(source.path, source.size, source.sha256))
         if _is(target, source):
             progress.add(source.size, fetched=False)
         elif _is(blob, source):
@@ -231,10 +233,11 @@ def _is(path: Path, source: RemoteFile) -> bool:
     return path.is_file() and path.stat().st_size == source.size and sha256_file(path) == source.sha256
 
 
-def state_disk(source: RemoteFile, partial: Path, out: Path) -> None:
-    """Say what is needed and free before anything is fetched; DownloadError if it cannot be held."""
-    here = partial.stat().st_size if partial.exists() else 0
-    existing = next(place for place in (out, *out.parents) if place.exists())
+def state_disk(source: RemoteFile, here: int, out: Path) -> None:
+    """Say what is needed beside the `here` bytes on disk, and free, before anything is fetched; DownloadError
+    if it cannot be held.
+    """
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
     free, needed = shutil.disk_usage(existing).free, source.size - here
     print(
         f"docs: {source.records:,} documents, {source.size / 1e9:.2f} GB, from {source.repository} at "
