@@ -416,6 +416,7 @@ class Watch:
             patched(trainer, window_batch=window_batch, learn_documents=learn_documents, **losses)
         )
         self.stack.enter_context(patched(trainer.Tally, add=record))
+        self.stack.enter_context(patched(self.model, shows_logits=True))
         self.stack.callback(self.model.register_forward_pre_hook(self.starts, with_kwargs=True).remove)
         self.stack.callback(register_optimizer_step_pre_hook(lambda *_: self.before_update()).remove)
         self.stack.callback(register_optimizer_step_post_hook(lambda *_: self.after_update()).remove)

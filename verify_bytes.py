@@ -30,13 +30,16 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from data.card import CARD, FORMAT, MANIFEST, PROOF, write_proof
 from data.documents import (
     OPENING_TOKENS,
     Batch,
     DataError,
     Position,
+    SourceFile,
     batches,
     expand,
+    stored_size,
     survey,
     text_hash,
     texts_of,
@@ -44,8 +47,8 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer
 from data.options import Parser, number_option
-from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
-from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
+from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL
+from data.shards import BOS, UNFINISHED, ShardError, checksum, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
     VERSIONS,
@@ -881,8 +884,8 @@ class Proof:
             f"the {len(listed)} source files of the manifest, {records:,} records, read to their ends"
         )
 
-    def _compare_source(self, path: Path, facts: dict) -> None:
-        size = path.stat().st_size
+    def _compare_source(self, path: SourceFile, facts: dict) -> None:
+        size = stored_size(path)
         if size != facts["size"]:
             raise Refuted(f"{path}: {size:,} bytes, but the dataset was made of {facts['size']:,}")
         try:
@@ -1054,11 +1057,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="processes (default %(default)s)",
     )
+    add(
+        "--card",
+        action="store_true",
+        help=f"if all is right, write {PROOF} and {CARD} into the folder, which data/publish.py asks for",
+    )
     add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
     options.documents, options.val = expand(options.documents), expand(options.val)
     if not options.dataset.is_dir():
         raise DataError(f"{options.dataset}: no such folder; give that of a dataset")
+    if options.card and not (options.dataset / MANIFEST).is_file():
+        raise DataError(f"--card: {options.dataset} has no {MANIFEST}; make the dataset with data/prepare.py")
     if not 1 <= options.workers <= MOST_WORKERS:
         raise DataError(f"--workers {options.workers}: must be at least 1 and at most {MOST_WORKERS}")
     return options
@@ -1072,8 +1082,14 @@ def main(arguments: list[str] | None = None) -> int:
         proof = Proof(options.dataset, options)
         try:
             proof.run()
+            if options.card and not proof.manifest:
+                raise DataError(f"--card: {MANIFEST} is of another format; make the dataset again")
+            if options.card:
+                write_proof(options.dataset, proof.report)
         except (Refuted, ShardError) as error:
             proof.report["first_counterexample"] = str(error)
+            if options.card:
+                (options.dataset / PROOF).unlink(missing_ok=True)
     except DataError as error:
         print(f"verify_bytes: {error}", file=sys.stderr)
         return 2

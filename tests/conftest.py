@@ -32,6 +32,14 @@ def dataset(tmp_path_factory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a program of a kernel takes the same time whatever its size: few large ones do."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(t, "RESIDUAL_BLOCK", 32)
+        monkeypatch.setattr(t, "SPREAD_WIDTH", 128)
+
+
 @pytest.fixture
 def settings(dataset: Path, tmp_path: Path) -> dict[str, str]:
     """Environment variables of a run that takes seconds."""
