@@ -2921,7 +2921,7 @@ def load_gain(gain, channel, D: tl.constexpr):
     return tl.load(gain + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def residual_kernel(
     normed,
     size,
@@ -2987,7 +2987,7 @@ def store_sum(place, gain, parts, live):
         tl.store(place, tl.sum(parts, 0), mask=live)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def residual_backward_kernel(
     out,
     out_size,
@@ -3281,7 +3281,7 @@ def _residual_gradients(ctx, out_upstream, _, path_upstream, source_upstream, wh
 residual_op.register_autograd(_residual_gradients, setup_context=_residual_save)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def spread_backward_kernel(
     embedding,
     again,
