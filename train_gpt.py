@@ -24,6 +24,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
+    MIXTURE      a mixture of causal experts over cached keys and values
     TRAIN        warm-up, the training loop, checkpoints
     PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
@@ -96,6 +97,10 @@ not_negative_or_measured = Check(lambda value: value == -1 or value >= 0, "must 
 bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
+)
+rate_list = Check(
+    lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
+    "must be numbers separated by commas",
 )
 file_name = Check(
     lambda value: re.fullmatch(r"(?!\.*$)[\w.-]+|", value, re.ASCII) is not None,
@@ -316,11 +321,11 @@ class Config:
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
-    ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob(
-        "doc_lora", "adapters per document with phases of SGD, or SGD"
+    ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
+        "doc_lora", "adapters per document with phases of SGD, a mixture of such and other experts, or SGD"
     )
     ttt_optimizer: Literal["auto", "sgd", "adam", "adamw"] = knob(
-        "auto", "auto: sgd for chunk_sgd, adamw for doc_lora"
+        "auto", "auto: sgd for chunk_sgd, else adamw"
     )
     hash_embed_enabled: bool = knob(
         False, "its SGD also learns an embedding of hashed token pairs, from zero (#1523)"
@@ -338,30 +343,34 @@ class Config:
     )
     ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
     ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
-    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
+    ttt_lora_rank: int = knob(80, "doc_lora, mixture: rank of the adapters", positive)
     ttt_lora_alpha: float = knob(
-        144.0, "doc_lora: adapters are scaled by this over their rank; 0: by 1", not_negative
+        144.0, "doc_lora, mixture: adapters are scaled by this over their rank; 0: by 1", not_negative
     )
-    ttt_lora_lr: float = knob(1e-4, "doc_lora: AdamW step of the adapters", not_negative)
-    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
-    ttt_eval_seq_len: int = knob(2048, "doc_lora: most tokens of context", positive)
-    ttt_batch_size: int = knob(64, "doc_lora: documents adapted side by side", positive)
+    ttt_lora_lr: float = knob(1e-4, "doc_lora, mixture: AdamW step of the adapters", not_negative)
+    ttt_chunk_size: int = knob(48, "doc_lora, mixture: targets scored, then learnt, per document", positive)
+    ttt_eval_seq_len: int = knob(2048, "doc_lora, mixture: most tokens of context", positive)
+    ttt_batch_size: int = knob(64, "doc_lora, mixture: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
     ttt_warm_start_a: bool = knob(
         False, "doc_lora: a stream's next batch starts from the A of its last (on by default in #1787, #1855)"
     )
-    ttt_weight_decay: float = knob(0.5, "doc_lora: weight decay of the adapters", not_negative)
-    ttt_beta1: float = knob(0.0, "doc_lora: AdamW, first moment", below_one)
-    ttt_beta2: float = knob(0.99, "doc_lora: AdamW, second moment", below_one)
-    ttt_q_lora: bool = knob(True, "doc_lora: adapt the queries")
-    ttt_k_lora: bool = knob(True, "doc_lora: adapt the keys")
-    ttt_v_lora: bool = knob(True, "doc_lora: adapt the values")
+    ttt_weight_decay: float = knob(0.5, "doc_lora, mixture: weight decay of the adapters", not_negative)
+    ttt_beta1: float = knob(0.0, "doc_lora, mixture: AdamW, first moment", below_one)
+    ttt_beta2: float = knob(0.99, "doc_lora, mixture: AdamW, second moment", below_one)
+    ttt_q_lora: bool = knob(True, "doc_lora, mixture: adapt the queries")
+    ttt_k_lora: bool = knob(True, "doc_lora, mixture: adapt the keys")
+    ttt_v_lora: bool = knob(True, "doc_lora, mixture: adapt the values")
     ttt_o_lora: bool = knob(
-        True, "doc_lora: adapt the attention output, reading the block's normalised input"
+        True, "doc_lora, mixture: adapt the attention output, reading the block's normalised input"
     )
-    ttt_mlp_lora: bool = knob(True, "doc_lora: adapt the MLP's output, reading its normalised input")
-    phased_ttt_num_phases: int = knob(1, "doc_lora: passes of SGD over documents scored so far", not_negative)
-    phased_ttt_prefix_docs: int = knob(2500, "doc_lora: documents of the last of these passes", positive)
+    ttt_mlp_lora: bool = knob(True, "doc_lora, mixture: adapt the MLP's output, reading its normalised input")
+    phased_ttt_num_phases: int = knob(
+        1, "doc_lora, mixture: passes of SGD over documents scored so far", not_negative
+    )
+    phased_ttt_prefix_docs: int = knob(
+        2500, "doc_lora, mixture: documents of the last of these passes", positive
+    )
     global_ttt_lr: float = knob(0.001, "phases: SGD step at the first chunk; cosine to 0", not_negative)
     global_ttt_momentum: float = knob(0.9, "phases: momentum", below_one)
     global_ttt_epochs: int = knob(1, "phases: passes over each chunk", positive)
@@ -375,6 +384,15 @@ class Config:
     global_ttt_warmup_start_lr: float = knob(0.0, "phases: step at the first of these", not_negative)
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
+    ttt_mixture_rates: str = knob(
+        "0,1,3,9", "mixture: an adapter per rate, as multiples of TTT_LORA_LR; 0: none", rate_list
+    )
+    ttt_mixture_share: float = knob(
+        0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
+    )
+    ttt_mixture_carry: float = knob(
+        0.5, "mixture: part of the prior that is replaced by the weights at the end of a batch", fraction
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -462,7 +480,11 @@ class Config:
 # Streams of data: 8 ranks have one each, fewer ranks take several in turn, more ranks share each one. The
 # batch stays the same.
 STREAMS = 8
-TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
+TTT_OPTIMIZERS = {
+    "chunk_sgd": ("auto", "sgd", "adamw"),
+    "doc_lora": ("auto", "adam", "adamw"),
+    "mixture": ("auto", "adam", "adamw"),
+}  # by TTT_MODE
 
 
 def model_rules(config: Config) -> list[tuple[bool, str]]:
@@ -518,6 +540,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
+            config.ttt_mode != "mixture" or config.ttt_chunk_size < config.ttt_eval_seq_len,
+            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must be less than "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len} with TTT_MODE=mixture, there would be no cache",
+        ),
+        (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
@@ -531,7 +558,8 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             not config.hash_embed_enabled
             or config.ttt_mode == "chunk_sgd"
             or config.phased_ttt_num_phases > 0,
-            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
+            f"HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE={config.ttt_mode} and "
+            "PHASED_TTT_NUM_PHASES=0",
         ),
         (
             not config.artifact or config.stage == "evaluate",
@@ -1469,17 +1497,35 @@ def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
 # stream)` and a row of LOADERS.
 
 
+class Past(NamedTuple):
+    """What the rows of a Batch go on from (L places of a cache that is kept by visit) and leave behind.
+
+    Of the `position` () int64 tokens before, which are as many in every row, place p % L holds token p: keys
+    and values (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none.
+    The forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
+    """
+
+    position: Tensor
+    previous: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    fresh_keys: tuple[Tensor, ...]
+    fresh_values: tuple[Tensor, ...]
+
+
 class Batch(NamedTuple):
     """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
 
     `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
-    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`.
+    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`. With
+    `past` the rows are the next tokens of documents whose earlier ones are in a cache.
     """
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None = None
     longest: int = 0
+    past: Past | None = None
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
@@ -2797,6 +2843,28 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest:
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
 
 
+def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, visit: int) -> Tensor:
+    """Attention of new tokens, as Attend says, over the cached keys and values of `visit` and over their own.
+
+    Leaves those of the new tokens in `past`. The gradient ends at the cache, as in dynamic evaluation.
+    """
+    past.fresh_keys[visit].copy_(k.detach())
+    past.fresh_values[visit].copy_(v.detach())
+    B, T, H, D = q.shape
+    groups = H // k.size(2)
+    keys = torch.cat((past.keys[visit], k), 1).transpose(1, 2)
+    values = torch.cat((past.values[visit], v), 1).transpose(1, 2)
+    cached = past.keys[visit].size(1)
+
+    place = torch.arange(cached + T, device=q.device)
+    own = place - cached <= torch.arange(T, device=q.device)[:, None]
+    visible = own & ((place < past.position) | (place >= cached))
+    # The query heads that share a head of keys stand below each other: repeating the keys would move more.
+    queries = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.repeat(groups, 1))
+    return y.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
 def attend_varlen() -> Attend:
     """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
     from torch.nn.attention.varlen import varlen_attn
@@ -3183,7 +3251,10 @@ class GPT(nn.Module):
         v = v.view(B, T, config.num_kv_heads, -1)
 
         q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
-        y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        if shared.batch.past is None:
+            y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        else:
+            y = attend_past(q, k, v, shared.batch.past, visit.index)
         source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
         y = self.finish_heads(y, v, source, layer, banks).flatten(2)
 
@@ -3200,11 +3271,15 @@ class GPT(nn.Module):
         base = self.config.rope_base
         if self.config.rope_yarn and dims > 2:
             # NTK: where rows are longer than in training, the slowest wave becomes longer by the same factor.
-            base = base * max(1.0, length / self.config.train_seq_len) ** (dims / (dims - 2))
+            longest = length if batch.past is None else self.config.ttt_eval_seq_len  # cached keys stay
+            base = base * max(1.0, longest / self.config.train_seq_len) ** (dims / (dims - 2))
         # Angles in fp32: rounding these would cost phase.
         options = {"device": batch.inputs.device, "dtype": torch.float32}
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
-        angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
+        positions = torch.arange(length, **options)
+        if batch.past is not None:
+            positions = positions + batch.past.position
+        angles = torch.outer(positions, frequencies)[:, None]
         return rotation_tables_op(angles, self.dtype)
 
     def heads_for_attention(
@@ -3251,6 +3326,8 @@ class GPT(nn.Module):
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         ids = batch.inputs
+        if batch.past is not None:
+            ids = torch.cat((batch.past.previous, ids), 1)
         # Where a packed row starts a segment; the starts that are padding lie behind its end.
         opens = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         if batch.starts is not None:
@@ -3260,21 +3337,21 @@ class GPT(nn.Module):
         order = self.config.smear_gate_order if self.config.smear_gate else None
         x = F.embedding(ids, self.embed.to(self.dtype))
         if order == "before_norm":
-            x = self.smear(x, ids, opens)
+            x = self.smear(x, ids, opens, batch.past)
         x = rms_norm(x)
         if self.hash_embed is not None:
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
-            x = self.smear(x, ids, opens)
-        return x
+            x = self.smear(x, ids, opens, batch.past)
+        return x if batch.past is None else x[:, 1:]
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
         previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
         return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
 
-    def smear(self, x: Tensor, ids: Tensor, opens: Tensor) -> Tensor:
-        """x with a gated share of the position before (#1667)."""
+    def smear(self, x: Tensor, ids: Tensor, opens: Tensor, past: Past | None) -> Tensor:
+        """x with a gated share of the position before (#1667); with `past` the first position is that."""
         opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
         share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
         if self.config.smear_gate_bos_fix:
@@ -3282,6 +3359,8 @@ class GPT(nn.Module):
             if self.config.smear_gate_segment_fix:
                 shut = shut | opens
             share = share.masked_fill(shut[:, 1:, None], 0)
+        if past is not None:
+            share = torch.cat((share[:, :1] * (past.position > 0), share[:, 1:]), 1)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -4999,15 +5078,26 @@ def doc_lora(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: 
 
     `forward` takes adapters, `model` learns (see Learner).
     """
+    lora = LoRA(run.config, run.config.ttt_batch_size, run.device)
+
+    def score(batches: list[np.ndarray], phase: int, first_seed: int) -> None:
+        adapt_phase(run, forward, tally, batches, phase, first_seed, lora)
+
+    score_phases(run, model, tally, score)
+
+
+def score_phases(
+    run: Run, model: nn.Module, tally: Tally, score: Callable[[list[np.ndarray], int, int], None]
+) -> None:
+    """Documents phase by phase: `score` gets the batches, the phase and how many batches came before."""
     config = run.config
     tokens = tally.validation.tokens
     documents = find_documents(tokens)
     phases = schedule_documents(config, documents[:, 1] - documents[:, 0])
-    lora = LoRA(config, config.ttt_batch_size, run.device)
     scored: list[np.ndarray] = []
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        adapt_phase(run, forward, tally, [documents[batch] for batch in batches], phase, len(scored), lora)
+        score([documents[batch] for batch in batches], phase, len(scored))
         scored += batches
         count = sum(len(batch) for batch in scored)
         run.ledger("scored", phase=phase, documents=count, weights=hash_weights(model))
@@ -5072,7 +5162,7 @@ def rehearsal_text(config: Config, ranks: int) -> np.ndarray:
         needed = max(needed, ranks * config.prequant_ttt_chunk_tokens + 1)
     document = config.ttt_eval_seq_len + config.ttt_chunk_size
     count = -(-needed // document)
-    if config.ttt_enabled and config.ttt_mode == "doc_lora":
+    if config.ttt_enabled and config.ttt_mode != "chunk_sgd":
         count = max(count, STREAMS * config.ttt_batch_size + 1)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, count * document)
     tokens[::document] = BOS
@@ -5110,6 +5200,235 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     finally:
         run.config = config
     run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
+
+
+# === MIXTURE ===
+# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Documents of a batch move
+# side by side from chunk to chunk. Only the tokens of the chunk run; what they attend to comes from a cache
+# of keys and values that were written when earlier chunks were scored. The experts are the network with
+# adapters that learn at several rates, all rows of one forward; a rate of 0 is the network as it is. Their
+# weights are Bayes' with a share that goes back to a prior, which batches hand on. Chunks have few sizes, by
+# their place in the document, and caches few lengths: a `Stage` is one graph.
+
+# Up to this place in a document a chunk has so many targets; further on TTT_CHUNK_SIZE, which is larger.
+EARLY_CHUNKS = ((64, 8), (256, 16), (1024, 32))
+
+
+class Stage(NamedTuple):
+    """The part up to `end` of every document, in chunks of one size over a cache of `cached` places."""
+
+    end: int
+    chunk: int
+    cached: int
+
+
+def plan_stages(config: Config) -> list[Stage]:
+    """The stages of a document; the last has no end and sees TTT_EVAL_SEQ_LEN tokens, its own chunk included.
+
+    The cache of any other is as long as all that lies before the stage's end.
+    """
+    most = config.ttt_eval_seq_len - config.ttt_chunk_size
+    stages = []
+    begin = 0
+    for end, chunk in EARLY_CHUNKS:
+        chunks = (min(end, most) - begin) // chunk
+        if chunk < config.ttt_chunk_size and chunks > 0:
+            begin += chunks * chunk
+            stages.append(Stage(begin, chunk, begin))
+    return [*stages, Stage(sys.maxsize, config.ttt_chunk_size, most)]
+
+
+def plan_positions(stages: list[Stage], length: int) -> list[tuple[int, Stage]]:
+    """(targets before it, stage) of every chunk of a document of `length` tokens."""
+    plan = []
+    place = 0
+    for stage in stages:
+        while place < min(stage.end, length - 1):
+            plan.append((place, stage))
+            place += stage.chunk
+    return plan
+
+
+class KeyCache:
+    """The last keys and values of every row, by visit; token p of a document lies at place p % length."""
+
+    def __init__(self, model: GPT, rows: int, stages: list[Stage], device: torch.device):
+        config = model.config
+        visits = range(len(model.routes[model.looped]))
+        heads = (config.num_kv_heads, config.model_dim // config.num_heads)
+        longest = stages[-1].cached
+        chunk = stages[-1].chunk
+
+        def make(places: int) -> list[Tensor]:
+            return [torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits]
+
+        self.keys = make(longest)
+        self.values = make(longest)
+        self.fresh_keys = make(chunk)
+        self.fresh_values = make(chunk)
+
+    def past(self, position: Tensor, previous: Tensor, stage: Stage) -> Past:
+        """What a chunk of `stage` goes on from."""
+        cached = [tuple(full[:, : stage.cached] for full in kind) for kind in (self.keys, self.values)]
+        fresh = [
+            tuple(full[:, : stage.chunk] for full in kind) for kind in (self.fresh_keys, self.fresh_values)
+        ]
+        return Past(position, previous, *cached, *fresh)
+
+    def keep(self, past: Past) -> None:
+        """Put the keys and values that a forward has left in `past` into the cache."""
+        chunk = past.fresh_keys[0].size(1)
+        places = past.position + torch.arange(chunk, device=past.position.device)
+        places = places % self.keys[0].size(1)
+        for full, fresh in zip(
+            (*self.keys, *self.values), (*past.fresh_keys, *past.fresh_values), strict=True
+        ):
+            full.index_copy_(1, places, fresh)
+
+
+def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (R, T) of targets under a mixture, and its weights (R, K) after them (Bayes' rule).
+
+    `log_p` (R, K, T) are those of every expert, 0 for all where there is no target. A target changes the
+    weights for the next one. Both arguments are logarithms in fp64.
+    """
+    after = log_weights[:, :, None] + log_p.cumsum(2)
+    mixed = (after - torch.cat((log_weights[:, :, None], after[:, :, :-1]), 2).logsumexp(1, True)).logsumexp(
+        1
+    )
+    return mixed, after[:, :, -1].log_softmax(1)
+
+
+class MixedChunk(NamedTuple):
+    """A chunk of each of several documents, a row each, in host memory or on the device.
+
+    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` and
+    `previous` are those of Past.
+    """
+
+    batch: Batch
+    scored: Tensor
+    chosen: Tensor
+    places: Tensor
+    weight: Tensor
+    position: Tensor
+    previous: Tensor
+
+
+def mixed_chunk(tokens: np.ndarray, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
+    """`chunk` targets after the first `place` of each of the `documents` (N, 2), in `rows` rows."""
+    first = documents[:, 0] + place
+    plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
+    plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
+    batch, scored, places = window_batch(tokens, plan, rows, chunk, 0)
+    goes_on = torch.zeros(rows, 1)
+    goes_on[: len(plan), 0] = torch.from_numpy((first + chunk + 1 < documents[:, 1]).astype(np.float32))
+    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    previous = torch.zeros(rows, 1, dtype=torch.int64)
+    if place > 0:
+        previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
+    return MixedChunk(
+        batch, scored, scored.flatten().nonzero()[:, 0], places, weight, torch.tensor(place), previous
+    )
+
+
+class Mixture:
+    """The experts of one rank: adapters, caches and, by stream, the prior of the weights."""
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
+        config = run.config
+        self.run = run
+        self.forward = forward
+        self.tally = tally
+        self.rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
+        self.rows = config.ttt_batch_size
+        rows = self.rows * len(self.rates)
+        self.stages = plan_stages(config)
+        self.lora = LoRA(config, rows, run.device)
+        self.cache = KeyCache(model, rows, self.stages, run.device)
+        rates = torch.tensor(self.rates, device=run.device)
+        # How far each row goes along a step of the highest rate.
+        self.part = (rates / rates.max().clamp_min(1e-30)).repeat(self.rows).view(1, -1, 1, 1)
+        uniform = torch.full((len(self.rates),), -math.log(len(self.rates)), dtype=torch.float64)
+        self.log_priors = [uniform.to(run.device) for _ in range(STREAMS)]
+
+    def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
+        """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
+        longest = [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches]
+        dealt = deal_batches(self.run.config, longest)
+        mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
+        for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
+            self.score_batch(batches[place], first_seed + place, stream)
+
+    def score_batch(self, documents: np.ndarray, seed: int, stream: int) -> None:
+        """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
+        config = self.run.config
+        self.lora.reset(seed)
+        optimizer = torch.optim.AdamW(
+            self.lora.parameters(),
+            lr=max(self.rates),
+            betas=(config.ttt_beta1, config.ttt_beta2),
+            eps=1e-10,
+            weight_decay=config.ttt_weight_decay,
+            fused=self.run.is_cuda,
+        )
+        prior = self.log_priors[stream]
+        log_weights = prior.repeat(self.rows, 1)
+        plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
+        for number, (place, stage) in enumerate(plan):
+            # All of it is prepared on the host: nothing here waits for the device.
+            prepared = mixed_chunk(self.tally.validation.tokens, documents, self.rows, place, stage.chunk)
+            chunk = to_device(prepared, self.run)
+            losses, past = self.run_chunk(chunk, stage)
+            scores, log_weights = self.mix(losses.detach(), chunk.scored, log_weights, prior)
+            self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
+            self.cache.keep(past)
+            if number + 1 < len(plan):
+                (losses * chunk.weight[:, None]).sum().backward()
+                self.learn(optimizer)
+        ended = log_weights[: len(documents)].exp().mean(0)
+        carry = config.ttt_mixture_carry
+        self.log_priors[stream] = torch.log((1 - carry) * prior.exp() + carry * ended)
+
+    def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
+        """The losses (R, K, T) of a chunk for every rate, and what it leaves for the cache."""
+        count = len(self.rates)
+        inputs, targets, previous = (
+            tensor.repeat_interleave(count, 0)
+            for tensor in (chunk.batch.inputs, chunk.batch.targets, chunk.previous)
+        )
+        past = self.cache.past(chunk.position, previous, stage)
+        losses = self.forward(Batch(inputs, targets, past=past), lora=self.lora)
+        return losses.view(self.rows, count, -1), past
+
+    def mix(
+        self, losses: Tensor, scored: Tensor, log_weights: Tensor, log_prior: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (R, T) fp64 of the targets of a chunk, and the weights after it (R, K)."""
+        log_p = -losses.double() * scored[:, None]
+        mixed, after = mix_experts(log_weights, log_p)
+        share = self.run.config.ttt_mixture_share
+        shared = torch.log((1 - share) * after.exp() + share * log_prior.exp())
+        return mixed, torch.where(scored.any(1, keepdim=True), shared, after)
+
+    @torch.no_grad()
+    def learn(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of AdamW at the highest rate, of which each row goes as far as its own rate says."""
+        parameters = list(self.lora.parameters())
+        before = [parameter.clone() for parameter in parameters]
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old.lerp_(parameter, self.part))
+
+
+def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+    """Score documents by a mixture of experts; between phases all weights learn as in doc_lora.
+
+    `forward` takes adapters and caches, `model` learns (see Learner).
+    """
+    mixture = Mixture(run, model, forward, tally)
+    score_phases(run, model, tally, mixture.score_phase)
 
 
 # === TRAIN ===
@@ -6029,6 +6348,8 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
         modes["sliding"] = functools.partial(score_sliding, run, forward, config.eval_stride)
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
         modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
+    elif config.ttt_enabled and config.ttt_mode == "mixture":
+        modes["ttt"] = functools.partial(score_mixture, run, forward, forward)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
@@ -6242,9 +6563,10 @@ def warn_of_unread_settings(run: Run) -> None:
                 "it changes nothing"
             )
     reader = {field.name.upper(): field.metadata["meaning"].split(": ")[0] for field in fields}
-    others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {config.quantizer, config.ttt_mode}
+    others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora", "mixture"}
+    others -= {config.quantizer, config.ttt_mode}
     for name in config.overrides():
-        if reader[name] in others:
+        if set(reader[name].split(", ")) <= others:
             run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
 
 

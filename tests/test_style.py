@@ -26,6 +26,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
+    "MIXTURE",
     "TRAIN",
     "PREFLIGHT",
     "MAIN",
