@@ -390,6 +390,9 @@ class Config:
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
     )
+    ttt_mixture_copies: Literal["none", "document", "all"] = knob(
+        "all", "mixture: tokens that followed the longest match, in the document or in all scored before"
+    )
     ttt_mixture_carry: float = knob(
         0.5, "mixture: part of the prior that is replaced by the weights at the end of a batch", fraction
     )
@@ -1518,7 +1521,8 @@ class Batch(NamedTuple):
 
     `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
     places where attention segments start, padded with T (see pad_starts); none is longer than `longest`. With
-    `past` the rows are the next tokens of documents whose earlier ones are in a cache.
+    `past` the rows are the next tokens of documents whose earlier ones are in a cache. `guesses` (G, B, T)
+    are ids whose losses are wanted besides those of the targets.
     """
 
     inputs: Tensor
@@ -1526,6 +1530,7 @@ class Batch(NamedTuple):
     starts: Tensor | None = None
     longest: int = 0
     past: Past | None = None
+    guesses: Tensor | None = None
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
@@ -3120,7 +3125,7 @@ class GPT(nn.Module):
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, (B, T) fp32."""
+        """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         head = self.embed.to(self.dtype)
         logits = self.matmul("head", head, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
@@ -3129,7 +3134,14 @@ class GPT(nn.Module):
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
-        return losses.view_as(batch.targets)
+        if batch.guesses is None:
+            return losses.view_as(batch.targets)
+        # Two tokens of one distribution: their losses differ as their logits do.
+        ids = torch.cat((targets[None], batch.guesses.flatten(1))).T
+        raw = logits.detach().gather(1, ids).float() / self.config.logit_softcap
+        chosen = (self.config.logit_softcap * torch.tanh(raw)).T
+        guessed = losses.detach() + chosen[0] - chosen[1:]
+        return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -5206,9 +5218,14 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 # In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Documents of a batch move
 # side by side from chunk to chunk. Only the tokens of the chunk run; what they attend to comes from a cache
 # of keys and values that were written when earlier chunks were scored. The experts are the network with
-# adapters that learn at several rates, all rows of one forward; a rate of 0 is the network as it is. Their
-# weights are Bayes' with a share that goes back to a prior, which batches hand on. Chunks have few sizes, by
-# their place in the document, and caches few lengths: a `Stage` is one graph.
+# adapters that learn at several rates, all rows of one forward (a rate of 0 is the network as it is), and
+# copies of what followed the longest match of the last tokens, in the document and in batches before. All
+# weights are Bayes', with a share that goes back to where they start; batches hand on where that is. Nothing
+# here waits for the device. Chunks have few sizes, by their place in the document, and caches few lengths:
+# a `Stage` is one graph.
+#
+# The order of scoring is that of the batches in the plan: a batch may copy from every batch before it. Ranks
+# score their batches side by side, so what they hand on by losses stays within a stream.
 
 # Up to this place in a document a chunk has so many targets; further on TTT_CHUNK_SIZE, which is larger.
 EARLY_CHUNKS = ((64, 8), (256, 16), (1024, 32))
@@ -5286,24 +5303,148 @@ class KeyCache:
             full.index_copy_(1, places, fresh)
 
 
-def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (R, T) of targets under a mixture, and its weights (R, K) after them (Bayes' rule).
+# A copy is looked for by so many of the last tokens, the most first.
+DOCUMENT_ORDERS = np.array([16, 8, 5, 3, 2, 1])
+HISTORY_ORDERS = np.array([16, 10, 6])
+LONGEST_MATCH = 32
+# The class of a match by its length, 0 to LONGEST_MATCH; 0 is none.
+MATCH_CLASSES = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 24, 32], np.arange(LONGEST_MATCH + 1), "right")
+# Borders of the class of a copy by the probability that the network gives to it.
+GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
+TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
+FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
+TABLE_BITS = 22  # slots of a table of contexts, for each order
 
-    `log_p` (R, K, T) are those of every expert, 0 for all where there is no target. A target changes the
-    weights for the next one. Both arguments are logarithms in fp64.
+
+@numba_inline
+def context_slot(tokens, end, order, slots):
+    """The slot of the `order` tokens before `end` in a table of `slots`, a power of two."""
+    code = np.uint64(order)
+    for place in range(end - order, end):
+        code = (code ^ np.uint64(tokens[place])) * np.uint64(0x9E3779B97F4A7C15)
+        code ^= code >> np.uint64(29)
+    return np.int64(code & np.uint64(slots - 1))
+
+
+@numba_inline
+def match_length(tokens, here, there, most):
+    """How many tokens before `here` are those before `there`, at most `most`."""
+    length = 0
+    while length < most and tokens[here - 1 - length] == tokens[there - 1 - length]:
+        length += 1
+    return length
+
+
+@numba_jit
+def find_in_document(tokens, first, end, orders, table, copies, lengths):
+    """For every place of a document after the first, the token after the longest match, and its length.
+
+    `table` (orders, slots) holds, by the hash of the last tokens, the place after their latest occurrence; a
+    place is entered once its own token has been looked for. What is left of other documents does not count.
     """
-    after = log_weights[:, :, None] + log_p.cumsum(2)
-    mixed = (after - torch.cat((log_weights[:, :, None], after[:, :, :-1]), 2).logsumexp(1, True)).logsumexp(
-        1
-    )
-    return mixed, after[:, :, -1].log_softmax(1)
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first < orders[row]:
+                continue
+            slot = context_slot(tokens, place, orders[row], table.shape[1])
+            found = table[row, slot]
+            if lengths[place] == 0 and first < found < place:
+                length = match_length(tokens, place, found, min(LONGEST_MATCH, found - first))
+                if length >= orders[row]:
+                    copies[place] = tokens[found]
+                    lengths[place] = length
+            table[row, slot] = place
+
+
+@numba_jit
+def find_in_history(tokens, first, end, orders, table, copies, lengths):
+    """As find_in_document from the documents that are entered; the length is the order of the context."""
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first < orders[row]:
+                continue
+            found = table[row, context_slot(tokens, place, orders[row], table.shape[1])]
+            if found > 0 and match_length(tokens, place, found, orders[row]) == orders[row]:
+                copies[place] = tokens[found]
+                lengths[place] = orders[row]
+                break
+
+
+@numba_jit
+def enter_contexts(tokens, first, end, orders, table):
+    """Enter a document that was scored into `table`, see find_in_document."""
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first >= orders[row]:
+                table[row, context_slot(tokens, place, orders[row], table.shape[1])] = place
+
+
+class Copies:
+    """For every target of a batch, what followed the longest match of the tokens before it.
+
+    From its document (0) and from the documents of earlier batches (1): `tokens` and `lengths` (2, N), a
+    length of 0 where there is no match. Tokens are all that is needed, so every rank enters every batch.
+    """
+
+    def __init__(self, text: np.ndarray, which: str):
+        self.text = text
+        self.which = which
+        self.tokens = np.zeros((2, len(text)), np.uint16)
+        self.lengths = np.zeros((2, len(text)), np.uint8)
+        bits = min(TABLE_BITS, len(text).bit_length() + 1)
+        self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
+        self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
+
+    def enter(self, batches: list[np.ndarray]) -> None:
+        """Let later batches copy from the documents of `batches`."""
+        if self.which == "all":
+            for first, end in itertools.chain.from_iterable(batches):
+                enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+
+    def find(self, documents: np.ndarray) -> None:
+        """Find the copies of a batch."""
+        for first, end in documents:
+            where = (self.text, first, end)
+            if self.which != "none":
+                found = (self.tokens[0], self.lengths[0])
+                find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
+            if self.which == "all":
+                found = (self.tokens[1], self.lengths[1])
+                find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
+
+
+def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (R, K, T) of a mixture before each target, and those (R, K) after all, by Bayes' rule.
+
+    `log_p` (R, K, T) are the targets' under every expert, 0 for all where there is no target. All are
+    logarithms in fp64.
+    """
+    sums = log_weights[:, :, None] + log_p.cumsum(2)
+    before = torch.cat((log_weights[:, :, None], sums[:, :, :-1]), 2).log_softmax(1)
+    return before, sums[:, :, -1].log_softmax(1)
+
+
+def mix_copies(log_p: Tensor, hit: Tensor, match: Tensor, log_trust: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (R, T) of targets after copies have got their part, and the trust after them.
+
+    `log_p` (R, T) are those before, `hit` (R, T) says which copy is the target, `match` (R, T) is its class,
+    0 where there is none. `log_trust` (classes, G) are the weights of TRUSTS by class: each hands its part of
+    the probability to the copy. A chunk counts from the next one on.
+    """
+    trusts = torch.tensor(TRUSTS, dtype=log_p.dtype, device=log_p.device)
+    given = ((1 - trusts) * log_p.exp()[..., None] + trusts * hit[..., None]).clamp_min(1e-300).log()
+    mixed = torch.where(match > 0, (log_trust[match] + given).logsumexp(2), log_p)
+    # As a product, which sums in a fixed order on every device.
+    members = F.one_hot(match.flatten(), len(log_trust)).to(log_p.dtype)
+    members[:, 0] = 0
+    return mixed, (log_trust + members.T @ given.flatten(0, 1)).log_softmax(1)
 
 
 class MixedChunk(NamedTuple):
     """A chunk of each of several documents, a row each, in host memory or on the device.
 
     `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` and
-    `previous` are those of Past.
+    `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
     """
 
     batch: Batch
@@ -5313,10 +5454,12 @@ class MixedChunk(NamedTuple):
     weight: Tensor
     position: Tensor
     previous: Tensor
+    match: Tensor
 
 
-def mixed_chunk(tokens: np.ndarray, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
+def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
     """`chunk` targets after the first `place` of each of the `documents` (N, 2), in `rows` rows."""
+    tokens = copies.text
     first = documents[:, 0] + place
     plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
     plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
@@ -5327,13 +5470,33 @@ def mixed_chunk(tokens: np.ndarray, documents: np.ndarray, rows: int, place: int
     previous = torch.zeros(rows, 1, dtype=torch.int64)
     if place > 0:
         previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
+
+    inside = scored.numpy()
+    guesses = np.zeros((2, *inside.shape), np.int64)
+    guesses[:, inside] = copies.tokens[:, places.numpy()]
+    match = np.zeros((2, *inside.shape), np.int64)
+    match[:, inside] = MATCH_CLASSES[copies.lengths[:, places.numpy()]]
     return MixedChunk(
-        batch, scored, scored.flatten().nonzero()[:, 0], places, weight, torch.tensor(place), previous
+        batch._replace(guesses=torch.from_numpy(guesses)),
+        scored,
+        scored.flatten().nonzero()[:, 0],
+        places,
+        weight,
+        torch.tensor(place),
+        previous,
+        torch.from_numpy(match),
     )
 
 
+class Weights(NamedTuple):
+    """Logarithms, fp64: the prior (K,) of the adapters in a document, the trust (2, classes, G) in copies."""
+
+    adapters: Tensor
+    trust: Tensor
+
+
 class Mixture:
-    """The experts of one rank: adapters, caches and, by stream, the prior of the weights."""
+    """The experts of one rank: adapters, caches, copies and, by stream, the weights that are handed on."""
 
     def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
         config = run.config
@@ -5346,21 +5509,31 @@ class Mixture:
         self.stages = plan_stages(config)
         self.lora = LoRA(config, rows, run.device)
         self.cache = KeyCache(model, rows, self.stages, run.device)
+        self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
         rates = torch.tensor(self.rates, device=run.device)
         # How far each row goes along a step of the highest rate.
         self.part = (rates / rates.max().clamp_min(1e-30)).repeat(self.rows).view(1, -1, 1, 1)
-        uniform = torch.full((len(self.rates),), -math.log(len(self.rates)), dtype=torch.float64)
-        self.log_priors = [uniform.to(run.device) for _ in range(STREAMS)]
+        self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=run.device).log()
+        uniform = torch.zeros(len(self.rates), dtype=torch.float64, device=run.device).log_softmax(0)
+        classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
+        trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=run.device)
+        self.first_trust = (-FIRST_DOUBT * trusts).log_softmax(0).repeat(2, classes, 1)
+        self.weights = [Weights(uniform, self.first_trust)] * STREAMS
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
         """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
         longest = [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches]
         dealt = deal_batches(self.run.config, longest)
         mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
+        entered = 0
         for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
-            self.score_batch(batches[place], first_seed + place, stream)
+            self.copies.enter(batches[entered:place])
+            entered = place
+            self.copies.find(batches[place])
+            self.weights[stream] = self.score_batch(batches[place], first_seed + place, self.weights[stream])
+        self.copies.enter(batches[entered:])
 
-    def score_batch(self, documents: np.ndarray, seed: int, stream: int) -> None:
+    def score_batch(self, documents: np.ndarray, seed: int, weights: Weights) -> Weights:
         """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
         config = self.run.config
         self.lora.reset(seed)
@@ -5372,44 +5545,55 @@ class Mixture:
             weight_decay=config.ttt_weight_decay,
             fused=self.run.is_cuda,
         )
-        prior = self.log_priors[stream]
-        log_weights = prior.repeat(self.rows, 1)
+        within = weights.adapters.repeat(self.rows, 1)
+        trust = weights.trust
         plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
         for number, (place, stage) in enumerate(plan):
-            # All of it is prepared on the host: nothing here waits for the device.
-            prepared = mixed_chunk(self.tally.validation.tokens, documents, self.rows, place, stage.chunk)
-            chunk = to_device(prepared, self.run)
+            chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
             losses, past = self.run_chunk(chunk, stage)
-            scores, log_weights = self.mix(losses.detach(), chunk.scored, log_weights, prior)
+            scores, within, trust = self.mix(-losses.detach().double(), chunk, within, weights, trust)
             self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
             self.cache.keep(past)
             if number + 1 < len(plan):
-                (losses * chunk.weight[:, None]).sum().backward()
+                (losses[0] * chunk.weight[:, None]).sum().backward()
                 self.learn(optimizer)
-        ended = log_weights[: len(documents)].exp().mean(0)
-        carry = config.ttt_mixture_carry
-        self.log_priors[stream] = torch.log((1 - carry) * prior.exp() + carry * ended)
+        ended = within[: len(documents)].exp().mean(0)
+        return Weights(torch.lerp(weights.adapters.exp(), ended, config.ttt_mixture_carry).log(), trust)
 
     def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
-        """The losses (R, K, T) of a chunk for every rate, and what it leaves for the cache."""
+        """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
         count = len(self.rates)
-        inputs, targets, previous = (
-            tensor.repeat_interleave(count, 0)
-            for tensor in (chunk.batch.inputs, chunk.batch.targets, chunk.previous)
+        batch = chunk.batch
+        past = self.cache.past(chunk.position, chunk.previous.repeat_interleave(count, 0), stage)
+        rows = Batch(
+            batch.inputs.repeat_interleave(count, 0),
+            batch.targets.repeat_interleave(count, 0),
+            past=past,
+            guesses=batch.guesses.repeat_interleave(count, 1),
         )
-        past = self.cache.past(chunk.position, previous, stage)
-        losses = self.forward(Batch(inputs, targets, past=past), lora=self.lora)
-        return losses.view(self.rows, count, -1), past
+        return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
 
     def mix(
-        self, losses: Tensor, scored: Tensor, log_weights: Tensor, log_prior: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (R, T) fp64 of the targets of a chunk, and the weights after it (R, K)."""
-        log_p = -losses.double() * scored[:, None]
-        mixed, after = mix_experts(log_weights, log_p)
+        self, log_p: Tensor, chunk: MixedChunk, within: Tensor, weights: Weights, trust: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities (R, T) of the targets of a chunk; weights in documents and trust after it.
+
+        `log_p` (3, R, K, T) in fp64 are those of targets and copies under every adapter.
+        """
+        scored = chunk.scored
+        before, after = mix_experts(within, log_p[0] * scored[:, None])
+        mixed, *guessed = (before + log_p).logsumexp(2)
+        learnt = []
+        for source, guess in enumerate(guessed):
+            likely = torch.bucketize(guess, self.borders)
+            match = chunk.match[source]
+            match = (match > 0) * (1 + (match - 1) * (len(self.borders) + 1) + likely)
+            hit = chunk.batch.guesses[source] == chunk.batch.targets
+            mixed, after_copies = mix_copies(mixed, hit, match, trust[source])
+            learnt.append(after_copies)
         share = self.run.config.ttt_mixture_share
-        shared = torch.log((1 - share) * after.exp() + share * log_prior.exp())
-        return mixed, torch.where(scored.any(1, keepdim=True), shared, after)
+        after = torch.where(scored.any(1, keepdim=True), give_back(after, weights.adapters, share), after)
+        return mixed, after, give_back(torch.stack(learnt), self.first_trust, share)
 
     @torch.no_grad()
     def learn(self, optimizer: torch.optim.Optimizer) -> None:
@@ -5420,6 +5604,11 @@ class Mixture:
         optimizer.zero_grad()
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old.lerp_(parameter, self.part))
+
+
+def give_back(log_weights: Tensor, log_prior: Tensor, share: float) -> Tensor:
+    """The weights with a share from the prior, in logarithms (fixed share): none is ever lost."""
+    return torch.lerp(log_weights.exp(), log_prior.exp(), share).log()
 
 
 def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:

@@ -12,6 +12,7 @@ from helpers.tensors import perturbed
 from helpers.trainer import replace
 
 TARGETS = [40, 9, 75, 2, 33, 60, 17, 90, 25, 51]  # of each document; most are longer than the context
+ALONE = {"ttt_mixture_rates": "0", "ttt_mixture_copies": "none"}  # the network as it is
 STAGES = ((8, 4),)  # instead of EARLY_CHUNKS: contexts here have 32 tokens
 
 
@@ -69,7 +70,7 @@ def score_batch(
     run = t.Run(config)
     model = (model or build(config)).requires_grad_(False)
     tally = t.Tally(run, t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
-    t.Mixture(run, model, model, tally).score_batch(documents, 0, 0)
+    t.Mixture(run, model, model, tally).score_phase([documents], 0, 0)
     return tally
 
 
@@ -102,7 +103,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_over_a_cache_score_like_whole_documents(tiny, shape):
-    config = replace(tiny, **SHAPES[shape], ttt_mixture_rates="0")
+    config = replace(tiny, **SHAPES[shape], **ALONE)
     tokens = stream(config)
     model = build(config)
     expected = torch.zeros(len(tokens))
@@ -113,9 +114,7 @@ def test_chunks_over_a_cache_score_like_whole_documents(tiny, shape):
 
 
 def test_hashed_pairs_reach_back_over_the_edge_of_a_chunk(tiny):
-    config = replace(
-        tiny, hash_embed_enabled=True, phased_ttt_num_phases=1, hash_embed_size=97, ttt_mixture_rates="0"
-    )
+    config = replace(tiny, **ALONE, hash_embed_enabled=True, phased_ttt_num_phases=1, hash_embed_size=97)
     tokens = stream(config)
     model = build(config)
     model.hash_embed = torch.nn.Parameter(torch.randn(97, config.model_dim))
@@ -129,14 +128,54 @@ def test_weights_are_those_of_bayes():
     random = torch.Generator().manual_seed(0)
     log_p = -torch.rand(2, 3, 5, generator=random, dtype=torch.float64)
     weights = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], dtype=torch.float64)
-    mixed, after = t.mix_experts(weights.log(), log_p)
+    before, after = t.mix_experts(weights.log(), log_p)
     for row in range(2):
         w = weights[row].clone()
         for place in range(5):
+            assert torch.allclose(before[row, :, place].exp(), w)
             p = log_p[row, :, place].exp()
-            assert mixed[row, place].exp() == pytest.approx(float(w @ p))
             w = w * p / (w @ p)
         assert torch.allclose(after[row].exp(), w)
+
+
+def test_trust_in_copies_is_learnt_by_class():
+    """A class whose copies are right gets more of the probability, of wrong ones less."""
+    log_p = torch.full((1, 40), 0.1, dtype=torch.float64).log()
+    match = torch.tensor([[1, 2, 0, 1] * 10])
+    hit = match == 1
+    first = torch.zeros(4, len(t.TRUSTS), dtype=torch.float64).log_softmax(1)
+    mixed, after = t.mix_copies(log_p, hit, match, first)
+    trusts = torch.tensor(t.TRUSTS, dtype=torch.float64)
+    mean = trusts.mean()
+    for kind, expected in ((0, 0.1), (1, 0.1 * (1 - mean) + mean), (2, 0.1 * (1 - mean))):
+        assert torch.allclose(mixed[match == kind].exp(), torch.tensor(float(expected), dtype=torch.float64))
+    trust = after.exp() @ trusts
+    assert trust[1] > 0.8 and trust[2] < 0.1 and torch.equal(after[[0, 3]], first[[0, 3]])
+
+
+def test_copies_follow_the_longest_match_of_what_is_known():
+    """Against a search by hand: nothing from the place on, from other documents only what is entered."""
+    random = np.random.default_rng(0)
+    text = random.integers(4, 7, 400).astype("<u2")
+    text[[0, 150, 300]] = t.BOS
+    documents = np.array([[0, 151], [150, 301], [300, 400]])
+    copies = t.Copies(text, "all")
+    copies.enter([documents[2:]])
+    copies.find(documents[:2])
+    for first, end in documents[:2]:
+        for place in range(first + 1, end):
+            lengths = [0]
+            for found in range(first + 1, place):
+                lengths.append(t.match_length.py_func(text, place, found, min(32, found - first)))
+            assert copies.lengths[0, place] <= max(lengths)
+            long = max(lengths) if max(lengths) <= 3 else 3  # the most recent match of an order is taken
+            assert copies.lengths[0, place] >= long
+    at = int(np.flatnonzero(copies.lengths[1])[0])
+    order = int(copies.lengths[1, at])
+    context = text[at - order : at]
+    matches = [place for place in range(300 + order, 400) if (text[place - order : place] == context).all()]
+    assert copies.tokens[1, at] == text[matches[-1]]
+    assert not t.Copies(text, "all").lengths.any()
 
 
 def test_adapters_of_all_rates_learn_as_alone(tiny, monkeypatch):
@@ -163,7 +202,7 @@ def test_adapters_of_all_rates_learn_as_alone(tiny, monkeypatch):
 
         monkeypatch.setattr(t.Mixture, "mix", record)
         score_batch(replace(tiny, ttt_mixture_rates=rates, ttt_batch_size=2), tokens, documents)
-    found = {rates: torch.cat(parts, 2) for rates, parts in losses.items()}
+    found = {rates: torch.cat([part[0] for part in parts], 2) for rates, parts in losses.items()}
     for place, rate in enumerate(("1", "4")):
         assert torch.allclose(found["1,4"][:, place], found[rate][:, 0], rtol=1e-4, atol=1e-4)
     assert (found["1"] - found["4"]).abs().max() > 0.05, "learning must matter for this to be a test"
