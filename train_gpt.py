@@ -5488,6 +5488,11 @@ def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, ch
     )
 
 
+def give_back(log_weights: Tensor, log_prior: Tensor, share: float) -> Tensor:
+    """The weights with a share from the prior, in logarithms (fixed share): none is ever lost."""
+    return torch.lerp(log_weights.exp(), log_prior.exp(), share).log()
+
+
 class Weights(NamedTuple):
     """Logarithms, fp64: the prior (K,) of the adapters in a document, the trust (2, classes, G) in copies."""
 
@@ -5495,8 +5500,54 @@ class Weights(NamedTuple):
     trust: Tensor
 
 
+class Mixer:
+    """The weights of `count` adapters and of copies: one batch at a time, handed on within a stream."""
+
+    def __init__(self, config: Config, count: int, device: torch.device):
+        self.share = config.ttt_mixture_share
+        self.carry = config.ttt_mixture_carry
+        self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=device).log()
+        uniform = torch.zeros(count, dtype=torch.float64, device=device).log_softmax(0)
+        classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
+        trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
+        self.first_trust = (-FIRST_DOUBT * trusts).log_softmax(0).repeat(2, classes, 1)
+        self.streams = [Weights(uniform, self.first_trust)] * STREAMS
+
+    def open(self, stream: int, rows: int) -> None:
+        """Begin a batch of `rows` documents of `stream`."""
+        self.prior, self.trust = self.streams[stream]
+        self.within = self.prior.repeat(rows, 1)
+
+    def mix(self, log_p: Tensor, chunk: MixedChunk) -> Tensor:
+        """Log-probabilities (R, T) of the targets of a chunk; what they teach counts from the next one on.
+
+        `log_p` (3, R, K, T) in fp64 are those of targets and copies under every adapter.
+        """
+        scored = chunk.scored
+        before, after = mix_experts(self.within, log_p[0] * scored[:, None])
+        mixed, *guessed = (before + log_p).logsumexp(2)
+        learnt = []
+        for source, guess in enumerate(guessed):
+            likely = torch.bucketize(guess, self.borders)
+            match = chunk.match[source]
+            match = (match > 0) * (1 + (match - 1) * (len(self.borders) + 1) + likely)
+            hit = chunk.batch.guesses[source] == chunk.batch.targets
+            mixed, trust = mix_copies(mixed, hit, match, self.trust[source])
+            learnt.append(trust)
+        self.trust = give_back(torch.stack(learnt), self.first_trust, self.share)
+        goes_on = scored.any(1, keepdim=True)
+        self.within = torch.where(goes_on, give_back(after, self.prior, self.share), after)
+        return mixed
+
+    def close(self, stream: int, documents: int) -> None:
+        """End the batch, of which the first rows had `documents`."""
+        ended = self.within[:documents].exp().mean(0)
+        prior = torch.lerp(self.prior.exp(), ended, self.carry).log()
+        self.streams[stream] = Weights(prior, self.trust)
+
+
 class Mixture:
-    """The experts of one rank: adapters, caches, copies and, by stream, the weights that are handed on."""
+    """The experts of one rank: adapters with their caches, copies, and what mixes them."""
 
     def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
         config = run.config
@@ -5513,12 +5564,7 @@ class Mixture:
         rates = torch.tensor(self.rates, device=run.device)
         # How far each row goes along a step of the highest rate.
         self.part = (rates / rates.max().clamp_min(1e-30)).repeat(self.rows).view(1, -1, 1, 1)
-        self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=run.device).log()
-        uniform = torch.zeros(len(self.rates), dtype=torch.float64, device=run.device).log_softmax(0)
-        classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
-        trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=run.device)
-        self.first_trust = (-FIRST_DOUBT * trusts).log_softmax(0).repeat(2, classes, 1)
-        self.weights = [Weights(uniform, self.first_trust)] * STREAMS
+        self.mixer = Mixer(config, len(self.rates), run.device)
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
         """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
@@ -5530,10 +5576,12 @@ class Mixture:
             self.copies.enter(batches[entered:place])
             entered = place
             self.copies.find(batches[place])
-            self.weights[stream] = self.score_batch(batches[place], first_seed + place, self.weights[stream])
+            self.mixer.open(stream, self.rows)
+            self.score_batch(batches[place], first_seed + place)
+            self.mixer.close(stream, len(batches[place]))
         self.copies.enter(batches[entered:])
 
-    def score_batch(self, documents: np.ndarray, seed: int, weights: Weights) -> Weights:
+    def score_batch(self, documents: np.ndarray, seed: int) -> None:
         """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
         config = self.run.config
         self.lora.reset(seed)
@@ -5545,20 +5593,16 @@ class Mixture:
             weight_decay=config.ttt_weight_decay,
             fused=self.run.is_cuda,
         )
-        within = weights.adapters.repeat(self.rows, 1)
-        trust = weights.trust
         plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
             losses, past = self.run_chunk(chunk, stage)
-            scores, within, trust = self.mix(-losses.detach().double(), chunk, within, weights, trust)
+            scores = self.mixer.mix(-losses.detach().double(), chunk)
             self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
             self.cache.keep(past)
             if number + 1 < len(plan):
                 (losses[0] * chunk.weight[:, None]).sum().backward()
                 self.learn(optimizer)
-        ended = within[: len(documents)].exp().mean(0)
-        return Weights(torch.lerp(weights.adapters.exp(), ended, config.ttt_mixture_carry).log(), trust)
 
     def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
         """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
@@ -5573,28 +5617,6 @@ class Mixture:
         )
         return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
 
-    def mix(
-        self, log_p: Tensor, chunk: MixedChunk, within: Tensor, weights: Weights, trust: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (R, T) of the targets of a chunk; weights in documents and trust after it.
-
-        `log_p` (3, R, K, T) in fp64 are those of targets and copies under every adapter.
-        """
-        scored = chunk.scored
-        before, after = mix_experts(within, log_p[0] * scored[:, None])
-        mixed, *guessed = (before + log_p).logsumexp(2)
-        learnt = []
-        for source, guess in enumerate(guessed):
-            likely = torch.bucketize(guess, self.borders)
-            match = chunk.match[source]
-            match = (match > 0) * (1 + (match - 1) * (len(self.borders) + 1) + likely)
-            hit = chunk.batch.guesses[source] == chunk.batch.targets
-            mixed, after_copies = mix_copies(mixed, hit, match, trust[source])
-            learnt.append(after_copies)
-        share = self.run.config.ttt_mixture_share
-        after = torch.where(scored.any(1, keepdim=True), give_back(after, weights.adapters, share), after)
-        return mixed, after, give_back(torch.stack(learnt), self.first_trust, share)
-
     @torch.no_grad()
     def learn(self, optimizer: torch.optim.Optimizer) -> None:
         """One step of AdamW at the highest rate, of which each row goes as far as its own rate says."""
@@ -5604,11 +5626,6 @@ class Mixture:
         optimizer.zero_grad()
         for parameter, old in zip(parameters, before, strict=True):
             parameter.copy_(old.lerp_(parameter, self.part))
-
-
-def give_back(log_weights: Tensor, log_prior: Tensor, share: float) -> Tensor:
-    """The weights with a share from the prior, in logarithms (fixed share): none is ever lost."""
-    return torch.lerp(log_weights.exp(), log_prior.exp(), share).log()
 
 
 def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:

@@ -182,7 +182,7 @@ def test_adapters_of_all_rates_learn_as_alone(tiny, monkeypatch):
     """Each rate in its row does what a mixture of that rate alone does with the same initial adapters."""
     tokens = stream(tiny)
     documents = t.find_documents(tokens)[[4, 5]]
-    mix = t.Mixture.mix
+    mix = t.Mixer.mix
     losses = {}
 
     def reset(lora, seed):
@@ -196,11 +196,11 @@ def test_adapters_of_all_rates_learn_as_alone(tiny, monkeypatch):
     for rates in ("1,4", "1", "4"):
         seen = losses.setdefault(rates, [])
 
-        def record(mixture, found, *rest, seen=seen):
+        def record(mixer, found, *rest, seen=seen):
             seen.append(found)
-            return mix(mixture, found, *rest)
+            return mix(mixer, found, *rest)
 
-        monkeypatch.setattr(t.Mixture, "mix", record)
+        monkeypatch.setattr(t.Mixer, "mix", record)
         score_batch(replace(tiny, ttt_mixture_rates=rates, ttt_batch_size=2), tokens, documents)
     found = {rates: torch.cat([part[0] for part in parts], 2) for rates, parts in losses.items()}
     for place, rate in enumerate(("1", "4")):
