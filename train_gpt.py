@@ -385,7 +385,7 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     ttt_mixture_rates: str = knob(
-        "0,1,3,9", "mixture: an adapter per rate, as multiples of TTT_LORA_LR; 0: none", rate_list
+        "0.5,2,8,32", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
     )
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction

@@ -268,3 +268,65 @@ def test_the_mixture_is_normalised_and_no_expert_sees_its_target(tiny, monkeypat
     nats = score_batch(replace(tiny, ttt_batch_size=size), copies.ravel(), documents).nats.view(size, -1)
     assert nats[:, place].neg().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     assert (nats[:, 1:place] == nats[:1, 1:place]).all() and nats[:, place].std() > 0.1
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_documents_and_score_them_as_one_does(tiny, monkeypatch, world_size):
+    """Bit for bit, whatever is copied from batches that another rank scores."""
+    config = replace(tiny, ttt_batch_size=1)
+    tokens = stream(config)
+    alone = score(config, tokens).nats
+    together = torch.zeros_like(alone)
+    times = torch.zeros(len(tokens), dtype=torch.int32)
+    for rank in range(world_size):
+        run = t.Run(config)
+        run.rank, run.world_size, run.streams = rank, world_size, range(rank, t.STREAMS, world_size)
+        monkeypatch.setattr(t.Run, "sum_over_ranks", lambda run, tensor: tensor)
+        model = build(config)
+        tally = t.Tally(run, t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
+        t.score_mixture(run, model, model, tally)
+        together += tally.nats
+        times += tally.times
+    assert (times[1:] == 1).all() and torch.equal(together, alone)
+
+
+def test_every_stage_is_one_graph_and_the_rehearsal_meets_them_all(tiny, monkeypatch):
+    monkeypatch.setattr(t, "STREAMS", 2)
+    config = replace(tiny, val_batch_tokens=256, ttt_chunk_tokens=64, ttt_batch_size=2)
+    run, model = t.Run(config), build(config)
+    tokens = stream(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
+    before = t.compiled_graphs()
+    t.rehearse(run, {"ttt": lambda tally: t.score_mixture(run, compiled, compiled, tally)})
+    graphs = t.compiled_graphs()
+    assert graphs - before == len(t.plan_stages(config)) == 2
+    tally = t.Tally(run, t.Validation(tokens, np.ones(len(tokens), np.int32), "test"))
+    t.score_mixture(run, compiled, compiled, tally)
+    assert t.compiled_graphs() == graphs
+    assert torch.allclose(tally.nats, score(config, tokens).nats, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_in_bf16_scores_like_one_in_fp32(tiny):
+    config = replace(tiny, ttt_lora_lr=0.001)
+    tokens = stream(config)
+    rough = score(config, tokens, build(config, torch.bfloat16)).nats
+    exact = score(config, tokens).nats
+    assert rough.mean().item() == pytest.approx(exact.mean().item(), rel=0.01)
+
+
+def test_a_context_without_room_for_a_cache_is_refused(tiny):
+    with pytest.raises(t.Stop, match="there would be no cache"):
+        replace(tiny, ttt_chunk_size=32)
+    with pytest.raises(t.Stop, match="TTT_MIXTURE_RATES"):
+        replace(tiny, ttt_mixture_rates="1,x")
+
+
+def test_the_stages_of_the_contest_are_few():
+    stages = t.plan_stages(t.Config(ttt_mode="mixture"))
+    assert [(stage.chunk, stage.cached) for stage in stages] == [(8, 64), (16, 256), (32, 1024), (48, 2000)]
+    for length in (2, 9, 64, 65, 1025, 5000):
+        plan = t.plan_positions(stages, length)
+        ends = [place + stage.chunk for place, stage in plan]
+        assert [place for place, _ in plan] == [0, *ends[:-1]] and ends[-1] >= length - 1 > plan[-1][0]
+        assert all(place + stage.chunk <= max(stage.cached, 2048) for place, stage in plan if place < 1024)
