@@ -5424,14 +5424,15 @@ def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     return before, sums[:, :, -1].log_softmax(1)
 
 
-def mix_copies(log_p: Tensor, hit: Tensor, match: Tensor, log_trust: Tensor) -> tuple[Tensor, Tensor]:
+def mix_copies(
+    log_p: Tensor, hit: Tensor, match: Tensor, trusts: Tensor, log_trust: Tensor
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (R, T) of targets after copies have got their part, and the trust after them.
 
     `log_p` (R, T) are those before, `hit` (R, T) says which copy is the target, `match` (R, T) is its class,
-    0 where there is none. `log_trust` (classes, G) are the weights of TRUSTS by class: each hands its part of
-    the probability to the copy. A chunk counts from the next one on.
+    0 where there is none. `log_trust` (classes, G) are the weights of `trusts` (G,) by class: each hands its
+    part of the probability to the copy. A chunk counts from the next one on.
     """
-    trusts = torch.tensor(TRUSTS, dtype=log_p.dtype, device=log_p.device)
     given = ((1 - trusts) * log_p.exp()[..., None] + trusts * hit[..., None]).clamp_min(1e-300).log()
     mixed = torch.where(match > 0, (log_trust[match] + given).logsumexp(2), log_p)
     # As a product, which sums in a fixed order on every device.
@@ -5509,8 +5510,8 @@ class Mixer:
         self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=device).log()
         uniform = torch.zeros(count, dtype=torch.float64, device=device).log_softmax(0)
         classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
-        trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
-        self.first_trust = (-FIRST_DOUBT * trusts).log_softmax(0).repeat(2, classes, 1)
+        self.trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
+        self.first_trust = (-FIRST_DOUBT * self.trusts).log_softmax(0).repeat(2, classes, 1)
         self.streams = [Weights(uniform, self.first_trust)] * STREAMS
 
     def open(self, stream: int, rows: int) -> None:
@@ -5532,7 +5533,7 @@ class Mixer:
             match = chunk.match[source]
             match = (match > 0) * (1 + (match - 1) * (len(self.borders) + 1) + likely)
             hit = chunk.batch.guesses[source] == chunk.batch.targets
-            mixed, trust = mix_copies(mixed, hit, match, self.trust[source])
+            mixed, trust = mix_copies(mixed, hit, match, self.trusts, self.trust[source])
             learnt.append(trust)
         self.trust = give_back(torch.stack(learnt), self.first_trust, self.share)
         goes_on = scored.any(1, keepdim=True)

@@ -144,8 +144,8 @@ def test_trust_in_copies_is_learnt_by_class():
     match = torch.tensor([[1, 2, 0, 1] * 10])
     hit = match == 1
     first = torch.zeros(4, len(t.TRUSTS), dtype=torch.float64).log_softmax(1)
-    mixed, after = t.mix_copies(log_p, hit, match, first)
     trusts = torch.tensor(t.TRUSTS, dtype=torch.float64)
+    mixed, after = t.mix_copies(log_p, hit, match, trusts, first)
     mean = trusts.mean()
     for kind, expected in ((0, 0.1), (1, 0.1 * (1 - mean) + mean), (2, 0.1 * (1 - mean))):
         assert torch.allclose(mixed[match == kind].exp(), torch.tensor(float(expected), dtype=torch.float64))
