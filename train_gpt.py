@@ -5313,6 +5313,7 @@ MATCH_CLASSES = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 24, 32], np.arange(LO
 GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
 TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
 FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
+FARTHEST_SHIFT = math.log(64.0)  # of all rates, either way
 TABLE_BITS = 22  # slots of a table of contexts, for each order
 
 
@@ -5495,28 +5496,41 @@ def give_back(log_weights: Tensor, log_prior: Tensor, share: float) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """Logarithms, fp64: the prior (K,) of the adapters in a document, the trust (2, classes, G) in copies."""
+    """Logarithms, fp64: the prior (K,) of the adapters in a document, the trust (2, classes, G) in copies.
+
+    `shift` () is that of the factor on all rates.
+    """
 
     adapters: Tensor
     trust: Tensor
+    shift: Tensor
 
 
 class Mixer:
-    """The weights of `count` adapters and of copies: one batch at a time, handed on within a stream."""
+    """The weights of adapters and of copies: one batch at a time, handed on within a stream.
 
-    def __init__(self, config: Config, count: int, device: torch.device):
+    `rates` (K,) fp64 are those of the adapters. All of them move together, batch by batch, to where the
+    weights are: their geometric mean goes to the rate that was found best.
+    """
+
+    def __init__(self, config: Config, rates: Tensor):
+        device = rates.device
+        learns = rates > 0
+        self.rates = rates
+        self.log_rates = torch.where(learns, rates, 1.0).log()
+        self.learns = learns.double()
         self.share = config.ttt_mixture_share
         self.carry = config.ttt_mixture_carry
         self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=device).log()
-        uniform = torch.zeros(count, dtype=torch.float64, device=device).log_softmax(0)
+        uniform = torch.zeros_like(rates).log_softmax(0)
         classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
         self.trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
         self.first_trust = (-FIRST_DOUBT * self.trusts).log_softmax(0).repeat(2, classes, 1)
-        self.streams = [Weights(uniform, self.first_trust)] * STREAMS
+        self.streams = [Weights(uniform, self.first_trust, rates.new_zeros(()))] * STREAMS
 
     def open(self, stream: int, rows: int) -> None:
         """Begin a batch of `rows` documents of `stream`."""
-        self.prior, self.trust = self.streams[stream]
+        self.prior, self.trust, self.shift = self.streams[stream]
         self.within = self.prior.repeat(rows, 1)
 
     def mix(self, log_p: Tensor, chunk: MixedChunk) -> Tensor:
@@ -5544,7 +5558,11 @@ class Mixer:
         """End the batch, of which the first rows had `documents`."""
         ended = self.within[:documents].exp().mean(0)
         prior = torch.lerp(self.prior.exp(), ended, self.carry).log()
-        self.streams[stream] = Weights(prior, self.trust)
+        count = self.learns.sum().clamp_min(1)
+        found = ended * self.learns
+        away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
+        shift = (self.shift + self.carry * away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
+        self.streams[stream] = Weights(prior, self.trust, shift)
 
 
 class Mixture:
@@ -5555,17 +5573,15 @@ class Mixture:
         self.run = run
         self.forward = forward
         self.tally = tally
-        self.rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
+        rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
+        self.count = len(rates)
         self.rows = config.ttt_batch_size
-        rows = self.rows * len(self.rates)
+        rows = self.rows * self.count
         self.stages = plan_stages(config)
         self.lora = LoRA(config, rows, run.device)
         self.cache = KeyCache(model, rows, self.stages, run.device)
         self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
-        rates = torch.tensor(self.rates, device=run.device)
-        # How far each row goes along a step of the highest rate.
-        self.part = (rates / rates.max().clamp_min(1e-30)).repeat(self.rows).view(1, -1, 1, 1)
-        self.mixer = Mixer(config, len(self.rates), run.device)
+        self.mixer = Mixer(config, torch.tensor(rates, dtype=torch.float64, device=run.device))
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
         """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
@@ -5588,12 +5604,14 @@ class Mixture:
         self.lora.reset(seed)
         optimizer = torch.optim.AdamW(
             self.lora.parameters(),
-            lr=max(self.rates),
+            lr=1.0,  # each row goes a part of the way, see learn
             betas=(config.ttt_beta1, config.ttt_beta2),
             eps=1e-10,
             weight_decay=config.ttt_weight_decay,
-            fused=self.run.is_cuda,
+            fused=True,  # on a CPU too: a step moves more than it computes
         )
+        rates = self.mixer.rates * self.mixer.shift.exp()
+        part = rates.float().repeat(self.rows).view(1, -1, 1, 1)
         plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
@@ -5603,11 +5621,11 @@ class Mixture:
             self.cache.keep(past)
             if number + 1 < len(plan):
                 (losses[0] * chunk.weight[:, None]).sum().backward()
-                self.learn(optimizer)
+                self.learn(optimizer, part)
 
     def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
         """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
-        count = len(self.rates)
+        count = self.count
         batch = chunk.batch
         past = self.cache.past(chunk.position, chunk.previous.repeat_interleave(count, 0), stage)
         rows = Batch(
@@ -5619,14 +5637,14 @@ class Mixture:
         return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
 
     @torch.no_grad()
-    def learn(self, optimizer: torch.optim.Optimizer) -> None:
-        """One step of AdamW at the highest rate, of which each row goes as far as its own rate says."""
+    def learn(self, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
+        """One step of AdamW at rate 1, of which each row goes a part: its rate, `part` (1, R K, 1, 1)."""
         parameters = list(self.lora.parameters())
         before = [parameter.clone() for parameter in parameters]
         optimizer.step()
         optimizer.zero_grad()
         for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old.lerp_(parameter, self.part))
+            parameter.copy_(old.lerp_(parameter, part))
 
 
 def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:

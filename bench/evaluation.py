@@ -170,7 +170,7 @@ def mix_again(
     subject: Subject, seen: list[Seen], config: t.Config, rates: list[int], sources: str
 ) -> np.ndarray:
     """Nats by document of a mixture of some of the recorded experts: adapters by number, copies by source."""
-    mixer = t.Mixer(config, len(rates), torch.device("cpu"))
+    mixer = t.Mixer(config, torch.ones(len(rates), dtype=torch.float64))
     losses = np.zeros(len(subject.tokens))
     allowed = {"none": (0, 0), "document": (1, 0), "all": (1, 1)}[sources]
     for what, arguments in seen:
@@ -222,7 +222,8 @@ def compare(subject: Subject, rates: list[float], only_mixture: bool) -> dict[st
     text = ",".join(f"{rate:g}" for rate in [0.0, *rates])
     seen: list[Seen] = []
     mixture = functools.partial(score, subject, ttt_mode="mixture")
-    mixture(seen, ttt_mixture_rates=text, ttt_mixture_copies="all")
+    with patch.object(t, "FARTHEST_SHIFT", 0.0):  # each row keeps its rate
+        mixture(seen, ttt_mixture_rates=text, ttt_mixture_copies="all")
     mixed = functools.partial(mix_again, subject, seen, config)
     everyone = list(range(len(rates) + 1))
     none = mixed([0], "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,25 @@ def test_weights_are_those_of_bayes():
             p = log_p[row, :, place].exp()
             w = w * p / (w @ p)
         assert torch.allclose(after[row].exp(), w)
+
+
+def test_rates_move_to_where_the_weights_are(tiny):
+    """A grid that lies too low rises until its middle is the rate found best; another stream stays."""
+    rates = torch.tensor([0.0, 1e-4, 4e-4, 16e-4], dtype=torch.float64)
+    mixer = t.Mixer(tiny, rates)
+    best = 32e-4
+    for _ in range(12):
+        mixer.open(3, 2)
+        distance = (mixer.rates * mixer.shift.exp()).clamp_min(1e-9).log() - math.log(best)
+        mixer.within = (-distance.square()).log_softmax(0).repeat(2, 1)
+        mixer.close(3, 2)
+    assert 4e-4 * mixer.streams[3].shift.exp().item() == pytest.approx(best, rel=0.05)
+    assert mixer.streams[2].shift == 0
+    for weights in ([0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]):
+        mixer.open(0, 1)
+        mixer.within = torch.tensor([weights], dtype=torch.float64).log()
+        mixer.close(0, 1)
+        assert mixer.streams[0].shift.isfinite(), "the network as it is has no rate"
 
 
 def test_trust_in_copies_is_learnt_by_class():
