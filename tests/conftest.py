@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
-from helpers.trainer import sentences, tiny_settings
+from helpers.trainer import VALIDATION, sentences, tiny_settings
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("suite")
@@ -36,8 +36,9 @@ def dataset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for name, count, seed in (("train_000000", 300, 1), ("train_000001", 300, 2), ("val_000000", 30, 3)):
-        ids = [i for text in sentences(count, seed) for i in [BOS, *pieces.encode(text)]]
+    training = {f"train_00000{number}": sentences(300, number + 1) for number in range(2)}
+    for name, texts in (training | {"val_000000": VALIDATION}).items():
+        ids = [i for text in texts for i in [BOS, *pieces.encode(text)]]
         write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
     return folder
 

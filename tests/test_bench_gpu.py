@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt as t
 from bench import gpu_meter as m
 from helpers import ROOT
+from helpers.processes import run_python
 from helpers.trainer import TINY
 
 KEYS = {
@@ -63,23 +63,9 @@ def gpu(monkeypatch) -> ModuleType:
 
 def test_the_whole_script_runs_without_a_gpu_and_times_another_step(tmp_path):
     (tmp_path / "other.py").write_text(STEP)
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "bench" / "gpu.py"),
-            "--device",
-            "cpu",
-            "--tiny",
-            "--quick",
-            "--against",
-            str(tmp_path / "other.py"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=240,
-        check=False,
-    )
+    words = [ROOT / "bench" / "gpu.py", "--device", "cpu", "--tiny", "--quick"]
+    words += ["--against", tmp_path / "other.py"]
+    done = run_python(words, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
     result = json.loads(last.removeprefix("RESULT "))

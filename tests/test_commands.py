@@ -106,11 +106,15 @@ def test_the_pages_have_commands_and_the_tools_are_known():
 
 
 @pytest.mark.parametrize("tool", tools(), ids=lambda path: path.name)
-def test_every_tool_starts_from_any_folder(tool, shell, tmp_path):
+def test_every_tool_starts_from_any_folder(tool, shell):
     done = help_of(tool, tuple(shell.items()))
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
+
+
+def test_a_tool_starts_in_the_same_way_behind_the_name_of_an_interpreter(shell, tmp_path):
+    tool = ROOT / "report.py"
     started = paste(["python3", str(tool), "--help"], shell, tmp_path)
-    assert started.stdout == done.stdout
+    assert started.stdout == help_of(tool, tuple(shell.items())).stdout
 
 
 @pytest.mark.parametrize("page, line", commands(), ids=lambda text: text[:60])

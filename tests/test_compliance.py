@@ -115,6 +115,7 @@ def broken(report: compliance.Report) -> set[str]:
 
 def test_a_legal_run_passes_every_probe(folder, capsys, monkeypatch):
     monkeypatch.setattr(compliance, "load_trainer", lambda folder: t)
+    monkeypatch.setenv("NUMBA_OPT", "1")  # of the script alone, which has to compile what runs once
     code = compliance.main([str(folder), "--tokens", str(TOKENS), "--positions", str(POSITIONS)])
     shown = capsys.readouterr().out
     report = json.loads((folder / "compliance.json").read_text())

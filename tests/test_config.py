@@ -12,6 +12,7 @@ import pytest
 
 import train_gpt as t
 from helpers import ROOT
+from helpers.processes import run_python
 from helpers.trainer import environment
 
 NOT_TYPOS = """
@@ -162,25 +163,14 @@ def test_switches(text, value):
 def test_print_config_can_be_read_back_and_overrides_name_only_what_differs():
     config = t.Config.from_env({"NUM_LAYERS": "9", "LN_SCALE": "0"})
     assert config.overrides() == {"NUM_LAYERS": 9, "LN_SCALE": False}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), "--print-config"],
-        capture_output=True,
-        text=True,
-        env=environment({"NUM_LAYERS": "9", "LN_SCALE": "0"}),
-        check=True,
-    )
+    changed = environment({"NUM_LAYERS": "9", "LN_SCALE": "0"})
+    result = run_python([ROOT / "train_gpt.py", "--print-config"], changed)
     pairs = dict(line.split("=", 1) for line in result.stdout.splitlines())
     assert t.Config.from_env(pairs) == config and len(pairs) == len(dataclasses.fields(t.Config))
 
 
 def test_help_shows_every_setting_and_other_arguments_are_refused():
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), "--help"],
-        capture_output=True,
-        text=True,
-        env=environment({}),
-        check=True,
-    ).stdout
+    shown = run_python([ROOT / "train_gpt.py", "--help"], environment({})).stdout
     assert all(re.search(rf"^  {f.name.upper()} ", shown, re.M) for f in dataclasses.fields(t.Config))
     with pytest.raises(t.Stop, match="environment variables"):
         t.command_line(["--lr=3"])

@@ -10,7 +10,7 @@ import torch
 
 import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
-from helpers.trainer import replace, sentences
+from helpers.trainer import VALIDATION, replace, sentences
 
 
 def damaged(path, **change):
@@ -65,11 +65,11 @@ def test_lut_bytes_are_the_bytes_of_the_text(config, dataset):
     data = t.Dataset(config)
     validation = t.load_validation(data)
     documents = np.split(validation.tokens, np.flatnonzero(validation.tokens == BOS)[1:])
-    for text, tokens in zip(sentences(30, 3), documents, strict=True):
+    for text, tokens in zip(VALIDATION, documents, strict=True):
         assert data.pieces.decode(tokens[1:].tolist()) == text
     # No space is credited at the start of a document, and none is written there: the counts agree exactly.
     assert validation.source == "lut"
-    assert validation.bytes.sum() == sum(len(text.encode()) for text in sentences(30, 3))
+    assert validation.bytes.sum() == sum(len(text.encode()) for text in VALIDATION)
 
 
 def test_the_fingerprint_reads_no_validation_token(config, dataset, tmp_path):

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ import sentencepiece
 import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
-from helpers.trainer import environment, launch, replace, sentences
+from helpers.processes import run_python
+from helpers.trainer import VALIDATION, environment, launch, replace, sentences
 
 SMALL = {"ITERATIONS": "3", "SLIDING_WINDOW_ENABLED": "0", "TTT_ENABLED": "0", "RUN_ID": "one"}
 
@@ -82,14 +84,7 @@ def test_a_dataset_is_refused_before_training(config, folder, kind):
 
 def run_program(program: str, settings: dict[str, str]) -> subprocess.CompletedProcess:
     """A Python program that changes the trainer before it starts it, with the small settings."""
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment(settings | SMALL),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_python(["-c", program], environment(settings | SMALL))
 
 
 def test_a_finished_dataset_may_have_kept_its_marks(config, folder):
@@ -150,7 +145,7 @@ def test_byte_pieces_without_a_lone_space_need_a_sidecar(config, folder):
 def test_the_total_is_that_of_the_manifest(config, folder):
     changed = replace(config, datasets_dir=str(folder))
     true = int(t.load_validation(t.Dataset(changed)).bytes.sum())
-    assert true == sum(len(text.encode()) for text in sentences(30, 3))
+    assert true == sum(len(text.encode()) for text in VALIDATION)
     for name in ("val_bytes", "val_lut_bytes"):
         write_manifest(**{name: true})(folder)
         t.load_validation(t.Dataset(changed))
@@ -170,16 +165,13 @@ def saved_command(message: str) -> str:
 
 
 def go_on(message: str) -> str:
-    """Paste the command that `message` ends with into a shell; its output."""
-    result = subprocess.run(
-        ["bash", "-c", saved_command(message)],
-        env=environment({}),
-        cwd=Path.cwd(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    """Do what a shell makes of the command that `message` ends with; its output."""
+    words = shlex.split(saved_command(message))
+    assignments = [word for word in words if re.match("[A-Z_]+=", word)]
+    variables = dict(word.split("=", 1) for word in assignments)
+    program, *arguments = words[len(assignments) :]
+    assert Path(program).resolve() == Path(sys.executable).resolve()
+    result = run_python(arguments, environment(variables), folder=Path.cwd())
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\nfinal val_loss:" in result.stdout and "step:" not in result.stdout
     return result.stdout

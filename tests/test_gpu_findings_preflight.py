@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 import train_gpt as t
 from helpers import ROOT
+from helpers.processes import run_python
 from helpers.trainer import environment, launch, replace
 
 
@@ -78,9 +77,9 @@ def test_a_run_with_a_broken_nvidia_smi_goes_on(settings, tmp_path, monkeypatch)
 
 def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
     cache = tmp_path / "cache"
-    command = [sys.executable, ROOT / "train_gpt.py", "--preflight"]
+    command = [ROOT / "train_gpt.py", "--preflight"]
     values = environment(settings | {"COMPILE_CACHE": str(cache), "MAX_WALLCLOCK_SECONDS": "100"})
-    done = subprocess.run(command, env=values, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_python(command, values, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("preflight ")]
     assert [line.split(":")[0].removeprefix("preflight ") for line in lines] == [
@@ -98,9 +97,7 @@ def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
 
 
 def test_two_ranks_report_once_and_stop_their_sample_together(settings, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train_gpt.py"), "--preflight"]
-    done = subprocess.run(command, env=environment(settings), capture_output=True, text=True, check=False)
+    done = run_python([ROOT / "train_gpt.py", "--preflight"], environment(settings), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("preflight all-reduce: ") == 1 and " GB/s over 2 ranks" in done.stdout
     assert done.stdout.count("preflight steps: ") == 1

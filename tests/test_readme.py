@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +18,7 @@ import pytest
 
 import train_gpt as t
 from helpers import ROOT
+from helpers.processes import run_python
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
@@ -171,13 +171,7 @@ def test_every_command_is_about_files_that_are_there():
     "script", [script for script in SCRIPTS if script.endswith(".py") and script not in WITHOUT_HELP]
 )
 def test_every_command_starts_from_any_folder_and_has_the_options_named(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_python([ROOT / script, "--help"], folder=tmp_path)
     assert done.returncode == 0 and Path(script).name in done.stdout, done.stderr
     for command in commands():
         if script_of(command) == script:

@@ -16,6 +16,7 @@ import train_gpt as t
 from bench import gpu
 from helpers import ROOT
 from helpers.damage import mutants
+from helpers.processes import run_python
 from helpers.trainer import environment
 from recipes import read as read_recipe
 
@@ -60,13 +61,8 @@ def test_a_recipe_has_the_settings_of_the_logged_run(name):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_print_config_shows_the_settings_of_the_logged_run(name):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_gpt.py"), "--print-config"],
-        env=environment(recipe(name)),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python([ROOT / "train_gpt.py", "--print-config"], environment(recipe(name)))
+    assert done.returncode == 0, done.stderr
     shown = dict(line.split("=", 1) for line in done.stdout.splitlines())
     for n, value in published(name).items():
         target, meanings = t.ALIASES.get(n, (n, {}))

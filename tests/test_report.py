@@ -7,8 +7,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import report
 import results
 import sweep
 from helpers import ROOT, STAND_IN, stand_in
+from helpers.processes import run_python
 from helpers.run_folders import copy_run, edit, original
 
 VOID = {"meta", "br", "line", "polyline"}
@@ -213,11 +212,5 @@ def test_a_sweep_has_a_page_with_its_table_and_one_for_each_run(tmp_path, datase
 
 
 def test_it_runs_as_a_command_from_any_folder(run, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "report.py"), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "usage:" in done.stdout
+    done = run_python([ROOT / "report.py", "--help"], folder=tmp_path)
+    assert done.returncode == 0 and "usage:" in done.stdout

@@ -383,6 +383,7 @@ def test_after_check_the_readme_has_the_measured_conditions(runs, tmp_path, monk
 
 def test_the_packed_script_alone_gives_the_score_again_and_another_score_is_caught(runs, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("NUMBA_OPT", "1")  # it has to compile what runs once
     run = results.Run.read(runs[0])
     again, offline = submit.score_alone(run)
     assert again["val_bpb"] == pytest.approx(bpb(runs[0]), rel=1e-9) and "train_seconds" not in again

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import train_gpt as t
 from helpers import ROOT
+from helpers.processes import run_python
 
 TINY = {
     "LOADER": "shuffled",
@@ -48,16 +49,21 @@ TINY = {
     "MUON_MOMENTUM_WARMUP_STEPS": "10",
     "EMA_DECAY": "0.5",
 }
+TRAINER = ROOT / "train_gpt.py"
+RANK = "import os, train_gpt as t; t.main(t.Config.from_env(os.environ))"  # what the script does at last
 WORDS = (
     "the a model of language that reads and writes one token after another while loss falls with every step "
     "we take in space Time 42 kernel matrix bank shard byte café naïve"
 ).split()
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """`count` documents of 5 to 60 random words."""
+def sentences(count: int, seed: int, longest: int = 60) -> list[str]:
+    """`count` documents of 5 to `longest` random words."""
     source = random.Random(seed)
-    return [" ".join(source.choices(WORDS, k=source.randint(5, 60))) for _ in range(count)]
+    return [" ".join(source.choices(WORDS, k=source.randint(5, longest))) for _ in range(count)]
+
+
+VALIDATION = sentences(30, 3, longest=40)  # the documents of the small dataset's validation shard
 
 
 def vocabulary(folder: Path) -> int:
@@ -88,7 +94,10 @@ def environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 def launch(
-    settings: dict[str, str], processes: int = 0, script: Path = ROOT / "train_gpt.py"
+    settings: dict[str, str],
+    processes: int = 0,
+    script: Path = TRAINER,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess:
     """Run the trainer to its end: inside this process (fast), or in `processes` processes of its own."""
     if processes == 0:
@@ -99,18 +108,8 @@ def launch(
             except t.Stop as stop:
                 status, error = 1, f"{stop}\n"
         return subprocess.CompletedProcess([], status, shown.getvalue(), error)
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*start, str(script)],
-        env=environment(settings),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    words = ["-c", RANK] if script == TRAINER and not fresh else [script]
+    return run_python(words, environment(settings), processes, fresh=fresh)
 
 
 def without_interpreter(program: str) -> list[str]:
