@@ -478,6 +478,7 @@ class Watch:
         self.stack.enter_context(patched(trainer.Tally, add=record))
         if real_mix is not None:
             self.stack.enter_context(patched(trainer.Mixer, mix=mix))
+        self.stack.enter_context(patched(self.model, shows_logits=True))
         self.stack.callback(self.model.register_forward_pre_hook(self.starts, with_kwargs=True).remove)
         self.stack.callback(register_optimizer_step_pre_hook(lambda *_: self.before_update()).remove)
         self.stack.callback(register_optimizer_step_post_hook(lambda *_: self.after_update()).remove)
@@ -1282,7 +1283,7 @@ def probe_ledger(report: Report, run: Run) -> None:
     sealed = ""
     for record in events:
         event = record.get("event")
-        moment = record["time"]
+        moment = record.get("clock", record["time"])  # the wall clock of a log that has no other may be set
         if event in ("train_clock_start", "artifact_sealed", "eval_clock_start"):
             phase = event
         if event == "start":

@@ -13,6 +13,8 @@ interpreter. The shell scripts ask it, too:
     python3 environment.py launcher              commands that unset a launcher's variables
 """
 
+import errno
+import fcntl
 import importlib.util
 import os
 import re
@@ -94,6 +96,44 @@ def gpus() -> list:
         return []
     lines = done.stdout.decode(errors="replace").splitlines() if done.returncode == 0 else []
     return [str(number) for number in range(sum(bool(re.match(r"GPU \d+:", line)) for line in lines))]
+
+
+CGROUP_QUOTAS = (  # of a container: microseconds of processor time in a period, and that period
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a container or a job often has fewer than the machine.
+
+    The trainer has a twin of this function and of the next: it imports nothing of the repository.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in CGROUP_QUOTAS:
+        try:
+            words = " ".join(Path(name).read_text() for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or no limit: "max 100000"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cores, -(-quota // period)))
+    return cores
+
+
+# What flock says on file systems without locks: Lustre mounted without them, some NFS.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def lock_file(file: object) -> bool:
+    """Lock an open file; False where files cannot be locked. BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def forget_launcher(variables: MutableMapping) -> list:

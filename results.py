@@ -6,7 +6,6 @@ importing the trainer here would load torch for seconds.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+import environment
 
 ROOT = Path(__file__).resolve().parent
 PLACES = ("DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH")  # where things lie, not what they are
@@ -83,11 +84,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file so that a kill at any moment leaves the old one or the new one."""
+def write_atomically(path: Path, text: str, lasting: bool = True) -> None:
+    """Replace the file so that a kill at any moment leaves the old one or the new one.
+
+    If it is `lasting`, so does a machine that goes down: file systems may keep the name without the text.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        with open(temporary, "w") as file:
+            file.write(text)
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise Stop(
@@ -96,10 +104,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process writes to the folder (the trainer, or a sweep)."""
+    """Whether a living process writes to the folder (the trainer, or a sweep); False if nobody can know."""
     try:
         with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            environment.lock_file(lock)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -122,7 +130,7 @@ def step_of(record: Mapping[str, Any], before: int = 0) -> int:
 NEEDED = {"resume": ("step",), "score": ("stage",), "ledger": ("event", "time")}
 TEXTS = ("kind", "stage", "event", "sha256")
 COUNTS = ("step", "steps")
-NUMBERS = ("time", "seconds", "train_loss", "rate", "step_ms", "speed", "val_loss", "val_bpb")
+NUMBERS = ("time", "clock", "seconds", "train_loss", "rate", "step_ms", "speed", "val_loss", "val_bpb")
 
 
 def parse_record(line: str | bytes) -> dict[str, Any]:

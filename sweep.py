@@ -20,7 +20,6 @@ import environment
 environment.enter()
 import argparse
 import ctypes
-import fcntl
 import hashlib
 import importlib
 import json
@@ -52,6 +51,7 @@ from results import (
     read_plan,
     run_tool,
     show,
+    warn,
     write_atomically,
 )
 
@@ -111,12 +111,12 @@ def effective(script: Path, environment: Mapping[str, str]) -> Settings:
         raise Stop(
             (done.stderr.strip().splitlines() or [f"{script}: --print-config fails; run it alone"])[-1]
         )
-    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return dict(line.split("=", 1) for line in done.stdout.split("\n") if "=" in line)
 
 
 def resolve(script: Path, base: Settings, chosen: list[Settings]) -> list[Settings]:
     """The effective settings of each choice; Stop if one is refused, is unknown or equals another."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(environment.usable_cores()) as pool:
         found = list(pool.map(lambda settings: effective(script, base | settings), chosen))
     seen: dict[str, Settings] = {}
     for settings, result in zip(chosen, found, strict=True):
@@ -207,7 +207,7 @@ def local(options: argparse.Namespace) -> tuple[Start, int]:
         extra = {"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} if groups else {}
         if not groups and jobs > 1:
             extra["OMP_NUM_THREADS"] = os.environ.get(
-                "OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1))
+                "OMP_NUM_THREADS", str(max(environment.usable_cores() // jobs, 1))
             )
         with open(console, "w") as output:
             return subprocess.Popen(
@@ -318,7 +318,8 @@ class Sweep:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / ".lock", "w")  # noqa: SIM115 -- open as long as the sweep
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not environment.lock_file(lock):
+                warn(f"{self.folder}: its file system has no locks; see that no other sweep has this --name")
             return lock
         except BlockingIOError:
             raise Stop(

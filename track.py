@@ -77,27 +77,53 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, or of trackio, which has the same functions; its name is the folder's."""
+    """A run of Weights & Biases; its name is the folder's.
 
-    def __init__(self, package: str, folder: Path, config: Mapping[str, Any]):
-        self.module = importlib.import_module(package)
+    A run that was resumed takes steps again, and W&B drops what comes for a step below its own counter. So
+    that counter is left to it, and the step is a value like others that every chart has for its axis.
+    """
+
+    package = "wandb"
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        self.module = importlib.import_module(self.package)
         project = os.environ.get("TRACKER_PROJECT", "parameter-golf")
-        once = {"id": folder.name} if package == "wandb" else {}
-        self.module.init(project=project, name=folder.name, config=dict(config), resume="allow", **once)
+        options = {"project": project, "name": folder.name, "config": dict(config), "resume": "allow"}
+        self.start(options)
+
+    def start(self, options: dict[str, Any]) -> None:
+        """Begin the run, or go on with it."""
+        self.module.init(id=options["name"], **options)
+        self.module.define_metric("step")
+        self.module.define_metric("*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Send the values of one step."""
-        self.module.log(values, step=step)
+        self.module.log({**values, "step": step})
 
     def finish(self) -> None:
         """Send what is left."""
         self.module.finish()
 
 
+class Trackio(Wandb):
+    """A run of trackio, which has the functions of W&B and takes steps in any order."""
+
+    package = "trackio"
+
+    def start(self, options: dict[str, Any]) -> None:
+        """Begin the run, or go on with it."""
+        self.module.init(**options)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Send the values of one step."""
+        self.module.log(values, step=step)
+
+
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": lambda folder, config: Wandb("wandb", folder, config),
-    "trackio": lambda folder, config: Wandb("trackio", folder, config),
+    "wandb": Wandb,
+    "trackio": Trackio,
 }
 
 
@@ -185,7 +211,8 @@ def track(folder: Path, name: str, pause: float) -> None:
         step = step_of(record, step)
         if values := figures(record):
             tracker.log(values, step)
-        write_atomically(mark, json.dumps({"offset": offset, "step": step}))
+        # After every record: waiting for the disk would take longer than sending it.
+        write_atomically(mark, json.dumps({"offset": offset, "step": step}), lasting=False)
     tracker.finish()
 
 

@@ -16,9 +16,12 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     DATA         shards, tokenizer, manifest, validation tokens and their bytes
     LOADERS      micro-batches of training, packed by document or shuffled
     KERNELS      fused GPU kernels, each beside its plain reference
-    HEADS        those that act head by head around attention
+    HEADS        those that make queries, keys and values
+    GATES        those that finish the heads of attention
+    RESIDUAL     those that join the residual stream from visit to visit
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
-    MODEL        attention backends, adapters, the one forward
+    ATTENTION    its backends, and the trial that chooses one
+    MODEL        adapters, the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
     ARTIFACT     entropy coder, the container on disk, the packed script
@@ -37,6 +40,7 @@ import ctypes
 import dataclasses
 import decimal
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -152,6 +156,9 @@ class Config:
         "auto", "MLP; auto: the first usable"
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
+    cuda_graphs: bool = knob(
+        False, "replay a micro-batch's forward and backward as one CUDA graph (not measured)"
+    )
     compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
         "auto", "of products; auto: bfloat16 if it is native"
@@ -858,8 +865,8 @@ except ImportError:  # there is no triton for macOS and Windows; pick_kernels sa
     triton = None
     tl = None
 
-    def triton_jit(function: Callable) -> Callable:
-        return function
+    def triton_jit(function: Callable | None = None, **options: Any) -> Callable:
+        return triton_jit if function is None else function
 
 
 # === RUN ===
@@ -917,7 +924,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")  # noqa: SIM115 -- open as long as the run
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock_file(self.lock)
             self.sink = open_lines(folder / "train.log")
             self.metrics = open_lines(folder / "metrics.jsonl")
         except BlockingIOError:
@@ -928,6 +935,8 @@ class Run:
             raise Stop(
                 f"{folder}: cannot be written ({error.strerror}); set OUT_DIR to a writable folder"
             ) from None
+        if not locked:
+            self.log(f"warning: {folder}: its file system has no locks; see that no other process writes it")
         return folder
 
     def log(self, line: str, console: bool = True) -> None:
@@ -943,8 +952,11 @@ class Run:
             write_line(self.metrics, json.dumps({"kind": kind, "time": time.time(), **values}))
 
     def ledger(self, event: str, **values: Any) -> None:
-        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed."""
-        self.metric("ledger", event=event, **values)
+        """One record for compliance.py: when data were read, clocks ran and the artifact was sealed.
+
+        `clock` cannot be set, as `time` can (by NTP, or when a virtual machine goes on): durations are its.
+        """
+        self.metric("ledger", event=event, clock=time.monotonic(), **values)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over ranks, in place."""
@@ -1068,8 +1080,30 @@ MALLOC_OPTIONS = (
 )
 
 
+CGROUP_QUOTAS = (  # of a container: microseconds of processor time in a period, and that period
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: a container or a job often has fewer than the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in CGROUP_QUOTAS:
+        try:
+            words = " ".join(Path(name).read_text() for name in names).split()
+            quota, period = map(int, words)
+        except (OSError, ValueError):  # no such file, or no limit: "max 100000"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(cores, -(-quota // period)))
+    return cores
+
+
 def tune_process(is_cuda: bool) -> None:
-    """Let this process die with torchrun, and keep memory that it will need again."""
+    """Let this process die with torchrun, use the cores it has, and keep memory that it will need again."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+        torch.set_num_threads(usable_cores())
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan is left
     if not is_cuda and platform.libc_ver()[0] == "glibc":
@@ -1138,11 +1172,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# What flock says on file systems without locks: Lustre mounted without them, some NFS.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def lock_file(file: typing.TextIO) -> bool:
+    """Lock an open file; False where files cannot be locked. BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
 def is_locked(folder: Path) -> bool:
-    """Whether a living process writes to the run `folder`."""
+    """Whether a living process writes to the run `folder`; False where that cannot be known."""
     try:
         with open(folder / ".lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -1295,8 +1344,16 @@ class Dataset:
         return Path(config.data_dir, "tokenizers", f"fineweb_{config.vocab_size}_bpe.model")
 
     def find_shards(self, kind: str, required: bool = True) -> list[Path]:
-        """The files of one kind in order; Stop if they are required and there are none."""
+        """The files of one kind in order; Stop if they are required and there are none.
+
+        Also for a name that is almost one: fineweb_val_000000 (1).bin, a copy, would be read as more data.
+        """
         found = sorted(self.folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        for path in found:
+            if not re.fullmatch(rf"fineweb_{kind}_[0-9]{{6}}", path.stem):
+                raise Stop(
+                    f"{path}: a shard is called fineweb_{kind}_ and six digits; rename it or move it away"
+                )
         if required and not found:
             raise Stop(
                 f"DATASETS_DIR={self.folder}: no fineweb_{kind}_*.bin there; set it, "
@@ -1781,10 +1838,8 @@ def softcap(raw, cap):
 
 
 @triton_jit
-def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program: streaming log-sum-exp of the capped logits."""
-    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
-    line = logits + row * columns
+def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
+    """Streaming log-sum-exp of a row's capped logits."""
     largest = -float("inf")
     total = 0.0  # of exp(capped - largest) over the columns so far
     for start in range(0, columns, BLOCK):
@@ -1795,27 +1850,57 @@ def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, 
         larger = tl.maximum(largest, tl.max(capped, 0))
         total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
         largest = larger
-    normalizer = largest + tl.log(total)
+    return largest + tl.log(total)
+
+
+@triton_jit
+def softcapped_slope(raw, hit, normalizer, cap):
+    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
+    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
+    # The last factor is 1 - tanh^2, exact when saturated.
+    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
+
+
+@triton_jit
+def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
     chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
     tl.store(losses + row, normalizer - softcap(chosen, cap))
     tl.store(normalizers + row, normalizer)
 
 
 @triton_jit
+def softcapped_ce_slopes_kernel(logits, targets, losses, slopes, columns, cap, BLOCK: tl.constexpr):
+    """Losses and their slopes, a row per program: the second time its logits come from a cache."""
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
+    target = tl.load(targets + row)
+    tl.store(losses + row, normalizer - softcap(tl.load(line + target).to(tl.float32), cap))
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = column < columns
+        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
+        slope = softcapped_slope(raw, column == target, normalizer, cap)
+        tl.store(slopes + row * columns + column, slope.to(slopes.dtype.element_ty), mask=live)
+
+
+@triton_jit
 def softcapped_ce_backward_kernel(
     logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
 ):
-    """One (row, block of columns) per program: upstream * (softmax - one-hot) * (1 - tanh^2)."""
+    """One (row, block of columns) per program: the slopes times the upstream."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = column < columns
     raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    rising = tl.sigmoid(2.0 * raw / cap)
-    falling = tl.sigmoid(-2.0 * raw / cap)
-    probability = tl.exp(cap * (2.0 * rising - 1.0) - tl.load(normalizers + row))
-    hit = (column == tl.load(targets + row)).to(tl.float32)
-    # The last factor is 1 - tanh^2, exact when saturated.
-    slope = tl.load(upstream + row) * (probability - hit) * (4.0 * rising * falling)
+    hit = column == tl.load(targets + row)
+    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
     tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
 
 
@@ -1871,6 +1956,48 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
 
+
+@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
+def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(the losses (N,) of softcapped_ce_op on x (N, D) weight (V, D)^T, their slopes in the logits (N, V)).
+
+    For training: the slopes are found while the logits are in reach, and the logits are not kept. The
+    upstream gradient of each row multiplies what is small, x and its gradient, instead of a third (N, V).
+    """
+    logits = x @ weight.T
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    slopes = torch.empty_like(logits)
+    block = min(triton.next_power_of_2(columns), 8192)
+    softcapped_ce_slopes_kernel[(rows,)](
+        logits, targets, losses, slopes, columns, cap, BLOCK=block, num_warps=8
+    )
+    return losses, slopes
+
+
+@head_loss_op.register_fake
+def _head_loss_fake(x, weight, targets, cap):
+    return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))
+
+
+def _head_loss_save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    slopes = output[1]
+    ctx.mark_non_differentiable(slopes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, slopes)
+
+
+def _head_loss_gradients(ctx, upstream, _):
+    x, weight, slopes = ctx.saved_tensors
+    share = upstream[:, None]
+    x_gradient = ((slopes @ weight) * share).to(x.dtype)
+    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, None, None
+
+
+head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
+
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
 
 
@@ -1879,7 +2006,9 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
-@triton_jit
+# Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
+# meets all kinds of lengths, and would build a kernel again for each on its clock.
+@triton_jit(do_not_specialize=["rows"])
 def gemm_kernel(
     a,
     b,
@@ -2171,11 +2300,11 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
 
 
 # === HEADS ===
-# What attention does head by head around its products, each as one fused GPU kernel per direction beside its
-# plain PyTorch reference: queries and keys are normalised, scaled and rotated before, and XSA and the gate
-# act on the output after. In the order of KERNELS. All of this moves data and computes little, so the kernels
-# read each tensor once and write each result once; a program takes HEAD_BLOCK tokens and goes through their
-# heads. Gradients of small parameters are summed in a fixed order: in each program, then over programs.
+# What attention does head by head before its product, as one fused GPU kernel per direction beside its plain
+# PyTorch reference: queries and keys are normalised, scaled and rotated. In the order of KERNELS. All of this
+# moves data and computes little, so the kernels read each tensor once and write each result once; a program
+# takes HEAD_BLOCK tokens and goes through their heads. Gradients of small parameters are summed in a fixed
+# order: in each program, then over programs.
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotation_tables", mutates_args=())
@@ -2246,20 +2375,24 @@ def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
 
 
 @triton_jit
-def rotate_rows(x, out, gain, c, s, token, dim, partner, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
-    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated."""
+def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
+    """Every head of these tokens normalised, times its gain (1 without a pointer), rotated.
+
+    Tokens of x lie `stride` values apart; `turn` is what load_rotation gives.
+    """
+    c, s, partner = turn
     for head in range(HEADS):
-        line = (token[:, None] * HEADS + head) * D
+        line = token[:, None] * stride + head * D
         here = load_rows(x, line, dim, live)
         there = load_rows(x, line, partner, live)
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
         if gain is not None:
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (here * c + there * s) * scale[:, None]
-        store_rows(out, line, dim, live, result)
+        store_rows(out, (token[:, None] * HEADS + head) * D, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_kernel(
     q,
     k,
@@ -2270,6 +2403,8 @@ def rotated_heads_kernel(
     k_out,
     tokens,
     length,
+    q_stride,
+    k_stride,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -2278,13 +2413,13 @@ def rotated_heads_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """rotated_heads_reference of BLOCK tokens per program."""
+    """rotated_heads_reference of BLOCK tokens per program; strides are those from token to token."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
-    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
-    rotate_rows(q, q_out, gain, c, s, token, dim, partner, live, eps, HEADS, D)
-    rotate_rows(k, k_out, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
+    rotate_rows(q, q_out, gain, turn, token, q_stride, dim, live, eps, HEADS, D)
+    rotate_rows(k, k_out, None, turn, token, k_stride, dim, live, eps, KV_HEADS, D)
 
 
 @triton_jit
@@ -2294,20 +2429,24 @@ def rotate_rows_back(
     gradient,
     gain,
     gain_gradient,
-    c,
-    s,
+    turn,
     token,
+    stride,
+    pitch,
     dim,
-    partner,
     live,
     eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens."""
+    """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens.
+
+    Tokens of x lie `stride` values apart, those of the gradient `pitch`.
+    """
+    c, s, partner = turn
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        raw = load_rows(x, line, dim, live)
+        raw = load_rows(x, token[:, None] * stride + head * D, dim, live)
         here = load_rows(upstream, line, dim, live)
         there = load_rows(upstream, line, partner, live)
         turned = here * c - there * s
@@ -2318,10 +2457,21 @@ def rotate_rows_back(
             tl.store(gain_gradient + head, tl.sum(along, 0))
             scale = scale * tl.load(gain + head).to(tl.float32)
         result = (turned - normed * (along / D)[:, None]) * scale[:, None]
-        store_rows(gradient, line, dim, live, result)
+        store_rows(gradient, token[:, None] * pitch + head * D, dim, live, result)
 
 
 @triton_jit
+def add_rows(one, other, total, token, pitch, dim, live, HEADS: tl.constexpr, D: tl.constexpr):
+    """The sum of two or, without the other, the copy of one; tokens of the total lie `pitch` values apart."""
+    for head in range(HEADS):
+        line = (token[:, None] * HEADS + head) * D
+        values = load_rows(one, line, dim, live)
+        if other is not None:
+            values += load_rows(other, line, dim, live)
+        store_rows(total, token[:, None] * pitch + head * D, dim, live, values)
+
+
+@triton_jit(do_not_specialize=["tokens", "length"])
 def rotated_heads_backward_kernel(
     q,
     k,
@@ -2330,11 +2480,18 @@ def rotated_heads_backward_kernel(
     sin,
     q_upstream,
     k_upstream,
+    v_upstream,
+    v_path_upstream,
     q_gradient,
     k_gradient,
+    v_gradient,
     gain_gradients,
     tokens,
     length,
+    q_stride,
+    k_stride,
+    q_pitch,
+    k_pitch,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -2343,15 +2500,24 @@ def rotated_heads_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum."""
+    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum.
+
+    With v_gradient, which lies like k_gradient, it receives the sum of the gradients of the values.
+    """
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
-    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
     parts = gain_gradients + program * HEADS
-    rotate_rows_back(q, q_upstream, q_gradient, gain, parts, c, s, token, dim, partner, live, eps, HEADS, D)
-    rotate_rows_back(k, k_upstream, k_gradient, None, None, c, s, token, dim, partner, live, eps, KV_HEADS, D)
+    rotate_rows_back(
+        q, q_upstream, q_gradient, gain, parts, turn, token, q_stride, q_pitch, dim, live, eps, HEADS, D
+    )
+    rotate_rows_back(
+        k, k_upstream, k_gradient, None, None, turn, token, k_stride, k_pitch, dim, live, eps, KV_HEADS, D
+    )
+    if v_gradient is not None:
+        add_rows(v_upstream, v_path_upstream, v_gradient, token, k_pitch, dim, live, KV_HEADS, D)
 
 
 # Tokens of a program and warps that share it: 8 values per thread at D = 64. Not measured on a GPU.
@@ -2367,6 +2533,8 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
     sizes = {
         "tokens": tokens,
         "length": q.size(1),
+        "q_stride": q.stride(1),
+        "k_stride": k.stride(1),
         "eps": RMS_EPS,
         "HEADS": q.size(2),
         "KV_HEADS": k.size(2),
@@ -2381,9 +2549,9 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
 def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """rotated_heads_reference in one kernel; all inputs contiguous."""
-    q_out = torch.empty_like(q)
-    k_out = torch.empty_like(k)
+    """rotated_heads_reference in one kernel; the heads of a token lie side by side."""
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     grid, sizes = rotated_heads_sizes(q, k, cos)
     rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
     return q_out, k_out
@@ -2401,12 +2569,31 @@ def rotated_heads_backward_op(
     """The gradients of q, k and the gain (this one summed in fp32)."""
     q_gradient = torch.empty_like(q)
     k_gradient = torch.empty_like(k)
+    upstreams = q_upstream, k_upstream, None, None
+    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, (q_gradient, k_gradient, None))
+    return q_gradient, k_gradient, gain_gradient
+
+
+def rotated_heads_back(
+    q: Tensor,
+    k: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    upstreams: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Fill the `gradients` of q, k and, if there, v; the upstreams of v are two, the second may lack.
+
+    Returns the gradient of the gain in fp32.
+    """
     grid, sizes = rotated_heads_sizes(q, k, cos)
     parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
+    pitches = {"q_pitch": gradients[0].stride(1), "k_pitch": gradients[1].stride(1)}
     rotated_heads_backward_kernel[grid](
-        q, k, gain, cos, sin, q_upstream, k_upstream, q_gradient, k_gradient, parts, **sizes
+        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
     )
-    return q_gradient, k_gradient, parts.sum(0)
+    return parts.sum(0)
 
 
 @rotated_heads_backward_op.register_fake
@@ -2427,6 +2614,105 @@ def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
 
 
 rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+def empty_path(like: Tensor) -> Tensor:
+    """A tensor of the shape of `like` that takes no memory, for gradients to follow."""
+    return like.new_empty((1,) * like.dim()).expand(like.shape)
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_inputs", mutates_args=())
+def attention_inputs_op(
+    x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, a path to v, q and k before their norm) of x (B, T, D), for one matrix of all three.
+
+    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Queries and keys are those of
+    rotated_heads_reference. In backward the gradients of all three lie side by side and are multiplied
+    at once: two products for six, and none of the three results is added to another. Values that are read in
+    two places have their two gradients added in the same kernel, for which the second goes through the path.
+    """
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    rows = x.flatten(0, 1)
+    turning = (heads + kv_heads) * size
+    raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
+    v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
+    q, k = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
+    return q, k, v, empty_path(v), raw
+
+
+@attention_inputs_op.register_fake
+def _attention_inputs_fake(x, weight, gain, cos, sin, kv_heads):
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    q, k, raw = (
+        x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, heads + kv_heads)
+    )
+    v = torch.empty_like(k)
+    return q, k, v, empty_path(v), raw
+
+
+@torch.library.custom_op(f"{OPERATORS}::attention_inputs_backward", mutates_args=())
+def attention_inputs_backward_op(
+    raw: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_upstream: Tensor,
+    k_upstream: Tensor,
+    v_upstream: Tensor,
+    v_path_upstream: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the product of x and weight, (tokens, rows of weight), and of the gain in fp32."""
+    B, T, turning, size = raw.shape
+    heads = gain.size(0)
+    gradient = raw.new_empty(B, T, 2 * turning - heads, size)
+    parts = gradient.split((heads, turning - heads, turning - heads), 2)
+    upstreams = q_upstream, k_upstream, v_upstream, v_path_upstream
+    q, k = raw[:, :, :heads], raw[:, :, heads:]
+    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, parts)
+    return gradient.view(B * T, -1), gain_gradient
+
+
+@attention_inputs_backward_op.register_fake
+def _attention_inputs_backward_fake(raw, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream):
+    width = (2 * raw.size(2) - gain.size(0)) * raw.size(3)
+    gradient = raw.new_empty(raw.size(0) * raw.size(1), width)
+    return gradient, gain.new_empty(gain.size(0), dtype=torch.float32)
+
+
+def _attention_inputs_save(ctx, inputs, output):
+    x, weight, gain, cos, sin, _ = inputs
+    raw = output[4]
+    ctx.mark_non_differentiable(raw)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, gain, cos, sin, raw)
+
+
+def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_upstream, _):
+    x, weight, gain, cos, sin, raw = ctx.saved_tensors
+    gradient, gain_gradient = attention_inputs_backward_op(
+        raw,
+        gain,
+        cos,
+        sin,
+        q_upstream.contiguous(),
+        k_upstream.contiguous(),
+        v_upstream.contiguous(),
+        None if v_path_upstream is None else v_path_upstream.contiguous(),
+    )
+    x_gradient = (gradient @ weight).view(x.shape)
+    weight_gradient = gradient.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, gain_gradient.to(gain.dtype), None, None, None
+
+
+attention_inputs_op.register_autograd(_attention_inputs_gradients, setup_context=_attention_inputs_save)
+
+
+# === GATES ===
+# What XSA and the gate do to the heads after attention, as one kernel each way beside its plain form; made
+# like those of HEADS.
 
 
 class Gate(NamedTuple):
@@ -2470,7 +2756,7 @@ def load_gate(weight, seen, head, channel, slope, READ: tl.constexpr):
     return reader, tl.sigmoid(slope * tl.sum(seen * reader[None, :], 1))
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_kernel(
     y,
     v,
@@ -2508,7 +2794,7 @@ def attention_output_kernel(
             store_rows(out, line, dim, live, result)
 
 
-@triton_jit
+@triton_jit(do_not_specialize=["tokens"])
 def attention_output_backward_kernel(
     y,
     v,
@@ -2591,9 +2877,18 @@ def attention_output_sizes(y: Tensor, v: Tensor, source: Tensor) -> tuple[tuple[
 
 @torch.library.custom_op(f"{OPERATORS}::attention_output", mutates_args=())
 def attention_output_op(
-    y: Tensor, v: Tensor, source: Tensor, weight: Tensor, height: float, slope: float
+    y: Tensor,
+    v: Tensor,
+    v_path: Tensor | None,
+    source: Tensor,
+    weight: Tensor,
+    height: float,
+    slope: float,
 ) -> Tensor:
-    """attention_output_reference in one kernel; `source` may be the first channels of wider rows."""
+    """attention_output_reference in one kernel; `source` may be the first channels of wider rows.
+
+    The gradient of v goes to `v_path` if there is one, see attention_inputs_op.
+    """
     out = torch.empty_like(y)
     grid, sizes = attention_output_sizes(y, v, source)
     attention_output_kernel[grid](y, v, source, weight, out, height=height, slope=slope, **sizes)
@@ -2601,7 +2896,7 @@ def attention_output_op(
 
 
 @attention_output_op.register_fake
-def _attention_output_fake(y, v, source, weight, height, slope):
+def _attention_output_fake(y, v, v_path, source, weight, height, slope):
     return torch.empty_like(y)
 
 
@@ -2640,7 +2935,8 @@ def _attention_output_backward_fake(y, v, source, weight, upstream, height, slop
 
 
 def _attention_output_save(ctx, inputs, output):
-    y, v, source, weight, height, slope = inputs
+    y, v, v_path, source, weight, height, slope = inputs
+    ctx.has_path = v_path is not None
     ctx.gate = Gate(height, slope)
     ctx.save_for_backward(y, v, source, weight)
 
@@ -2650,10 +2946,498 @@ def _attention_output_gradients(ctx, upstream):
     y_gradient, v_gradient, source_gradient, weight_gradient = attention_output_backward_op(
         y, v, source, weight, upstream.contiguous(), *ctx.gate
     )
-    return y_gradient, v_gradient, source_gradient, weight_gradient.to(weight.dtype), None, None
+    v_gradients = (None, v_gradient) if ctx.has_path else (v_gradient, None)
+    return y_gradient, *v_gradients, source_gradient, weight_gradient.to(weight.dtype), None, None
 
 
 attention_output_op.register_autograd(_attention_output_gradients, setup_context=_attention_output_save)
+
+
+# === RESIDUAL ===
+# The residual stream between the products of serial visits, each join as one kernel per direction. The plain
+# form is in GPT: mix, merge_skip, normalise and the sums of serial. Three things make the kernels move less:
+#
+# * A stream is kept normalised, as the products read it, with its `size` per token: the stream itself is the
+#   two multiplied, rounded no worse than in its own dtype, and is neither written nor read beside them.
+# * What a join multiplies by a gain per channel it takes from somewhere: another stream, a remembered output,
+#   the embedding. The gradient there is the join's own times the gain. It travels without the gain, as one
+#   tensor for all of them, and who made the tensor multiplies it where it is read anyway. Such gradients take
+#   a `path`: a tensor of the right shape that holds nothing.
+# * The embedding enters every visit. Its gradient is summed once for all of them (spread_op).
+
+
+@triton_jit
+def load_gain(gain, channel, D: tl.constexpr):
+    """A gain per channel in fp32, as a row."""
+    return tl.load(gain + channel, mask=channel < D, other=0.0).to(tl.float32)[None, :]
+
+
+@triton_jit
+def residual_kernel(
+    normed,
+    size,
+    branch,
+    keep,
+    skip,
+    share,
+    embedding,
+    again,
+    out,
+    out_size,
+    source,
+    whole,
+    tokens,
+    scale,
+    eps,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The join of residual_op for BLOCK tokens a program; what takes no part is None."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (channel < D)[None, :]
+    line = token[:, None] * D
+    joined = tl.zeros((BLOCK, WIDTH), tl.float32)
+    if normed is not None:
+        lengths = tl.load(size + token, mask=token < tokens, other=0.0)
+        joined += load_rows(normed, line, channel, live) * lengths[:, None]
+        if whole is not None:
+            joined += load_rows(branch, line, channel, live)
+            store_rows(whole, line, channel, live, joined)
+        if keep is not None:
+            joined *= load_gain(keep, channel, D)
+        if whole is None:
+            joined += load_rows(branch, line, channel, live)
+    if skip is not None:
+        joined += load_gain(share, channel, D) * load_rows(skip, line, channel, live)
+    if embedding is not None:
+        joined += load_gain(again, channel, D) * load_rows(embedding, line, channel, live)
+    lengths = tl.sqrt(tl.sum(joined * joined, 1) / D + eps) / scale
+    result = joined / lengths[:, None]
+    tl.store(out_size + token, lengths, mask=token < tokens)
+    store_rows(out, line, channel, live, result)
+    if READ > 0:
+        store_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :], result)
+
+
+@triton_jit
+def load_source(source, token, channel, live, READ: tl.constexpr):
+    """Rows of the first READ channels, 0 behind these; 0 without a source."""
+    rows = 0.0
+    if source is not None:
+        rows = load_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :])
+    return rows
+
+
+@triton_jit
+def store_sum(place, gain, parts, live):
+    """The sum of the parts, if there is such a gain."""
+    if gain is not None:
+        tl.store(place, tl.sum(parts, 0), mask=live)
+
+
+@triton_jit
+def residual_backward_kernel(
+    out,
+    out_size,
+    out_upstream,
+    path_upstream,
+    source_upstream,
+    after,
+    keep,
+    whole,
+    whole_upstream,
+    late,
+    gradient,
+    whole_gradient,
+    gain_gradients,
+    tokens,
+    scale,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of residual_kernel; `gain_gradients` (programs, 3, D) are parts of sums."""
+    program = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, WIDTH)
+    after_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    keep_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    late_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for start in range(program * BLOCK, tokens, tl.num_programs(0) * BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        live = (token < tokens)[:, None] & (channel < D)[None, :]
+        line = token[:, None] * D
+        result = load_rows(out, line, channel, live)
+        lengths = tl.load(out_size + token, mask=token < tokens, other=1.0)[:, None]
+        slope = load_rows(out_upstream, line, channel, live)
+        slope += load_source(source_upstream, token, channel, live, READ)
+        along = tl.sum(slope * result, 1) / (D * scale * scale)
+        slope = (slope - result * along[:, None]) / lengths
+        if path_upstream is not None:
+            straight = load_rows(path_upstream, line, channel, live)
+            if after is not None:
+                after_sum += straight * result * lengths
+                straight *= load_gain(after, channel, D)
+            slope += straight
+        if gradient is not None:
+            store_rows(gradient, line, channel, live, slope)
+        if keep is not None:
+            keep_sum += slope * load_rows(whole, line, channel, live)
+            slope *= load_gain(keep, channel, D)
+        if whole_upstream is not None:
+            lately = load_rows(whole_upstream, line, channel, live)
+            if late is not None:
+                late_sum += lately * load_rows(whole, line, channel, live)
+                lately *= load_gain(late, channel, D)
+            slope += lately
+        if whole_gradient is not None:
+            store_rows(whole_gradient, line, channel, live, slope)
+    place = gain_gradients + program * 3 * D + channel
+    store_sum(place, after, after_sum, channel < D)
+    store_sum(place + D, keep, keep_sum, channel < D)
+    store_sum(place + 2 * D, late, late_sum, channel < D)
+
+
+# Tokens that a program of the residual kernels holds at a time, its warps, and the most programs that sum
+# gradients, four for each multiprocessor of an H100. Not measured on a GPU.
+RESIDUAL_BLOCK = 4
+RESIDUAL_WARPS = 4
+RESIDUAL_PROGRAMS = 528
+
+
+def residual_sizes(like: Tensor, read: int) -> dict[str, Any]:
+    """The sizes that the residual kernels take."""
+    return {
+        "tokens": like.size(0) * like.size(1),
+        "D": like.size(2),
+        "READ": read,
+        "BLOCK": RESIDUAL_BLOCK,
+        "WIDTH": triton.next_power_of_2(like.size(2)),
+        "num_warps": RESIDUAL_WARPS,
+    }
+
+
+@torch.library.custom_op(f"{OPERATORS}::residual", mutates_args=())
+def residual_op(
+    normed: Tensor | None = None,
+    size: Tensor | None = None,
+    path: Tensor | None = None,
+    branch: Tensor | None = None,
+    keep: Tensor | None = None,
+    skip: Tensor | None = None,
+    share: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedding_path: Tensor | None = None,
+    again: Tensor | None = None,
+    after: Tensor | None = None,
+    late: Tensor | None = None,
+    remembers: bool = False,
+    read: int = 0,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(normed, size, path, source, whole) of a stream that the parts join; each but the embedding may lack.
+
+    The stream is keep * (normed * size) + branch + share * skip + again * embedding, all (B, T, D), `size`
+    (B, T), gains (D,) in fp32. If it `remembers`, it is keep * whole + ... with whole = normed * size +
+    branch, which is given too. Returned are the stream, normalised and times `scale`, its size, and the first
+    `read` channels of it, as its gate reads them.
+
+    Gradients of a stream (through `path`), of a skip and of the embedding come without the gains: `after` is
+    the gain that the next join gives to this stream, `late` the share of `whole` in the join that remembers
+    it, or None for 1. Of gains, after, late and the keep of a whole have gradients here, the others where the
+    tensor was made that they multiply.
+    """
+    like = embedding if normed is None else normed
+    out = torch.empty_like(like)
+    out_size = torch.empty(like.shape[:2], dtype=torch.float32, device=like.device)
+    source = like.new_empty(*like.shape[:2], read)
+    whole = torch.empty_like(like) if remembers else None
+    sizes = residual_sizes(like, read)
+    residual_kernel[(-(-sizes["tokens"] // RESIDUAL_BLOCK),)](
+        normed,
+        size,
+        branch,
+        keep,
+        skip,
+        share,
+        embedding,
+        again,
+        out,
+        out_size,
+        source,
+        whole,
+        scale=scale,
+        eps=RMS_EPS,
+        **sizes,
+    )
+    return out, out_size, empty_path(like), source, like.new_empty(0) if whole is None else whole
+
+
+@residual_op.register_fake
+def _residual_fake(
+    normed=None,
+    size=None,
+    path=None,
+    branch=None,
+    keep=None,
+    skip=None,
+    share=None,
+    embedding=None,
+    embedding_path=None,
+    again=None,
+    after=None,
+    late=None,
+    remembers=False,
+    read=0,
+    scale=1.0,
+):
+    like = embedding if normed is None else normed
+    out_size = like.new_empty(like.size(0), like.size(1), dtype=torch.float32)
+    source = like.new_empty(like.size(0), like.size(1), read)
+    whole = torch.empty_like(like) if remembers else like.new_empty(0)
+    return torch.empty_like(like), out_size, empty_path(like), source, whole
+
+
+@torch.library.custom_op(f"{OPERATORS}::residual_backward", mutates_args=())
+def residual_backward_op(
+    out: Tensor,
+    out_size: Tensor,
+    out_upstream: Tensor,
+    path_upstream: Tensor | None,
+    source_upstream: Tensor | None,
+    after: Tensor | None,
+    keep: Tensor | None,
+    whole: Tensor | None,
+    whole_upstream: Tensor | None,
+    late: Tensor | None,
+    wants: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of the stream, that of `whole`, those of after, keep and late (3, D) in fp32).
+
+    The second is empty where it is the first, the first unless it is wanted or is the second.
+    """
+    differs = keep is not None or whole_upstream is not None
+    gradient = torch.empty_like(out) if wants or not differs else None
+    whole_gradient = torch.empty_like(out) if differs else None
+    sizes = residual_sizes(out, 0 if source_upstream is None else source_upstream.size(2))
+    programs = min(-(-sizes["tokens"] // RESIDUAL_BLOCK), RESIDUAL_PROGRAMS)
+    parts = torch.empty(programs, 3, out.size(2), dtype=torch.float32, device=out.device)
+    residual_backward_kernel[(programs,)](
+        out,
+        out_size,
+        out_upstream,
+        path_upstream,
+        source_upstream,
+        after,
+        keep,
+        whole,
+        whole_upstream,
+        late,
+        gradient,
+        whole_gradient,
+        parts,
+        scale=scale,
+        **sizes,
+    )
+    has_gains = after is not None or keep is not None or late is not None
+    empty = out.new_empty(0)
+    return (
+        empty if gradient is None else gradient,
+        empty if whole_gradient is None else whole_gradient,
+        parts.sum(0) if has_gains else parts.new_empty(3, out.size(2)),
+    )
+
+
+@residual_backward_op.register_fake
+def _residual_backward_fake(
+    out,
+    out_size,
+    out_upstream,
+    path_upstream,
+    source_upstream,
+    after,
+    keep,
+    whole,
+    whole_upstream,
+    late,
+    wants,
+    scale,
+):
+    differs = keep is not None or whole_upstream is not None
+    return (
+        torch.empty_like(out) if wants or not differs else out.new_empty(0),
+        torch.empty_like(out) if differs else out.new_empty(0),
+        out.new_empty(3, out.size(2), dtype=torch.float32),
+    )
+
+
+def _residual_save(ctx, inputs, output):
+    normed, _, _, _, keep, skip, _, embedding, _, _, after, late, remembers, _, scale = inputs
+    out, out_size, _, _, whole = output
+    own_keep = keep if remembers else None
+    # Whoever shares in it needs no whole for its own gradient, only the gains do.
+    kept_whole = whole if own_keep is not None or late is not None else None
+    ctx.continues = normed is not None
+    ctx.takes = skip is not None, embedding is not None
+    ctx.scale = scale
+    ctx.mark_non_differentiable(out_size)
+    ctx.set_materialize_grads(False)  # else what no one has read would be read as zeros
+    ctx.save_for_backward(out, out_size, after, own_keep, kept_whole, late)
+
+
+def _residual_gradients(ctx, out_upstream, _, path_upstream, source_upstream, whole_upstream):
+    out, out_size, after, keep, whole, late = ctx.saved_tensors
+    upstreams = [
+        None if upstream is None else upstream.contiguous()
+        for upstream in (out_upstream, path_upstream, source_upstream, whole_upstream)
+    ]
+    if source_upstream is not None and source_upstream.size(2) == 0:
+        upstreams[2] = None
+    if whole is None and whole_upstream is not None and whole_upstream.numel() == 0:
+        upstreams[3] = None
+    gradient, whole_gradient, gains = residual_backward_op(
+        out, out_size, *upstreams[:3], after, keep, whole, upstreams[3], late, any(ctx.takes), ctx.scale
+    )
+    if keep is None and upstreams[3] is None:
+        whole_gradient = gradient
+    gain_gradients = [
+        None if gain is None else gains[place].to(gain.dtype)
+        for place, gain in enumerate((after, keep, late))
+    ]
+    after_gradient, keep_gradient, late_gradient = gain_gradients
+    has_skip, has_embedding = ctx.takes
+    return (
+        None,
+        None,
+        whole_gradient if ctx.continues else None,
+        whole_gradient if ctx.continues else None,
+        keep_gradient,
+        gradient if has_skip else None,
+        None,
+        None,
+        gradient if has_embedding else None,
+        None,
+        after_gradient,
+        late_gradient,
+        None,
+        None,
+        None,
+    )
+
+
+residual_op.register_autograd(_residual_gradients, setup_context=_residual_save)
+
+
+@triton_jit
+def spread_backward_kernel(
+    embedding,
+    again,
+    upstreams,
+    gradient,
+    gain_gradients,
+    tokens,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of spread_op for a tile (BLOCK, WIDTH); `gain_gradients` (programs, V, D) are parts."""
+    program = tl.program_id(1).to(tl.int64)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    live = (token < tokens)[:, None] & (channel < D)[None, :]
+    line = token[:, None] * D
+    given = load_rows(embedding, line, channel, live)
+    total = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for visit in tl.static_range(len(upstreams)):
+        upstream = load_rows(upstreams[visit], line, channel, live)
+        total += upstream * load_gain(again + visit * D, channel, D)
+        place = gain_gradients + (program * len(upstreams) + visit) * D + channel
+        tl.store(place, tl.sum(upstream * given, 0), mask=channel < D)
+    store_rows(gradient, line, channel, live, total)
+
+
+# The tile of spread_backward_kernel: tall, so that the parts of its sums stay few, and so narrow that what
+# all visits gave fits into registers. Neighbours in width run side by side. Not measured on a GPU.
+SPREAD_BLOCK = 128
+SPREAD_WIDTH = 32
+SPREAD_WARPS = 8
+
+
+@torch.library.custom_op(f"{OPERATORS}::spread", mutates_args=())
+def spread_op(embedding: Tensor, again: Tensor) -> list[Tensor]:
+    """A path for each use of the embedding (B, T, D), which multiplies it by its row of `again` (V, D)."""
+    return [empty_path(embedding) for _ in range(again.size(0))]
+
+
+@spread_op.register_fake
+def _spread_fake(embedding, again):
+    return [empty_path(embedding) for _ in range(again.size(0))]
+
+
+@torch.library.custom_op(f"{OPERATORS}::spread_backward", mutates_args=())
+def spread_backward_op(embedding: Tensor, again: Tensor, upstreams: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of the embedding and, in fp32, of `again`, from those at its uses."""
+    width = embedding.size(2)
+    tokens = embedding.size(0) * embedding.size(1)
+    gradient = torch.empty_like(embedding)
+    programs = -(-tokens // SPREAD_BLOCK)
+    parts = torch.empty(programs, *again.shape, dtype=torch.float32, device=embedding.device)
+    spread_backward_kernel[(-(-width // SPREAD_WIDTH), programs)](
+        embedding,
+        again,
+        tuple(upstreams),
+        gradient,
+        parts,
+        tokens,
+        D=width,
+        BLOCK=SPREAD_BLOCK,
+        WIDTH=SPREAD_WIDTH,
+        num_warps=SPREAD_WARPS,
+    )
+    return gradient, parts.sum(0)
+
+
+@spread_backward_op.register_fake
+def _spread_backward_fake(embedding, again, upstreams):
+    return torch.empty_like(embedding), again.new_empty(again.size(0), again.size(1), dtype=torch.float32)
+
+
+def _spread_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _spread_gradients(ctx, upstreams):
+    embedding, again = ctx.saved_tensors
+    gradient, gains = spread_backward_op(embedding, again, [upstream.contiguous() for upstream in upstreams])
+    return gradient, gains.to(again.dtype)
+
+
+spread_op.register_autograd(_spread_gradients, setup_context=_spread_save)
+
+
+class Stream(NamedTuple):
+    """A residual stream as residual_op gives it."""
+
+    normed: Tensor
+    size: Tensor
+    path: Tensor
+    source: Tensor
+    whole: Tensor
+
+
+class Join(NamedTuple):
+    """How the stream of a visit comes about from the one before, see residual_op."""
+
+    keep: Tensor | None
+    again: Tensor
+    path: Tensor
+    share: Tensor | None
+    late: Tensor | None
+    remembers: bool
 
 
 # === TOPOLOGY ===
@@ -2823,11 +3607,9 @@ def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     return found
 
 
-# === MODEL ===
-# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
-# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
-# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
-# `gptj`, `two_lane`), how attention is finished (`GPT.attention`), or add a backend to `pick_attention`.
+# === ATTENTION ===
+# In: the settings and this machine. Out: a function that computes causal attention. pick_attention tries the
+# backends in order, forward and backward, and logs why not the better ones; a new one is an entry there.
 
 
 # A backend of causal attention: q (B, T, H, D), k and v (B, T, KV, D), and for a packed row (B = 1) the int32
@@ -2885,17 +3667,17 @@ def attend_varlen() -> Attend:
     def attend(q, k, v, starts, longest):
         if starts is None:
             return attend_sdpa(q, k, v, None, longest)
-        keys, values = k[0], v[0]
+        queries, keys, values = q.squeeze(0), k.squeeze(0), v.squeeze(0)
         if not grouped:
             copies = q.size(2) // k.size(2)
             keys, values = keys.repeat_interleave(copies, 1), values.repeat_interleave(copies, 1)
-        return varlen_attn(q[0], keys, values, starts, starts[:], longest, longest, **causal)[None]
+        return varlen_attn(queries, keys, values, starts, starts[:], longest, longest, **causal).unsqueeze(0)
 
     return attend
 
 
 # The FlashAttention packages: the module of each, or its name on the kernels hub and its version there.
-FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute", "fa2": "flash_attn"}
+FLASH_MODULES = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface", "fa2": "flash_attn"}
 FLASH_HUB = ("kernels-community/flash-attn3", 1)
 
 
@@ -2907,6 +3689,9 @@ def attend_flash(backend: str) -> Attend:
     """
     if backend == "varlen":
         return attend_varlen()
+    if backend == "fa4":
+        fa4_half("fwd")
+        return attend_fa4
     if backend == "fa3_hub":
         name, version = FLASH_HUB
         library = importlib.import_module("kernels").get_kernel(name, version=version)
@@ -2924,9 +3709,77 @@ def attend_flash(backend: str) -> Attend:
         # A view for the second: autograd functions that are given one tensor twice cannot be traced.
         edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts[:]}
         sizes = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-        return output(packed(q[0], k[0], v[0], **edges, **sizes, causal=True))[None]
+        # Not q[0]: the gradient of a selection is written into zeros, a copy each; that of a view is one.
+        rows = (tensor.squeeze(0) for tensor in (q, k, v))
+        return output(packed(*rows, **edges, **sizes, causal=True)).unsqueeze(0)
 
     return attend
+
+
+# FlashAttention-4 builds its kernels in Python while it runs, which no graph can hold: its two halves become
+# operators, of which a graph knows the shapes alone. The package does not offer them to others, so a release
+# may have them otherwise, which the trial shows. Read in 4.0.0b36; not run.
+
+
+def fa4_half(name: Literal["fwd", "bwd"]) -> Callable:
+    """FlashAttention-4's forward or backward."""
+    return getattr(importlib.import_module(FLASH_MODULES["fa4"]), f"_flash_attn_{name}")
+
+
+def fa4_options(starts: Tensor | None, longest: int) -> dict[str, Any]:
+    """What both halves must know besides tensors."""
+    if starts is None:
+        return {"causal": True}
+    edges = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    return {"causal": True, **edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4", mutates_args=())
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of FlashAttention-4 on q (B, T, H, D), or with `starts` packed (T, H, D)."""
+    output, normalizers, *_ = fa4_half("fwd")(q, k, v, return_lse=True, **fa4_options(starts, longest))
+    return output, normalizers
+
+
+@fa4_op.register_fake
+def _fa4_fake(q, k, v, starts, longest):
+    rows = (q.size(0), q.size(2), q.size(1)) if starts is None else (q.size(1), q.size(0))
+    return torch.empty_like(q), q.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{OPERATORS}::fa4_backward", mutates_args=())
+def fa4_backward_op(
+    tensors: list[Tensor], upstream: Tensor, starts: Tensor | None, longest: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; `tensors` are these, the output and the log-sum-exp."""
+    q, k, v, output, normalizers = tensors
+    gradients = fa4_half("bwd")(q, k, v, output, upstream, normalizers, **fa4_options(starts, longest))
+    return gradients[0], gradients[1], gradients[2]
+
+
+@fa4_backward_op.register_fake
+def _fa4_backward_fake(tensors, upstream, starts, longest):
+    return torch.empty_like(tensors[0]), torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
+
+
+def _fa4_save(ctx, inputs, output):
+    q, k, v, ctx.starts, ctx.longest = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _fa4_gradients(ctx, upstream, _):
+    tensors = list(ctx.saved_tensors)
+    return *fa4_backward_op(tensors, upstream.contiguous(), ctx.starts, ctx.longest), None, None
+
+
+fa4_op.register_autograd(_fa4_gradients, setup_context=_fa4_save)
+
+
+def attend_fa4(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> Tensor:
+    """FlashAttention-4, as Attend says."""
+    if starts is None:
+        return fa4_op(q, k, v, None, 0)[0]
+    return fa4_op(q[0], k[0], v[0], starts, longest)[0][None]
 
 
 def wants_compile(config: Config, run: Run) -> bool:
@@ -2935,6 +3788,20 @@ def wants_compile(config: Config, run: Run) -> bool:
 
 
 TRIAL_TOKENS = 128  # of the trial of an attention backend: its kernels have tiles of 64 to 128
+
+
+def on_products(attend: Attend, counts: tuple[int, int, int], width: int) -> Attend:
+    """`attend` for q, k and v of so many heads as products give them, (B, T, heads * `width`).
+
+    The number of heads and their width are constants then, as in the model, whatever is dynamic.
+    """
+
+    def attend_products(q, k, v, starts, longest):
+        pairs = zip((q, k, v), counts, strict=True)
+        heads = [tensor.unflatten(2, (count, width)) for tensor, count in pairs]
+        return attend(*heads, starts, longest).flatten(2)
+
+    return attend_products
 
 
 def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor | None) -> list[Tensor]:
@@ -2947,22 +3814,29 @@ def attention_and_gradients(attend: Attend, inputs: list[Tensor], starts: Tensor
 def try_attention(attend: Attend, config: Config, run: Run) -> str:
     """Why `attend` cannot serve this run, empty if it can; raises what it raises.
 
-    A dense and a packed batch go forward and backward, in one graph if the run is compiled, and are compared
-    with attend_sdpa in fp32: to import a package proves little, as FlashAttention-3 was long without a trace
-    for torch.compile (pytorch#144540, flash-attention#1769), and wheels for another GPU fail at the launch.
+    A dense and a packed batch go forward and backward and are compared with attend_sdpa in fp32: to import a
+    package proves little, as FlashAttention-3 was long without a trace for torch.compile (pytorch#144540,
+    flash-attention#1769), and wheels for another GPU fail at the launch. If the run is compiled, they go
+    through one graph each as well, and a dense one of any length too, which documents with adapters have.
     """
-    tried = attend
-    if wants_compile(config, run):
-        tried = torch.compile(attend, dynamic=False, fullgraph=True)
     width = config.model_dim // config.num_heads
+    counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    reference = on_products(attend_sdpa, counts, width)
     packed = pad_starts(np.array([0, 5, 70]), TRIAL_TOKENS).to(run.device)
-    for rows, starts in ((2, None), (1, packed)):
+    # (rows, starts, whether a graph is dynamic; None: no graph, which shows what the package itself says)
+    cases = [(2, None, None), (1, packed, None)]
+    if wants_compile(config, run):
+        cases += [(2, None, False), (1, packed, False), (2, None, True)]
+    for rows, starts, dynamic in cases:
+        tried = on_products(attend, counts, width)
+        if dynamic is not None:
+            tried = torch.compile(tried, dynamic=dynamic, fullgraph=True)
         inputs = []
-        for place, heads in enumerate((config.num_heads, config.num_kv_heads, config.num_kv_heads)):
+        for place, count in enumerate(counts):
             # Not random: the random numbers that follow belong to the initial weights.
-            angles = torch.arange(TRIAL_TOKENS * heads * width, device=run.device) * (place + 0.7)
-            inputs.append(angles.sin().view(rows, -1, heads, width).to(run.dtype))
-        wanted = attention_and_gradients(attend_sdpa, [tensor.float() for tensor in inputs], starts)
+            angles = torch.arange(TRIAL_TOKENS * count * width, device=run.device) * (place + 0.7)
+            inputs.append(angles.sin().view(rows, -1, count * width).to(run.dtype))
+        wanted = attention_and_gradients(reference, [tensor.float() for tensor in inputs], starts)
         found = attention_and_gradients(tried, inputs, starts)
         for ours, right in zip(found, wanted, strict=True):
             close = ours.shape == right.shape and (ours.float() - right).norm() <= 0.05 * right.norm()
@@ -3003,6 +3877,14 @@ def pick_attention(config: Config, run: Run) -> Attend:
     backends = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")
     order = {backend: functools.partial(usable_attention, backend, config, run) for backend in backends}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
+
+
+# === MODEL ===
+# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
+# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
+# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
+# `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
+# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
 
 
 class LoRA(nn.Module):
@@ -3096,6 +3978,25 @@ class Shared(NamedTuple):
     hooks: Hooks
 
 
+def is_serial(visit: Visit) -> bool:
+    """Whether attention and MLP follow each other in this visit."""
+    return visit.residual == "serial"
+
+
+def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
+    """The entry of each visit's layer, from `entries` by layer.
+
+    Joined from slices of consecutive layers: an index would have a gradient that adds up in any order.
+    """
+    runs: list[list[int]] = []
+    for visit in visits:
+        if runs and visit.layer == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([visit.layer, visit.layer + 1])
+    return torch.cat([entries[first:stop] for first, stop in runs])
+
+
 class GPT(nn.Module):
     """The one network: layers as the route says, weights from the table, matrices in banks (#1523)."""
 
@@ -3114,6 +4015,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.feed_forward = feed_forward
         self.looped = False
+        self.shows_logits = (
+            False  # whether logits always go through a softcapped_ce function: who looks at them
+        )
         self.routes = {looped: make_route(config, looped) for looped in (False, True)}
         self.table = parameter_table(config)
         for name, spec in self.table.items():
@@ -3128,8 +4032,13 @@ class GPT(nn.Module):
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         head = self.embed.to(self.dtype)
-        logits = self.matmul("head", head, self.trunk(batch, hooks), HEAD_VISIT, hooks).flatten(0, 1)
+        x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
+        plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
+        if self.fused and plain and torch.is_grad_enabled():
+            losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
+            return losses.view_as(batch.targets)
+        logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
@@ -3154,7 +4063,11 @@ class GPT(nn.Module):
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
-        for visit in self.routes[self.looped]:
+        route = self.routes[self.looped]
+        joins = self.joins(route, shared)
+        if joins:
+            x, skips = self.joined(route[: len(joins)], joins, shared)
+        for visit in route[len(joins) :]:
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -3178,21 +4091,25 @@ class GPT(nn.Module):
         the same as scaling each output. It moves less: the gradients of the scales follow from those of the
         matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
         """
-        banked = [name for name in self.table if name not in ("embed", "smear_w", "smear_lambda")]
-        weights = {name: getattr(self, name) for name in banked}
+        others = ("embed", "qo", "kv", "smear_w", "smear_lambda")
+        weights = {name: getattr(self, name) for name in self.table if name not in others}
+        weights["q"], weights["o"] = self.qo.chunk(2)
+        weights["k"], weights["v"] = self.kv.chunk(2)
         if folded:
-            q, o = self.qo.chunk(2)
-            weights["qo"] = torch.cat((q, o * self.attn_scale[:, :, None]))
+            weights["qkv"] = torch.cat([weights[name] for name in "qkv"], 1)
+            weights["o"] = weights["o"] * self.attn_scale[:, :, None]
             weights["down"] = self.down * self.mlp_scale[:, :, None]
         return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
-        skip = shared.banks["skip_weights"][visit.skip_row] * skip
+        weight = shared.banks["skip_weights"][visit.skip_row]
         if not self.config.skip_gates_enabled:
-            return x + skip
+            return x + weight * skip
         gate = torch.sigmoid(shared.banks["skip_gates"][visit.skip_row])
-        return torch.lerp(skip, x, gate)
+        if shared.folded:  # the derivative of lerp reads the two as well as their difference
+            return gate * x + (1 - gate) * weight * skip
+        return torch.lerp(weight * skip, x, gate)
 
     # The three forms of residual differ in what the MLP reads and where the outputs of attention and MLP go.
     # In all of them attention reads its stream mixed with the embedding, normalised.
@@ -3200,19 +4117,118 @@ class GPT(nn.Module):
     def serial(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """The MLP reads what attention has written; both write to the mixed stream."""
         x = self.mix(x, visit, shared)
-        x = x + self.attention(self.normalise(x, visit), x, visit, shared)
+        normed = self.normalise(x, visit)
+        x = x + self.attention(normed, self.gate_source(normed, x), visit, shared)
         return x + self.mlp(self.normalise(x, visit), visit, shared)
+
+    # Where the kernels are used, the serial visits before all others run as one chain of residual_op.
+
+    def joins(self, route: tuple[Visit, ...], shared: Shared) -> list[Join]:
+        """How the streams of the leading serial visits come about; none where the plain form has to run."""
+        gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
+        if not shared.folded or gates_read_residual:
+            return []
+        visits = list(itertools.takewhile(is_serial, route))
+        if not visits:
+            return []
+        half = sum(visit.pushes_skip for visit in route)
+        keep, again, share = self.gains(visits)
+        paths = spread_op(shared.x0, again)
+        joins = []
+        for visit, path in zip(visits, paths, strict=True):
+            index = visit.index
+            # What the last visit of the first half leaves is merged at once, by the gain of the stream.
+            remembers = 0 < index < half
+            merger = 2 * half - index
+            joins.append(
+                Join(
+                    keep=keep[index] if index else None,
+                    again=again[index],
+                    path=path,
+                    share=share[index - half] if index > half and visit.skip_row is not None else None,
+                    late=share[merger - half] if remembers and merger < len(visits) else None,
+                    remembers=remembers,
+                )
+            )
+        return joins
+
+    def gains(self, visits: list[Visit]) -> tuple[Tensor, Tensor, Tensor]:
+        """(keep, again, share) per channel of visits from the first on: (V, D), (V, D), (merging visits, D).
+
+        With mix after merge_skip, a visit's stream is keep * x + share * skip + again * embedding.
+        """
+        keep, again = by_visit(self.resid_mix, visits).unbind(1)
+        # The first stream is the embedding.
+        again = torch.cat((again[:1] + keep[:1], again[1:]))
+        merging = [visit.index for visit in visits if visit.skip_row is not None]
+        if not merging:
+            return keep, again, keep[:0]
+        start, stop = merging[0], merging[-1] + 1
+        through = keep[start:stop]
+        share = through * self.skip_weights[: len(merging)]
+        if self.config.skip_gates_enabled:
+            gate = torch.sigmoid(self.skip_gates[: len(merging)])
+            share = share * (1 - gate)
+            through = through * gate
+        # The first that merges finds its own stream remembered.
+        keep = torch.cat((keep[:start], through[:1] + share[:1], through[1:], keep[stop:]))
+        return keep, again, share
+
+    def joined(
+        self, visits: tuple[Visit, ...], joins: list[Join], shared: Shared
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(x, the outputs remembered for later) after the leading serial visits, as `serial` has them."""
+        gate_width = self.config.gate_width
+        compact = self.config.head_gate != "none" and self.config.gate_attn_src == "proj"
+        read = gate_width if compact and gate_width <= MOST_READ else 0
+        carried: dict[str, Tensor] = {}
+        skips: list[Tensor] = []
+        for visit, join in zip(visits, joins, strict=True):
+            scale = self.norm_scale(visit)
+            mixed = Stream(
+                *residual_op(
+                    **carried,
+                    keep=join.keep,
+                    skip=None if join.share is None else skips.pop(),
+                    share=join.share,
+                    embedding=shared.x0,
+                    embedding_path=join.path,
+                    again=join.again,
+                    late=join.late,
+                    remembers=join.remembers,
+                    read=read,
+                    scale=scale,
+                )
+            )
+            if join.remembers:
+                skips.append(mixed.whole)
+            source = mixed.source if read else self.gate_source(mixed.normed, None)
+            attended = self.attention(mixed.normed, source, visit, shared)
+
+            following = joins[visit.index + 1] if visit.index + 1 < len(joins) else None
+            # A whole that is remembered has another gain there, so the MLP's output cannot contain this one.
+            after = None if following is None or following.remembers else following.keep
+            ends = following is None  # the plain form goes on with what is written
+            written = Stream(*residual_op(*mixed[:3], attended, after=after, remembers=ends, scale=scale))
+            branch = self.mlp(written.normed, visit, shared, after)
+            carried = dict(zip(("normed", "size", "path", "branch"), (*written[:3], branch), strict=True))
+        x = written.whole + branch
+        if visits[-1].pushes_skip:
+            skips.append(x)
+        return x, skips
 
     def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""
         x = self.mix(x, visit, shared)
         normed = self.normalise(x, visit)
-        return x + self.attention(normed, x, visit, shared) + self.mlp(normed, visit, shared)
+        attended = self.attention(normed, self.gate_source(normed, x), visit, shared)
+        return x + attended + self.mlp(normed, visit, shared)
 
     def two_lane(self, x: Tensor, lane: Tensor, visit: Visit, shared: Shared) -> tuple[Tensor, Tensor]:
         """Attention reads x mixed, the MLP `lane` as it is; both write to both, without the mix (#1529)."""
         mixed = self.mix(x, visit, shared)
-        attended = self.attention(self.normalise(mixed, visit), mixed, visit, shared)
+        normed = self.normalise(mixed, visit)
+        attended = self.attention(normed, self.gate_source(normed, mixed), visit, shared)
         transformed = self.mlp(self.normalise(lane, visit), visit, shared)
         keep = shared.banks["parallel_resid_lambdas"][visit.layer]
         post = shared.banks["parallel_post_lambdas"][visit.layer]  # [branch, lane]: its share for the lane
@@ -3228,7 +4244,15 @@ class GPT(nn.Module):
 
     def normalise(self, x: Tensor, visit: Visit) -> Tensor:
         """x normalised, with LN_SCALE the smaller the deeper the layer."""
-        return rms_norm(x) * ((visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0)
+        return rms_norm(x) * self.norm_scale(visit)
+
+    def norm_scale(self, visit: Visit) -> float:
+        """What the normalised input of a layer is multiplied by."""
+        return (visit.layer + 1) ** -0.5 if self.config.ln_scale else 1.0
+
+    def gate_source(self, normed: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What the gates of the heads read: of the residual stream or of its norm; None: of the queries."""
+        return {"residual": residual, "proj": normed, "q": None}[self.config.gate_attn_src]
 
     @staticmethod
     def matmul(
@@ -3249,28 +4273,33 @@ class GPT(nn.Module):
             hooks.tap(site, visit.layer, x, y)
         return hooks.adapt(site, visit, x if adapt is None else adapt, y, adapt_scale)
 
-    def attention(self, x: Tensor, residual: Tensor, visit: Visit, shared: Shared) -> Tensor:
-        """The scaled output of attention on x (B, T, D), which is `residual` normalised."""
+    def attention(self, x: Tensor, source: Tensor | None, visit: Visit, shared: Shared) -> Tensor:
+        """The scaled output of attention on x (B, T, D), with gates that read `source`, see gate_source."""
         config = self.config
         banks = shared.banks
         layer = visit.layer
         B, T, _ = x.shape
-        raw = self.matmul("q", banks["qo"][layer], x, visit, shared.hooks)
-        k = self.matmul("k", banks["kv"][layer], x, visit, shared.hooks)
-        v = self.matmul("v", banks["kv"][config.num_layers + layer], x, visit, shared.hooks)
-        q = raw.view(B, T, config.num_heads, -1)
-        k = k.view(B, T, config.num_kv_heads, -1)
-        v = v.view(B, T, config.num_kv_heads, -1)
-
-        q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
+        v_path = None
+        if shared.folded and shared.hooks.lora is None and source is not None:
+            gain = banks["q_gain"][layer]
+            heads = attention_inputs_op(x, banks["qkv"][layer], gain, *shared.rotation, config.num_kv_heads)
+            q, k, v, v_path, _ = heads
+        else:
+            raw = self.matmul("q", banks["q"][layer], x, visit, shared.hooks)
+            k = self.matmul("k", banks["k"][layer], x, visit, shared.hooks)
+            v = self.matmul("v", banks["v"][layer], x, visit, shared.hooks)
+            source = raw if source is None else source
+            q = raw.view(B, T, config.num_heads, -1)
+            k = k.view(B, T, config.num_kv_heads, -1)
+            v = v.view(B, T, config.num_kv_heads, -1)
+            q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
         if shared.batch.past is None:
             y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
         else:
             y = attend_past(q, k, v, shared.batch.past, visit.index)
-        source = {"residual": residual, "proj": x, "q": raw}[config.gate_attn_src]
-        y = self.finish_heads(y, v, source, layer, banks).flatten(2)
+        y = self.finish_heads(y, v, v_path, source, layer, banks).flatten(2)
 
-        weight = banks["qo"][config.num_layers + layer]
+        weight = banks["o"][layer]
         scale = banks["attn_scale"][layer]
         if shared.folded:
             return self.matmul("o", weight, y, visit, shared.hooks, adapt=x, adapt_scale=scale)
@@ -3301,7 +4330,9 @@ class GPT(nn.Module):
         act = rotated_heads_op if self.fused else rotated_heads_reference
         return act(q, k, gain, *rotation)
 
-    def finish_heads(self, y: Tensor, v: Tensor, source: Tensor, layer: int, banks: Banks) -> Tensor:
+    def finish_heads(
+        self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
+    ) -> Tensor:
         """The heads y (B, T, H, D) of attention after XSA and gate, where the layer has them.
 
         v (B, T, KV, D) are the values; the gate reads the first channels of `source`.
@@ -3317,15 +4348,22 @@ class GPT(nn.Module):
         if not exclusive:
             return gate_heads(y, source, weight, gate)
         if self.fused and source.size(-1) <= MOST_READ:
-            return attention_output_op(y.contiguous(), v, source, weight, *gate)
+            return attention_output_op(y.contiguous(), v, v_path, source, weight, *gate)
         return attention_output_reference(y, v, source, weight, gate)
 
-    def mlp(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
-        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside."""
+    def mlp(self, x: Tensor, visit: Visit, shared: Shared, gain: Tensor | None = None) -> Tensor:
+        """The scaled output of LeakyReLU(x up^T, 1/2)^2 down^T, in one unless calibration looks inside.
+
+        `gain` (D,) multiplies it too, where matrices contain the scales.
+        """
         hooks = shared.hooks
         up = shared.banks["up"][visit.layer]
         down = shared.banks["down"][visit.layer]
         scale = shared.banks["mlp_scale"][visit.layer]
+        if gain is not None:
+            gain = self.mlp_scale[visit.layer] * gain
+            down = (self.down[visit.layer] * gain[:, None]).to(self.dtype)
+            scale = gain.to(self.dtype)
         if shared.folded:
             return hooks.adapt("down", visit, x, self.feed_forward(x, up, down), scale)
         if hooks.tap is None:
@@ -3355,7 +4393,7 @@ class GPT(nn.Module):
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
             x = self.smear(x, ids, opens, batch.past)
-        return x if batch.past is None else x[:, 1:]
+        return x if batch.past is None else x[:, 1:].contiguous()
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
@@ -3672,8 +4710,8 @@ GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
-    """[work(job)] on as many threads as there are cores, or on `threads`."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    """[work(job)] on as many threads as there are cores for us, or on `threads`."""
+    with ThreadPoolExecutor(threads or usable_cores()) as pool:
         return list(pool.map(work, jobs))
 
 
@@ -4200,7 +5238,8 @@ def code_symbol(symbol, context, counts, coder, buffer, decoding):
     span = unit * counts[context, symbol]
     while span <= INTERVAL_MASK >> 8:
         if decoding:
-            low = low << 8 | buffer[coder[POSITION]]
+            # Not beyond the end, where a damaged stream may lead.
+            low = low << 8 | buffer[min(coder[POSITION], len(buffer) - 1)]
         else:
             buffer[coder[POSITION]] = low >> 48
             low = low << 8 & INTERVAL_MASK
@@ -4320,7 +5359,10 @@ def initial_counts(states: int) -> np.ndarray:
 
 
 def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = None) -> bytes:
-    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it."""
+    """The stream of int32 matrices (R, C), columns on trellis paths; with `data` they are filled from it.
+
+    ValueError if `data` is not a stream of so many integers.
+    """
     values = np.concatenate([matrix.ravel() for matrix in matrices])
     shapes = np.array([matrix.shape for matrix in matrices])
     if data is None:
@@ -4330,6 +5372,8 @@ def code_matrices(matrices: list[np.ndarray], states: int, data: bytes | None = 
         buffer = np.frombuffer(bytearray(data + b"\xff" * 64), np.uint8)
         coder = np.array([int.from_bytes(buffer[:7].tobytes(), "big"), INTERVAL_MASK + 1, 7])
     code_integers(values, shapes, trellis(states)[0], initial_counts(states), coder, buffer, data is not None)
+    if data is not None and coder[POSITION] != len(data) + 6:  # it reads 7 bytes ahead of where it is
+        raise ValueError(f"a stream of {len(data)} bytes holds other integers")
     parts = np.split(values, np.cumsum(shapes.prod(1))[:-1])
     for matrix, part in zip(matrices, parts, strict=True):
         matrix[:] = part.reshape(matrix.shape)
@@ -4443,30 +5487,70 @@ def read_container(path: Path) -> tuple[str, bytes, bytes, str]:
     if len(data) != size:
         raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; {remedy}")
     coder = coder.rstrip(b"\0")
+    if coder not in (b"lzma", b"brotli"):
+        raise Stop(f"{path}: packed with {coder!a}, which is not known; {remedy}")
     if hashlib.sha256(coder + data[start:]).digest() != digest:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; {remedy}")
     return coder.decode(), data[start : start + head], data[start + head :], hashlib.sha256(data).hexdigest()
 
 
 def decode_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Quantized], str]:
-    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong."""
+    """(manifest, tensors by flat name, sha256) of the artifact at `path`; Stop if a byte of it is wrong.
+
+    Also if its checksum fits and what it says cannot be: it may be another program's.
+    """
     compressor, head, payload, digest = read_container(path)
-    manifest = json.loads(compress(head, compressor, undo=True))
+    try:
+        manifest = json.loads(compress(head, compressor, undo=True))
+        tensors = decode_payload(manifest, compressor, payload)
+    except ImportError as error:
+        raise Stop(
+            f"{path}: packed with {compressor}, which is not installed; pip install {error.name}"
+        ) from None
+    # lzma's and brotli's own errors are direct heirs of Exception.
+    except Exception as error:
+        raise Stop(
+            f"{path}: not as an artifact has to be ({describe_error(error)}); "
+            "make it again with STAGE=quantize"
+        ) from None
+    return manifest, tensors, digest
+
+
+def decode_payload(manifest: dict[str, Any], compressor: str, payload: bytes) -> dict[str, Quantized]:
+    """The tensors that `manifest` describes, from the streams in `payload`; any Exception if it cannot be."""
+    if type(manifest["looped"]) is not bool or type(manifest["model"]) is not dict:
+        raise ValueError("looped and model are not a truth value and an object")
     tensors = {}
     for name, parts in manifest["tensors"]:
+        if type(name) is not str:
+            raise ValueError(f"a tensor is called {name}")
+        for kind, shape in parts:
+            check_part(kind, shape)
         tensors[name] = Quantized(*(torch.empty(shape, dtype=getattr(torch, kind)) for kind, shape in parts))
     streams = collect_streams(tensors)
-    begin = 0
-    pieces = {}
-    for name, size in manifest["streams"]:
-        pieces[name] = payload[begin : begin + size]
-        begin += size
+    names = [name for name, _ in manifest["streams"]]
+    sizes = [size for _, size in manifest["streams"]]
+    if names != list(streams) or min(sizes) < 0 or sum(sizes) != len(payload):
+        raise ValueError(f"its streams are not {list(streams)} of {len(payload)} bytes")
+    ends = itertools.accumulate(sizes)
+    pieces = {name: payload[end - size : end] for name, size, end in zip(names, sizes, ends, strict=True)}
 
     def fill(name: str) -> None:
         code_stream(streams[name], compressor, manifest["states"], pieces[name])
 
     parallel_map(fill, pieces)
-    return manifest, tensors, digest
+    return tensors
+
+
+PART_TYPES = ("int8", "int32", "float16", "float32")
+MOST_ELEMENTS = 1 << 28  # of one part: more than fit under the cap
+
+
+def check_part(kind: Any, shape: Any) -> None:
+    """ValueError unless these can be the type and the shape of a part of a tensor."""
+    whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if kind not in PART_TYPES or not whole or math.prod(shape) > MOST_ELEMENTS:
+        raise ValueError(f"a part of type {kind} and shape {shape}")
 
 
 def seal_artifact(run: Run, tensors: dict[str, Quantized], looped: bool) -> tuple[int, str]:
@@ -5692,6 +6776,17 @@ def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     return compiled
 
 
+def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
+    """Stop if CUDA_GRAPHS=1 cannot be had here; logs that it is."""
+    if not config.cuda_graphs:
+        return
+    if not run.is_cuda:
+        raise Stop("CUDA_GRAPHS=1: there is no GPU; unset CUDA_GRAPHS")
+    if not compiled:
+        raise Stop("CUDA_GRAPHS=1: the forward is not compiled, as the log says; set COMPILE=on or unset it")
+    run.log("cuda graphs: on (forward and backward of each micro-batch)")
+
+
 def set_compiler_options() -> None:
     """What torch.compile must know of this program, whatever it compiles."""
     import torch._inductor.config as inductor
@@ -5713,6 +6808,7 @@ def build(run: Run) -> Built:
         set_compiler_options()
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
+    check_cuda_graphs(config, run, compiled)
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
@@ -5725,6 +6821,97 @@ def build(run: Run) -> Built:
     return Built(model, forward, compiled)
 
 
+def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:
+    """Forward and backward of one of `count` micro-batches; its part of their mean loss (0-d)."""
+    loss = forward(batch).mean() / count
+    loss.backward()
+    return loss.detach()
+
+
+class LearnGraph:
+    """`learn` for micro-batches of one shape as a CUDA graph, with the tensors that it reads and writes.
+
+    Its memory is its own: a batch is copied in, loss and gradients are copied out. Weights are read where
+    they are, so they may change, but not move.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[Batch], Tensor],
+        parameters: list[nn.Parameter],
+        batch: Batch,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ):
+        self.batch = tree_map_only(Tensor, torch.clone, batch)
+        self.graph = torch.cuda.CUDAGraph()
+        before = [parameter.grad for parameter in parameters]  # of the micro-batches before this one
+        # Once unrecorded: what is loaded, tuned or allocated at first use is no part of the work.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for parameter in parameters:
+                parameter.grad = None
+            work(self.batch)
+            for parameter in parameters:
+                parameter.grad = None
+        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.loss = work(self.batch)
+        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    def replay(self, batch: Batch) -> Tensor:
+        """What `learn` does for `batch`."""
+        for place, given in zip(self.batch, batch, strict=True):
+            if isinstance(given, Tensor):
+                place.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            if gradient is None:  # the route visits no layer that uses it
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            else:
+                parameter.grad.add_(gradient)
+        return self.loss.clone()
+
+
+class LearnGraphs:
+    """A LearnGraph for each loop state and shape of micro-batch, recorded where it is first met: in warm-up.
+
+    A replay costs the host one launch instead of some 700, and no guard of torch.compile is looked at. That
+    nothing in forward and backward waits for the GPU is proved by the recording, which fails otherwise. All
+    graphs share their memory, as only one runs at a time. Nothing in `learn` is random or talks to other
+    ranks. The update of the weights is not recorded: its rates are numbers of the host, which a graph would
+    freeze, its collectives are waited for one by one, and its 200 launches are queued while the GPU works on
+    the backward. Gradients are copied once more per micro-batch (0.1 ms of the full model's, by their bytes).
+    Not measured on a GPU.
+    """
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[[Batch], Tensor]):
+        self.model = model
+        self.forward = forward
+        self.parameters = list(model.parameters())
+        self.stream = torch.cuda.Stream(run.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[Any, LearnGraph] = {}
+
+    def learn(self, batch: Batch, count: int) -> Tensor:
+        """`learn` by replay."""
+        shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
+        key = (self.model.looped, count, shapes)
+        if key not in self.graphs:
+            work = functools.partial(learn, self.forward, count=count)
+            self.graphs[key] = LearnGraph(work, self.parameters, batch, self.stream, self.pool)
+        return self.graphs[key].replay(batch)
+
+
+def learn_graphs(run: Run, model: GPT, forward: Callable[[Batch], Tensor]) -> LearnGraphs | None:
+    """The graphs of a training that CUDA_GRAPHS=1 asks for, or None."""
+    return LearnGraphs(run, model, forward) if run.config.cuda_graphs else None
+
+
 def train_step(
     run: Run,
     forward: Callable[[Batch], Tensor],
@@ -5732,14 +6919,17 @@ def train_step(
     batches: list[Batch],
     progress: float,
     step: int,
+    graphs: LearnGraphs | None = None,
 ) -> Tensor:
-    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device)."""
+    """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device).
+
+    With `graphs`, forward and backward are replayed.
+    """
     config = run.config
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     total = torch.zeros((), device=run.device)
     for batch in batches:
-        loss = forward(batch).mean() / len(batches)
-        loss.backward()
-        total += loss.detach()
+        total += work(batch, len(batches))
     optimizers.step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
@@ -5763,17 +6953,16 @@ class Agreement:
 
     def reach(self, clock: Callable[[], float], loss: Tensor, late: bool) -> tuple[float, bool]:
         """(most seconds of `clock`, is a loss not finite) over ranks; `late`: a GPU may answer as above."""
-        finite = loss.isfinite()
         if self.run.is_cuda:
-            finite = self.copied(finite, late)
-        not_finite = not finite.item()
+            loss = self.copied(loss, late)
+        not_finite = not math.isfinite(loss.item())
         seconds, failed = self.run.max_over_ranks(clock(), not_finite)
         return seconds, bool(failed)
 
-    def copied(self, fact: Tensor, late: bool) -> Tensor:
-        """`fact` in host memory, or that of the step before if `late`; waits only for what it returns."""
-        copy = torch.empty((), dtype=fact.dtype, pin_memory=True)
-        copy.copy_(fact, non_blocking=True)
+    def copied(self, loss: Tensor, late: bool) -> Tensor:
+        """`loss` in host memory, or that of the step before if `late`; waits only for what it returns."""
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        copy.copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.waiting = [*self.waiting, (copy, event)][-2:]
@@ -5839,12 +7028,15 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
+def warm_up(
+    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: LearnGraphs | None = None
+) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
     config = run.config
     cached = count_cached_files(config)
     model, forward, compiled = built
+    work = functools.partial(learn, forward) if graphs is None else graphs.learn
     weights = to_cpu(model.state_dict())
     fresh = to_cpu(optimizers.state())
     padded = []
@@ -5853,9 +7045,10 @@ def warm_up(run: Run, built: Built, optimizers: Optimizers, feed: Feed) -> None:
     for looped in loop_states(config):
         model.looped = looped
         for batch in padded:
-            forward(batch).mean().backward()
+            work(batch, len(feed.get(0)))
         for step in range(config.warmup_steps):
-            train_step(run, forward, optimizers, feed.get(step), 0.0, config.muon_momentum_warmup_steps)
+            momentum_is_final = config.muon_momentum_warmup_steps
+            train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
@@ -5924,8 +7117,19 @@ class CheckpointWriter:
 
     def finish_pending(self) -> None:
         """The same on rank 0."""
-        if self.pending is not None:
-            self.pending.result()
+        pending = self.pending
+        self.pending = None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written come to its end when something stops the training.
+
+        Nothing is raised, for what stopped the training is to be told, and no other rank is waited for.
+        """
+        self.thread.shutdown()
+        if self.pending is not None and self.pending.exception() is not None:
+            self.run.log(f"warning: {self.pending.exception()}")
 
 
 class Training:
@@ -5941,7 +7145,8 @@ class Training:
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        warm_up(run, built, self.optimizers, self.feed)
+        self.graphs = learn_graphs(run, self.model, self.forward)
+        warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
             self.reserve = measure_reserve(run, self.model, data)
@@ -6017,7 +7222,7 @@ class Training:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step)
-        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step)
+        loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
         last = self.step == config.iterations
@@ -6132,12 +7337,15 @@ def train(run: Run, data: Dataset, built: Built) -> None:
             record_stage(run, "train", saved["facts"])
         return
     training = Training(run, data, built)
-    if saved:
-        training.resume(saved)
-    training.start_clock(data)
-    while training.goes_on:
-        training.take_step()
-    training.finish()
+    try:
+        if saved:
+            training.resume(saved)
+        training.start_clock(data)
+        while training.goes_on:
+            training.take_step()
+        training.finish()
+    finally:
+        training.writer.close()
 
 
 # === PREFLIGHT ===
@@ -6389,7 +7597,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
-    warm_up(run, built, optimizers, feed)
+    graphs = learn_graphs(run, built.model, built.forward)
+    warm_up(run, built, optimizers, feed, graphs)
     reserve = config.gptq_reserve_seconds
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
@@ -6400,7 +7609,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
         count = 0
         goes_on = True
         while goes_on:
-            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count)
+            train_step(run, built.forward, optimizers, feed.get(count), 0.0, count, graphs)
             count += 1
             spent = run.now() - began
             # The ranks stop together, when the first of them has used its part and after 50 steps.
@@ -6582,6 +7791,26 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     return modes
 
 
+def check_tensors(path: Path, table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> None:
+    """Stop unless the tensors of an artifact are those of a model with this `table`, in types and shapes."""
+    wanted: dict[str, list[list]] = {}
+    for name, spec in table.items():
+        if spec.quantizer == "fp16":
+            wanted[name] = [[(torch.float16, spec.shape)]]
+    for matrix in list_matrices(table):
+        rows, columns = shape = table[matrix.parameter].shape[-2:]
+        clipped = [(torch.int8, shape), (torch.float16, (rows,))]
+        coded = [(torch.int32, shape), (torch.int32, (rows + columns,)), (torch.float32, (1,))]
+        wanted[matrix.name] = [clipped, coded]
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found = [(part.dtype, tuple(part.shape)) for part in tensors.get(name, ()) if part is not None]
+        if found not in wanted.get(name, []):
+            raise Stop(
+                f"{path}: {name} has the parts {found} instead of one of {wanted.get(name, [])}; "
+                "make it again with STAGE=quantize"
+            )
+
+
 def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
     """Put `weights` into the model; a hash embedding, which is in no file, is zero again."""
     if model.hash_embed is not None:
@@ -6601,6 +7830,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     different = describe_differences(manifest["model"], config.chosen("Model"))
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
+    check_tensors(path, model.table, tensors)
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
     if config.ttt_enabled and config.hash_embed_enabled:
@@ -6701,7 +7931,7 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
 
 
 def summarize(run: Run, data: Dataset) -> None:
-    """Write summary.json from the stages' facts and log the last lines. Rank 0 only."""
+    """Log the last lines and write summary.json from the stages' facts. Rank 0 only."""
     stages = read_json(run.folder / "stages.json")
     quantized = stages.get("quantize", {})
     adapted = stages.get("prequant_ttt", {})
@@ -6718,18 +7948,19 @@ def summarize(run: Run, data: Dataset) -> None:
         "data": data.fingerprint,
         "compliance": verdict,
     }
-    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
     for name, bpb in data.manifest.get("references", {}).items():
         gain = 100 * (facts["val_bpb"] / bpb - 1)
         run.log(f"reference {name} val_bpb:{bpb:.5f}, this model {gain:+.1f}%")
     run.log(
         f"results: {run.folder}/ summary.json train.log metrics.jsonl final_model.ptz packed_train_gpt.py"
     )
-    announce(run.folder, "scored")
     legal = "legal" if verdict["legal"] else "NOT LEGAL"
     reason = verdict["reason"]
     run.log(f"compliance: {legal} ({reason})")
     run.log(describe_score(**{"train_seconds": math.nan, **facts}))
+    # Last of all files: a run that is stopped before it is evaluated again, one that has it is finished.
+    write_atomically(run.folder / "summary.json", json.dumps(facts, indent=1).encode())
+    announce(run.folder, "scored")
 
 
 def describe_score(
@@ -6884,6 +8115,49 @@ def main(config: Config) -> None:
     run.close()
 
 
+# Settings that may differ between nodes: where things lie, and what rank 0 alone reads.
+PLACES = {"RUN_ID", "OUT_DIR", "ARTIFACT", "DATA_DIR", "DATASETS_DIR", "TOKENIZER_PATH", "COMPILE_CACHE"}
+
+
+def check_ranks_agree(run: Run, settings: Mapping[str, Any]) -> None:
+    """Stop if a rank has other settings, data or code than rank 0: every node reads its own environment."""
+    if run.world_size == 1:
+        return
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    ours = {name: value for name, value in settings.items() if name not in PLACES}
+    ours["source_sha256"] = source[:16]
+    everyone: list[Any] = [None] * run.world_size
+    dist.all_gather_object(everyone, ours, group=run.host_group)
+    for rank, theirs in enumerate(everyone):
+        different = describe_differences(theirs, everyone[0])
+        if different:
+            message = (
+                f"rank {rank} was started otherwise than rank 0 ({different}); "
+                "give every node the same variables, data and script"
+            )
+            raise Stop(message if run.is_main else 1)
+
+
+# Launchers that start a program many times, and say how often, but leave it to it to find the others.
+PLAIN_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def check_launcher(run: Run) -> None:
+    """Stop, or warn where it may be meant, if a launcher has started this program as many separate runs."""
+    for name, launcher in PLAIN_LAUNCHERS.items():
+        count = os.environ.get(name, "1")
+        if "WORLD_SIZE" in os.environ or count == "1":
+            continue
+        message = (
+            f"{name}={count}: {launcher} has started this program {count} times, each without WORLD_SIZE and "
+            f"so a run of its own; let {launcher} start torchrun once on each node, or unset {name}"
+        )
+        # Runs that see one GPU each may be several runs on purpose.
+        if run.is_cuda and torch.cuda.device_count() > 1:
+            raise Stop(message)
+        run.log(f"warning: {message}")
+
+
 def run_stages(run: Run) -> None:
     """Read the data, open the run folder, refuse what cannot work, then do the stages one by one."""
     config = run.config
@@ -6891,10 +8165,12 @@ def run_stages(run: Run) -> None:
     settings = config.chosen("nothing", "training", "artifact", "score")
     settings["data"] = data.fingerprint["shards"]
     settings["training_data"] = data.training_digest
+    check_ranks_agree(run, settings)
     run.folder = run.on_main_rank(lambda: run.open(find_run_folder(config, data.training_digest)))
     run.on_main_rank(lambda: announce(run.folder, "started"))
     run.ledger("start")
     run.on_main_rank(lambda: preflight(run))
+    check_launcher(run)
     log_header(run, data)
     inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()

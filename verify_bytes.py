@@ -22,7 +22,6 @@ import environment
 environment.enter()
 import argparse
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -31,13 +30,16 @@ from functools import lru_cache, partial
 
 import numpy as np
 
+from data.card import CARD, FORMAT, MANIFEST, PROOF, write_proof
 from data.documents import (
     OPENING_TOKENS,
     Batch,
     DataError,
     Position,
+    SourceFile,
     batches,
     expand,
+    stored_size,
     survey,
     text_hash,
     texts_of,
@@ -45,8 +47,8 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer
 from data.options import Parser, number_option
-from data.prepare import FORMAT, JOURNAL, MANIFEST, SIDECAR, TOKENIZER, TRAIN, VAL, checksum
-from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
+from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL
+from data.shards import BOS, UNFINISHED, ShardError, checksum, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
     VERSIONS,
@@ -417,6 +419,7 @@ class Proof:
 
     def run(self) -> None:
         """All checks in order; Refuted or ShardError at the first that fails."""
+        self._names()
         self._manifest()
         self._shards()
         self._tokenizer()
@@ -426,6 +429,15 @@ class Proof:
         self._canonical()
         self._documents()
         self.report["verdict"] = "proved"
+
+    def _names(self) -> None:
+        shards = {path for files in self.files.values() for path in files}
+        for path in sorted(self.folder.glob("fineweb_*.bin")):
+            if path not in shards:
+                raise Refuted(
+                    f"{path.name}: not a shard's name (fineweb_train_, _val_ or _val_bytes_ and six digits), "
+                    "but other readers may take it for one"
+                )
 
     def _manifest(self) -> None:
         path = self.folder / MANIFEST
@@ -872,8 +884,8 @@ class Proof:
             f"the {len(listed)} source files of the manifest, {records:,} records, read to their ends"
         )
 
-    def _compare_source(self, path: Path, facts: dict) -> None:
-        size = path.stat().st_size
+    def _compare_source(self, path: SourceFile, facts: dict) -> None:
+        size = stored_size(path)
         if size != facts["size"]:
             raise Refuted(f"{path}: {size:,} bytes, but the dataset was made of {facts['size']:,}")
         try:
@@ -1041,15 +1053,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        default=environment.usable_cores(),
         metavar="N",
         help="processes (default %(default)s)",
+    )
+    add(
+        "--card",
+        action="store_true",
+        help=f"if all is right, write {PROOF} and {CARD} into the folder, which data/publish.py asks for",
     )
     add("--json", action="store_true", help="print the report as one JSON object")
     options = parser.parse_args(arguments)
     options.documents, options.val = expand(options.documents), expand(options.val)
     if not options.dataset.is_dir():
         raise DataError(f"{options.dataset}: no such folder; give that of a dataset")
+    if options.card and not (options.dataset / MANIFEST).is_file():
+        raise DataError(f"--card: {options.dataset} has no {MANIFEST}; make the dataset with data/prepare.py")
     if not 1 <= options.workers <= MOST_WORKERS:
         raise DataError(f"--workers {options.workers}: must be at least 1 and at most {MOST_WORKERS}")
     return options
@@ -1063,8 +1082,14 @@ def main(arguments: list[str] | None = None) -> int:
         proof = Proof(options.dataset, options)
         try:
             proof.run()
+            if options.card and not proof.manifest:
+                raise DataError(f"--card: {MANIFEST} is of another format; make the dataset again")
+            if options.card:
+                write_proof(options.dataset, proof.report)
         except (Refuted, ShardError) as error:
             proof.report["first_counterexample"] = str(error)
+            if options.card:
+                (options.dataset / PROOF).unlink(missing_ok=True)
     except DataError as error:
         print(f"verify_bytes: {error}", file=sys.stderr)
         return 2

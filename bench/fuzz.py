@@ -16,7 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # As a script this file's folder would be searched first, and bench/data.py would hide the package data.
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "bench")]
+sys.path[:] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    *(path for path in sys.path if Path(path).resolve() != ROOT / "bench"),
+]
 import environment
 
 environment.enter()
@@ -24,10 +28,12 @@ import argparse
 import bz2
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import random
+import subprocess
 import tempfile
 import time
 import traceback
@@ -37,10 +43,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import recipes
+import results
 import verify_bytes
 from data import prepare
 from data.documents import DataError, batches, survey, texts_of
 from data.shards import BOS, HEADER_BYTES, ShardError, read_shard, sha256_file, train_tokenizer, write_shard
+from helpers.damage import change_bytes, change_json, change_text
 from lossless_caps import TRANSFORMS
 
 WORDS = "the The of NASA iPhone house river Time don't naïve 3,141 (see below) science. Why? a I".split()
@@ -63,72 +72,6 @@ class Target:
     content: bytes
     judge: Callable[[bytes], str]
     mutate: Callable[[bytes, random.Random], bytes]
-
-
-# === MUTANTS ===
-
-
-def mutate_bytes(content: bytes, generator: random.Random) -> bytes:
-    """One random change: a bit flipped, bytes replaced, removed, added, or the end cut off."""
-    result = bytearray(content)
-    place = generator.randrange(min(len(result), generator.choice((12, 64, 1024, len(result)))))
-    kind = generator.randrange(5)
-    if kind == 0:
-        result[place] ^= 1 << generator.randrange(8)
-    elif kind == 1:
-        result[place : place + generator.randrange(1, 9)] = generator.randbytes(generator.randrange(1, 9))
-    elif kind == 2:
-        del result[place : place + generator.randrange(1, 9)]
-    elif kind == 3:
-        result[place:place] = generator.randbytes(generator.randrange(1, 9))
-    else:
-        del result[-generator.randrange(1, len(result)) :]
-    return bytes(result)
-
-
-ODD_VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    1,
-    1.5,
-    2**63,
-    10**30,
-    float("nan"),
-    "",
-    "x",
-    "../x",
-    [],
-    [None],
-    {},
-    {"a": 1},
-)
-
-
-def mutate_json(content: bytes, generator: random.Random) -> bytes:
-    """One value of a JSON object, at any depth, replaced by an odd one, or removed, or a key added."""
-    root = json.loads(content)
-    node = root
-    while True:
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        if not keys:
-            break
-        key = generator.choice(keys)
-        if isinstance(node[key], dict | list) and generator.random() < 0.7:
-            node = node[key]
-            continue
-        change = generator.randrange(4)
-        if change == 0:
-            del node[key]
-        elif change == 1 and isinstance(node, dict):
-            node[generator.choice(("x", "", "size", "files"))] = generator.choice(ODD_VALUES)
-        elif change == 2 and type(node[key]) is int:
-            node[key] += generator.choice((-1, 1, 2**32))
-        else:
-            node[key] = generator.choice(ODD_VALUES)
-        break
-    return json.dumps(root).encode()
 
 
 # === WHAT IS READ ===
@@ -237,7 +180,7 @@ def shard(folder: Path) -> Target:
             raise Wrong(f"{len(values)} values read")
         return RIGHT
 
-    return Target(content, judge, mutate_bytes)
+    return Target(content, judge, change_bytes)
 
 
 def file_of_dataset(name: str, sign: bool) -> Callable[[Path], Target]:
@@ -261,7 +204,7 @@ def file_of_dataset(name: str, sign: bool) -> Callable[[Path], Target]:
                 raise Wrong(f"counts {report['counts']} instead of {counts}")
             return RIGHT
 
-        return Target(content, judge, mutate_bytes)
+        return Target(content, judge, change_bytes)
 
     return make
 
@@ -285,11 +228,11 @@ def manifest_of_dataset(sign: bool) -> Callable[[Path], Target]:
             return RIGHT
 
         def change(content: bytes, generator: random.Random) -> bytes:
-            manifest = json.loads(mutate_json(content, generator))
+            manifest = json.loads(change_json(content, generator))
             manifest["checksum"] = prepare.checksum(manifest)
             return json.dumps(manifest).encode()
 
-        return Target(path.read_bytes(), judge, change if sign else mutate_bytes)
+        return Target(path.read_bytes(), judge, change if sign else change_bytes)
 
     return make
 
@@ -334,7 +277,7 @@ def journal(folder: Path) -> Target:
             raise Wrong(f"another dataset: {sorted(set(found) ^ set(expected)) or 'other bytes'}")
         return RIGHT
 
-    return Target(left[prepare.JOURNAL], judge, mutate_bytes)
+    return Target(left[prepare.JOURNAL], judge, change_bytes)
 
 
 def source(suffix: str) -> Callable[[Path], Target]:
@@ -364,7 +307,7 @@ def source(suffix: str) -> Callable[[Path], Target]:
                 raise Wrong(f"{len(read)} documents read, not those of the file")
             return RIGHT
 
-        return Target(content, judge, mutate_bytes)
+        return Target(content, judge, change_bytes)
 
     return make
 
@@ -398,6 +341,148 @@ def plain_texts(content: bytes) -> list[str]:
     return [json.loads(line)["text"] for line in content.split(b"\n") if line.strip()]
 
 
+def refused(message: object, path: Path) -> str:
+    """REFUSED, if the message is one line that names the file."""
+    if path.name not in str(message) or "\n" in str(message):
+        raise Wrong(f"an error that does not name the file in one line: {message}")
+    return REFUSED
+
+
+def recipe(folder: Path) -> Target:
+    """The reader of recipe files: what a shell makes of it, or an error of one line."""
+    path = folder / "r.env"
+    published = ROOT / "records" / "recipes" / "pr1693.env"
+    content = published.read_bytes() + b"export A='x y'\nB=\"z\" # c\n"
+
+    def judge(mutant: bytes) -> str:
+        path.write_bytes(mutant)
+        try:
+            settings = recipes.read(path)
+        except recipes.RecipeError as error:
+            return refused(error, path)
+        path.write_bytes(mutant.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n"))
+        shell = subprocess.run(["sh", "-c", f"set -a; . {path}; env -0"], env={}, capture_output=True)
+        found = dict(word.split("=", 1) for word in shell.stdout.decode().split("\0") if word)
+        if shell.returncode or not settings.items() <= found.items():
+            raise Wrong(f"{dict(settings.items() - found.items())} is read, the shell reads otherwise")
+        return RIGHT
+
+    return Target(content, judge, change_text)
+
+
+def finished_run(folder: Path) -> Path:
+    """The folder of a tiny run, with every file that the trainer writes."""
+    from helpers.run_folders import original
+    from helpers.trainer import make_dataset
+
+    (folder / "data").mkdir()
+    return original(make_dataset(folder / "data"))
+
+
+def file_of_run(name: str, mutate: Callable[[bytes, random.Random], bytes]) -> Callable[[Path], Target]:
+    """Every tool that reads a run folder, one file of which is damaged: refused, or read with its score."""
+
+    def make(folder: Path) -> Target:
+        from helpers.readers import read_all, text_alone
+
+        run = finished_run(folder)
+        path, right = run / name, results.Run.read(run).summary
+
+        def judge(mutant: bytes) -> str:
+            path.write_bytes(mutant)
+            warnings = io.StringIO()
+            try:
+                with text_alone(), contextlib.redirect_stderr(warnings):
+                    read_all(run)
+                    found = results.Run.read(run).summary
+            except results.Stop as stop:
+                return refused(stop, run)
+            lines = warnings.getvalue().splitlines()
+            if not all(line.startswith("warning: ") for line in lines):
+                raise Wrong(f"a warning of several lines: {lines[:3]}")
+            for figure in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "artifact_bytes", "total_bytes"):
+                if found[figure] != right[figure]:
+                    raise Wrong(f"{figure} {found[figure]} instead of {right[figure]}")
+            return RIGHT
+
+        return Target(path.read_bytes(), judge, mutate)
+
+    return make
+
+
+def change_signed(content: bytes, source: random.Random) -> bytes:
+    """An artifact whose manifest, payload or lengths are damaged, and whose checksum is right again."""
+    import train_gpt as trainer
+
+    header = trainer.ARTIFACT_HEADER
+    magic, coder, head, _, _ = header.unpack_from(content)
+    name = coder.rstrip(b"\0").decode()
+    manifest, payload = content[header.size : header.size + head], content[header.size + head :]
+    kind = source.randrange(4)
+    if kind < 2:
+        plain = trainer.compress(manifest, name, undo=True)
+        manifest = trainer.compress((change_json, change_bytes)[kind](plain, source), name)
+    elif kind == 2:
+        payload = change_bytes(payload, source)
+    else:
+        place = source.randrange(len(manifest) + len(payload))
+        manifest, payload = (manifest + payload)[:place], (manifest + payload)[place:]
+    digest = hashlib.sha256(name.encode() + manifest + payload).digest()
+    return header.pack(magic, coder, len(manifest), len(payload), digest) + manifest + payload
+
+
+def artifact(signed: bool) -> Callable[[Path], Target]:
+    """The readers of an artifact: the trainer's STAGE=evaluate as far as its weights, report.py, submit.py.
+
+    With `signed` its checksum is right, as another program's would be; then whatever has all tensors is read.
+    """
+
+    def make(folder: Path) -> Target:
+        import report
+        import submit
+        import train_gpt as trainer
+
+        run = results.Run.read(finished_run(folder))
+        path = run.folder / "final_model.ptz"
+        content = path.read_bytes()
+        given = {name: results.show(value) for name, value in run.summary["overrides"].items()}
+        config = trainer.Config.from_env(given)
+        table = trainer.parameter_table(config)
+
+        def load() -> None:
+            manifest, tensors, _ = trainer.decode_artifact(path)
+            different = trainer.describe_differences(manifest["model"], config.chosen("Model"))
+            if different:
+                raise trainer.Stop(f"{path}: made with other settings ({different})")
+            trainer.check_tensors(path, table, tensors)
+            weights = trainer.assemble_weights(table, tensors)
+            if {name: tuple(weight.shape) for name, weight in weights.items()} != shapes:
+                raise Wrong("weights of other shapes")
+            report.treemap(report.artifact_parts(path))
+
+        shapes = {name: tuple(spec.shape) for name, spec in table.items()}
+
+        def judge(mutant: bytes) -> str:
+            path.write_bytes(mutant)
+            try:
+                load()
+            except trainer.Stop as stop:
+                return refused(stop, path)
+            if not signed and mutant != content:
+                raise Wrong("read although a byte is another")
+            try:
+                submit.check_bytes(run, run.summary)
+            except results.Stop as stop:
+                return refused(stop, path)
+            if mutant != content:
+                raise Wrong("submitted although a byte is another")
+            return RIGHT
+
+        return Target(content, judge, change_signed if signed else change_bytes)
+
+    return make
+
+
 # Further targets are added here: a name, and a function of a folder to work in.
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "shard": shard,
@@ -414,6 +499,14 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "source .xz": source(".xz"),
     "source .zst": source(".zst"),
     "source .parquet": source(".parquet"),
+    "recipe": recipe,
+    "metrics": file_of_run("metrics.jsonl", change_text),
+    "summary": file_of_run("summary.json", change_json),
+    "configuration": file_of_run("config.json", change_json),
+    "stages": file_of_run("stages.json", change_json),
+    "sums of documents": file_of_run("documents.npz", change_bytes),
+    "artifact": artifact(signed=False),
+    "artifact, signed": artifact(signed=True),
 }
 
 

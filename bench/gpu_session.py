@@ -254,6 +254,8 @@ def second_call(places: Places) -> list[Part]:
     run = places.work / "model"
     packing = tool("bench/gpu_packing.py", run, *(["--quick"] if places.dry else []))
     adapters = training(places, "adapters", STAGE="evaluate", TTT_MODE="doc_lora", TTT_ENABLED="1")
+    if places.dry:
+        adapters |= {"TTT_BATCH_SIZE": "4", "TTT_CHUNK_SIZE": "64", "TTT_LORA_RANK": "8"}
     seconds = "{seconds}" if not places.dry else "10"
     return [
         *data_part(places),
@@ -449,6 +451,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu_session: there is no GPU here; --dry tries the plan without one", file=sys.stderr)
         return 2
     parts = CALLS[options.action](places)
+    if (
+        options.dry
+    ):  # how long a CPU takes, busy with other things, says nothing: a part may take what is left
+        parts = [part._replace(most=options.limit) for part in parts]
     outcomes = session.run(parts)
     text = section(options.action, parts, outcomes, session, about)
     out = options.out or Path(os.environ.get("OUT") or work)

@@ -257,7 +257,7 @@ def _start_worker() -> None:
 def collect(sources: Sequence[Source]) -> list[str]:
     """All documents of `sources` once each, in order of the sha256 of their text."""
     largest_first = sorted(sources, key=lambda source: -source.size)
-    workers = min(os.cpu_count() or 1, 8) if len(sources) > 500 else 1
+    workers = min(environment.usable_cores(), 8) if len(sources) > 500 else 1
     if workers > 1:
         with ProcessPoolExecutor(workers, initializer=_start_worker) as pool:
             try:
@@ -342,7 +342,7 @@ def tokenize(tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, list[str]
     kept: list[str] = []
     for start in range(0, len(documents), 1000):
         batch = list(documents[start : start + 1000])
-        encoded = tokenizer.encode(batch, num_threads=os.cpu_count() or 1)
+        encoded = tokenizer.encode(batch, num_threads=environment.usable_cores())
         for document, ids, decoded in zip(batch, encoded, tokenizer.decode(encoded), strict=True):
             if decoded == document:
                 pieces.append(np.array([BOS, *ids], dtype="<u2"))
@@ -502,7 +502,7 @@ def _only_builder_in(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            environment.lock_file(handle)  # where there are no locks, two builds cost time but do no harm
         except BlockingIOError:
             print("demo: waiting for another build to finish", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,6 +1,7 @@
 """Documents as they come: streamed in batches from JSON lines (plain, gz, bz2, xz, zst) and parquet.
 
-Reading may begin at any record. Every file is read to its proven end, or refused.
+Reading may begin at any record. Every file is read to its proven end, or refused. `hub:docs` is the contest's
+own file, read from the hub without being stored.
 """
 
 from __future__ import annotations
@@ -23,10 +24,53 @@ JSON_LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSED = tuple(DECOMPRESSORS)
 # The opening of a document: enough to recognise a copy that was cut or continued differently.
 OPENING_TOKENS = 64
+# How the name of a source that is read from the hub begins.
+HUB = "hub:"
 
 
 class DataError(ValueError):
     """Input that cannot be used; the message is one line that names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """JSON lines on the hub, read where they are; size, sha256 and records are what the hub and the file's
+    own manifest promise, and whoever reads it all proves.
+    """
+
+    repository: str
+    commit: str
+    path: str
+    size: int
+    sha256: str
+    records: int
+    suffix = ".jsonl"
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"hub:{self.repository}/{self.path}"
+
+
+SourceFile = Path | RemoteFile
+
+
+def stored_size(source: SourceFile) -> int:
+    """The bytes of a source file, as stored."""
+    return source.size if isinstance(source, RemoteFile) else source.stat().st_size
+
+
+def open_source(source: SourceFile) -> IO[bytes]:
+    """A source file for reading, seekable; what the network refuses is a DataError when it is read."""
+    if isinstance(source, RemoteFile):
+        # Not at the top: the hub client is slow to load, and rarely used.
+        from data.stream import RemoteStream
+
+        return io.BufferedReader(RemoteStream(source), 1 << 20)
+    return open(source, "rb")
 
 
 @dataclass(frozen=True)
@@ -46,19 +90,24 @@ class Batch:
     (str), where they start and what comes after.
     """
 
-    path: Path
+    path: SourceFile
     start: Position
     records: list[bytes] | list[str]
     after: Position
     consumed: int  # bytes of the files on disk read so far, for the progress bar
 
 
-def expand(patterns: Sequence[str]) -> list[Path]:
-    """Files for a list of paths and globs, in the order given (a
+def expand(patterns: Sequence[str]) -> list[SourceFile]:
+    """Files for a list of paths, globs and hub:docs[@OWNER/NAME], in the order given (a
     glob's matches sorted); DataError if one has none.
     """
-    paths: list[Path] = []
+    paths: list[SourceFile] = []
     for pattern in patterns:
+        if pattern.startswith(HUB):
+            from data.stream import documents_of
+
+            paths.append(documents_of(pattern))
+            continue
         found = (
             [Path(pattern)]
             if Path(pattern).is_file()
@@ -69,7 +118,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
             raise DataError(f"{pattern}: no such file; give existing files or a quoted glob")
         paths += found
     for path in paths:
-        suffixes = path.suffixes[-2:]
+        suffixes = Path(path.name).suffixes[-2:]
         if suffixes[-1:] != [".parquet"] and not (
             suffixes[-1:] and (suffixes[-1] in JSON_LINES or suffixes[-1] in COMPRESSED)
         ):
@@ -81,7 +130,7 @@ def expand(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def text_bytes_estimate(path: Path) -> int:
+def text_bytes_estimate(path: SourceFile) -> int:
     """About how many bytes of text a file holds; compressed text is taken as 4 times its size on disk."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
@@ -91,10 +140,10 @@ def text_bytes_estimate(path: Path) -> int:
         except (OSError, pyarrow.ArrowException) as error:
             raise _unreadable(path, error) from None
         return sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return path.stat().st_size * (4 if path.suffix in COMPRESSED else 1)
+    return stored_size(path) * (4 if path.suffix in COMPRESSED else 1)
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(path: SourceFile, error: Exception) -> DataError:
     if isinstance(error, StreamError):
         return DataError(f"{path}: cannot be read: {error}; get this file again")
     reason = str(error).splitlines()[0] if str(error) else "it ends too early"
@@ -120,7 +169,7 @@ class _Hashed(io.RawIOBase):
         return count
 
 
-def _open_text(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _open_text(path: SourceFile, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix in COMPRESSED:
         return io.BufferedReader(CompressedStream(raw, path.suffix), 1 << 20)
     return raw
@@ -136,7 +185,7 @@ class Survey:
     bytes: int | None
 
 
-def check_start(path: Path, key: str) -> None:
+def check_start(path: SourceFile, key: str) -> None:
     """DataError if a source file is empty, of another format, without
     the column, or starts with a bad record.
     """
@@ -144,7 +193,7 @@ def check_start(path: Path, key: str) -> None:
         if path.suffix == ".parquet":
             _parquet_table(path, key)
             return
-        with open(path, "rb") as raw:
+        with open_source(path) as raw:
             _parse_line(path, 0, _open_text(path, raw).readline(), key)
     except (OSError, StreamError) as error:
         raise _unreadable(path, error) from None
@@ -154,7 +203,7 @@ def check_start(path: Path, key: str) -> None:
         raise
 
 
-def survey(path: Path, key: str) -> Survey:
+def survey(path: SourceFile, key: str) -> Survey:
     """Read a source file to its proven end, and parse its first and last record; DataError if damaged.
 
     A file that is cut is refused here, before anything is made of it.
@@ -172,8 +221,8 @@ def survey(path: Path, key: str) -> Survey:
         raise
 
 
-def _survey_lines(path: Path, key: str) -> Survey:
-    with open(path, "rb") as raw:
+def _survey_lines(path: SourceFile, key: str) -> Survey:
+    with open_source(path) as raw:
         hashed = _Hashed(raw)
         records = size = 0
         last = b""
@@ -190,7 +239,7 @@ def _survey_lines(path: Path, key: str) -> Survey:
     return Survey(stored, hashed.digest.hexdigest(), records, size)
 
 
-def _parse_line(path: Path, before: int, line: bytes, key: str) -> None:
+def _parse_line(path: SourceFile, before: int, line: bytes, key: str) -> None:
     """DataError, with file and line, if a line is neither blank nor a document."""
     place = Position(record=before)
     if line:
@@ -198,14 +247,18 @@ def _parse_line(path: Path, before: int, line: bytes, key: str) -> None:
 
 
 def batches(
-    paths: Sequence[Path], key: str, batch_bytes: int, start: Position = Position(), limit: int | None = None
+    paths: Sequence[SourceFile],
+    key: str,
+    batch_bytes: int,
+    start: Position = Position(),
+    limit: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of about `batch_bytes` from `start` on, at most `limit`
     records that are not blank lines in all.
 
     DataError for a file that cannot be read to its end.
     """
-    sizes = [path.stat().st_size for path in paths]
+    sizes = list(map(stored_size, paths))
     for index in range(start.file, len(paths)):
         path = paths[index]
         first = start if index == start.file else Position(index)
@@ -238,8 +291,10 @@ def _cut(batch: Batch, limit: int) -> tuple[Batch, int]:
     return batch, limit - number
 
 
-def _line_batches(path: Path, key: str, batch_bytes: int, start: Position, before: int) -> Iterator[Batch]:
-    with open(path, "rb") as raw:
+def _line_batches(
+    path: SourceFile, key: str, batch_bytes: int, start: Position, before: int
+) -> Iterator[Batch]:
+    with open_source(path) as raw:
         stream = _open_text(path, raw)
         if stream is raw:
             raw.seek(start.offset)
@@ -254,7 +309,7 @@ def _line_batches(path: Path, key: str, batch_bytes: int, start: Position, befor
             position = after
 
 
-def _skip(path: Path, stream: IO[bytes], size: int) -> None:
+def _skip(path: SourceFile, stream: IO[bytes], size: int) -> None:
     left = size
     while left:
         block = stream.read(min(left, 1 << 20))

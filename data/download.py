@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Downloads the public tokenised datasets from the hub into data/datasets/ and data/tokenizers/.
 
-    python data/download.py sp8192|casefold_v2|caseops_v1 [--train-shards N] [--out data]
+    python data/download.py sp8192|casefold_v2|caseops_v1|sp1024|sp4096|byte260 [--train-shards N]
+    python data/download.py docs          # the contest's raw documents: 48 GB of JSON lines
+    python data/download.py OWNER/NAME    # what data/publish.py has put there, with its proof
 
 Every file is checked against the size and sha256 the hub publishes, every shard against its own header, and
 the result is described in data/datasets/<folder>/manifest.json. Wherever the repository keeps the folder
 (datasets/datasets/... on some), it lands in one place. Files go through the hub client's cache (HF_HOME,
 HF_HUB_CACHE) and are hard links to it where the file system allows, so they take their space once.
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE act as usual. A stopped download continues with the first unfinished
-file; a connection that breaks continues inside the file.
+file, the documents at their last byte; a connection that breaks continues inside the file.
 """
 
 from __future__ import annotations
@@ -20,61 +22,51 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import environment
 
 environment.enter()
-import hashlib
+import argparse
+import functools
 import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import httpx2
 import numpy as np
-
-try:
-    # As a module: through the package the client prints a line of its own.
-    import huggingface_hub.constants as constants
-except ValueError as error:
-    names = ", ".join(sorted(name for name in os.environ if name.startswith("HF_")))
-    print(f"error: the hub client refuses one of {names} ({error}); unset or correct it", file=sys.stderr)
-    sys.exit(2)
-from huggingface_hub import HfApi, RepoFile, hf_hub_download, scan_cache_dir
-from huggingface_hub.errors import (
-    CacheNotFound,
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
+from data.card import MANIFEST, PROOF, changed_or_foreign
 from data.demo import FORMAT, manifest_checksum
+from data.documents import DataError
+from data.hub import (
+    FAILURES,
+    DownloadError,
+    Entry,
+    Progress,
+    Stopped,
+    bar_class,
+    cached_blob,
+    constants,
+    explain,
+    hf_hub_download,
+    intact,
+    list_cached,
+    list_remote,
+    patiently,
+    place,
+)
 from data.options import Parser
-from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file, write_text
+from data.stream import REPOSITORY as OFFICIAL
+from data.stream import store_documents
 
 SHARD = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
-DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-BUSY = (408, 429, 500, 502, 503, 504)
-# A refused connection, an unknown host or a wrong address stays so; the client has tried a few times already.
-LASTING = (httpx2.ConnectError, httpx2.UnsupportedProtocol)
-ATTEMPTS = 6
-LONGEST_WAIT = 600  # seconds; the hub counts requests in windows of five minutes
 # Seconds without a write after which a partial file of the cache belongs to a killed download.
 ABANDONED = 3600
-Result = TypeVar("Result")
-
-
-class DownloadError(Exception):
-    """The dataset cannot be completed; the message is one line with the remedy."""
 
 
 class Dataset(NamedTuple):
@@ -90,8 +82,22 @@ class Dataset(NamedTuple):
     transform: str
     # Of a tokenizer that is not in the repository and has to be brought along.
     tokenizer_sha256: str | None = None
+    vocab_size: int = 8192
+    # The trainer reads SentencePiece models alone.
+    suffix: str = ".model"
+
+    @property
+    def model(self) -> str:
+        """The name of the tokenizer's file among all tokenizers."""
+        return self.tokenizer + self.suffix
+
+    @property
+    def model_beside(self) -> str:
+        """Its name beside the shards."""
+        return "tokenizer" + self.suffix
 
 
+DOCS = "docs"
 DATASETS = {
     dataset.name: dataset
     for dataset in (
@@ -113,20 +119,30 @@ DATASETS = {
             80,
             "caseops_v1",
         ),
+        # The baseline's, of 195 training shards.
+        Dataset("sp1024", OFFICIAL, "fineweb10B_sp1024", "fineweb_1024_bpe", 80, "none", vocab_size=1024),
+        Dataset(
+            "sp4096",
+            "kevclark/parameter-golf",
+            "fineweb10B_sp4096",
+            "fineweb_4096_bpe",
+            80,
+            "none",
+            vocab_size=4096,
+        ),
+        # Four special ids and the 256 bytes, described by a JSON file; not in every copy of the repository.
+        Dataset(
+            "byte260",
+            OFFICIAL,
+            "fineweb10B_byte260",
+            "fineweb_pure_byte_260",
+            80,
+            "none",
+            vocab_size=260,
+            suffix=".json",
+        ),
     )
 }
-VOCAB_SIZE = 8192
-TOKENIZER = "tokenizer.model"
-
-
-class Entry(NamedTuple):
-    """A file of the repository: its path there, its size, and its
-    sha256 (or git blob id if it is a small text).
-    """
-
-    path: str
-    size: int
-    digest: str
 
 
 class Wanted(NamedTuple):
@@ -145,122 +161,7 @@ class Plan(NamedTuple):
     train_shards_there: int
 
 
-class Progress:
-    """Bytes done of all files together, shown once a second on a terminal, else once in ten seconds."""
-
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.done, self.fetched = name, total, 0, 0
-        self.stop = threading.Event()
-        self.started = self.shown = time.monotonic()
-        self._terminal = sys.stdout.isatty()
-        self._lock = threading.Lock()
-
-    def add(self, size: int, fetched: bool = True) -> None:
-        """Count `size` more bytes, `fetched` over the network or found on disk."""
-        with self._lock:
-            self.done += size
-            self.fetched += size if fetched else 0
-            if time.monotonic() - self.shown >= (1 if self._terminal else 10):
-                self.shown = time.monotonic()
-                rate = self.fetched / (self.shown - self.started)
-                left = f", {(self.total - self.done) / rate / 60:.1f} min left" if rate > 0 else ""
-                self._write(
-                    f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s{left}"
-                )
-
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        with self._lock:
-            self._write(text, "\n")
-
-    def _write(self, text: str, end: str = "") -> None:
-        clear = "\r\x1b[K" if self._terminal else ""
-        print(f"{clear}{self.name}: {text}", end=end if self._terminal else "\n", flush=True)
-
-
-class _Stopped(Exception):
-    """Raised inside a running transfer after another one has failed."""
-
-
 # === WHAT IS THERE ===
-
-
-def patiently(call: Callable[[], Result], progress: Progress) -> Result:
-    """The result of `call`, retried with a message while the hub is busy or drops the connection."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.TransportError) as error:
-            cause = (
-                error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-            )
-            response = getattr(cause, "response", None)
-            broken = isinstance(cause, httpx2.TransportError) and not isinstance(cause, LASTING)
-            if attempt == ATTEMPTS or not (broken or (response is not None and response.status_code in BUSY)):
-                raise
-            asked = response.headers.get("Retry-After", "") if response is not None else ""
-            seconds = min(int(asked), LONGEST_WAIT) if asked.isdigit() else 2 ** (attempt - 1)
-            progress.say(
-                f"the hub {'broke the connection' if broken else f'answers {response.status_code}'}; "
-                f"trying again in {seconds} s ({attempt} of {ATTEMPTS - 1})"
-            )
-            if progress.stop.wait(seconds):
-                raise _Stopped from None
-    raise AssertionError("the last attempt returns or raises")
-
-
-def list_remote(repository: str, revision: str, progress: Progress) -> tuple[str, list[Entry]]:
-    """The commit `revision` stands for and all files of the repository at that commit."""
-    hub = HfApi()
-    commit = patiently(
-        lambda: hub.repo_info(repository, repo_type="dataset", revision=revision).sha, progress
-    )
-    tree = patiently(
-        lambda: list(hub.list_repo_tree(repository, repo_type="dataset", revision=commit, recursive=True)),
-        progress,
-    )
-    return str(commit), [
-        Entry(item.path, item.lfs.size, item.lfs.sha256)
-        if item.lfs
-        else Entry(item.path, item.size, item.blob_id)
-        for item in tree
-        if isinstance(item, RepoFile)
-    ]
-
-
-def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
-    """The same from the hub client's cache alone; there a blob is named by its digest."""
-    try:
-        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except CacheNotFound:
-        repositories = frozenset()
-    snapshots = [
-        snapshot
-        for found in repositories
-        if found.repo_type == "dataset" and found.repo_id == repository
-        for snapshot in found.revisions
-    ]
-    snapshots.sort(
-        key=lambda snapshot: (
-            snapshot.commit_hash == revision,
-            revision in snapshot.refs,
-            snapshot.last_modified,
-        )
-    )
-    if not snapshots:
-        raise DownloadError(
-            f"HF_HUB_OFFLINE is set and nothing of {repository} is in the cache "
-            f"{constants.HF_HUB_CACHE}; unset it, or set HF_HOME to the right cache"
-        )
-    files = [
-        Entry(
-            file.file_path.relative_to(snapshots[-1].snapshot_path).as_posix(),
-            file.size_on_disk,
-            file.blob_path.name,
-        )
-        for file in snapshots[-1].files
-    ]
-    return snapshots[-1].commit_hash, [entry for entry in files if DIGEST.fullmatch(entry.digest)]
 
 
 def make_plan(
@@ -295,18 +196,16 @@ def make_plan(
     # Of several manifests the nearest.
     for entry in sorted(entries, key=lambda entry: entry.path.count("/")):
         name = PurePosixPath(entry.path).name
-        if name in (f"{dataset.tokenizer}.model", f"{dataset.tokenizer}.vocab"):
+        if name in (dataset.model, f"{dataset.tokenizer}.vocab"):
             wanted.append(Wanted(entry, out / "tokenizers" / name))
         elif name == "manifest.json" and PurePosixPath(folder).is_relative_to(
             PurePosixPath(entry.path).parent
         ):
             wanted.append(Wanted(entry, target / "hub_manifest.json"))
     wanted = list({item.target: item for item in wanted}.values())
-    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
+    model = out / "tokenizers" / dataset.model
     if not dataset.tokenizer_sha256 and model not in {item.target for item in wanted}:
-        raise DownloadError(
-            f"{dataset.repository} lacks {dataset.tokenizer}.model{offline or '; try --repository'}"
-        )
+        raise DownloadError(f"{dataset.repository} lacks {dataset.model}{offline or '; try --repository'}")
     return Plan(commit, folder, wanted, len(kinds["train"]))
 
 
@@ -372,7 +271,7 @@ def installed(
         min(dataset.train_shards, source["train_shards_there"]) if train_shards is None else train_shards
     ):
         return None, f"it has {here} training shards"
-    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
+    model = out / "tokenizers" / dataset.model
     if not dataset.tokenizer_sha256 and not (model.is_file() and sha256_file(model) == tokenizer["sha256"]):
         return None, f"{model.name} is missing or has another sha256"
     for name, facts in files.items():
@@ -397,62 +296,6 @@ def installed(
 # === FETCHING ===
 
 
-def _digest(path: Path, like: str) -> str:
-    """sha256 of a file, or its git blob id where the hub publishes that."""
-    if len(like) == 64:
-        return sha256_file(path)
-    return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
-
-
-def _intact(path: Path, entry: Entry) -> bool:
-    return (
-        path.is_file() and path.stat().st_size == entry.size and _digest(path, entry.digest) == entry.digest
-    )
-
-
-def _place(source: Path, target: Path) -> None:
-    """Let `target` be `source`: a hard link where possible, else a
-    copy; complete from the moment it is visible.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cached_blob(repository: str, entry: Entry) -> Path:
-    folder = repo_folder_name(repo_id=repository, repo_type="dataset")
-    return Path(constants.HF_HUB_CACHE, folder, "blobs", entry.digest)
-
-
-def _bar_class(progress: Progress, counted: list[int]) -> type[tqdm]:
-    """A silent progress bar for the hub client that adds to
-    `progress`, and ends the transfer when that is stopped.
-    """
-
-    class Bar(tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs | {"disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            if progress.stop.is_set():
-                raise _Stopped
-            counted[0] += int(n or 0)
-            progress.add(int(n or 0))
-
-        def update_transfer(self, n: float) -> None:
-            """Bytes on the wire; `update` has counted them already."""
-
-    return Bar
-
-
 def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> None:
     """Bring one file to its place, checked against the hub's size and
     digest; a bad copy is fetched once more.
@@ -460,15 +303,15 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
     entry, target = wanted
     doubled = target.parents[1] / "datasets" / target.parent.name / target.name
     for local in (target, doubled):
-        if _intact(local, entry):
+        if intact(local, entry):
             if local != target:
-                _place(local, target)
+                place(local, target)
             progress.add(entry.size, fetched=False)
             return
     found = 0
     for _ in range(2):
         counted = [0]
-        bar = _bar_class(progress, counted)
+        bar = bar_class(progress, counted)
 
         def once(counted: list[int] = counted, bar: type[tqdm] = bar) -> str:
             progress.add(-counted[0])
@@ -478,11 +321,11 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
             )
 
         if progress.stop.is_set():
-            raise _Stopped
+            raise Stopped
         pointer = Path(patiently(once, progress))
         progress.add(entry.size - counted[0], fetched=False)
         blob = pointer.resolve()
-        if _intact(blob, entry):
+        if intact(blob, entry):
             if SHARD.fullmatch(target.name):
                 try:
                     read_shard(blob)
@@ -491,11 +334,11 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
                         f"{entry.path} is what the hub publishes, but no valid shard ({error}); "
                         "try another --repository"
                     ) from None
-            _place(blob, target)
+            place(blob, target)
             return
         found = blob.stat().st_size
         progress.add(-entry.size)
-        for path in (pointer, _cached_blob(repository, entry), blob):
+        for path in (pointer, cached_blob(repository, entry), blob):
             path.unlink(missing_ok=True)
     raise DownloadError(
         f"{entry.path} does not have the sha256 {entry.digest} that the hub states ({found:,} bytes, "
@@ -504,10 +347,10 @@ def fetch(repository: str, commit: str, wanted: Wanted, progress: Progress) -> N
 
 
 def check_disk(repository: str, plan: Plan, out: Path) -> None:
-    """DownloadError unless the cache and `out` can hold what is not there yet."""
+    """Say what the cache and `out` need for what is not there yet; DownloadError if they cannot hold it."""
 
     def device(path: Path) -> tuple[Path, int]:
-        existing = next(place for place in (path, *path.parents) if place.exists())
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
         return existing, existing.stat().st_dev
 
     missing = [
@@ -515,12 +358,15 @@ def check_disk(repository: str, plan: Plan, out: Path) -> None:
         for item in plan.wanted
         if not (item.target.is_file() and item.target.stat().st_size == item.entry.size)
     ]
-    uncached = sum(item.entry.size for item in missing if not _cached_blob(repository, item.entry).is_file())
+    uncached = sum(item.entry.size for item in missing if not cached_blob(repository, item.entry).is_file())
     cache, cache_device = device(Path(constants.HF_HUB_CACHE).absolute())
-    place, place_device = device(out.absolute())
-    copied = sum(item.entry.size for item in missing) if place_device != cache_device else 0
-    for folder, needed in ((cache, uncached), (place, copied)):
-        if needed > (free := shutil.disk_usage(folder).free):
+    beside, out_device = device(out.absolute())
+    copied = sum(item.entry.size for item in missing) if out_device != cache_device else 0
+    for folder, needed in ((cache, uncached), (beside, copied)):
+        free = shutil.disk_usage(folder).free
+        if needed:
+            print(f"{needed:,} bytes needed on the disk of {folder}, {free:,} free", flush=True)
+        if needed > free:
             raise DownloadError(
                 f"{needed:,} bytes needed on the disk of {folder}, {free:,} free; free some, lower "
                 "--train-shards, or set HF_HOME to a folder on a bigger disk"
@@ -529,7 +375,7 @@ def check_disk(repository: str, plan: Plan, out: Path) -> None:
 
 def fetch_all(repository: str, plan: Plan, workers: int, progress: Progress) -> None:
     """Fetch every file of `plan` with `workers` at a time; the first failure ends all."""
-    for partial in _cached_blob(repository, plan.wanted[0].entry).parent.glob("*.incomplete"):
+    for partial in cached_blob(repository, plan.wanted[0].entry).parent.glob("*.incomplete"):
         if time.time() - partial.stat().st_mtime > ABANDONED:
             partial.unlink(missing_ok=True)
     with ThreadPoolExecutor(workers) as pool:
@@ -566,16 +412,16 @@ def write_manifest(dataset: Dataset, plan: Plan, out: Path) -> dict:
             f"the byte sidecar of {dataset.folder} has {sums['val_bytes']:,} values for "
             f"{sums['val']:,} validation tokens; the repository is inconsistent, try --repository"
         )
-    model = out / "tokenizers" / f"{dataset.tokenizer}.model"
+    model = out / "tokenizers" / dataset.model
     manifest = {
         "format": FORMAT,
         "name": dataset.name,
         "transform": dataset.transform,
         "lossless": dataset.transform != "casefold",
         "tokenizer": {
-            "file": TOKENIZER,
+            "file": dataset.model_beside,
             "sha256": dataset.tokenizer_sha256 or sha256_file(model),
-            "vocab_size": VOCAB_SIZE,
+            "vocab_size": dataset.vocab_size,
         },
         "val_tokens": sums["val"],
         "train_tokens": sums["train"],
@@ -605,8 +451,8 @@ def settle_tokenizer(dataset: Dataset, out: Path) -> None:
     One that is not on the hub is asked for, and refused if it is not the one that made the shards.
     """
     model, beside = (
-        out / "tokenizers" / f"{dataset.tokenizer}.model",
-        out / "datasets" / dataset.folder / TOKENIZER,
+        out / "tokenizers" / dataset.model,
+        out / "datasets" / dataset.folder / dataset.model_beside,
     )
     if not model.is_file():
         print(
@@ -622,7 +468,7 @@ def settle_tokenizer(dataset: Dataset, out: Path) -> None:
             f"{dataset.tokenizer_sha256}; replace it"
         )
     if not beside.is_file() or sha256_file(beside) != found:
-        _place(model, beside)
+        place(model, beside)
 
 
 def download(
@@ -668,49 +514,172 @@ def download(
         f"{manifest['train_tokens']:,} training and {manifest['val_tokens']:,} validation tokens",
         flush=True,
     )
+    if dataset.suffix != ".model":
+        print(
+            f"{dataset.name}: its tokenizer is no SentencePiece model, which train_gpt.py needs; "
+            "the shards are for other programs",
+            flush=True,
+        )
     return target
 
 
-def explain(error: Exception, dataset: Dataset) -> str:
-    """One line for an error of the hub client, the network or the disk: what happened and what to do."""
-    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-    kept = "finished files are kept, the same command continues"
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, RevisionNotFoundError):
-        return (
-            f"{dataset.repository} has no such revision; "
-            "leave --revision out, or name a branch or commit of it"
+# === WHAT OTHERS HAVE PUBLISHED ===
+
+
+def published_there(target: Path, train_shards: int | None, full_check: bool) -> tuple[dict | None, str]:
+    """The manifest of a published dataset that is complete in `target`, else None and the reason."""
+    if (target / UNFINISHED).exists():
+        return None, "its download was stopped"
+    try:
+        manifest = read_json_object(target / MANIFEST)
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError):
+        return None, "manifest.json is not readable"
+    problem = changed_or_foreign(manifest)
+    if problem:
+        return None, f"manifest.json: {problem}"
+    here = sum(name.startswith("fineweb_train_") for name in manifest["files"])
+    there = manifest.get("source", {}).get("train_shards_there", here)
+    if here < (there if train_shards is None else train_shards):
+        return None, f"it has {here} training shards"
+    for name, facts in manifest["files"].items():
+        path = target / name
+        if not path.is_file() or path.stat().st_size != facts["size"]:
+            return None, f"{name} is missing or has another size"
+        if full_check and sha256_file(path) != facts["sha256"]:
+            return None, f"{name} has another sha256"
+    return manifest, ""
+
+
+def plan_published(
+    repository: str,
+    commit: str,
+    entries: Sequence[Entry],
+    manifest: dict,
+    train_shards: int | None,
+    out: Path,
+) -> Plan:
+    """What of a published dataset to fetch; DownloadError if the repository lacks or contradicts anything."""
+    there = {entry.path: entry for entry in entries}
+    target = out / "datasets" / PurePosixPath(repository).name
+    train = sorted(name for name in manifest["files"] if name.startswith("fineweb_train_"))
+    if train_shards is not None and train_shards > len(train):
+        raise DownloadError(
+            f"--train-shards {train_shards}: {repository} has {len(train)}; ask for at most that many"
         )
-    if isinstance(cause, RepositoryNotFoundError) or status in (401, 403):
-        return (
-            f"{constants.ENDPOINT} shows no dataset {dataset.repository} (status {status}): "
-            "set HF_TOKEN if it is private or gated, or name a copy with --repository"
+    here = len(list(target.glob("fineweb_train_*.bin")))
+    left_out = set() if train_shards is None else set(train[max(train_shards, here) :])
+    wanted = []
+    for name, facts in manifest["files"].items():
+        entry = there.get(name)
+        agrees = entry is not None and entry.size == facts["size"]
+        if not agrees or (len(entry.digest) == 64 and entry.digest != facts["sha256"]):
+            raise DownloadError(f"{repository} lacks {name} as its manifest says; ask who published it")
+        if name not in left_out:
+            # Whatever the hub hashes a small file with: the manifest says what it must be.
+            wanted.append(Wanted(entry._replace(digest=facts["sha256"]), target / name))
+    if not left_out and PROOF in there:
+        wanted.append(Wanted(there[PROOF], target / PROOF))
+    return Plan(commit, "", wanted, len(train))
+
+
+def download_published(
+    repository: str,
+    out: Path,
+    train_shards: int | None = None,
+    workers: int = 8,
+    revision: str = "main",
+    full_check: bool = False,
+) -> Path:
+    """Make a dataset that data/publish.py has put on the hub complete under `out`; no request if it is."""
+    target = out / "datasets" / PurePosixPath(repository).name
+    manifest, reason = published_there(target, train_shards, full_check)
+    if manifest is None:
+        progress = Progress(repository, 0)
+        if reason:
+            progress.say(f"{target} is not complete: {reason}")
+        listing = (
+            list_cached if constants.is_offline_mode() else functools.partial(list_remote, progress=progress)
         )
-    if status in BUSY:
-        return f"{constants.ENDPOINT} still answers {status} after {ATTEMPTS} attempts; try later: {kept}"
-    if isinstance(cause, httpx2.TransportError):
-        return (
-            f"no connection to {constants.ENDPOINT} ({type(cause).__name__}: {cause}); "
-            f"check the network or set HF_ENDPOINT to a mirror: {kept}"
+        commit, entries = listing(repository, revision)
+        fetched = _published_manifest(repository, commit, entries, progress)
+        manifest = read_json_object(fetched)
+        plan = plan_published(repository, commit, entries, manifest, train_shards, out)
+        check_disk(repository, plan, out)
+        progress.total = sum(item.entry.size for item in plan.wanted)
+        progress.say(f"{len(plan.wanted)} files, {progress.total / 1e9:.2f} GB, at {commit[:8]}")
+        target.mkdir(parents=True, exist_ok=True)
+        (target / UNFINISHED).touch()
+        fetch_all(repository, plan, workers, progress)
+        kept = {item.target.name for item in plan.wanted}
+        if set(manifest["files"]) <= kept:
+            place(fetched, target / MANIFEST)
+        else:
+            manifest = _reduced(manifest, kept, repository, plan)
+            write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            (target / PROOF).unlink(missing_ok=True)
+        (target / UNFINISHED).unlink()
+        progress.say(f"{progress.fetched / 1e9:.2f} GB fetched, all sizes and checksums right")
+    print(
+        f"{repository}: {target} complete, {manifest['train_tokens']:,} training and "
+        f"{manifest['val_tokens']:,} validation tokens",
+        flush=True,
+    )
+    return target
+
+
+def _published_manifest(repository: str, commit: str, entries: Sequence[Entry], progress: Progress) -> Path:
+    """Where the manifest of a published dataset is in the cache; DownloadError if it is none."""
+    if MANIFEST not in {entry.path for entry in entries}:
+        raise DownloadError(
+            f"{repository} has no {MANIFEST} at its top: data/publish.py has not finished a dataset there; "
+            "name another one"
         )
-    if isinstance(cause, EntryNotFoundError) and status is not None:
-        return (
-            f"a listed file is not on the hub: {cause.response.url}; "
-            "try later, or name a copy with --repository"
-        )
-    first_line = next(iter(str(cause).strip().splitlines()), "")
-    if isinstance(cause, OSError) and cause.errno:
-        return (
-            f"{cause.strerror}: {cause.filename or ''}; "
-            f"free space, or choose a writable --out and HF_HOME: {kept}"
-        )
-    return f"{type(cause).__name__}: {first_line}; {kept}"
+    fetch_it = functools.partial(hf_hub_download, repository, MANIFEST, repo_type="dataset", revision=commit)
+    path = Path(patiently(fetch_it, progress)).resolve()
+    try:
+        problem = changed_or_foreign(read_json_object(path))
+    except ValueError as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise DownloadError(f"{MANIFEST} of {repository} {problem}; ask who published it")
+    return path
+
+
+def _reduced(manifest: dict, kept: set[str], repository: str, plan: Plan) -> dict:
+    """The manifest of a part of the training shards: what is known of the whole alone is left out."""
+    files = {name: facts for name, facts in manifest["files"].items() if name in kept}
+    train = [facts["tokens"] for name, facts in files.items() if name.startswith("fineweb_train_")]
+    whole = ("docs_train", "train_bytes", "left_out", "recipe", "checksum")
+    part = {name: value for name, value in manifest.items() if name not in whole}
+    part |= {"files": files, "train_tokens": sum(train)}
+    part["source"] = {
+        "repository": repository,
+        "commit": plan.commit,
+        "train_shards_there": plan.train_shards_there,
+    }
+    part["checksum"] = manifest_checksum(part)
+    return part
+
+
+def fetch_named(arguments: argparse.Namespace, repository: str) -> None:
+    """Download what the command line names."""
+    out = arguments.out.resolve()
+    if arguments.name == DOCS:
+        store_documents(repository, arguments.revision, out, arguments.verify)
+        return
+    how = arguments.train_shards, arguments.workers, arguments.revision, arguments.verify
+    if arguments.name in DATASETS:
+        download(DATASETS[arguments.name]._replace(repository=repository), out, *how)
+    else:
+        download_published(repository, out, *how)
 
 
 def main() -> int:
     """Command line: 0 if the dataset is complete, 2 after a one-line error, 130 if interrupted."""
-    parser = Parser(description="Download a public tokenised dataset from the hub.")
-    parser.add_argument("name", help=", ".join(DATASETS))
+    parser = Parser(description="Download a public tokenised dataset, or the raw documents, from the hub.")
+    parser.add_argument("name", help=", ".join([*DATASETS, DOCS, "OWNER/NAME"]))
     parser.add_argument(
         "--train-shards",
         type=int,
@@ -730,28 +699,28 @@ def main() -> int:
         "--verify", action="store_true", help="check every sha256 even if all sizes are right"
     )
     arguments = parser.parse_args()
-    if arguments.name not in DATASETS:
-        print(f"error: no dataset {arguments.name!r}; choose one of {', '.join(DATASETS)}", file=sys.stderr)
+    if arguments.name not in (*DATASETS, DOCS) and arguments.name.count("/") != 1:
+        names = ", ".join([*DATASETS, DOCS, "OWNER/NAME"])
+        print(f"error: no dataset {arguments.name!r}; choose one of {names}", file=sys.stderr)
         return 2
     if (arguments.train_shards or 0) < 0 or arguments.workers < 1:
         print("error: --train-shards must be 0 or more and --workers 1 or more", file=sys.stderr)
         return 2
-    dataset = DATASETS[arguments.name]
-    dataset = dataset._replace(repository=arguments.repository or dataset.repository)
+    if arguments.name == DOCS and arguments.train_shards is not None:
+        print("error: --train-shards: docs are no shards; leave it out", file=sys.stderr)
+        return 2
+    if "/" in arguments.name and arguments.repository:
+        print(f"error: --repository: {arguments.name} is one already; leave it out", file=sys.stderr)
+        return 2
+    known = {DOCS: OFFICIAL} | {dataset.name: dataset.repository for dataset in DATASETS.values()}
+    repository = arguments.repository or known.get(arguments.name, arguments.name)
     try:
-        download(
-            dataset,
-            arguments.out.resolve(),
-            arguments.train_shards,
-            arguments.workers,
-            arguments.revision,
-            arguments.verify,
-        )
-    except DownloadError as error:
+        fetch_named(arguments, repository)
+    except (DownloadError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, EntryNotFoundError, httpx2.HTTPError, httpx2.InvalidURL, HFValidationError) as error:
-        print(f"error: {explain(error, dataset)}", file=sys.stderr)
+    except FAILURES as error:
+        print(f"error: {explain(error, repository)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; finished files are kept, the same command continues", file=sys.stderr)

@@ -3,12 +3,14 @@
 
     python data/prepare.py corpus.jsonl.zst --out data/datasets/mine --tokenizer fineweb_8192_bpe.model
     python data/prepare.py 'corpus/*.parquet' --out data/datasets/mine_v3 --transform caseops_v3
+    python data/prepare.py hub:docs --out data/datasets/flagship --transform caseops_v3
 
 Every source file is read to its proven end before anything is written; its size, hash and number of records
-are in the manifest. The first 50,000 documents are the validation set (or those of --val); training documents
-equal to one of them are left out and counted. Each document is BOS and its tokens; documents may straddle
-shards. The output does not depend on --workers or --batch-mb. A run that was killed goes on where it was when
-the same command is given again.
+are in the manifest. hub:docs is the contest's own file, read from the hub without being stored; the hub says
+what it must be, and at its end it is proved that it was. The first 50,000 documents are the validation set
+(or those of --val); training documents equal to one of them are left out and counted. Each document is BOS
+and its tokens; documents may straddle shards. The output does not depend on --workers or --batch-mb. A run
+that was killed goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ import environment
 environment.enter()
 import argparse
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -38,14 +38,19 @@ from typing import IO
 
 import numpy as np
 
+from data.card import CARD, FORMAT, MANIFEST, PROOF, write_card
 from data.documents import (
     OPENING_TOKENS,
     Batch,
     DataError,
     Position,
+    RemoteFile,
+    SourceFile,
+    Survey,
     batches,
     check_start,
     expand,
+    stored_size,
     survey,
     text_bytes_estimate,
     text_hash,
@@ -54,6 +59,7 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer, load_model
 from data.options import Parser, number_option
+from data.running_hash import RunningSha256
 from data.shards import (
     BOS,
     HEADER_BYTES,
@@ -61,10 +67,12 @@ from data.shards import (
     MAGIC,
     VERSION,
     ShardError,
+    checksum,
     read_json_object,
     read_shard,
     sha256_file,
     train_tokenizer,
+    write_text,
 )
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -78,10 +86,9 @@ from data.sidecar import (
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
-FORMAT = "parameter-golf-dataset/1"
 STANDARD_VALIDATION = 50_000
 STANDARD_SHARD = 100_000_000
-MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "prepare.journal.json", "tokenizer.model"
+JOURNAL, TOKENIZER = "prepare.journal.json", "tokenizer.model"
 TRAIN, VAL, SIDECAR = "fineweb_train_%06d.bin", "fineweb_val_%06d.bin", "fineweb_val_bytes_%06d.bin"
 PARTIAL = ".partial"
 # Bytes of shards written for one byte of text: 0.32 tokens of 2 bytes with CaseOps v1, and a margin.
@@ -94,21 +101,9 @@ ENOUGH_TO_JUDGE = 1000
 MOST_SHARD_TOKENS = 2**31 - 1
 
 
-def checksum(manifest: dict) -> str:
-    """The sha256 that a manifest carries of itself (of everything but this entry)."""
-    body = {name: value for name, value in manifest.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write JSON so that the file is either the old or the new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # === PROGRESS ===
@@ -369,9 +364,9 @@ class ShardWriter:
 class Settings:
     """Everything the command line says; see --help."""
 
-    sources: list[Path]
+    sources: list[SourceFile]
     out: Path
-    val: list[Path] = field(default_factory=list)
+    val: list[SourceFile] = field(default_factory=list)
     val_docs: int | None = None
     key: str = "text"
     transform: str = "none"
@@ -399,20 +394,28 @@ def say(text: str) -> None:
 
 @dataclass
 class StageState:
-    """How far a stage has come: what was read, what it gave, the first document whose capitals are lost."""
+    """How far a stage has come: what was read, what it gave, the first document whose capitals are lost;
+    of a file that is read from the hub, the sha256 of all of it before the position.
+    """
 
     position: Position
     counts: dict[str, int]
     seconds: float = 0.0
+    digest: RunningSha256 | None = None
     first_lost: str = ""
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, batch: Batch, result: Result) -> None:
-        """Count a batch whose result is written."""
-        for name, value in result.counts.items():
+    def add(self, batch: Batch, result: Result | None = None) -> None:
+        """Count a batch that was read and, if it has a result, whose result is written."""
+        for name, value in result.counts.items() if result else ():
             self.counts[name] = self.counts.get(name, 0) + value
+        if batch.start.file != self.position.file:
+            self.digest = None
+        if isinstance(batch.path, RemoteFile):
+            self.digest = self.digest or RunningSha256()
+            self.digest.update(b"".join(batch.records))
         self.position = batch.after
-        self.first_lost = self.first_lost or result.lost
+        self.first_lost = self.first_lost or (result.lost if result else "")
 
     def entry(self, writers: list[ShardWriter]) -> dict:
         """The journal's entry for this state, once all of it is on disk."""
@@ -421,6 +424,7 @@ class StageState:
             "counts": self.counts,
             "writers": [writer.state() for writer in writers],
             "seconds": self.seconds + time.monotonic() - self.began,
+            "digest": self.digest and self.digest.state(),
         }
 
 
@@ -433,6 +437,8 @@ class Preparation:
         self.batch_bytes = max(1, int(settings.batch_mb * 1e6))
         self.journal: dict = {}
         self.saved = 0.0
+        # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
+        self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
         self.has_sidecar = settings.transform != "none" or settings.sidecar
 
@@ -440,6 +446,9 @@ class Preparation:
         """Make the dataset, or recognise a finished one; the manifest."""
         settings = self.settings
         self._check_tokenizer()
+        for path in settings.val:
+            if isinstance(path, RemoteFile):
+                raise DataError(f"--val {path}: is read in part, so nothing proves it; give it as a source")
         for path in [*settings.sources, *settings.val]:
             check_start(path, settings.key)
         recipe = self._recipe()
@@ -519,10 +528,14 @@ class Preparation:
         seen = self.journal.get("seen", {})
         files = [("documents", path) for path in self.settings.sources]
         files += [("validation", path) for path in self.settings.val]
-        total = sum(path.stat().st_size for _, path in files)
+        total = sum(stored_size(path) for _, path in files)
         progress, done, facts = Progress("read sources", total), 0, []
         self.seen = {}
         for role, path in files:
+            if isinstance(path, RemoteFile):
+                promised = Survey(path.size, path.sha256, path.records, path.size)
+                facts.append({"name": path.name, "role": role, **asdict(promised)})
+                continue
             status = path.stat()
             key = [status.st_size, status.st_mtime_ns]
             if seen.get(str(path), [])[:2] == key:
@@ -604,7 +617,7 @@ class Preparation:
     def _load_journal(self, recipe: dict) -> None:
         # The journal first: without it, what a killed replacement
         # leaves behind is taken for nothing it is not.
-        ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab"]
+        ours = [JOURNAL + "*", MANIFEST + "*", TOKENIZER + "*", "tokenizer.vocab", CARD + "*", PROOF + "*"]
         ours += [*(pattern.replace("%06d", "[0-9]" * 6) + "*" for pattern in (TRAIN, VAL, SIDECAR)), ".lock"]
         foreign = [
             path.name for path in sorted(self.out.iterdir()) if not any(path.match(name) for name in ours)
@@ -640,6 +653,11 @@ class Preparation:
         present = sum(path.stat().st_size for path in self.out.iterdir())
         needed = int(text * OUTPUT_PER_TEXT) + MARGIN_BYTES - present
         free = shutil.disk_usage(self.out).free
+        remote = [source for source in self.settings.sources if isinstance(source, RemoteFile)]
+        say(
+            f"{self.out}: about {max(0, needed) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            + "".join(f"; {source} ({source.size / 1e9:.2f} GB) is not stored" for source in remote)
+        )
         if free < needed:
             raise DataError(
                 f"{self.out}: about {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
@@ -668,6 +686,8 @@ class Preparation:
             seen.add(batch, Result(np.zeros(0, np.uint16), None, counts, place))
             self.validation_end = batch.consumed
         self._judge_case("validation", seen)
+        # What was read here is read again for its tokens, and must be the same then.
+        self.scanned = seen.digest and seen.digest.state()
         count, after = seen.counts["documents"], seen.position
         if count == 0 or (limit is not None and count < limit):
             raise DataError(
@@ -699,7 +719,10 @@ class Preparation:
         """Transformed training documents up to the limits for training a tokenizer; `read` counts them."""
         encode = TRANSFORMS[self.settings.transform][0]
         most_documents, most_bytes = self.settings.tokenizer_docs, self.settings.tokenizer_mb * 1e6
+        state = StageState(start, {}, digest=self.scanned and RunningSha256(self.scanned))
         for batch in self._batches(False, start):
+            state.add(batch)
+            self.sampled = state.digest and asdict(state.position) | {"digest": state.digest.state()}
             for text in texts_of(batch, self.settings.key):
                 if text_hash(text) in known.texts:
                     continue
@@ -734,7 +757,7 @@ class Preparation:
                 "vocab_size": processor.vocab_size(),
                 "type": {1: "unigram", 2: "bpe"}.get(model.trainer_spec.model_type, "other"),
             }
-            self._save(tokenizer=facts, stage="val")
+            self._save(tokenizer=facts, stage="val", sampled=self.sampled)
         self.tokenizer = tokenizer_of(str(path), facts["sha256"])
         if self.tokenizer.refused:
             say(
@@ -791,12 +814,18 @@ class Preparation:
     ) -> None:
         """Run `job` over the documents from the journal's position on; all state goes into its entry."""
         entry = self.journal.get(stage) or {"position": asdict(start), "counts": {}, "seconds": 0.0}
-        state = StageState(Position(**entry["position"]), dict(entry["counts"]), entry["seconds"])
+        digest = entry.get("digest", None if job.validation else self.scanned)
+        state = StageState(
+            Position(**entry["position"]),
+            dict(entry["counts"]),
+            entry["seconds"],
+            digest and RunningSha256(digest),
+        )
         if limit is not None:
             limit -= state.counts.get("documents", 0)
         source = () if limit == 0 else self._batches(job.validation, state.position, limit)
         results = run_in_order(job, source, self.settings.workers)
-        sizes = sum(path.stat().st_size for path in self.settings.sources)
+        sizes = sum(map(stored_size, self.settings.sources))
         total = self.validation_end if job.validation else sizes
         try:
             self._consume(stage, results, writers, state, total)
@@ -808,8 +837,14 @@ class Preparation:
             for writer in writers:
                 writer.abandon()
         self._save(**{stage: state.entry(writers)})
-        if not job.validation:
-            self._check_passed(stage, state.position, Position(len(self.settings.sources)))
+        if job.validation:
+            if self.scanned != (state.digest and state.digest.state()):
+                raise DataError(
+                    f"{self.settings.sources[0]}: its validation documents came differently a second time; "
+                    "start again with --overwrite"
+                )
+        else:
+            self._check_passed(stage, state, Position(len(self.settings.sources)))
             self._judge_case("training", state)
 
     def _consume(
@@ -822,9 +857,11 @@ class Preparation:
     ) -> None:
         progress = None
         for batch, result in results:
-            self._check_passed(stage, state.position, batch.start)
+            self._check_passed(stage, state, batch.start)
             if progress is None:
                 progress = Progress(stage, total, batch.consumed)
+            if stage == "train":
+                self._check_sample(state, batch)
             for writer, values in zip(writers, (result.tokens, result.sidecar), strict=False):
                 writer.append(values)
             state.add(batch, result)
@@ -836,8 +873,27 @@ class Preparation:
         if progress is not None:
             progress.close()
 
-    def _check_passed(self, stage: str, before: Position, after: Position) -> None:
-        """DataError unless every source file that ends between two positions gave all its records."""
+    def _check_sample(self, state: StageState, batch: Batch) -> None:
+        """DataError if the tokenizer was trained on other bytes than those that come now."""
+        sampled = self.journal.get("sampled")
+        if not sampled or batch.start.file != sampled["file"]:
+            return
+        if not batch.start.offset < sampled["offset"] <= batch.after.offset:
+            return
+        same_file = state.digest is not None and batch.start.file == state.position.file
+        digest = RunningSha256(state.digest.state() if same_file else None)
+        digest.update(b"".join(batch.records)[: sampled["offset"] - batch.start.offset])
+        if digest.state() != sampled["digest"]:
+            raise DataError(
+                f"{batch.path}: the tokenizer was trained on other bytes than came now; "
+                "start again with --overwrite"
+            )
+
+    def _check_passed(self, stage: str, state: StageState, after: Position) -> None:
+        """DataError unless every source file that ends between two positions gave all its records, and one
+        from the hub the bytes that the hub promised.
+        """
+        before = state.position
         role = "validation" if stage == "val" and self.settings.val else "documents"
         sources = [facts for facts in self.journal["recipe"]["sources"] if facts["role"] == role]
         for index in range(before.file, after.file):
@@ -847,6 +903,12 @@ class Preparation:
                     f"{sources[index]['name']}: {read:,} records were read, but it held "
                     f"{sources[index]['records']:,} at the start; let nothing change it, and start again "
                     "with --overwrite"
+                )
+            found = state.digest.hexdigest() if index == before.file and state.digest else None
+            if found not in (None, sources[index]["sha256"]):
+                raise DataError(
+                    f"{sources[index]['name']}: has sha256 {found}, but the hub promised "
+                    f"{sources[index]['sha256']}; start again with --overwrite"
                 )
 
     def _writers(self, stage: str, patterns: list[str]) -> list[ShardWriter]:
@@ -905,6 +967,7 @@ class Preparation:
     def _finish(self, recipe: dict) -> dict:
         manifest = self._manifest(recipe)
         manifest["checksum"] = checksum(manifest)
+        write_card(self.out, manifest)
         write_json(self.out / MANIFEST, manifest)
         (self.out / JOURNAL).unlink()
         self._report(manifest)
@@ -1008,8 +1071,9 @@ def prepare(settings: Settings) -> dict:
 
 def _lock(file: IO[str], out: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if not environment.lock_file(file):
+            say(f"WARNING: {out}: its file system has no locks; see that no other process writes it")
+    except BlockingIOError:
         raise DataError(f"{out}: another run is writing here; wait for it or choose another --out") from None
 
 
@@ -1021,7 +1085,8 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
     add(
         "sources",
         nargs="+",
-        help="documents: .jsonl, .gz, .bz2, .xz, .zst, .parquet files or quoted globs, in this order",
+        help="documents: .jsonl, .gz, .bz2, .xz, .zst, .parquet files or quoted globs, in this order; "
+        "hub:docs for the contest's own, hub:docs@OWNER/NAME for those of another repository",
     )
     add(
         "--out",
@@ -1116,11 +1181,10 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens for each shard (default {STANDARD_SHARD:,})",
     )
     add("--name", default="", help="name in the manifest (default: vocabulary size and transform)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add(
         "--workers",
         type=number_option(int, 1, 1024),
-        default=cores,
+        default=environment.usable_cores(),
         metavar="N",
         help="processes (default: one for each core, here %(default)s)",
     )

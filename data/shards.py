@@ -78,6 +78,22 @@ def read_json_object(path: Path) -> dict:
     return content
 
 
+def checksum(content: dict) -> str:
+    """The sha256 that a JSON object carries of itself (of everything but this entry)."""
+    body = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that the file is either the old or the new one, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in blocks."""
     with open(path, "rb") as file:

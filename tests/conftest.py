@@ -11,7 +11,6 @@ if "--dry" in sys.argv or not any("tests/gpu" in word for word in sys.argv[1:] i
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hypothesis
-import numpy as np
 import pytest
 import torch
 
@@ -21,8 +20,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as t
-from data.shards import BOS, train_tokenizer, write_shard
-from helpers.trainer import VALIDATION, sentences, tiny_settings
+from helpers.trainer import make_dataset, tiny_settings
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("suite")
@@ -31,16 +29,15 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A folder with two training shards, one validation shard and a tokenizer of 320 entries."""
-    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
 
-    folder = tmp_path_factory.mktemp("dataset")
-    train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    training = {f"train_00000{number}": sentences(300, number + 1) for number in range(2)}
-    for name, texts in (training | {"val_000000": VALIDATION}).items():
-        ids = [i for text in texts for i in [BOS, *pieces.encode(text)]]
-        write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
-    return folder
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a program of a kernel takes the same time whatever its size: few large ones do."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(t, "RESIDUAL_BLOCK", 32)
+        monkeypatch.setattr(t, "SPREAD_WIDTH", 128)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import json
@@ -151,6 +152,32 @@ def test_the_record_names_what_fails_and_what_is_not_checked(script):
     json.dumps(script.result(found))
 
 
+def test_a_part_that_held_is_not_repeated_until_something_changes(script, tmp_path, monkeypatch, capsys):
+    checks, starts = [[True, "fine"]], []
+
+    def start(name, arguments, library):
+        starts.append(name)
+        return {"checks": checks}
+
+    monkeypatch.setattr(script, "start_part", start)
+    monkeypatch.setattr(script.importlib.metadata, "version", lambda package: "1.0")
+    options = argparse.Namespace(cache=str(tmp_path), set=[], flash_attn="", again=False)
+
+    def run(name: str, **changes) -> int:
+        options.__dict__.update(changes)
+        before = len(starts)
+        assert script.run_part(name, options, tmp_path) == {"checks": checks}
+        return len(starts) - before
+
+    assert run("shapes") == 1 and run("shapes") == 0
+    assert "kept: all 1 checks held before" in capsys.readouterr().out
+    assert run("run") == 1  # another part
+    assert run("shapes", set=["NUM_LAYERS=2"]) == 1 and run("shapes") == 0
+    assert run("shapes", again=True) == 1 and run("shapes", again=False) == 0
+    checks[0][0] = False
+    assert run("shapes", flash_attn="/x") == 1 and run("shapes") == 1  # what failed is tried again
+
+
 # --- the library ---
 def test_functions_that_exist_get_no_stub():
     made = build.stubs(
@@ -240,6 +267,25 @@ def test_a_descriptor_with_a_crooked_stride_is_refused(library, tmp_path, stride
     assert (library.cuTensorMapEncodeTiled(*given) != 0) is refused
     assert bool(account.refused(ledger_of(library, tmp_path))) is refused
     library.cudaFree(memory)
+
+
+@needs_gcc
+def test_a_recording_counts_launches_apart_and_refuses_whoever_waits(library, tmp_path):
+    library.nullgpu_reset()
+    stream, graph, nodes = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_size_t()
+    library.cudaStreamCreate(ctypes.byref(stream))
+    assert library.cudaStreamBeginCapture(stream, 1) == 0
+    library.cudaMemsetAsync(ctypes.create_string_buffer(8), 0, ctypes.c_size_t(8), stream)
+    assert library.cudaStreamSynchronize(None) == 0  # another stream
+    assert library.cudaStreamSynchronize(stream) != 0 and library.cudaDeviceSynchronize() != 0
+    assert library.cudaStreamBeginCapture(stream, 1) != 0
+    assert library.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0 and graph.value
+    assert library.cudaGraphGetNodes(graph, None, ctypes.byref(nodes)) == 0 and nodes.value == 1
+    assert library.cudaStreamSynchronize(stream) == 0 and library.cudaDeviceSynchronize() == 0
+    library.cudaGraphLaunch(graph, stream)
+    found = ledger_of(library, tmp_path)
+    assert found["recorded:memset"] == 1 and found["graph"] == 1 and "memset" not in found
+    assert len(account.refused(found)) == 3
 
 
 class Id(ctypes.Structure):

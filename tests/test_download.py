@@ -13,12 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
 
 from data.download import DATASETS, DownloadError, Entry, main, make_plan, settle_tokenizer
 from data.shards import UNFINISHED, read_shard, sha256_file, write_shard
 from helpers import ROOT
-from helpers.hub_server import COMMIT, Hub
+from helpers.hub_server import COMMIT, Hub, hub_client
 
 CASEOPS = DATASETS["caseops_v1"]
 DOUBLED = f"datasets/datasets/{CASEOPS.folder}"
@@ -62,19 +61,7 @@ class Client:
         self.hub, self.out, self.home = hub, folder / "out", folder / "home"
         self.folder = self.out / "datasets" / CASEOPS.folder
         self._monkeypatch, self._capfd = monkeypatch, capfd
-        resolve = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": resolve,
-            "HF_HUB_CACHE": str(self.home / "hub"),
-            "HF_TOKEN_PATH": str(self.home / "token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hub_client(monkeypatch, hub, self.home)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """Exit code, standard output and standard error; `environment` makes it another process."""
@@ -349,10 +336,28 @@ def test_casefold_asks_for_its_tokenizer_and_refuses_another(hub, client, tmp_pa
     assert (folder / "tokenizer.model").read_bytes() == b"another"
 
 
+@pytest.mark.parametrize("name", ["sp1024", "sp4096", "byte260"])
+def test_the_official_sets_come_with_their_own_tokenizer(hub, client, tmp_path, name):
+    dataset = DATASETS[name]
+    files = {f"datasets/datasets/{dataset.folder}/{FIRST}": shard(tmp_path, 3)}
+    files[f"datasets/datasets/{dataset.folder}/fineweb_val_000000.bin"] = shard(tmp_path, 4)
+    hub.add(dataset.repository, files)
+    assert f"lacks {dataset.model}" in client.bad(name)
+    hub.add(dataset.repository, {f"datasets/tokenizers/{dataset.model}": b"pieces"})
+    output = client.good(name)
+    assert ("train_gpt.py needs" in output) == (name == "byte260")
+    assert "bytes needed on the disk of" in output
+    manifest = json.loads((client.out / "datasets" / dataset.folder / "manifest.json").read_text())
+    assert (
+        client.out / "datasets" / dataset.folder / manifest["tokenizer"]["file"]
+    ).read_bytes() == b"pieces"
+    assert manifest["tokenizer"]["vocab_size"] == int(name.removeprefix("sp").removeprefix("byte"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sp4096"], "sp8192, casefold_v2, caseops_v1"),
+        (["sp99"], "sp8192, casefold_v2, caseops_v1, sp1024, sp4096, byte260"),
         (["sp8192", "--train-shards", "-1"], "0 or more"),
         (["sp8192", "--workers", "0"], "1 or more"),
     ],

@@ -22,6 +22,7 @@ import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
 from helpers.processes import run_python
+from helpers.run_folders import original
 from helpers.trainer import VALIDATION, environment, launch, replace, sentences
 
 SMALL = {"ITERATIONS": "3", "SLIDING_WINDOW_ENABLED": "0", "TTT_ENABLED": "0", "RUN_ID": "one"}
@@ -57,7 +58,16 @@ def only_bos(folder: Path) -> None:
     write_shard(folder / "fineweb_val_000000.bin", np.array([BOS], dtype="<u2"))
 
 
+def copied(kind: str) -> Callable[[Path], object]:
+    """What leaves the copy of a shard beside it, as a file manager names it."""
+    return lambda folder: shutil.copy(
+        folder / f"fineweb_{kind}_000000.bin", folder / f"fineweb_{kind}_000000 (1).bin"
+    )
+
+
 HARM = {
+    "a copy of a training shard": (copied("train"), "fineweb_train_ and six digits"),
+    "a copy of a validation shard": (copied("val"), "fineweb_val_ and six digits"),
     "a validation shard cut off": (lambda folder: cut(folder / "fineweb_val_000000.bin"), "truncated"),
     "a short sidecar": (short_sidecar, "byte sidecar has"),
     "BOS alone": (only_bos, "one token"),
@@ -196,6 +206,24 @@ def test_a_crash_after_training_costs_no_training(settings, tmp_path, monkeypatc
     go_on(done.stderr)
     summary = json.loads((tmp_path / "it's runs" / "one" / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["compliance"]["legal"]
+
+
+def test_a_run_that_has_its_summary_has_all_of_its_log(dataset, config, tmp_path, monkeypatch):
+    """A kill between the two would leave a finished run whose log lacks the score."""
+    folder = Path(shutil.copytree(original(dataset), tmp_path / "a"))
+    log = folder / "train.log"
+    log.write_text("")
+    seen = []
+    monkeypatch.setattr(
+        t, "write_atomically", lambda path, content: seen.append((path.name, log.read_text()))
+    )
+    run = t.Run(replace(config, ttt_enabled=False))
+    run.folder = run.open(folder)
+    t.summarize(run, t.Dataset(config))
+    run.close()
+    ((name, said),) = seen
+    assert name == "summary.json"
+    assert re.fullmatch(r"final val_loss:.*", said.splitlines()[-1])
 
 
 def test_a_shard_that_is_damaged_while_training_is_mended_without_training_again(

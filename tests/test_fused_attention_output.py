@@ -77,7 +77,7 @@ def test_xsa_and_gate(poisoned, rows, length, heads, kv_heads, size, read, width
     source = draw(generator, rows, length, width, dtype=dtype)
     weight = draw(generator, heads, read, dtype=dtype)
     compare(
-        lambda y, v, source, weight: [t.attention_output_op(y, v, source[..., :read], weight, *gate)],
+        lambda y, v, source, weight: [t.attention_output_op(y, v, None, source[..., :read], weight, *gate)],
         lambda y, v, source, weight: [t.attention_output_reference(y, v, source[..., :read], weight, gate)],
         [y, v, source, weight],
         [upstream],
@@ -92,7 +92,7 @@ def test_the_operators_can_be_traced():
     source = torch.randn(1, 3, 32, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(t.rotated_heads_op, (q, k, gain, *tables), test_utils=checks)
-    given = (q, k, source[..., :5], torch.randn(2, 5, requires_grad=True), 2.0, 1.0)
+    given = (q, k, None, source[..., :5], torch.randn(2, 5, requires_grad=True), 2.0, 1.0)
     torch.library.opcheck(t.attention_output_op, given, test_utils=checks)
     torch.library.opcheck(t.rotation_tables_op, (torch.randn(3, 1, 4), torch.bfloat16), test_utils=checks)
 
@@ -113,6 +113,7 @@ def make(config: t.Config, **options) -> t.GPT:
         {"head_gate": "attn_out", "gate_attn_src": "q", "xsa_last_n": 2},
         {"head_gate": "none"},
         {"gate_width": 0, "parallel_residual": "gptj"},
+        {"parallel_residual": "none", "skip_gates_enabled": False},
     ],
 )
 def test_the_fused_network_is_the_plain_one(config, changes):
@@ -193,8 +194,9 @@ import triton, train_gpt as t
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 SIZES = dict(HEADS=8, KV_HEADS=4, GROUP=2, D=64, HALF=8, READ=12, BLOCK=t.HEAD_BLOCK, WIDTH=64, READ_WIDTH=16)
-NUMBERS = dict(tokens="i32", length="i32", stride="i32", eps="fp32", height="fp32", slope="fp32",
-               gain_gradients="*fp32", weight_gradients="*fp32")
+STRIDES = ("q_stride", "k_stride", "q_pitch", "k_pitch")
+NUMBERS = dict(dict.fromkeys(STRIDES, "i32"), tokens="i32", length="i32", stride="i32", eps="fp32",
+               height="fp32", slope="fp32", gain_gradients="*fp32", weight_gradients="*fp32")
 KERNELS = (t.rotated_heads_kernel, t.rotated_heads_backward_kernel,
            t.attention_output_kernel, t.attention_output_backward_kernel)
 for capability in (90, 100):

@@ -53,7 +53,7 @@ def flash_backward(
     gradients = (slope @ keys, slope.mT @ queries, weights.mT @ up)
     summed = [tensor.unflatten(1, (-1, copies)).sum(2) for tensor in gradients[1:]]
     pairs = zip((gradients[0], *summed), (q, k, v), strict=True)
-    return tuple(found.transpose(1, 2).reshape(like.shape).to(like.dtype) for found, like in pairs)
+    return tuple(found.transpose(1, 2).reshape(like.shape).to(like).contiguous() for found, like in pairs)
 
 
 @flash_backward.register_fake
@@ -120,6 +120,30 @@ def package(apply=Flash.apply, tuple_output=False, change=lambda result: result)
     return module
 
 
+def package_4() -> types.ModuleType:
+    """FlashAttention-4's module with its two halves as in 4.0.0b36; no graph may look inside."""
+    module = types.ModuleType("stand_in")
+
+    def forward(
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False,
+        return_lse=False,
+    ):  # fmt: skip
+        assert type(q) is torch.Tensor and causal and return_lse and (max_seqlen_q is None) == (q.dim() == 4)
+        output, _ = flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        rows = (q.size(0), q.size(2), q.size(1)) if cu_seqlens_q is None else (q.size(1), q.size(0))
+        return output, q.new_zeros(rows, dtype=torch.float32), None, None, None
+
+    def backward(
+        q, k, v, out, dout, lse, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+        max_seqlen_k=None,
+    ):  # fmt: skip
+        assert type(q) is torch.Tensor and causal and out.shape == dout.shape and lse.dtype == torch.float32
+        return flash_backward(dout, q, k, v, cu_seqlens_q)
+
+    module._flash_attn_fwd, module._flash_attn_bwd = forward, backward
+    return module
+
+
 def broken(*_):
     """A wheel that was built for another GPU."""
     raise RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
@@ -138,7 +162,7 @@ def hopper(config, monkeypatch):
     run.is_cuda, run.dtype, run.lines = True, torch.bfloat16, []
     run.log = lambda line, console=True: run.lines.append(line)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    for name in ("flash_attn_interface", "flash_attn", "flash_attn.cute", "kernels"):
+    for name in ("flash_attn_interface", "flash_attn", t.FLASH_MODULES["fa4"], "kernels"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     return run
 
@@ -155,7 +179,7 @@ def pick(run: t.Run, **changes):
         (package(broken), "RuntimeError: CUDA error: no kernel image is available"),
         (package(ForwardOnly.apply), "NotImplementedError: backward needs another architecture"),
         (package(without_packing), "gives other packed results than PyTorch's attention"),
-        (package(tuple_output=True, change=lambda two: two[::-1]), "RuntimeError: Mismatch in shape"),
+        (package(tuple_output=True, change=lambda two: two[::-1]), "IndexError: Dimension out of range"),
         (types.ModuleType("empty"), "AttributeError: module 'empty' has no attribute 'flash_attn_func'"),
     ],
     ids=["cannot run", "no backward", "ignores documents", "log-sum-exp first", "another package"],
@@ -183,10 +207,35 @@ def test_without_any_package_the_run_goes_on_with_pytorchs_own(hopper):
 @pytest.mark.parametrize("backend", ["fa3", "fa4", "fa2"])
 def test_a_package_that_works_is_taken_compiled_in_one_graph(hopper, monkeypatch, backend, tuple_output):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setitem(sys.modules, t.FLASH_MODULES[backend], package(tuple_output=tuple_output))
+    module = package_4() if backend == "fa4" else package(tuple_output=tuple_output)
+    monkeypatch.setitem(sys.modules, t.FLASH_MODULES[backend], module)
     torch._dynamo.reset()
     assert pick(hopper, attention=backend, compile="on") is not t.attend_sdpa
     assert hopper.lines == [f"attention: {backend}"]
+
+
+def test_a_package_that_cannot_be_compiled_for_any_length_gives_way(hopper, monkeypatch):
+    compile_real, asked = torch.compile, []
+
+    def compile_static(function, dynamic, **options):
+        asked.append(dynamic)
+        if dynamic:
+            raise RuntimeError("a length became a constant")
+        return compile_real(function, dynamic=dynamic, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_static)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package())
+    torch._dynamo.reset()
+    with pytest.raises(t.Stop, match="ATTENTION=fa3: RuntimeError: a length became a constant"):
+        pick(hopper, attention="fa3", compile="on")
+    assert asked == [False, False, True]
+
+
+def test_what_a_package_itself_says_is_told_in_a_compiled_run_too(hopper, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("a graph would hide it"))
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(broken))
+    with pytest.raises(t.Stop, match="ATTENTION=fa3: RuntimeError: CUDA error: no kernel image is available"):
+        pick(hopper, attention="fa3", compile="on")
 
 
 def test_a_tensor_that_is_passed_twice_cannot_be_traced(hopper, monkeypatch):

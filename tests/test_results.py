@@ -9,12 +9,12 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import compliance
 import report
 import results
 import submit
@@ -22,6 +22,7 @@ import sweep
 import track
 from helpers import ROOT, STAND_IN
 from helpers.damage import json_mutants, mutants
+from helpers.readers import read_all, text_alone
 from helpers.run_folders import edit, original
 
 ROUNDS = 60  # mutants of each file; 2,000 were tried once
@@ -33,41 +34,11 @@ def run(dataset, tmp_path) -> Path:
     return shutil.copytree(original(dataset), tmp_path / "runs" / "a")
 
 
-class Silent:
-    """A tracker that keeps nothing but demands numbers."""
-
-    def __init__(self, folder, config):
-        pass
-
-    def log(self, values, step):
-        assert all(results.is_number(value) for value in values.values()) and results.is_count(step)
-
-    def finish(self):
-        pass
-
-
-def read_all(folder: Path) -> None:
-    """Everything that the tools read of one run, apart from its artifact."""
-    run = results.Run.read(folder)
-    report.run_report(run)
-    submit.check_run(run)
-    submit.check_same([run])
-    submit.description(run)
-    submit.credits_of(run)
-    submit.command_of(run, [1])
-    submit.compare([run, run], (3.0, 0.1, 3))
-    results.lookup(run.summary, "val_bpb")
-    compliance.probe_ledger(compliance.Report(folder), run)
-    (folder / ".silent.json").unlink(missing_ok=True)
-    track.track(folder, "silent", 0.0)
-
-
 @pytest.fixture
-def quick(monkeypatch) -> None:
+def quick() -> Iterator[None]:
     """Without the parts of a report that depend on the artifact and the trainer alone."""
-    monkeypatch.setattr(report, "artifact_parts", lambda path: [])
-    monkeypatch.setattr(report, "settings_table", lambda overrides: "")
-    monkeypatch.setitem(track.TRACKERS, "silent", Silent)
+    with text_alone():
+        yield
 
 
 def survives(folder: Path, capsys) -> bool:

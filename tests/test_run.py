@@ -269,7 +269,15 @@ def test_a_checkpoint_never_executes_code(config, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(settings):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(settings, monkeypatch):
+    write_atomically = t.write_atomically
+
+    def slow_disk(path, write):
+        if path.name == "checkpoint.pt":
+            time.sleep(0.3)  # the run is stopped while the checkpoint of the step before is being written
+        write_atomically(path, write)
+
+    monkeypatch.setattr(t, "write_atomically", slow_disk)
     blown = settings | {
         "SCALAR_LR": "1e30",
         "ITERATIONS": "50",
@@ -281,6 +289,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_last_checkpoint(
     saved = torch.load(Path(settings["OUT_DIR"]) / "nan" / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in saved["average"].values())
     assert not (Path(settings["OUT_DIR"]) / "nan" / "summary.json").exists()
+
+
+def test_a_checkpoint_that_fails_while_a_run_is_stopped_hides_no_error_and_is_told(config, tmp_path, capsys):
+    run = t.Run(config)
+    run.folder = tmp_path / "missing"
+    writer = t.CheckpointWriter(run)
+    writer.write({})
+    writer.close()
+    shown = capsys.readouterr().out
+    assert shown.startswith("warning: ") and "checkpoint.pt: cannot be written" in shown
 
 
 def test_the_wall_clock_stops_a_run(settings):

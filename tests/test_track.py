@@ -23,15 +23,23 @@ class Service(types.ModuleType):
         super().__init__("wandb")
         self.started = []
         self.sent = []
+        self.axes = {}
         self.finished = 0
         self.fail_after = fail_after
 
     def init(self, **options):
         self.started.append(options)
 
-    def log(self, values, step):
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values, step=None):
         if len(self.sent) == self.fail_after:
             raise ConnectionError("no route")
+        if self.axes.get("*"):  # W&B drops what has a step below its own counter
+            assert step is None
+            values = dict(values)
+            step = values.pop(self.axes["*"])
         self.sent.append((step, values))
 
     def finish(self):
@@ -87,6 +95,17 @@ def test_a_finished_run_is_sent_once(folder, monkeypatch, name):
     assert fake.started[0]["name"] == "a" and fake.started[0]["config"] == {"SEED": 1}
     track.main([str(folder)])
     assert fake.sent == SENT
+
+
+def test_steps_that_a_resumed_run_takes_again_are_not_dropped(folder, monkeypatch):
+    """W&B ignores values for a step below the last one, so its own counter must not be the step."""
+    again = [{"kind": "resume", "time": 5.0, "step": 0, "seconds": 0.1}, RECORDS[0]]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in again)
+    fake = service(monkeypatch)
+    track.main([str(folder)])
+    assert fake.axes == {"step": None, "*": "step"}
+    assert fake.sent == [*SENT, (0, {"summary/seconds": 0.1}), SENT[0]]
 
 
 def test_tensorboard_gets_scalars(folder, monkeypatch):

@@ -16,6 +16,7 @@ import verify_bytes
 from data import prepare
 from data.shards import BOS, HEADER_BYTES, ShardError, read_shard, sha256_file, train_tokenizer, write_shard
 from helpers import ROOT
+from helpers.damage import change_bytes
 from helpers.data_side import refuted, verify
 from lossless_caps import TRANSFORMS
 
@@ -451,22 +452,11 @@ def test_errors_of_use(tmp_path, made, capsys):
 # === MUTANTS ===
 
 
-def mutate(content: bytes, generator: random.Random) -> bytes:
-    """One random change: bytes replaced, removed, added, or the end cut off."""
-    result = bytearray(content)
-    place = generator.randrange(min(len(result), generator.choice((12, 64, 1024, len(result)))))
-    kind = generator.randrange(5)
-    if kind == 0:
-        result[place] ^= 1 << generator.randrange(8)
-    elif kind == 1:
-        result[place : place + generator.randrange(1, 9)] = generator.randbytes(generator.randrange(1, 9))
-    elif kind == 2:
-        del result[place : place + generator.randrange(1, 9)]
-    elif kind == 3:
-        result[place:place] = generator.randbytes(generator.randrange(1, 9))
-    else:
-        del result[-generator.randrange(1, 2000) :]
-    return bytes(result)
+def test_a_copy_of_a_shard_is_refuted(copy, capsys):
+    """The trainer, or another reader, might take it for more data."""
+    shutil.copy(copy / "fineweb_train_000000.bin", copy / "fineweb_train_000000 (1).bin")
+    assert verify_bytes.main([str(copy), "--workers", "1"]) == 1
+    assert "fineweb_train_000000 (1).bin: not a shard's name" in capsys.readouterr().out
 
 
 def test_mutated_shards_give_an_error_or_the_right_count(tmp_path):
@@ -475,7 +465,7 @@ def test_mutated_shards_give_an_error_or_the_right_count(tmp_path):
     write_shard(path, np.arange(700, dtype="<u2"))
     content, refused = path.read_bytes(), 0
     for _ in range(1500):
-        mutant = mutate(content, generator)
+        mutant = change_bytes(content, generator)
         path.write_bytes(mutant)
         try:
             values = read_shard(path)
@@ -496,7 +486,7 @@ def test_mutated_manifests_give_an_error_or_the_right_counts(made, copy):
     options = verify_bytes.parse_arguments([str(copy), "--workers", "1"])
     refused = 0
     for _ in range(700):
-        path.write_bytes(mutate(content, generator))
+        path.write_bytes(change_bytes(content, generator))
         proof = verify_bytes.Proof(copy, options)
         try:
             proof._manifest()
@@ -514,7 +504,7 @@ def test_mutated_datasets_are_never_proved(made, copy, capsys):
     for _ in range(40):
         path = generator.choice(files)
         content = path.read_bytes()
-        mutant = mutate(content, generator)
+        mutant = change_bytes(content, generator)
         path.write_bytes(mutant)
         assert verify_bytes.main([str(copy), "--workers", "1"]) == (0 if mutant == content else 1)
         path.write_bytes(content)

@@ -9,6 +9,8 @@
 
 #define SLOTS (1u << 16)
 #define LONGEST_NAME 8192
+#define REFUSED "refused:"
+#define RECORDED "recorded:" /* before what happens while a graph is recorded */
 
 static struct {
     char *name;
@@ -27,11 +29,15 @@ static size_t slot_of(const char *name) {
 }
 
 void ledger_add(const char *format, ...) {
-    char name[LONGEST_NAME];
+    char room[LONGEST_NAME] = RECORDED, *name = room + sizeof RECORDED - 1;
     va_list values;
     va_start(values, format);
-    vsnprintf(name, sizeof name, format, values);
+    vsnprintf(name, sizeof room - sizeof RECORDED, format, values);
     va_end(values);
+    if (graph_recording() && strncmp(name, REFUSED, sizeof REFUSED - 1)) {
+        graph_add_node();
+        name = room;
+    }
     pthread_mutex_lock(&lock);
     size_t slot = slot_of(name);
     if (!counts[slot].name)

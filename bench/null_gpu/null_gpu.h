@@ -29,6 +29,10 @@ size_t memory_free_bytes(void);
 void memory_copy(void *to, const void *from, size_t size);
 void memory_set(void *to, int value, size_t size);
 
+/* graphs.c */
+int graph_recording(void);
+void graph_add_node(void);
+
 /* driver.c */
 int device_attribute(int which);
 int answer_nothing(void);

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 import train_gpt as t
@@ -116,6 +117,10 @@ class Trainer:
         ids = torch.randint(2, self.config.vocab_size, (count, length + 1))
         return t.to_device(t.Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), self.run)
 
+    def replayed(self) -> t.LearnGraphs:
+        """Forward and backward as CUDA graphs."""
+        return t.LearnGraphs(self.run, self.model, self.forward)
+
     def adapters(self, documents: int) -> torch.nn.Module:
         """Fresh adapters for so many documents."""
         return t.LoRA(self.config, documents, self.run.device)
@@ -167,6 +172,12 @@ def graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
+def kernels() -> int:
+    """How many forms of the trainer's Triton kernels this process has built: one per key of arguments."""
+    ours = [value for value in vars(t).values() if isinstance(value, triton.JITFunction)]
+    return sum(len(forms) for kernel in ours for forms, *_ in kernel.device_caches.values())
+
+
 def brief(error: BaseException) -> str:
     """Kind and beginning of an exception, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -187,22 +198,30 @@ def backend(name: str) -> Iterator[None]:
 
 
 def case(findings: Findings, label: str, expected: int, action: Callable[[], Any]) -> None:
-    """`action` must make so many new graphs, and raise nothing."""
-    before = graphs()
+    """`action` must make so many new graphs, and raise nothing; if none, then no form of a kernel either."""
+    before, kernels_before = graphs(), kernels()
     try:
         action()
     except Exception as error:
         findings.expect(False, f"{label}: {brief(error)}")
         return
     made = graphs() - before
-    findings.recompiles += max(0, made - expected)
-    findings.expect(made == expected, f"{label}: {made} graphs, {expected} expected")
+    built = kernels() - kernels_before if expected == 0 else 0
+    findings.recompiles += max(0, made - expected) + built
+    again = f"; {built} kernels built again" if built else ""
+    findings.expect(made == expected and not built, f"{label}: {made} graphs, {expected} expected{again}")
 
 
-def real_nonzero() -> torch.library.Library:
-    """Let nonzero work on the host: masks come from there, and the number of their places goes back."""
+def on_the_host() -> torch.library.Library:
+    """Let nonzero and unique work on the host: what they look at comes from there, and a size goes back."""
+
+    def unique(numbers, sort=True, return_inverse=False, return_counts=False):
+        found = torch.ops.aten._unique2(numbers.cpu(), sort, return_inverse, return_counts)
+        return tuple(tensor.to(numbers.device) for tensor in found)
+
     library = torch.library.Library("aten", "IMPL")
     library.impl("nonzero", lambda mask: mask.cpu().nonzero().to(mask.device), "CUDA", allow_override=True)
+    library.impl("_unique2", unique, "CUDA", allow_override=True)
     return library
 
 
@@ -286,7 +305,7 @@ def shapes(options: Options, findings: Findings) -> None:
 
 def evaluation(options: Options, findings: Findings) -> None:
     """Every way of scoring after its rehearsal: none may make a graph while the clock runs."""
-    keep = real_nonzero()
+    keep = on_the_host()
     draw = np.random.default_rng(0)
     with backend("eager"):
         trainer = Trainer(DOCUMENTS | options.settings)
@@ -398,35 +417,62 @@ def variants(options: Options, findings: Findings) -> None:
             findings.rows += [list(row) for row in counted.count({name: action})]
         except Exception as error:
             findings.expect(False, f"{name}: {brief(error)}")
+    replay(findings, trainer, packed)
     adapt_over_lengths(findings, trainer, "adapters through Inductor")
     counted.finish("four layers")
 
 
+def replay(findings: Findings, trainer: Trainer, batch: t.Batch) -> None:
+    """Forward and backward as a CUDA graph: recorded without waiting, then launched among copies alone."""
+    ledger, replayed = Ledger(), trainer.replayed()
+    trainer.model.looped = False  # compiled before
+    done = []
+    for _ in range(2):
+        ledger.take()
+        try:
+            replayed.learn(batch, 1)
+        except Exception as error:
+            findings.expect(False, f"CUDA graph: {brief(error)}")
+            return
+        done.append(ledger.take())
+    recorded = sum(calls for what, calls in done[0].items() if what.startswith("recorded:triton"))
+    refused = account.refused(done[0])
+    findings.expect(recorded > 0 and not refused, f"CUDA graph: {recorded} Triton launches recorded")
+    others = [what for what in done[1] if what.startswith(("triton", "gemm"))]
+    findings.expect(done[1].get("graph") == 1 and not others, "CUDA graph: a replay launches it and copies")
+    trainer.model.zero_grad()
+
+
 def run(options: Options, findings: Findings) -> None:
-    """The script itself from start to last score at a small shape, alone and as two ranks that must agree."""
+    """The script itself at a small shape: alone, as two ranks that must agree, training by CUDA graphs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole_run.make_dataset(folder / "data")
-        for ranks in (1, 2):
-            runs = folder / f"runs{ranks}"
-            places = {"DATASETS_DIR": str(folder / "data"), "OUT_DIR": str(runs), "RUN_ID": "null"}
-            failures = whole_run.start(
-                folder, whole_run.SMALL | options.settings | places, options.flash_attn, ranks
-            )
-            for line in failures:
-                findings.note(f"      {line}")
-            label = f"train_gpt.py, {ranks} rank{'s' * (ranks > 1)}"
-            findings.expect(not failures, f"{label}: from start to last score")
-            finished = [
-                path.name
-                for path in (runs / "null").glob("*")
-                if path.name in ("final_model.ptz", "summary.json")
-            ]
-            findings.expect(len(finished) == 2, f"{label}: sealed artifact and summary")
-            if (runs / "null" / "stages.json").exists():
-                late = whole_run.graphs_inside_clock(runs / "null")
-                findings.recompiles += late
-                findings.expect(late == 0, f"{label}: {late} graphs while the training clock ran")
+        whole_script(options, findings, folder, "1 rank", 1, {})
+        whole_script(options, findings, folder, "2 ranks", 2, {})
+        replayed = {"CUDA_GRAPHS": "1", "STAGE": "train"}
+        whole_script(options, findings, folder, "training by CUDA graphs", 1, replayed)
+
+
+def whole_script(
+    options: Options, findings: Findings, folder: Path, what: str, ranks: int, settings: dict[str, str]
+) -> None:
+    """One start of the script: it must end well, leave its files, and compile nothing on the clock."""
+    runs = folder / what.replace(" ", "_")
+    places = {"DATASETS_DIR": str(folder / "data"), "OUT_DIR": str(runs), "RUN_ID": "null"}
+    settings = whole_run.SMALL | options.settings | places | settings
+    failures = whole_run.start(runs, settings, options.flash_attn, ranks)
+    for line in failures:
+        findings.note(f"      {line}")
+    label = f"train_gpt.py, {what}"
+    findings.expect(not failures, f"{label}: from start to end")
+    wanted = ("checkpoint.pt",) if settings.get("STAGE") == "train" else ("final_model.ptz", "summary.json")
+    missing = [name for name in wanted if not (runs / "null" / name).exists()]
+    findings.expect(not missing, f"{label}: {' and '.join(wanted)}")
+    if (runs / "null" / "stages.json").exists():
+        late = whole_run.graphs_inside_clock(runs / "null")
+        findings.recompiles += late
+        findings.expect(late == 0, f"{label}: {late} graphs while the training clock ran")
 
 
 PARTS = {part.__name__: part for part in (interfaces, shapes, evaluation, training, variants, run)}

@@ -163,8 +163,10 @@ class Recorder:
 
 
 def tensor_bytes(given: dict[str, Any]) -> float:
-    """Bytes of the distinct tensors among a kernel's arguments, those behind TMA descriptors included."""
-    tensors = [getattr(value, "base", value) for value in given.values()]
+    """Bytes of the distinct tensors among a kernel's arguments, those behind TMA descriptors and in tuples
+    included."""
+    values = [one for value in given.values() for one in (value if isinstance(value, tuple) else (value,))]
+    tensors = [getattr(value, "base", value) for value in values]
     distinct = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)}
     return float(sum(distinct.values()))
 

@@ -7,13 +7,18 @@ so that a token sent on to a foreign host would be seen. Faults are set per path
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "c0ffee" + "0" * 34
 PAGE = 5  # entries per page of a listing: small, so that the client has to follow pages
@@ -41,6 +46,11 @@ class Hub:
         self.busy: Counter[str] = Counter()  # how often a path (or "api") answers 429
         self.retry_after = "0"
         self.private_token: str | None = None
+        self.write_token: str | None = None  # None: nobody may upload
+        self.stored: dict[
+            str, bytes
+        ] = {}  # large files that were uploaded, by sha256, before a commit names them
+        self.commits: list[list[str]] = []  # the paths of each commit
         self.seen: list[Seen] = []
         self._lock = threading.Lock()
 
@@ -148,6 +158,78 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"id": repository, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
         return self._resolve(repository, "/".join(parts[5:]))
 
+    def do_PUT(self) -> None:
+        """Take a large file in."""
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = hashlib.sha256(content).hexdigest()
+        self._see()
+        if not self.path.endswith(oid) or self.hub.use_up(self.hub.busy, "upload"):
+            return self._answer(400)
+        self.hub.stored[oid] = content
+        return self._answer(200)
+
+    def do_POST(self) -> None:
+        """What an upload asks: make a repository, how to send files, where large ones go, commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._see()
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        if self.headers.get("Authorization") != f"Bearer {self.hub.write_token}":
+            return self._answer(401)
+        if parts == ["api", "validate-yaml"]:
+            return self._json({"errors": [], "warnings": []})
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            repository = f"{asked['organization']}/{asked['name']}"
+            self.hub.add(repository, {})
+            return self._json({"url": f"{self.hub.url}/datasets/{repository}"})
+        if parts[-3:] == ["lfs", "objects", "batch"]:
+            return self._json(
+                {"transfer": "basic", "objects": list(map(self._place_of, json.loads(body)["objects"]))}
+            )
+        repository = "/".join(parts[2:4])
+        if parts[4] == "preupload":
+            return self._json(
+                {"files": [self._mode_of(repository, file) for file in json.loads(body)["files"]]}
+            )
+        return self._commit(repository, [json.loads(line) for line in body.splitlines()])
+
+    def _see(self) -> None:
+        host = self.headers["Host"].split(":")[0]
+        token = self.headers.get("Authorization")
+        self.hub.seen.append(Seen(self.command, unquote(urlsplit(self.path).path), None, token, host))
+
+    def _place_of(self, wanted: dict) -> dict:
+        if wanted["oid"] in self.hub.stored:
+            return wanted
+        return wanted | {"actions": {"upload": {"href": f"{self.hub.url}/upload/{wanted['oid']}"}}}
+
+    def _mode_of(self, repository: str, file: dict) -> dict:
+        mode = "lfs" if file["path"].endswith((".bin", ".model")) else "regular"
+        there = self.hub.repositories[repository].get(file["path"])
+        oid = (
+            None
+            if there is None
+            else hashlib.sha256(there).hexdigest()
+            if mode == "lfs"
+            else git_digest(there)
+        )
+        return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+    def _commit(self, repository: str, lines: list[dict]) -> None:
+        files = {}
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+            else:
+                files[value["path"]] = base64.b64decode(value["content"])
+                self.hub.small.add(value["path"])
+        self.hub.add(repository, files)
+        self.hub.commits.append(sorted(files))
+        self._json(
+            {"commitUrl": f"{self.hub.url}/datasets/{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+        )
+
     def _json(self, value: object, **headers: str) -> None:
         self._answer(200, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
@@ -194,8 +276,10 @@ class Handler(BaseHTTPRequestHandler):
         status, start = 200, 0
         headers = {}
         if (wanted := self.headers.get("Range", "")).startswith("bytes="):
-            status, start = 206, int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            whole, status, start = len(content), 206, int(first)
+            content = content[: int(last) + 1] if last else content
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{whole}"
         cut = self.hub.take_cut(path)
         if cut is None:
             return self._answer(status, content[start:], **headers)
@@ -204,6 +288,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content[start : start + cut])
         self.close_connection = True
+
+
+def hub_client(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path) -> None:
+    """Let the hub client of this process talk to `hub` alone, its cache and token being in `home`."""
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 def git_digest(content: bytes) -> str:

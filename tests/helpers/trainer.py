@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import train_gpt as t
+from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
 from helpers.processes import run_python
 
@@ -66,9 +69,22 @@ def sentences(count: int, seed: int, longest: int = 60) -> list[str]:
 VALIDATION = sentences(30, 3, longest=40)  # the documents of the small dataset's validation shard
 
 
+def make_dataset(folder: Path) -> Path:
+    """Two training shards, one validation shard and a tokenizer of 320 entries, in `folder`."""
+    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+
+    train_tokenizer(sentences(2000, 0), folder / "tokenizer", 320)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    training = {f"train_00000{number}": sentences(300, number + 1) for number in range(2)}
+    for name, texts in (training | {"val_000000": VALIDATION}).items():
+        ids = [i for text in texts for i in [BOS, *pieces.encode(text)]]
+        write_shard(folder / f"fineweb_{name}.bin", np.array(ids, dtype="<u2"))
+    return folder
+
+
 def vocabulary(folder: Path) -> int:
     """Entries of the tokenizer in a dataset folder."""
-    import sentencepiece  # not at the top: tests/gpu makes tokens without it
+    import sentencepiece
 
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
 
