@@ -1260,19 +1260,26 @@ def probe_budgets(report: Report, run: Run, trainer: ModuleType) -> None:
     )
 
 
-def probe_ledger(report: Report, run: Run) -> None:
-    """Order in metrics.jsonl: training data within the budget, validation data only after the seal."""
-    probes = (
-        "validation read after the seal",
-        "calibration before the bell",
-        "evaluation clock",
-        "artifact sealed",
-    )
-    events = [record for record in run.records() if record.get("kind") == "ledger"]
-    if not events:
-        for probe in probes:
-            report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
-        return
+LEDGER_PROBES = (
+    "validation read after the seal",
+    "calibration before the bell",
+    "evaluation clock",
+    "artifact sealed",
+)
+
+
+class Ledger(NamedTuple):
+    """What the events of metrics.jsonl come to; None: not recorded, or not within one process."""
+
+    early: list[str]  # the phase of each reading of validation data that came too early
+    has_last: bool  # whether a last reading of training data is recorded
+    seconds: float | None  # from the start of the training clock to that
+    evaluation: float | None  # seconds of the evaluation clock
+    sealed: str  # sha256 of the artifact
+
+
+def read_ledger(events: list[dict[str, Any]]) -> Ledger:
+    """Go through the events in order; a resumed run has several of a kind, the last counts."""
     phase = "nothing"
     early = []
     begun = None
@@ -1293,7 +1300,7 @@ def probe_ledger(report: Report, run: Run) -> None:
             last = None
         elif event == "train_read_last":
             last = moment
-            seconds = moment - begun if begun else None
+            seconds = moment - begun if begun is not None else None
         elif event == "artifact_sealed":
             sealed = record.get("sha256", "")
         elif event == "validation_read" and phase != "eval_clock_start":
@@ -1302,7 +1309,19 @@ def probe_ledger(report: Report, run: Run) -> None:
             begins = moment
             clock = None
         elif event == "eval_clock_end":
-            clock = moment - begins if begins else None
+            clock = moment - begins if begins is not None else None
+    return Ledger(early, last is not None, seconds, clock, sealed)
+
+
+def probe_ledger(report: Report, run: Run) -> None:
+    """Order in metrics.jsonl: training data within the budget, validation data only after the seal."""
+    probes = LEDGER_PROBES
+    events = [record for record in run.records() if record.get("kind") == "ledger"]
+    if not events:
+        for probe in probes:
+            report.add("budgets", probe, None, "not recorded: metrics.jsonl has no ledger")
+        return
+    early, has_last, seconds, clock, sealed = read_ledger(events)
     when = {
         "nothing": "before anything",
         "train_clock_start": "while it trained or calibrated, before the seal",
@@ -1321,7 +1340,7 @@ def probe_ledger(report: Report, run: Run) -> None:
         "budgets",
         probes[1],
         None if seconds is None else seconds <= limit,
-        ("not recorded" if last is None else "in another process than the training: budgeted_seconds counts")
+        ("not recorded" if not has_last else "in another process than the training: budgeted_seconds counts")
         if seconds is None
         else f"training data was last read {seconds:.2f} s after the clock started, limit {limit:g} s",
     )

@@ -526,7 +526,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add_what_to_run(parser.add_argument)
+    add_where_to_run(parser.add_argument)
+    options = parser.parse_args(arguments)
+    check_options(options)
+    return options
+
+
+def add_what_to_run(add: Callable[..., Any]) -> None:
+    """The options that say which runs there are, and how they are compared."""
     add("axes", nargs="*", metavar="NAME=VALUE,VALUE", help="a setting and its values, the baseline's first")
     add("--greedy", action="store_true", help="one setting after the other, each keeping its best value")
     add("--random", type=int, default=0, metavar="N", help="N of the combinations, the baseline among them")
@@ -550,6 +558,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="number in summary.json to sort by, as bpb.sliding (default %(default)s)",
     )
     add("--highest", action="store_true", help="a higher metric is better")
+
+
+def add_where_to_run(add: Callable[..., Any]) -> None:
+    """The options that say where runs are started, and where they are kept."""
     add(
         "--jobs",
         type=int,
@@ -591,7 +603,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=ROOT / "train_gpt.py",
         help="the trainer (default: that of this repository)",
     )
-    options = parser.parse_args(arguments)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Stop for options that do not go together."""
     for name in ("random", "jobs"):
         if getattr(options, name) < 0:
             raise Stop(f"--{name} {getattr(options, name)}: must not be negative")
@@ -609,12 +624,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             raise Stop(f"--{name} {path}: no such file; give the path of one")
     if not re.fullmatch(r"[A-Za-z0-9._-]*", options.name):
         raise Stop(f"--name {options.name}: may hold letters, digits, '.', '_' and '-' only")
-    return options
 
 
 def file_hash(path: Path | None) -> str:
     """sha256 of a file, empty for none."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+
+
+def identity_of(options: argparse.Namespace, axes: dict[str, list[str]], same: Settings) -> dict[str, Any]:
+    """What makes two calls one sweep: what is varied and how, artifact, code and all other settings."""
+    return {
+        "axes": axes,
+        "mode": "greedy" if options.greedy else f"random {options.random}" if options.random else "grid",
+        "highest": options.highest,
+        "stage": options.stage,
+        "artifact_sha256": file_hash(options.artifact),
+        "source_sha256": file_hash(options.script),
+        "settings": same,
+    }
 
 
 def main(arguments: list[str]) -> None:
@@ -636,15 +663,7 @@ def main(arguments: list[str]) -> None:
     same = {
         name: value for name, value in found[0].items() if name not in (*axes, *OURS, "SEED" if seeds else "")
     }
-    identity = {
-        "axes": {**axes, "SEED": seeds},
-        "mode": "greedy" if options.greedy else f"random {options.random}" if options.random else "grid",
-        "highest": options.highest,
-        "stage": options.stage,
-        "artifact_sha256": file_hash(options.artifact),
-        "source_sha256": file_hash(options.script),
-        "settings": same,
-    }
+    identity = identity_of(options, {**axes, "SEED": seeds}, same)
     digest = hashlib.sha256(
         json.dumps(
             [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
