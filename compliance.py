@@ -17,6 +17,7 @@ import environment
 environment.enter()
 import argparse
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import io
@@ -309,6 +310,58 @@ def softmax_of(logits: Tensor, cap: float) -> Tensor:
 
 
 @dataclass
+class Mixed:
+    """What a mixture was told of a chunk, and its weights before it: rows R, adapters K, targets T."""
+
+    mix: Any  # the trainer's
+    mixer: Any  # a copy of its state
+    log_p: Tensor  # (3, R, K, T)
+    chunk: Any
+
+    def distribution(self, row: int, column: int, log_p: Tensor) -> Tensor:
+        """Log-probability of every token (V,) at one target; `log_p` (K, V) are those of the adapters."""
+        size = log_p.size(1)
+        mixer = copy.copy(self.mixer)
+        mixer.within = mixer.within[row].repeat(size, 1)
+        told = self.log_p[:, row : row + 1].repeat(1, size, 1, 1)
+        told[0, :, :, column] = log_p.T
+        batch = self.chunk.batch
+        targets = batch.targets[row].repeat(size, 1)
+        targets[:, column] = torch.arange(size, device=targets.device)
+        chunk = self.chunk._replace(
+            batch=batch._replace(targets=targets, guesses=batch.guesses[:, row : row + 1].repeat(1, size, 1)),
+            scored=self.chunk.scored[row].repeat(size, 1),
+            match=self.chunk.match[:, row : row + 1].repeat(1, size, 1),
+        )
+        return self.mix(mixer, told, chunk)[:, column]
+
+    def entries(self, trainer: ModuleType, log_p: Tensor) -> Tensor:
+        """Log-probabilities (R, T) of the targets by hand, from those (R, K, T) of the adapters."""
+        mixer = self.mixer
+        scored = self.chunk.scored
+        batch = self.chunk.batch
+        trusts = torch.tensor(trainer.TRUSTS, dtype=torch.float64, device=log_p.device)
+        weights = mixer.within.exp()
+        found = torch.zeros(scored.shape, dtype=torch.float64, device=log_p.device)
+        for column in range(scored.size(1)):
+            p = log_p[:, :, column].double().exp()
+            mixed = (weights * p).sum(1)
+            for source, guess in enumerate(self.log_p[1:, :, :, column]):
+                likely = (weights * guess.exp()).sum(1).log()
+                length = self.chunk.match[source, :, column]
+                number = (likely[:, None] > mixer.borders).sum(1)
+                place = torch.where(length > 0, 1 + (length - 1) * (len(mixer.borders) + 1) + number, 0)
+                hit = (batch.guesses[source, :, column] == batch.targets[:, column]).double()
+                given = (1 - trusts) * mixed[:, None] + trusts * hit[:, None]
+                trust = mixer.trust[source].exp()[place]
+                mixed = torch.where(length > 0, (trust * given).sum(1), mixed)
+            found[:, column] = mixed.log()
+            learnt = weights * p
+            weights = torch.where(scored[:, column, None], learnt / learnt.sum(1, keepdim=True), weights)
+        return found
+
+
+@dataclass
 class Forward:
     """What is known of the latest forward of the model."""
 
@@ -320,6 +373,8 @@ class Forward:
     function: Any = None  # the trainer's loss function
     cap: float = 0.0
     known: bool = False  # whether its targets are those of the latest window_batch
+    experts: int = 1  # rows of the forward for each row of that
+    mixed: Mixed | None = None  # what is made of the losses of several experts
 
 
 class Watch:
@@ -374,6 +429,7 @@ class Watch:
         trainer = self.trainer
         self.stack = contextlib.ExitStack()
         add = trainer.Tally.add
+        real_mix = getattr(getattr(trainer, "Mixer", None), "mix", None)  # older scripts have none
         real = {
             name: getattr(trainer, name)
             for name in ("window_batch", "learn_documents", "softcapped_ce_reference", "softcapped_ce_op")
@@ -399,6 +455,10 @@ class Watch:
             self.text = np.concatenate([np.append(-1, np.arange(a + 1, b)) for a, b in documents])
             real["learn_documents"](run, model, tokens, documents)
 
+        def mix(mixer: Any, log_p: Tensor, chunk: Any) -> Any:
+            self.latest.mixed = Mixed(real_mix, copy.copy(mixer), log_p, chunk)
+            return real_mix(mixer, log_p, chunk)
+
         def loss_function(function: Any) -> Any:
             def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:
                 out = function(logits, targets, cap)
@@ -416,6 +476,8 @@ class Watch:
             patched(trainer, window_batch=window_batch, learn_documents=learn_documents, **losses)
         )
         self.stack.enter_context(patched(trainer.Tally, add=record))
+        if real_mix is not None:
+            self.stack.enter_context(patched(trainer.Mixer, mix=mix))
         self.stack.enter_context(patched(self.model, shows_logits=True))
         self.stack.callback(self.model.register_forward_pre_hook(self.starts, with_kwargs=True).remove)
         self.stack.callback(register_optimizer_step_pre_hook(lambda *_: self.before_update()).remove)
@@ -442,7 +504,9 @@ class Watch:
         latest.logits = logits.detach()
         latest.function = function
         latest.cap = cap
-        places = np.zeros(0, int) if self.batch is None else self.batch[0].ravel()
+        places = np.zeros((0, 0), int) if self.batch is None else self.batch[0]
+        latest.experts = max(1, len(losses) // max(1, places.size))
+        places = places.repeat(latest.experts, 0).ravel()
         named = places > 0
         latest.known = len(places) == len(losses) and np.array_equal(
             targets.cpu().numpy()[named], self.tokens[places[named]]
@@ -514,11 +578,22 @@ class Watch:
             return
         rows = self.batch[1].flatten().nonzero()[:, 0]
         for index in np.flatnonzero([int(place) in self.ask for place in where]):
-            self.answers[int(where[index])] = self.ask_all(latest.logits[rows[index].item()])
+            self.answers[int(where[index])] = self.ask_all(rows[index].item())
         if self.closely:
-            self.look_closely(losses, places, rows.to(losses.device))
+            self.look_closely(places, rows.to(losses.device))
 
-    def ask_all(self, logits: Tensor) -> Tensor:
+    def ask_all(self, place: int) -> Tensor:
+        """Log-probability of every token (V,) as the trainer scores it at a place among all of the batch."""
+        latest = self.latest
+        if latest.mixed is None:
+            return self.ask_loss(latest.logits[place])
+        row, column = divmod(place, self.batch[0].shape[1])
+        logits = latest.logits.unflatten(0, (-1, latest.experts, self.batch[0].shape[1]))[row, :, column]
+        experts = torch.stack([self.ask_loss(expert) for expert in logits])
+        told = experts.double().to(latest.logits.device)
+        return latest.mixed.distribution(row, column, told).float().cpu()
+
+    def ask_loss(self, logits: Tensor) -> Tensor:
         """Log-probability of every token (V,) as the loss function gives it for one row of logits."""
         parts = []
         for tokens in torch.arange(len(logits), device=logits.device).split(1024):
@@ -533,11 +608,17 @@ class Watch:
         try:
             with torch.set_grad_enabled(self.latest.learning):
                 losses = self.model.forward(batch, *rest, **self.latest.named).detach().flatten()
-            return losses, self.aside[-1]
+            return losses[: batch.targets.numel()], self.aside[-1]
         finally:
             self.aside = None
 
-    def look_closely(self, losses: Tensor, places: Tensor, rows: Tensor) -> None:
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The places of every expert's losses for those of the batch."""
+        width = self.batch[0].shape[1]
+        first = rows // width * self.latest.experts * width + rows % width
+        return (first[:, None] + width * torch.arange(self.latest.experts, device=rows.device)).flatten()
+
+    def look_closely(self, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
         latest = self.latest
         hashes = self.hashes()
@@ -561,12 +642,12 @@ class Watch:
         other = (targets - 3) % (vocabulary - 4) + 4
         changed, logits = self.again(other)
         shift = 0.0
-        for part in rows.split(2048):
+        every = self.all_rows(rows)
+        entries = torch.zeros(targets.numel(), device=rows.device)
+        for part in every.split(2048):
             before = softmax_of(latest.logits[part], latest.cap)
             after = softmax_of(logits[part], latest.cap)
-            self.entry[places.cpu()[torch.isin(rows, part).cpu()]] = before.gather(
-                1, targets.flatten()[part][:, None]
-            )[:, 0].cpu()
+            entries[part] = before.gather(1, targets.flatten()[part][:, None])[:, 0]
             shift = max(shift, (before - after).abs().max().item())
             expected = -before.gather(1, other.flatten()[part][:, None])[:, 0]
             shift_of_loss = (changed[part] - expected).abs().max().item()
@@ -577,10 +658,14 @@ class Watch:
                     f"the loss of another target is {shift_of_loss:.2g} nats "
                     "away from what the distribution gave it",
                 )
+        if latest.mixed is not None:
+            told = entries.unflatten(0, (-1, latest.experts, self.batch[0].shape[1]))
+            entries = latest.mixed.entries(self.trainer, told).float().flatten()
+        self.entry[places.cpu()] = entries[rows].cpu()
         self.repeated += len(rows)
         if shift > self.tolerance:
             _, once_more = self.again()
-            if torch.equal(once_more[rows], latest.logits[rows]):
+            if torch.equal(once_more[every], latest.logits[every]):
                 self.fault(
                     "causal",
                     "token itself replaced",
@@ -857,7 +942,7 @@ def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     config = stages.config
     tokens = stages.validation.tokens
     probe = f"{stage}: previous document replaced"
-    if not ((stage == "ttt" and config.ttt_mode == "doc_lora") or config.loader == "packed"):
+    if not ((stage == "ttt" and config.ttt_mode in ("doc_lora", "mixture")) or config.loader == "packed"):
         report.add(
             "documents apart",
             probe,
@@ -876,6 +961,8 @@ def probe_documents(report: Report, stages: Stages, stage: str) -> None:
         "global_ttt_lr": 0.0,
         "global_ttt_warmup_start_lr": 0.0,
         "ttt_warm_start_a": False,
+        "ttt_mixture_copies": "none",
+        "ttt_mixture_carry": 0.0,
         "ttt_batch_size": max(2, min(config.ttt_batch_size, len(documents) // 3)),
     }
     first = stages.again(stage, tokens, **still) if stages.watches[stage].updates else stages.watches[stage]

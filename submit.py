@@ -109,12 +109,14 @@ CREDITS: list[tuple[str, str, Callable[[Ask], Any]]] = [
     (
         "adapters per document at evaluation",
         "#1530",
-        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora",
+        lambda of: of("TTT_ENABLED") and of("TTT_MODE") in ("doc_lora", "mixture"),
     ),
     (
         "phases of SGD on scored documents",
         "#1610, #1693",
-        lambda of: of("TTT_ENABLED") and of("TTT_MODE") == "doc_lora" and of("PHASED_TTT_NUM_PHASES"),
+        lambda of: (
+            of("TTT_ENABLED") and of("TTT_MODE") in ("doc_lora", "mixture") and of("PHASED_TTT_NUM_PHASES")
+        ),
     ),
     (
         "SGD on chunks after they were scored",

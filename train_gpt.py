@@ -27,6 +27,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
+    MIXTURE      a mixture of causal experts over cached keys and values
     TRAIN        warm-up, the training loop, checkpoints
     PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
     MAIN         stages
@@ -100,6 +101,10 @@ not_negative_or_measured = Check(lambda value: value == -1 or value >= 0, "must 
 bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
+)
+rate_list = Check(
+    lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
+    "must be numbers separated by commas",
 )
 file_name = Check(
     lambda value: re.fullmatch(r"(?!\.*$)[\w.-]+|", value, re.ASCII) is not None,
@@ -323,11 +328,11 @@ class Config:
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
-    ttt_mode: Literal["doc_lora", "chunk_sgd"] = knob(
-        "doc_lora", "adapters per document with phases of SGD, or SGD"
+    ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
+        "doc_lora", "adapters per document with phases of SGD, a mixture of such and other experts, or SGD"
     )
     ttt_optimizer: Literal["auto", "sgd", "adam", "adamw"] = knob(
-        "auto", "auto: sgd for chunk_sgd, adamw for doc_lora"
+        "auto", "auto: sgd for chunk_sgd, else adamw"
     )
     hash_embed_enabled: bool = knob(
         False, "its SGD also learns an embedding of hashed token pairs, from zero (#1523)"
@@ -345,30 +350,34 @@ class Config:
     )
     ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
     ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
-    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
+    ttt_lora_rank: int = knob(80, "doc_lora, mixture: rank of the adapters", positive)
     ttt_lora_alpha: float = knob(
-        144.0, "doc_lora: adapters are scaled by this over their rank; 0: by 1", not_negative
+        144.0, "doc_lora, mixture: adapters are scaled by this over their rank; 0: by 1", not_negative
     )
-    ttt_lora_lr: float = knob(1e-4, "doc_lora: AdamW step of the adapters", not_negative)
-    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
-    ttt_eval_seq_len: int = knob(2048, "doc_lora: most tokens of context", positive)
-    ttt_batch_size: int = knob(64, "doc_lora: documents adapted side by side", positive)
+    ttt_lora_lr: float = knob(1e-4, "doc_lora, mixture: AdamW step of the adapters", not_negative)
+    ttt_chunk_size: int = knob(48, "doc_lora, mixture: targets scored, then learnt, per document", positive)
+    ttt_eval_seq_len: int = knob(2048, "doc_lora, mixture: most tokens of context", positive)
+    ttt_batch_size: int = knob(64, "doc_lora, mixture: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
     ttt_warm_start_a: bool = knob(
         False, "doc_lora: a stream's next batch starts from the A of its last (on by default in #1787, #1855)"
     )
-    ttt_weight_decay: float = knob(0.5, "doc_lora: weight decay of the adapters", not_negative)
-    ttt_beta1: float = knob(0.0, "doc_lora: AdamW, first moment", below_one)
-    ttt_beta2: float = knob(0.99, "doc_lora: AdamW, second moment", below_one)
-    ttt_q_lora: bool = knob(True, "doc_lora: adapt the queries")
-    ttt_k_lora: bool = knob(True, "doc_lora: adapt the keys")
-    ttt_v_lora: bool = knob(True, "doc_lora: adapt the values")
+    ttt_weight_decay: float = knob(0.5, "doc_lora, mixture: weight decay of the adapters", not_negative)
+    ttt_beta1: float = knob(0.0, "doc_lora, mixture: AdamW, first moment", below_one)
+    ttt_beta2: float = knob(0.99, "doc_lora, mixture: AdamW, second moment", below_one)
+    ttt_q_lora: bool = knob(True, "doc_lora, mixture: adapt the queries")
+    ttt_k_lora: bool = knob(True, "doc_lora, mixture: adapt the keys")
+    ttt_v_lora: bool = knob(True, "doc_lora, mixture: adapt the values")
     ttt_o_lora: bool = knob(
-        True, "doc_lora: adapt the attention output, reading the block's normalised input"
+        True, "doc_lora, mixture: adapt the attention output, reading the block's normalised input"
     )
-    ttt_mlp_lora: bool = knob(True, "doc_lora: adapt the MLP's output, reading its normalised input")
-    phased_ttt_num_phases: int = knob(1, "doc_lora: passes of SGD over documents scored so far", not_negative)
-    phased_ttt_prefix_docs: int = knob(2500, "doc_lora: documents of the last of these passes", positive)
+    ttt_mlp_lora: bool = knob(True, "doc_lora, mixture: adapt the MLP's output, reading its normalised input")
+    phased_ttt_num_phases: int = knob(
+        1, "doc_lora, mixture: passes of SGD over documents scored so far", not_negative
+    )
+    phased_ttt_prefix_docs: int = knob(
+        2500, "doc_lora, mixture: documents of the last of these passes", positive
+    )
     global_ttt_lr: float = knob(0.001, "phases: SGD step at the first chunk; cosine to 0", not_negative)
     global_ttt_momentum: float = knob(0.9, "phases: momentum", below_one)
     global_ttt_epochs: int = knob(1, "phases: passes over each chunk", positive)
@@ -382,6 +391,18 @@ class Config:
     global_ttt_warmup_start_lr: float = knob(0.0, "phases: step at the first of these", not_negative)
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
+    ttt_mixture_rates: str = knob(
+        "0.5,2,8,32", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+    )
+    ttt_mixture_share: float = knob(
+        0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
+    )
+    ttt_mixture_copies: Literal["none", "document", "all"] = knob(
+        "all", "mixture: tokens that followed the longest match, in the document or in all scored before"
+    )
+    ttt_mixture_carry: float = knob(
+        0.5, "mixture: part of the prior that is replaced by the weights at the end of a batch", fraction
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -469,7 +490,11 @@ class Config:
 # Streams of data: 8 ranks have one each, fewer ranks take several in turn, more ranks share each one. The
 # batch stays the same.
 STREAMS = 8
-TTT_OPTIMIZERS = {"chunk_sgd": ("auto", "sgd", "adamw"), "doc_lora": ("auto", "adam", "adamw")}  # by TTT_MODE
+TTT_OPTIMIZERS = {
+    "chunk_sgd": ("auto", "sgd", "adamw"),
+    "doc_lora": ("auto", "adam", "adamw"),
+    "mixture": ("auto", "adam", "adamw"),
+}  # by TTT_MODE
 
 
 def model_rules(config: Config) -> list[tuple[bool, str]]:
@@ -525,6 +550,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
+            config.ttt_mode != "mixture" or config.ttt_chunk_size < config.ttt_eval_seq_len,
+            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must be less than "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len} with TTT_MODE=mixture, there would be no cache",
+        ),
+        (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
@@ -538,7 +568,8 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             not config.hash_embed_enabled
             or config.ttt_mode == "chunk_sgd"
             or config.phased_ttt_num_phases > 0,
-            "HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE=doc_lora and PHASED_TTT_NUM_PHASES=0",
+            f"HASH_EMBED_ENABLED=1: nothing would train it with TTT_MODE={config.ttt_mode} and "
+            "PHASED_TTT_NUM_PHASES=0",
         ),
         (
             not config.artifact or config.stage == "evaluate",
@@ -1526,17 +1557,37 @@ def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
 # stream)` and a row of LOADERS.
 
 
+class Past(NamedTuple):
+    """What the rows of a Batch go on from (L places of a cache that is kept by visit) and leave behind.
+
+    Of the `position` () int64 tokens before, which are as many in every row, place p % L holds token p: keys
+    and values (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none.
+    The forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
+    """
+
+    position: Tensor
+    previous: Tensor
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    fresh_keys: tuple[Tensor, ...]
+    fresh_values: tuple[Tensor, ...]
+
+
 class Batch(NamedTuple):
     """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
 
     `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
-    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`.
+    places where attention segments start, padded with T (see pad_starts); none is longer than `longest`. With
+    `past` the rows are the next tokens of documents whose earlier ones are in a cache. `guesses` (G, B, T)
+    are ids whose losses are wanted besides those of the targets.
     """
 
     inputs: Tensor
     targets: Tensor
     starts: Tensor | None = None
     longest: int = 0
+    past: Past | None = None
+    guesses: Tensor | None = None
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
@@ -3579,6 +3630,28 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest:
     return torch.cat([dense(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
 
 
+def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, visit: int) -> Tensor:
+    """Attention of new tokens, as Attend says, over the cached keys and values of `visit` and over their own.
+
+    Leaves those of the new tokens in `past`. The gradient ends at the cache, as in dynamic evaluation.
+    """
+    past.fresh_keys[visit].copy_(k.detach())
+    past.fresh_values[visit].copy_(v.detach())
+    B, T, H, D = q.shape
+    groups = H // k.size(2)
+    keys = torch.cat((past.keys[visit], k), 1).transpose(1, 2)
+    values = torch.cat((past.values[visit], v), 1).transpose(1, 2)
+    cached = past.keys[visit].size(1)
+
+    place = torch.arange(cached + T, device=q.device)
+    own = place - cached <= torch.arange(T, device=q.device)[:, None]
+    visible = own & ((place < past.position) | (place >= cached))
+    # The query heads that share a head of keys stand below each other: repeating the keys would move more.
+    queries = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.repeat(groups, 1))
+    return y.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
 def attend_varlen() -> Attend:
     """PyTorch's varlen kernel; attend_sdpa for rows that are not packed."""
     from torch.nn.attention.varlen import varlen_attn
@@ -3956,12 +4029,12 @@ class GPT(nn.Module):
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
-        """Cross-entropy in nats of every target, (B, T) fp32."""
+        """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
         hooks = Hooks(tap, None if lora is None else lora.per_visit(self.dtype))
         head = self.embed.to(self.dtype)
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
-        plain = hooks.tap is None and hooks.lora is None and not self.shows_logits
+        plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
         if self.fused and plain and torch.is_grad_enabled():
             losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
@@ -3970,7 +4043,14 @@ class GPT(nn.Module):
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
-        return losses.view_as(batch.targets)
+        if batch.guesses is None:
+            return losses.view_as(batch.targets)
+        # Two tokens of one distribution: their losses differ as their logits do.
+        ids = torch.cat((targets[None], batch.guesses.flatten(1))).T
+        raw = logits.detach().gather(1, ids).float() / self.config.logit_softcap
+        chosen = (self.config.logit_softcap * torch.tanh(raw)).T
+        guessed = losses.detach() + chosen[0] - chosen[1:]
+        return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -4213,7 +4293,10 @@ class GPT(nn.Module):
             k = k.view(B, T, config.num_kv_heads, -1)
             v = v.view(B, T, config.num_kv_heads, -1)
             q, k = self.heads_for_attention(q, k, banks["q_gain"][layer], shared.rotation)
-        y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        if shared.batch.past is None:
+            y = self.attend(q, k, v, shared.batch.starts, shared.batch.longest)
+        else:
+            y = attend_past(q, k, v, shared.batch.past, visit.index)
         y = self.finish_heads(y, v, v_path, source, layer, banks).flatten(2)
 
         weight = banks["o"][layer]
@@ -4229,11 +4312,15 @@ class GPT(nn.Module):
         base = self.config.rope_base
         if self.config.rope_yarn and dims > 2:
             # NTK: where rows are longer than in training, the slowest wave becomes longer by the same factor.
-            base = base * max(1.0, length / self.config.train_seq_len) ** (dims / (dims - 2))
+            longest = length if batch.past is None else self.config.ttt_eval_seq_len  # cached keys stay
+            base = base * max(1.0, longest / self.config.train_seq_len) ** (dims / (dims - 2))
         # Angles in fp32: rounding these would cost phase.
         options = {"device": batch.inputs.device, "dtype": torch.float32}
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
-        angles = torch.outer(torch.arange(length, **options), frequencies)[:, None]
+        positions = torch.arange(length, **options)
+        if batch.past is not None:
+            positions = positions + batch.past.position
+        angles = torch.outer(positions, frequencies)[:, None]
         return rotation_tables_op(angles, self.dtype)
 
     def heads_for_attention(
@@ -4289,6 +4376,8 @@ class GPT(nn.Module):
     def embedding(self, batch: Batch) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         ids = batch.inputs
+        if batch.past is not None:
+            ids = torch.cat((batch.past.previous, ids), 1)
         # Where a packed row starts a segment; the starts that are padding lie behind its end.
         opens = torch.zeros(ids.size(1) + 1, dtype=torch.bool, device=ids.device)
         if batch.starts is not None:
@@ -4298,21 +4387,21 @@ class GPT(nn.Module):
         order = self.config.smear_gate_order if self.config.smear_gate else None
         x = F.embedding(ids, self.embed.to(self.dtype))
         if order == "before_norm":
-            x = self.smear(x, ids, opens)
+            x = self.smear(x, ids, opens, batch.past)
         x = rms_norm(x)
         if self.hash_embed is not None:
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
-            x = self.smear(x, ids, opens)
-        return x
+            x = self.smear(x, ids, opens, batch.past)
+        return x if batch.past is None else x[:, 1:].contiguous()
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
         previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
         return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
 
-    def smear(self, x: Tensor, ids: Tensor, opens: Tensor) -> Tensor:
-        """x with a gated share of the position before (#1667)."""
+    def smear(self, x: Tensor, ids: Tensor, opens: Tensor, past: Past | None) -> Tensor:
+        """x with a gated share of the position before (#1667); with `past` the first position is that."""
         opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
         share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
         if self.config.smear_gate_bos_fix:
@@ -4320,6 +4409,8 @@ class GPT(nn.Module):
             if self.config.smear_gate_segment_fix:
                 shut = shut | opens
             share = share.masked_fill(shut[:, 1:, None], 0)
+        if past is not None:
+            share = torch.cat((share[:, :1] * (past.position > 0), share[:, 1:]), 1)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -6083,15 +6174,26 @@ def doc_lora(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: 
 
     `forward` takes adapters, `model` learns (see Learner).
     """
+    lora = LoRA(run.config, run.config.ttt_batch_size, run.device)
+
+    def score(batches: list[np.ndarray], phase: int, first_seed: int) -> None:
+        adapt_phase(run, forward, tally, batches, phase, first_seed, lora)
+
+    score_phases(run, model, tally, score)
+
+
+def score_phases(
+    run: Run, model: nn.Module, tally: Tally, score: Callable[[list[np.ndarray], int, int], None]
+) -> None:
+    """Documents phase by phase: `score` gets the batches, the phase and how many batches came before."""
     config = run.config
     tokens = tally.validation.tokens
     documents = find_documents(tokens)
     phases = schedule_documents(config, documents[:, 1] - documents[:, 0])
-    lora = LoRA(config, config.ttt_batch_size, run.device)
     scored: list[np.ndarray] = []
     for phase, batches in enumerate(phases):
         model.requires_grad_(False)
-        adapt_phase(run, forward, tally, [documents[batch] for batch in batches], phase, len(scored), lora)
+        score([documents[batch] for batch in batches], phase, len(scored))
         scored += batches
         count = sum(len(batch) for batch in scored)
         run.ledger("scored", phase=phase, documents=count, weights=hash_weights(model))
@@ -6156,7 +6258,7 @@ def rehearsal_text(config: Config, ranks: int) -> np.ndarray:
         needed = max(needed, ranks * config.prequant_ttt_chunk_tokens + 1)
     document = config.ttt_eval_seq_len + config.ttt_chunk_size
     count = -(-needed // document)
-    if config.ttt_enabled and config.ttt_mode == "doc_lora":
+    if config.ttt_enabled and config.ttt_mode != "chunk_sgd":
         count = max(count, STREAMS * config.ttt_batch_size + 1)
     tokens = np.random.default_rng(0).integers(2, config.vocab_size, count * document)
     tokens[::document] = BOS
@@ -6194,6 +6296,448 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     finally:
         run.config = config
     run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
+
+
+# === MIXTURE ===
+# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Documents of a batch move
+# side by side from chunk to chunk. Only the tokens of the chunk run; what they attend to comes from a cache
+# of keys and values that were written when earlier chunks were scored. The experts are the network with
+# adapters that learn at several rates, all rows of one forward (a rate of 0 is the network as it is), and
+# copies of what followed the longest match of the last tokens, in the document and in batches before. All
+# weights are Bayes', with a share that goes back to where they start; batches hand on where that is. Nothing
+# here waits for the device. Chunks have few sizes, by their place in the document, and caches few lengths:
+# a `Stage` is one graph.
+#
+# The order of scoring is that of the batches in the plan: a batch may copy from every batch before it. Ranks
+# score their batches side by side, so what they hand on by losses stays within a stream.
+
+# Up to this place in a document a chunk has so many targets; further on TTT_CHUNK_SIZE, which is larger.
+EARLY_CHUNKS = ((64, 8), (256, 16), (1024, 32))
+
+
+class Stage(NamedTuple):
+    """The part up to `end` of every document, in chunks of one size over a cache of `cached` places."""
+
+    end: int
+    chunk: int
+    cached: int
+
+
+def plan_stages(config: Config) -> list[Stage]:
+    """The stages of a document; the last has no end and sees TTT_EVAL_SEQ_LEN tokens, its own chunk included.
+
+    The cache of any other is as long as all that lies before the stage's end.
+    """
+    most = config.ttt_eval_seq_len - config.ttt_chunk_size
+    stages = []
+    begin = 0
+    for end, chunk in EARLY_CHUNKS:
+        chunks = (min(end, most) - begin) // chunk
+        if chunk < config.ttt_chunk_size and chunks > 0:
+            begin += chunks * chunk
+            stages.append(Stage(begin, chunk, begin))
+    return [*stages, Stage(sys.maxsize, config.ttt_chunk_size, most)]
+
+
+def plan_positions(stages: list[Stage], length: int) -> list[tuple[int, Stage]]:
+    """(targets before it, stage) of every chunk of a document of `length` tokens."""
+    plan = []
+    place = 0
+    for stage in stages:
+        while place < min(stage.end, length - 1):
+            plan.append((place, stage))
+            place += stage.chunk
+    return plan
+
+
+class KeyCache:
+    """The last keys and values of every row, by visit; token p of a document lies at place p % length."""
+
+    def __init__(self, model: GPT, rows: int, stages: list[Stage], device: torch.device):
+        config = model.config
+        visits = range(len(model.routes[model.looped]))
+        heads = (config.num_kv_heads, config.model_dim // config.num_heads)
+        longest = stages[-1].cached
+        chunk = stages[-1].chunk
+
+        def make(places: int) -> list[Tensor]:
+            return [torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits]
+
+        self.keys = make(longest)
+        self.values = make(longest)
+        self.fresh_keys = make(chunk)
+        self.fresh_values = make(chunk)
+
+    def past(self, position: Tensor, previous: Tensor, stage: Stage) -> Past:
+        """What a chunk of `stage` goes on from."""
+        cached = [tuple(full[:, : stage.cached] for full in kind) for kind in (self.keys, self.values)]
+        fresh = [
+            tuple(full[:, : stage.chunk] for full in kind) for kind in (self.fresh_keys, self.fresh_values)
+        ]
+        return Past(position, previous, *cached, *fresh)
+
+    def keep(self, past: Past) -> None:
+        """Put the keys and values that a forward has left in `past` into the cache."""
+        chunk = past.fresh_keys[0].size(1)
+        places = past.position + torch.arange(chunk, device=past.position.device)
+        places = places % self.keys[0].size(1)
+        for full, fresh in zip(
+            (*self.keys, *self.values), (*past.fresh_keys, *past.fresh_values), strict=True
+        ):
+            full.index_copy_(1, places, fresh)
+
+
+# A copy is looked for by so many of the last tokens, the most first.
+DOCUMENT_ORDERS = np.array([16, 8, 5, 3, 2, 1])
+HISTORY_ORDERS = np.array([16, 10, 6])
+LONGEST_MATCH = 32
+# The class of a match by its length, 0 to LONGEST_MATCH; 0 is none.
+MATCH_CLASSES = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 24, 32], np.arange(LONGEST_MATCH + 1), "right")
+# Borders of the class of a copy by the probability that the network gives to it.
+GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
+TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
+FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
+FARTHEST_SHIFT = math.log(64.0)  # of all rates, either way
+TABLE_BITS = 22  # slots of a table of contexts, for each order
+
+
+@numba_inline
+def context_slot(tokens, end, order, slots):
+    """The slot of the `order` tokens before `end` in a table of `slots`, a power of two."""
+    code = np.uint64(order)
+    for place in range(end - order, end):
+        code = (code ^ np.uint64(tokens[place])) * np.uint64(0x9E3779B97F4A7C15)
+        code ^= code >> np.uint64(29)
+    return np.int64(code & np.uint64(slots - 1))
+
+
+@numba_inline
+def match_length(tokens, here, there, most):
+    """How many tokens before `here` are those before `there`, at most `most`."""
+    length = 0
+    while length < most and tokens[here - 1 - length] == tokens[there - 1 - length]:
+        length += 1
+    return length
+
+
+@numba_jit
+def find_in_document(tokens, first, end, orders, table, copies, lengths):
+    """For every place of a document after the first, the token after the longest match, and its length.
+
+    `table` (orders, slots) holds, by the hash of the last tokens, the place after their latest occurrence; a
+    place is entered once its own token has been looked for. What is left of other documents does not count.
+    """
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first < orders[row]:
+                continue
+            slot = context_slot(tokens, place, orders[row], table.shape[1])
+            found = table[row, slot]
+            if lengths[place] == 0 and first < found < place:
+                length = match_length(tokens, place, found, min(LONGEST_MATCH, found - first))
+                if length >= orders[row]:
+                    copies[place] = tokens[found]
+                    lengths[place] = length
+            table[row, slot] = place
+
+
+@numba_jit
+def find_in_history(tokens, first, end, orders, table, copies, lengths):
+    """As find_in_document from the documents that are entered; the length is the order of the context."""
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first < orders[row]:
+                continue
+            found = table[row, context_slot(tokens, place, orders[row], table.shape[1])]
+            if found > 0 and match_length(tokens, place, found, orders[row]) == orders[row]:
+                copies[place] = tokens[found]
+                lengths[place] = orders[row]
+                break
+
+
+@numba_jit
+def enter_contexts(tokens, first, end, orders, table):
+    """Enter a document that was scored into `table`, see find_in_document."""
+    for place in range(first + 1, end):
+        for row in range(len(orders)):
+            if place - first >= orders[row]:
+                table[row, context_slot(tokens, place, orders[row], table.shape[1])] = place
+
+
+class Copies:
+    """For every target of a batch, what followed the longest match of the tokens before it.
+
+    From its document (0) and from the documents of earlier batches (1): `tokens` and `lengths` (2, N), a
+    length of 0 where there is no match. Tokens are all that is needed, so every rank enters every batch.
+    """
+
+    def __init__(self, text: np.ndarray, which: str):
+        self.text = text
+        self.which = which
+        self.tokens = np.zeros((2, len(text)), np.uint16)
+        self.lengths = np.zeros((2, len(text)), np.uint8)
+        bits = min(TABLE_BITS, len(text).bit_length() + 1)
+        self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
+        self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
+
+    def enter(self, batches: list[np.ndarray]) -> None:
+        """Let later batches copy from the documents of `batches`."""
+        if self.which == "all":
+            for first, end in itertools.chain.from_iterable(batches):
+                enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+
+    def find(self, documents: np.ndarray) -> None:
+        """Find the copies of a batch."""
+        for first, end in documents:
+            where = (self.text, first, end)
+            if self.which != "none":
+                found = (self.tokens[0], self.lengths[0])
+                find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
+            if self.which == "all":
+                found = (self.tokens[1], self.lengths[1])
+                find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
+
+
+def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (R, K, T) of a mixture before each target, and those (R, K) after all, by Bayes' rule.
+
+    `log_p` (R, K, T) are the targets' under every expert, 0 for all where there is no target. All are
+    logarithms in fp64.
+    """
+    sums = log_weights[:, :, None] + log_p.cumsum(2)
+    before = torch.cat((log_weights[:, :, None], sums[:, :, :-1]), 2).log_softmax(1)
+    return before, sums[:, :, -1].log_softmax(1)
+
+
+def mix_copies(
+    log_p: Tensor, hit: Tensor, match: Tensor, trusts: Tensor, log_trust: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (R, T) of targets after copies have got their part, and the trust after them.
+
+    `log_p` (R, T) are those before, `hit` (R, T) says which copy is the target, `match` (R, T) is its class,
+    0 where there is none. `log_trust` (classes, G) are the weights of `trusts` (G,) by class: each hands its
+    part of the probability to the copy. A chunk counts from the next one on.
+    """
+    given = ((1 - trusts) * log_p.exp()[..., None] + trusts * hit[..., None]).clamp_min(1e-300).log()
+    mixed = torch.where(match > 0, (log_trust[match] + given).logsumexp(2), log_p)
+    # As a product, which sums in a fixed order on every device.
+    members = F.one_hot(match.flatten(), len(log_trust)).to(log_p.dtype)
+    members[:, 0] = 0
+    return mixed, (log_trust + members.T @ given.flatten(0, 1)).log_softmax(1)
+
+
+class MixedChunk(NamedTuple):
+    """A chunk of each of several documents, a row each, in host memory or on the device.
+
+    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` and
+    `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
+    """
+
+    batch: Batch
+    scored: Tensor
+    chosen: Tensor
+    places: Tensor
+    weight: Tensor
+    position: Tensor
+    previous: Tensor
+    match: Tensor
+
+
+def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
+    """`chunk` targets after the first `place` of each of the `documents` (N, 2), in `rows` rows."""
+    tokens = copies.text
+    first = documents[:, 0] + place
+    plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
+    plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
+    batch, scored, places = window_batch(tokens, plan, rows, chunk, 0)
+    goes_on = torch.zeros(rows, 1)
+    goes_on[: len(plan), 0] = torch.from_numpy((first + chunk + 1 < documents[:, 1]).astype(np.float32))
+    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    previous = torch.zeros(rows, 1, dtype=torch.int64)
+    if place > 0:
+        previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
+
+    inside = scored.numpy()
+    guesses = np.zeros((2, *inside.shape), np.int64)
+    guesses[:, inside] = copies.tokens[:, places.numpy()]
+    match = np.zeros((2, *inside.shape), np.int64)
+    match[:, inside] = MATCH_CLASSES[copies.lengths[:, places.numpy()]]
+    return MixedChunk(
+        batch._replace(guesses=torch.from_numpy(guesses)),
+        scored,
+        scored.flatten().nonzero()[:, 0],
+        places,
+        weight,
+        torch.tensor(place),
+        previous,
+        torch.from_numpy(match),
+    )
+
+
+def give_back(log_weights: Tensor, log_prior: Tensor, share: float) -> Tensor:
+    """The weights with a share from the prior, in logarithms (fixed share): none is ever lost."""
+    return torch.lerp(log_weights.exp(), log_prior.exp(), share).log()
+
+
+class Weights(NamedTuple):
+    """Logarithms, fp64: the prior (K,) of the adapters in a document, the trust (2, classes, G) in copies.
+
+    `shift` () is that of the factor on all rates.
+    """
+
+    adapters: Tensor
+    trust: Tensor
+    shift: Tensor
+
+
+class Mixer:
+    """The weights of adapters and of copies: one batch at a time, handed on within a stream.
+
+    `rates` (K,) fp64 are those of the adapters. All of them move together, batch by batch, to where the
+    weights are: their geometric mean goes to the rate that was found best.
+    """
+
+    def __init__(self, config: Config, rates: Tensor):
+        device = rates.device
+        learns = rates > 0
+        self.rates = rates
+        self.log_rates = torch.where(learns, rates, 1.0).log()
+        self.learns = learns.double()
+        self.share = config.ttt_mixture_share
+        self.carry = config.ttt_mixture_carry
+        self.borders = torch.tensor(GUESS_BORDERS, dtype=torch.float64, device=device).log()
+        uniform = torch.zeros_like(rates).log_softmax(0)
+        classes = 1 + int(MATCH_CLASSES.max()) * (len(GUESS_BORDERS) + 1)
+        self.trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
+        self.first_trust = (-FIRST_DOUBT * self.trusts).log_softmax(0).repeat(2, classes, 1)
+        self.streams = [Weights(uniform, self.first_trust, rates.new_zeros(()))] * STREAMS
+
+    def open(self, stream: int, rows: int) -> None:
+        """Begin a batch of `rows` documents of `stream`."""
+        self.prior, self.trust, self.shift = self.streams[stream]
+        self.within = self.prior.repeat(rows, 1)
+
+    def mix(self, log_p: Tensor, chunk: MixedChunk) -> Tensor:
+        """Log-probabilities (R, T) of the targets of a chunk; what they teach counts from the next one on.
+
+        `log_p` (3, R, K, T) in fp64 are those of targets and copies under every adapter.
+        """
+        scored = chunk.scored
+        before, after = mix_experts(self.within, log_p[0] * scored[:, None])
+        mixed, *guessed = (before + log_p).logsumexp(2)
+        learnt = []
+        for source, guess in enumerate(guessed):
+            likely = torch.bucketize(guess, self.borders)
+            match = chunk.match[source]
+            match = (match > 0) * (1 + (match - 1) * (len(self.borders) + 1) + likely)
+            hit = chunk.batch.guesses[source] == chunk.batch.targets
+            mixed, trust = mix_copies(mixed, hit, match, self.trusts, self.trust[source])
+            learnt.append(trust)
+        self.trust = give_back(torch.stack(learnt), self.first_trust, self.share)
+        goes_on = scored.any(1, keepdim=True)
+        self.within = torch.where(goes_on, give_back(after, self.prior, self.share), after)
+        return mixed
+
+    def close(self, stream: int, documents: int) -> None:
+        """End the batch, of which the first rows had `documents`."""
+        ended = self.within[:documents].exp().mean(0)
+        prior = torch.lerp(self.prior.exp(), ended, self.carry).log()
+        count = self.learns.sum().clamp_min(1)
+        found = ended * self.learns
+        away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
+        shift = (self.shift + self.carry * away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
+        self.streams[stream] = Weights(prior, self.trust, shift)
+
+
+class Mixture:
+    """The experts of one rank: adapters with their caches, copies, and what mixes them."""
+
+    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
+        config = run.config
+        self.run = run
+        self.forward = forward
+        self.tally = tally
+        rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
+        self.count = len(rates)
+        self.rows = config.ttt_batch_size
+        rows = self.rows * self.count
+        self.stages = plan_stages(config)
+        self.lora = LoRA(config, rows, run.device)
+        self.cache = KeyCache(model, rows, self.stages, run.device)
+        self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
+        self.mixer = Mixer(config, torch.tensor(rates, dtype=torch.float64, device=run.device))
+
+    def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
+        """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
+        longest = [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches]
+        dealt = deal_batches(self.run.config, longest)
+        mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
+        entered = 0
+        for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
+            self.copies.enter(batches[entered:place])
+            entered = place
+            self.copies.find(batches[place])
+            self.mixer.open(stream, self.rows)
+            self.score_batch(batches[place], first_seed + place)
+            self.mixer.close(stream, len(batches[place]))
+        self.copies.enter(batches[entered:])
+
+    def score_batch(self, documents: np.ndarray, seed: int) -> None:
+        """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
+        config = self.run.config
+        self.lora.reset(seed)
+        optimizer = torch.optim.AdamW(
+            self.lora.parameters(),
+            lr=1.0,  # each row goes a part of the way, see learn
+            betas=(config.ttt_beta1, config.ttt_beta2),
+            eps=1e-10,
+            weight_decay=config.ttt_weight_decay,
+            fused=True,  # on a CPU too: a step moves more than it computes
+        )
+        rates = self.mixer.rates * self.mixer.shift.exp()
+        part = rates.float().repeat(self.rows).view(1, -1, 1, 1)
+        plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
+        for number, (place, stage) in enumerate(plan):
+            chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
+            losses, past = self.run_chunk(chunk, stage)
+            scores = self.mixer.mix(-losses.detach().double(), chunk)
+            self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
+            self.cache.keep(past)
+            if number + 1 < len(plan):
+                (losses[0] * chunk.weight[:, None]).sum().backward()
+                self.learn(optimizer, part)
+
+    def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
+        """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
+        count = self.count
+        batch = chunk.batch
+        past = self.cache.past(chunk.position, chunk.previous.repeat_interleave(count, 0), stage)
+        rows = Batch(
+            batch.inputs.repeat_interleave(count, 0),
+            batch.targets.repeat_interleave(count, 0),
+            past=past,
+            guesses=batch.guesses.repeat_interleave(count, 1),
+        )
+        return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
+
+    @torch.no_grad()
+    def learn(self, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
+        """One step of AdamW at rate 1, of which each row goes a part: its rate, `part` (1, R K, 1, 1)."""
+        parameters = list(self.lora.parameters())
+        before = [parameter.clone() for parameter in parameters]
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old.lerp_(parameter, part))
+
+
+def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+    """Score documents by a mixture of experts; between phases all weights learn as in doc_lora.
+
+    `forward` takes adapters and caches, `model` learns (see Learner).
+    """
+    mixture = Mixture(run, model, forward, tally)
+    score_phases(run, model, tally, mixture.score_phase)
 
 
 # === TRAIN ===
@@ -7238,6 +7782,8 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
         modes["sliding"] = functools.partial(score_sliding, run, forward, config.eval_stride)
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
         modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
+    elif config.ttt_enabled and config.ttt_mode == "mixture":
+        modes["ttt"] = functools.partial(score_mixture, run, forward, forward)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
@@ -7473,9 +8019,10 @@ def warn_of_unread_settings(run: Run) -> None:
                 "it changes nothing"
             )
     reader = {field.name.upper(): field.metadata["meaning"].split(": ")[0] for field in fields}
-    others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora"} - {config.quantizer, config.ttt_mode}
+    others = {"sdclip", "rate_distortion", "chunk_sgd", "doc_lora", "mixture"}
+    others -= {config.quantizer, config.ttt_mode}
     for name in config.overrides():
-        if reader[name] in others:
+        if set(reader[name].split(", ")) <= others:
             run.log(f"warning: {name} is set, but only {reader[name]} reads it; it changes nothing")
 
 

@@ -28,6 +28,14 @@ TOKENS = 800
 POSITIONS = 1
 PLAIN = {"TTT_ENABLED": False, "SLIDING_WINDOW_ENABLED": False}
 CHUNKS = {"TTT_MODE": "chunk_sgd", "SLIDING_WINDOW_ENABLED": False, "TTT_LR": 0.05}
+MIXTURE = {
+    "TTT_MODE": "mixture",
+    "SLIDING_WINDOW_ENABLED": False,
+    "PHASED_TTT_NUM_PHASES": 0,
+    "TTT_LORA_LR": 0.01,
+    "TTT_MIXTURE_RATES": "0,1,4",
+    "TTT_CHUNK_SIZE": 16,
+}
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
 CLOCK = [
     ("start", 0.0),
@@ -128,6 +136,40 @@ def test_chunk_sgd_passes_every_probe(folder):
     evidence = {f"{row.group}: {row.probe}": row for row in report.rows}
     assert evidence["documents apart: ttt: previous document replaced"].holds
     assert " 0 updates" not in evidence["score before update: ttt: records and updates"].evidence
+
+
+def test_a_mixture_of_experts_passes_every_probe(folder):
+    report = probed(folder, **MIXTURE)
+    assert not report.violations and report.legal
+    evidence = {f"{row.group}: {row.probe}": row for row in report.rows}
+    for probe in (
+        "documents apart: ttt: previous document replaced",
+        "normalised: ttt: entry of the true token",
+    ):
+        assert evidence[probe].holds, probe
+    assert " 0 updates" not in evidence["score before update: ttt: records and updates"].evidence
+
+
+def test_a_copy_that_has_seen_its_target_is_named(folder, monkeypatch):
+    def find(copies, documents):
+        for first, end in documents:
+            copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
+            copies.lengths[0, first + 1 : end] = 32
+
+    monkeypatch.setattr(t.Copies, "find", find)
+    assert "causal: ttt: token itself replaced" in broken(probed(folder, **MIXTURE))
+
+
+def test_weights_that_know_the_target_are_named(folder, monkeypatch):
+    real = t.mix_experts
+
+    def too_late(log_weights, log_p):
+        before, after = real(log_weights, log_p)
+        return torch.cat((before[:, :, 1:], after[:, :, None]), 2), after
+
+    monkeypatch.setattr(t, "mix_experts", too_late)
+    wrong = broken(probed(folder, **MIXTURE))
+    assert {"normalised: ttt: entry of the true token", "normalised: ttt: sums to 1"} & wrong
 
 
 def test_what_cannot_be_measured_is_said(folder):

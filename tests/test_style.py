@@ -29,6 +29,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
+    "MIXTURE",
     "TRAIN",
     "PREFLIGHT",
     "MAIN",
