@@ -138,6 +138,7 @@ def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank
     facts, graphs, read = {}, [], []
     manifest = {"model": settings.chosen("Model"), "looped": False}
     monkeypatch.setattr(t, "decode_artifact", lambda path: (manifest, {}, "digest"))
+    monkeypatch.setattr(t, "check_tensors", lambda *_: None)
     monkeypatch.setattr(t, "assemble_weights", lambda table, tensors: weights)
     monkeypatch.setattr(t, "load_validation", lambda data: read.append(1) or validation_of(tokens))
     monkeypatch.setattr(t, "record_stage", lambda run, stage, values: facts.update(values))
