@@ -157,7 +157,7 @@ def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
     dataset = tmp_path / "dataset"  # a short validation text: the interpreter takes a millisecond per row
     shutil.copytree(settings["DATASETS_DIR"], dataset)
     write_shard(
-        dataset / "fineweb_val_000000.bin", t.read_shard(dataset / "fineweb_val_000000.bin")[:500].copy()
+        dataset / "fineweb_val_000000.bin", t.read_shard(dataset / "fineweb_val_000000.bin")[:200].copy()
     )
     short = settings | {
         "DATASETS_DIR": str(dataset),
@@ -166,7 +166,8 @@ def test_the_packed_script_runs_alone_with_a_triton_kernel(settings, tmp_path):
         "NUM_LAYERS": "1",
         "NUM_LOOPS": "0",
         "GPTQ_CALIBRATION_BATCHES": "1",
-        "TRAIN_BATCH_TOKENS": "256",
+        "TRAIN_BATCH_TOKENS": "64",
+        "TRAIN_SEQ_LEN": "8",
         "WARMUP_STEPS": "0",
         "EVAL_PREQUANT": "0",
         "SLIDING_WINDOW_ENABLED": "0",
