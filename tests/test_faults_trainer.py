@@ -23,7 +23,7 @@ from data.shards import BOS, train_tokenizer, write_shard
 from helpers import ROOT
 from helpers.processes import run_python
 from helpers.run_folders import original
-from helpers.trainer import VALIDATION, environment, launch, replace, sentences
+from helpers.trainer import RANK, TRAINER, VALIDATION, environment, launch, replace, sentences
 
 SMALL = {"ITERATIONS": "3", "SLIDING_WINDOW_ENABLED": "0", "TTT_ENABLED": "0", "RUN_ID": "one"}
 
@@ -181,7 +181,8 @@ def go_on(message: str) -> str:
     variables = dict(word.split("=", 1) for word in assignments)
     program, *arguments = words[len(assignments) :]
     assert Path(program).resolve() == Path(sys.executable).resolve()
-    result = run_python(arguments, environment(variables), folder=Path.cwd())
+    assert [Path(word).resolve() for word in arguments] == [TRAINER]
+    result = run_python(["-c", RANK], environment(variables), folder=Path.cwd())
     assert result.returncode == 0, result.stdout + result.stderr
     assert "\nfinal val_loss:" in result.stdout and "step:" not in result.stdout
     return result.stdout

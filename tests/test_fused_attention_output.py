@@ -168,7 +168,7 @@ def test_one_dynamic_graph_serves_every_length(config, changes, fused):
     model = make(config, fused=fused)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
-    for length in (4, 5, 7):
+    for length in (4, 7):
         batch = tokens(config, rows=2, length=length)
         assert torch.allclose(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

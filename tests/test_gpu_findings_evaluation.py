@@ -134,7 +134,7 @@ def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank
     run.folder = tmp_path
     built = t.build(run)
     weights = {name: weight.clone() for name, weight in built.model.state_dict().items()}
-    tokens = text([1, 1, 2, 90, 17, 64, 33, 3, 120, 8, 47, 70, 15, 16, 48, 31, 100, 65, 5, 140, 29])
+    tokens = text([1, 1, 2, 60, 17, 64, 33, 3, 90, 8, 47, 40, 15, 16, 48, 31, 50, 65, 5, 80, 29])
     facts, graphs, read = {}, [], []
     manifest = {"model": settings.chosen("Model"), "looped": False}
     monkeypatch.setattr(t, "decode_artifact", lambda path: (manifest, {}, "digest"))

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import train_gpt as t
-from helpers import ROOT
 from helpers.processes import run_python
-from helpers.trainer import environment, launch, replace
+from helpers.trainer import TRAINER, environment, launch, replace
+
+# What --preflight does.
+REPORT = "import os, train_gpt as t; t.report_machine(t.Config.from_env(os.environ))"
 
 
 @pytest.fixture
@@ -77,9 +79,8 @@ def test_a_run_with_a_broken_nvidia_smi_goes_on(settings, tmp_path, monkeypatch)
 
 def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
     cache = tmp_path / "cache"
-    command = [ROOT / "train_gpt.py", "--preflight"]
     values = environment(settings | {"COMPILE_CACHE": str(cache), "MAX_WALLCLOCK_SECONDS": "100"})
-    done = run_python(command, values, folder=tmp_path)
+    done = run_python([TRAINER, "--preflight"], values, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("preflight ")]
     assert [line.split(":")[0].removeprefix("preflight ") for line in lines] == [
@@ -97,7 +98,7 @@ def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
 
 
 def test_two_ranks_report_once_and_stop_their_sample_together(settings, tmp_path):
-    done = run_python([ROOT / "train_gpt.py", "--preflight"], environment(settings), ranks=2)
+    done = run_python(["-c", REPORT], environment(settings), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("preflight all-reduce: ") == 1 and " GB/s over 2 ranks" in done.stdout
     assert done.stdout.count("preflight steps: ") == 1
