@@ -21,16 +21,19 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     RESIDUAL     those that join the residual stream from visit to visit
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     ATTENTION    its backends, and the trial that chooses one
-    MODEL        adapters, the one forward
+    ADAPTERS     what calibration and adapters may see of a forward, and add to it
+    MODEL        the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
     MIXTURE      a mixture of causal experts over cached keys and values
+    BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
     PREFLIGHT    what cannot work is refused in the first seconds; what the machine will give
-    MAIN         stages
+    STAGES       train, quantise, evaluate; the summary of a run
+    MAIN         what a run says of itself, how it starts and how it ends
 
 Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
@@ -3879,12 +3882,10 @@ def pick_attention(config: Config, run: Run) -> Attend:
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
-# === MODEL ===
-# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
-# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
-# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
-# `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
-# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
+# === ADAPTERS ===
+# In: the sites of a forward (the products of its matrices) and an adapter or a tap. Out: `Hooks`, which the
+# forward calls at every site, and `Shared`, what all visits of one forward have in common. A reader may add
+# an adapter of another form: it gives each site a change of its product.
 
 
 class LoRA(nn.Module):
@@ -3976,6 +3977,14 @@ class Shared(NamedTuple):
     x0: Tensor  # the embedding (B, T, D), to which every layer may return
     batch: Batch
     hooks: Hooks
+
+
+# === MODEL ===
+# In: an attention backend and a Batch of token ids. Out: the loss in nats of every target. One forward serves
+# training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
+# lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
+# `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
+# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
 
 
 def is_serial(visit: Visit) -> bool:
@@ -6740,12 +6749,10 @@ def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], ta
     score_phases(run, model, tally, mixture.score_phase)
 
 
-# === TRAIN ===
-# In: the data and a freshly built model. Out: checkpoint.pt in the run folder with the averaged weights. The
-# clock starts after `warm_up` and stops at MAX_WALLCLOCK_SECONDS less the reserve for calibration; everything
-# that follows the progress of the run (learning rate, loops, weight decay) reads one number between 0 and 1.
-# A killed run goes on from its last checkpoint with the same data and the same schedule. What happens in one
-# step is `train_step`.
+# === BUILD ===
+# In: the settings. Out: `Built`, the model with its first weights and its forward, compiled where that pays,
+# and `train_step`, what happens in one step of training. A reader may change what is compiled
+# (`choose_compile`) or captured as a CUDA graph (`LearnGraphs`).
 
 
 class Built(NamedTuple):
@@ -6936,6 +6943,14 @@ def train_step(
         muon_weight_decay(config, progress),
     )
     return total
+
+
+# === TRAIN ===
+# In: the data and a freshly built model. Out: checkpoint.pt in the run folder with the averaged weights. The
+# clock starts after `warm_up` and stops at MAX_WALLCLOCK_SECONDS less the reserve for calibration; everything
+# that follows the progress of the run (learning rate, loops, weight decay) reads one number between 0 and 1.
+# A killed run goes on from its last checkpoint with the same data and the same schedule. What happens in one
+# step is `train_step`.
 
 
 class Agreement:
@@ -7662,7 +7677,7 @@ def report_machine(config: Config) -> None:
     run.close()
 
 
-# === MAIN ===
+# === STAGES ===
 # The stages train -> quantise -> evaluate, each of which leaves its result in the run folder and its facts in
 # stages.json, from which `summarize` makes summary.json. Whatever can be refused is refused by `preflight`,
 # in the first seconds.
@@ -7977,6 +7992,11 @@ def describe_score(
         f"final val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f} total_bytes:{total_bytes} "
         f"train_time:{train_seconds:.1f}s eval_time:{eval_seconds:.1f}s"
     )
+
+
+# === MAIN ===
+# In: the environment. Out: a finished run, or one line that says what stopped it and, once training is done,
+# the command that goes on (`describe_saved`). `run_stages` has the order in which everything happens.
 
 
 def pairs(values: Mapping[str, Any], mark: str) -> str:

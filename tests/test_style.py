@@ -23,6 +23,7 @@ SECTIONS = [
     "RESIDUAL",
     "TOPOLOGY",
     "ATTENTION",
+    "ADAPTERS",
     "MODEL",
     "OPTIMIZERS",
     "QUANTIZE",
@@ -30,8 +31,10 @@ SECTIONS = [
     "EVALUATE",
     "ADAPTATION",
     "MIXTURE",
+    "BUILD",
     "TRAIN",
     "PREFLIGHT",
+    "STAGES",
     "MAIN",
 ]
 SCREEN = 60  # lines
