@@ -22,8 +22,7 @@ import environment
 environment.enter()
 import argparse
 import time
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -31,6 +30,7 @@ import numpy as np
 
 from data.documents import DataError
 from data.fast_tokenizer import load_model
+from data.jit import compiled
 from data.options import Parser
 from data.shards import BOS, ShardError, read_shard
 
@@ -94,16 +94,6 @@ def _fill(allowed, tokens, steps, scores, left, right, joined):
             allowed[first, second] = good
 
 
-@cache
-def _filler() -> Callable:
-    import numba  # not at the top: slow to load
-
-    try:
-        return numba.njit(cache=True)(_fill)
-    except RuntimeError:
-        return numba.njit(_fill)
-
-
 def canonical_table(path: Path) -> np.ndarray:
     """(V, V) bool: whether the tokenizer in `path` can emit token b (column) after token a (row).
 
@@ -127,7 +117,7 @@ def canonical_table(path: Path) -> np.ndarray:
             free.append(token)
     table = np.zeros((len(model.pieces),) * 2, dtype=bool)
     tokens = np.array(sorted(traces), dtype=np.int64)
-    _filler()(table, tokens, *_arrays(len(model.pieces), traces, merged))
+    compiled(_fill)(table, tokens, *_arrays(len(model.pieces), traces, merged))
     live = np.zeros(len(model.pieces), dtype=bool)
     live[[*traces, *free]] = True
     table[free, :] |= live

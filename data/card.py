@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.shards import checksum, read_json_object, sha256_file, write_text
+from data.shards import checksum, read_json_object, sha256_file, write_json, write_text
 
 CARD, PROOF, MANIFEST = "card.md", "proof.json", "manifest.json"
 FORMAT, PROOF_FORMAT = "parameter-golf-dataset/1", "parameter-golf-proof/1"
@@ -33,7 +33,7 @@ def write_proof(folder: Path, report: dict) -> None:
     proof = {"format": PROOF_FORMAT, "manifest_sha256": sha256_file(folder / MANIFEST)}
     proof |= {name: report[name] for name in REPORTED if name in report}
     proof["checksum"] = checksum(proof)
-    write_text(folder / PROOF, json.dumps(proof, indent=1) + "\n")
+    write_json(folder / PROOF, proof)
     write_card(folder, read_json_object(folder / MANIFEST), proof)
 
 

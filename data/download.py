@@ -24,8 +24,6 @@ import environment
 environment.enter()
 import argparse
 import functools
-import json
-import os
 import re
 import shutil
 import time
@@ -54,13 +52,12 @@ from data.hub import (
     explain,
     hf_hub_download,
     intact,
-    list_cached,
-    list_remote,
+    list_files,
     patiently,
     place,
 )
 from data.options import Parser
-from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file, write_text
+from data.shards import BOS, UNFINISHED, ShardError, read_json_object, read_shard, sha256_file, write_json
 from data.stream import REPOSITORY as OFFICIAL
 from data.stream import store_documents
 
@@ -439,9 +436,7 @@ def write_manifest(dataset: Dataset, plan: Plan, out: Path) -> dict:
     if sums["val_bytes"]:
         manifest |= {"val_sidecar": True, "val_sidecar_bytes": sums["bytes"]}
     manifest["checksum"] = manifest_checksum(manifest)
-    temporary = target / ".manifest.json"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, target / "manifest.json")
+    write_json(target / MANIFEST, manifest)
     return manifest
 
 
@@ -486,10 +481,7 @@ def download(
         if reason:
             print(f"{dataset.name}: {target} is not complete: {reason}", flush=True)
         progress = Progress(dataset.name, 0)
-        if constants.is_offline_mode():
-            commit, entries = list_cached(dataset.repository, revision)
-        else:
-            commit, entries = list_remote(dataset.repository, revision, progress)
+        commit, entries = list_files(dataset.repository, revision, progress)
         plan = make_plan(dataset, commit, entries, train_shards, out)
         check_disk(dataset.repository, plan, out)
         progress.total = sum(item.entry.size for item in plan.wanted)
@@ -599,10 +591,7 @@ def download_published(
         progress = Progress(repository, 0)
         if reason:
             progress.say(f"{target} is not complete: {reason}")
-        listing = (
-            list_cached if constants.is_offline_mode() else functools.partial(list_remote, progress=progress)
-        )
-        commit, entries = listing(repository, revision)
+        commit, entries = list_files(repository, revision, progress)
         fetched = _published_manifest(repository, commit, entries, progress)
         manifest = read_json_object(fetched)
         plan = plan_published(repository, commit, entries, manifest, train_shards, out)
@@ -617,7 +606,7 @@ def download_published(
             place(fetched, target / MANIFEST)
         else:
             manifest = _reduced(manifest, kept, repository, plan)
-            write_text(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_json(target / MANIFEST, manifest)
             (target / PROOF).unlink(missing_ok=True)
         (target / UNFINISHED).unlink()
         progress.say(f"{progress.fetched / 1e9:.2f} GB fetched, all sizes and checksums right")

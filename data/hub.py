@@ -181,6 +181,13 @@ def list_cached(repository: str, revision: str) -> tuple[str, list[Entry]]:
     return snapshots[-1].commit_hash, [entry for entry in files if DIGEST.fullmatch(entry.digest)]
 
 
+def list_files(repository: str, revision: str, progress: Progress) -> tuple[str, list[Entry]]:
+    """The same from the hub, or from the cache alone if HF_HUB_OFFLINE is set."""
+    if constants.is_offline_mode():
+        return list_cached(repository, revision)
+    return list_remote(repository, revision, progress)
+
+
 def digest_like(path: Path, like: str) -> str:
     """sha256 of a file, or its git blob id where the hub publishes that."""
     if len(like) == 64:

@@ -24,7 +24,6 @@ import environment
 environment.enter()
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -72,7 +71,7 @@ from data.shards import (
     read_shard,
     sha256_file,
     train_tokenizer,
-    write_text,
+    write_json,
 )
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -99,11 +98,6 @@ LONGEST_SENTENCE = 4192
 ENOUGH_TO_JUDGE = 1000
 # The count in a shard's header is an int32.
 MOST_SHARD_TOKENS = 2**31 - 1
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that the file is either the old or the new one, whatever happens."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 # === PROGRESS ===

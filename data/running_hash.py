@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from functools import cache
 
 import numpy as np
+
+from data.jit import compiled
 
 BLOCK = 64
 # FIPS 180-4: the constants are fractions of the cube roots of the first 64 primes (section 4.2.2), the start
@@ -29,17 +29,6 @@ def _root_fraction(prime: int, power: int) -> int:
 
 ROUNDS = np.array([_root_fraction(prime, 3) for prime in PRIMES], dtype=np.uint32)
 START = np.array([_root_fraction(prime, 2) for prime in PRIMES[:8]], dtype=np.uint32)
-
-
-@cache
-def _compiled() -> Callable:
-    """`_compress` compiled, and kept on disk where numba finds a place for it."""
-    import numba  # not at the top: slow to load, and used only where a hash must survive its process
-
-    try:
-        return numba.njit(cache=True)(_compress)
-    except RuntimeError:
-        return numba.njit(_compress)
 
 
 def _compress(state, words, rounds):
@@ -90,7 +79,7 @@ class RunningSha256:
 
     def _take(self, blocks: bytes) -> None:
         words = np.frombuffer(blocks, dtype=">u4").astype(np.uint32).reshape(-1, 16)
-        _compiled()(self._words, words, ROUNDS)
+        compiled(_compress)(self._words, words, ROUNDS)
 
     def state(self) -> dict:
         """What has been taken in, as JSON values."""

@@ -94,6 +94,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that the file is either the old or the new one, whatever happens."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in blocks."""
     with open(path, "rb") as file:

@@ -29,8 +29,7 @@ from data.hub import (
     hf_hub_download,
     hf_hub_url,
     http_get,
-    list_cached,
-    list_remote,
+    list_files,
     patiently,
     place,
 )
@@ -147,8 +146,7 @@ def documents_of(name: str) -> RemoteFile:
 
 def find_documents(repository: str, revision: str, progress: Progress) -> tuple[RemoteFile, Path]:
     """The documents of a repository, and where their manifest is in the cache; DownloadError if they lack."""
-    listing = list_cached(repository, revision) if constants.is_offline_mode() else None
-    commit, entries = listing or list_remote(repository, revision, progress)
+    commit, entries = list_files(repository, revision, progress)
     by_path = {entry.path: entry for entry in entries}
     paths = sorted(
         (path for path in by_path if PurePosixPath(path).name == DOCUMENTS), key=lambda path: path.count("/")
