@@ -6029,6 +6029,11 @@ def schedule_documents(config: Config, lengths: np.ndarray) -> list[list[np.ndar
     return [batches[first:end] for first, end in itertools.pairwise(cuts) if first < len(batches)]
 
 
+def longest_document(documents: np.ndarray) -> int:
+    """The tokens of the longest of `documents` (N, 2)."""
+    return int((documents[:, 1] - documents[:, 0]).max())
+
+
 def deal_batches(config: Config, longest: Sequence[int]) -> list[list[int]]:
     """The places of the batches of documents that each stream takes: always the one with the least work.
 
@@ -6062,19 +6067,33 @@ class ChunkBatch(NamedTuple):
     weight: Tensor
 
 
-def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int, rows: int) -> ChunkBatch:
-    """Window number `chunk` of each plan in `rows` rows; a row is empty where a plan has ended or none is.
+def learning_weight(scored: Tensor, goes_on: np.ndarray) -> Tensor:
+    """What each loss (B, T) counts in what is learnt: documents that go on (N,) learn the mean of theirs."""
+    learns = torch.zeros(len(scored), 1)
+    learns[: len(goes_on), 0] = torch.from_numpy(goes_on.astype(np.float32))
+    return scored * learns / scored.sum(1, keepdim=True).clamp_min(1)
 
-    Documents that have a later chunk learn the mean of this one's losses.
-    """
+
+def chunk_batch(tokens: np.ndarray, plans: list[np.ndarray], chunk: int, rows: int) -> ChunkBatch:
+    """Window number `chunk` of each plan in `rows` rows; a row is empty where a plan has ended or none is."""
     ended = np.zeros(3, np.int64)
     plan = np.stack([windows[chunk] if chunk < len(windows) else ended for windows in plans])
     context = max(SHORTEST_CONTEXT, int((plan[:, 1] - plan[:, 0]).max()) - 1)
     batch, scored, places = window_batch(tokens, plan, rows, context, packed=0)
-    goes_on = torch.zeros(rows, 1)
-    goes_on[: len(plans), 0] = torch.tensor([float(chunk + 1 < len(windows)) for windows in plans])
-    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    weight = learning_weight(scored, np.array([chunk + 1 < len(windows) for windows in plans]))
     return ChunkBatch(batch, scored.flatten().nonzero()[:, 0], places, weight)
+
+
+def adapter_optimizer(config: Config, lora: LoRA, rate: float, fused: bool) -> torch.optim.Optimizer:
+    """AdamW as the published adapters have it (#1530)."""
+    return torch.optim.AdamW(
+        lora.parameters(),
+        lr=rate,
+        betas=(config.ttt_beta1, config.ttt_beta2),
+        eps=1e-10,
+        weight_decay=config.ttt_weight_decay,
+        fused=fused,
+    )
 
 
 def adapt_documents(
@@ -6095,14 +6114,7 @@ def adapt_documents(
     if lora is None:
         lora = LoRA(config, rows, run.device)
     lora.reset(seed)
-    optimizer = torch.optim.AdamW(
-        lora.parameters(),
-        lr=config.ttt_lora_lr,
-        betas=(config.ttt_beta1, config.ttt_beta2),
-        eps=1e-10,
-        weight_decay=config.ttt_weight_decay,
-        fused=run.is_cuda,
-    )
+    optimizer = adapter_optimizer(config, lora, config.ttt_lora_lr, run.is_cuda)
     plans = []
     for first, end in documents:
         plans.append(first + plan_chunks(end - first, config.ttt_eval_seq_len, config.ttt_chunk_size))
@@ -6137,7 +6149,7 @@ def adapt_phase(
     With TTT_WARM_START_A a batch starts from the A of the stream's batch before it, if that was full (#1787).
     """
     config = run.config
-    dealt = deal_batches(config, [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches])
+    dealt = deal_batches(config, list(map(longest_document, batches)))
     mine = [(place, turn) for stream in run.streams for turn, place in enumerate(dealt[stream])]
     kept = False
     for place, turn in run.progress(f"val:ttt phase {phase + 1}", mine):
@@ -6559,9 +6571,7 @@ def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, ch
     plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
     plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
     batch, scored, places = window_batch(tokens, plan, rows, chunk, 0)
-    goes_on = torch.zeros(rows, 1)
-    goes_on[: len(plan), 0] = torch.from_numpy((first + chunk + 1 < documents[:, 1]).astype(np.float32))
-    weight = scored * goes_on / scored.sum(1, keepdim=True).clamp_min(1)
+    weight = learning_weight(scored, first + chunk + 1 < documents[:, 1])
     previous = torch.zeros(rows, 1, dtype=torch.int64)
     if place > 0:
         previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
@@ -6678,8 +6688,7 @@ class Mixture:
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
         """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
-        longest = [int((documents[:, 1] - documents[:, 0]).max()) for documents in batches]
-        dealt = deal_batches(self.run.config, longest)
+        dealt = deal_batches(self.run.config, list(map(longest_document, batches)))
         mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
         entered = 0
         for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
@@ -6693,19 +6702,13 @@ class Mixture:
 
     def score_batch(self, documents: np.ndarray, seed: int) -> None:
         """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
-        config = self.run.config
         self.lora.reset(seed)
-        optimizer = torch.optim.AdamW(
-            self.lora.parameters(),
-            lr=1.0,  # each row goes a part of the way, see learn
-            betas=(config.ttt_beta1, config.ttt_beta2),
-            eps=1e-10,
-            weight_decay=config.ttt_weight_decay,
-            fused=True,  # on a CPU too: a step moves more than it computes
-        )
+        # Each row goes a part of a step at rate 1, see learn. Fused on a CPU too: a step moves more than it
+        # computes.
+        optimizer = adapter_optimizer(self.run.config, self.lora, 1.0, fused=True)
         rates = self.mixer.rates * self.mixer.shift.exp()
         part = rates.float().repeat(self.rows).view(1, -1, 1, 1)
-        plan = plan_positions(self.stages, int((documents[:, 1] - documents[:, 0]).max()))
+        plan = plan_positions(self.stages, longest_document(documents))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
             losses, past = self.run_chunk(chunk, stage)
