@@ -6,8 +6,8 @@
 
 DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with
 STAGE=train and the settings below: the contest's model with fewer layers, no loops and short contexts (unless
-asked for); 8.9 M parameters. bfloat16 is twice as fast on a CPU with AVX512-BF16, and slower on one without. Few layers that are wide, and a small vocabulary, see the most
-tokens per second on a CPU.
+asked for); 8.9 M parameters. Few layers that are wide, and a small vocabulary, see the most tokens per second
+on a CPU. bfloat16 is twice as fast on a CPU with AVX512-BF16, and slower on one without.
 --quick: half a minute. A second call with the same arguments does nothing: the finished training is on disk.
 """
 
