@@ -2009,6 +2009,46 @@ def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
 
 
+@triton_jit
+def tile_place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of this program's tile.
+
+    Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a and
+    of b, so that L2 serves them.
+    """
+    tile = tl.program_id(0)
+    across = tl.cdiv(columns, BLOCK_N)
+    band = tile // (GROUP * across) * GROUP
+    within = tile % (GROUP * across)
+    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
+    return (band + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton_jit
+def multiply_tile(
+    a,
+    b,
+    matrix,
+    row,
+    column,
+    depth,
+    STRAIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of a b or, unless STRAIGHT, of a b^T, in fp32."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
+        if STRAIGHT:
+            right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
+        total = tl.dot(left, right, total)
+    return total
+
+
 # Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
 # meets all kinds of lengths, and would build a kernel again for each on its clock.
 @triton_jit(do_not_specialize=["rows"])
@@ -2032,27 +2072,10 @@ def gemm_kernel(
     BACKWARD: tl.constexpr = MODE == "times_slope" or MODE == "times_input"
     SYMMETRIC: tl.constexpr = MODE == "gram" or MODE == "polynomial"
 
-    # Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a
-    # and of b, so that L2 serves them.
-    tile = tl.program_id(0)
     matrix = tl.program_id(1)
-    across = tl.cdiv(columns, BLOCK_N)
-    band = tile // (GROUP * across) * GROUP
-    within = tile % (GROUP * across)
-    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
-    row = (band + within % height) * BLOCK_M
-    column = within // height * BLOCK_N
-
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     if not SYMMETRIC or row <= column:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
-            if BACKWARD:
-                right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
-            total = tl.dot(left, right, total)
-
+        total = multiply_tile(a, b, matrix, row, column, depth, BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K)
         if BACKWARD or MODE == "polynomial":
             other = aux.load([matrix, row, column]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if MODE == "polynomial":
@@ -2081,6 +2104,13 @@ def gemm_tile(mode: str, dtype: torch.dtype) -> tuple[int, int, int]:
     if dtype == torch.float32:
         return 128, 128, 32
     return 128, 128 if mode in ("gram", "polynomial") else 256, 64
+
+
+def tile_options(a: Tensor) -> dict[str, int]:
+    """How a kernel with multiply_tile is launched."""
+    # In shared memory smaller than an H100's, half the stages have to do.
+    large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
+    return {"GROUP": 8, "num_warps": 8, "num_stages": 4 if large else 2}
 
 
 def describe_tiles(matrices: Tensor, height: int, width: int) -> Any:
@@ -2118,8 +2148,6 @@ def gemm(
     align = 16 // a.element_size()
     out = torch.empty((matrices, rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
     kept = torch.empty_like(out) if aux is None else aux
-    # In shared memory smaller than an H100's, half the stages have to do.
-    large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
     gemm_kernel[-(-rows // height) * -(-columns // width), matrices](
         describe_tiles(a, height, inner),
         describe_tiles(b, inner, width) if backward else describe_tiles(b, width, inner),
@@ -2134,9 +2162,7 @@ def gemm(
         height,
         width,
         inner,
-        GROUP=8,
-        num_warps=8,
-        num_stages=4 if large else 2,
+        **tile_options(a),
     )
     out = out[..., :columns].contiguous()
     return out, kept[..., :columns].contiguous() if aux is None else aux
@@ -2378,10 +2404,33 @@ def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
 
 
 @triton_jit
-def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
+def load_head_gain(gain, head, live):
+    """The gains of heads, 1 where none lives; one of 0 as 1e-18, so that backward can undo it."""
+    found = tl.load(gain + head, mask=live, other=1.0).to(tl.float32)
+    return tl.where(tl.abs(found) < 1e-18, 1e-18, found)
+
+
+@triton_jit
+def rotate_rows(
+    x,
+    out,
+    scales,
+    gain,
+    turn,
+    token,
+    tokens,
+    stride,
+    pitch,
+    dim,
+    live,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
     """Every head of these tokens normalised, times its gain (1 without a pointer), rotated.
 
-    Tokens of x lie `stride` values apart; `turn` is what load_rotation gives.
+    Tokens of x lie `stride` values apart, those of the scales of the norm, which are kept, `pitch`; `turn` is
+    what load_rotation gives.
     """
     c, s, partner = turn
     for head in range(HEADS):
@@ -2389,8 +2438,9 @@ def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.con
         here = load_rows(x, line, dim, live)
         there = load_rows(x, line, partner, live)
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
+        tl.store(scales + token * pitch + head, scale, mask=token < tokens)
         if gain is not None:
-            scale = scale * tl.load(gain + head).to(tl.float32)
+            scale = scale * load_head_gain(gain, head, True)
         result = (here * c + there * s) * scale[:, None]
         store_rows(out, (token[:, None] * HEADS + head) * D, dim, live, result)
 
@@ -2404,6 +2454,7 @@ def rotated_heads_kernel(
     sin,
     q_out,
     k_out,
+    scales,
     tokens,
     length,
     q_stride,
@@ -2416,50 +2467,56 @@ def rotated_heads_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """rotated_heads_reference of BLOCK tokens per program; strides are those from token to token."""
+    """rotated_heads_op of BLOCK tokens per program; strides are those from token to token."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     turn = load_rotation(cos, sin, token % length, dim, live, HALF)
-    rotate_rows(q, q_out, gain, turn, token, q_stride, dim, live, eps, HEADS, D)
-    rotate_rows(k, k_out, None, turn, token, k_stride, dim, live, eps, KV_HEADS, D)
+    pitch = HEADS + KV_HEADS
+    rotate_rows(q, q_out, scales, gain, turn, token, tokens, q_stride, pitch, dim, live, eps, HEADS, D)
+    scales += HEADS
+    rotate_rows(k, k_out, scales, None, turn, token, tokens, k_stride, pitch, dim, live, eps, KV_HEADS, D)
 
 
 @triton_jit
 def rotate_rows_back(
-    x,
+    out,
+    scales,
     upstream,
     gradient,
     gain,
     gain_gradient,
     turn,
+    shrink,
     token,
-    stride,
+    tokens,
     pitch,
+    scale_pitch,
     dim,
     live,
-    eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
     """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens.
 
-    Tokens of x lie `stride` values apart, those of the gradient `pitch`.
+    What was normalised follows from what came out of it, turned back: cos and sin are rounded, so that they
+    turn and change the length, which `shrink` undoes. Tokens of the gradient lie `pitch` values apart.
     """
     c, s, partner = turn
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        raw = load_rows(x, token[:, None] * stride + head * D, dim, live)
-        here = load_rows(upstream, line, dim, live)
-        there = load_rows(upstream, line, partner, live)
-        turned = here * c - there * s
-        scale = tl.rsqrt(tl.sum(raw * raw, 1) / D + eps)
-        normed = raw * scale[:, None]
-        along = tl.sum(turned * normed, 1)
+        given = load_rows(upstream, line, dim, live) * c - load_rows(upstream, line, partner, live) * s
+        normed = load_rows(out, line, dim, live) * c - load_rows(out, line, partner, live) * s
+        normed *= shrink
+        scale = tl.load(scales + token * scale_pitch + head, mask=token < tokens, other=0.0)
+        if gain is not None:
+            factor = load_head_gain(gain, head, True)
+            normed /= factor
+            scale *= factor
+        along = tl.sum(given * normed, 1)
         if gain is not None:
             tl.store(gain_gradient + head, tl.sum(along, 0))
-            scale = scale * tl.load(gain + head).to(tl.float32)
-        result = (turned - normed * (along / D)[:, None]) * scale[:, None]
+        result = (given - normed * (along / D)[:, None]) * scale[:, None]
         store_rows(gradient, token[:, None] * pitch + head * D, dim, live, result)
 
 
@@ -2478,6 +2535,7 @@ def add_rows(one, other, total, token, pitch, dim, live, HEADS: tl.constexpr, D:
 def rotated_heads_backward_kernel(
     q,
     k,
+    scales,
     gain,
     cos,
     sin,
@@ -2491,11 +2549,8 @@ def rotated_heads_backward_kernel(
     gain_gradients,
     tokens,
     length,
-    q_stride,
-    k_stride,
     q_pitch,
     k_pitch,
-    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -2503,7 +2558,7 @@ def rotated_heads_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum.
+    """The gradients of rotated_heads_kernel from its results; `gain_gradients` (programs, HEADS) are parts.
 
     With v_gradient, which lies like k_gradient, it receives the sum of the gradients of the values.
     """
@@ -2512,12 +2567,44 @@ def rotated_heads_backward_kernel(
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     turn = load_rotation(cos, sin, token % length, dim, live, HALF)
+    c, s, _ = turn
+    back = turn, 1.0 / (c * c + s * s)
     parts = gain_gradients + program * HEADS
+    both = HEADS + KV_HEADS
     rotate_rows_back(
-        q, q_upstream, q_gradient, gain, parts, turn, token, q_stride, q_pitch, dim, live, eps, HEADS, D
+        q,
+        scales,
+        q_upstream,
+        q_gradient,
+        gain,
+        parts,
+        *back,
+        token,
+        tokens,
+        q_pitch,
+        both,
+        dim,
+        live,
+        HEADS,
+        D,
     )
+    scales += HEADS
     rotate_rows_back(
-        k, k_upstream, k_gradient, None, None, turn, token, k_stride, k_pitch, dim, live, eps, KV_HEADS, D
+        k,
+        scales,
+        k_upstream,
+        k_gradient,
+        None,
+        None,
+        *back,
+        token,
+        tokens,
+        k_pitch,
+        both,
+        dim,
+        live,
+        KV_HEADS,
+        D,
     )
     if v_gradient is not None:
         add_rows(v_upstream, v_path_upstream, v_gradient, token, k_pitch, dim, live, KV_HEADS, D)
@@ -2536,9 +2623,6 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
     sizes = {
         "tokens": tokens,
         "length": q.size(1),
-        "q_stride": q.stride(1),
-        "k_stride": k.stride(1),
-        "eps": RMS_EPS,
         "HEADS": q.size(2),
         "KV_HEADS": k.size(2),
         "D": q.size(3),
@@ -2551,35 +2635,52 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
-def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """rotated_heads_reference in one kernel; the heads of a token lie side by side."""
+def rotated_heads_op(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rotated_heads_reference in one kernel, and the scales (B, T, H + KV) of the norms in fp32.
+
+    The heads of a token lie side by side. Backward needs what comes out alone: no one keeps the operands.
+    """
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    scales = torch.empty(*q.shape[:2], q.size(2) + k.size(2), dtype=torch.float32, device=q.device)
     grid, sizes = rotated_heads_sizes(q, k, cos)
-    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
-    return q_out, k_out
+    strides = {"q_stride": q.stride(1), "k_stride": k.stride(1)}
+    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, scales, eps=RMS_EPS, **strides, **sizes)
+    return q_out, k_out, scales
 
 
 @rotated_heads_op.register_fake
 def _rotated_heads_fake(q, k, gain, cos, sin):
-    return torch.empty_like(q), torch.empty_like(k)
+    scales = q.new_empty(q.size(0), q.size(1), q.size(2) + k.size(2), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), scales
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads_backward", mutates_args=())
 def rotated_heads_backward_op(
-    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q_upstream: Tensor, k_upstream: Tensor
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_upstream: Tensor,
+    k_upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and the gain (this one summed in fp32)."""
+    """The gradients of q and k before the norm and of the gain (this one summed in fp32)."""
     q_gradient = torch.empty_like(q)
     k_gradient = torch.empty_like(k)
     upstreams = q_upstream, k_upstream, None, None
-    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, (q_gradient, k_gradient, None))
+    gradients = q_gradient, k_gradient, None
+    gain_gradient = rotated_heads_back(q, k, scales, gain, cos, sin, upstreams, gradients)
     return q_gradient, k_gradient, gain_gradient
 
 
 def rotated_heads_back(
     q: Tensor,
     k: Tensor,
+    scales: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -2594,29 +2695,182 @@ def rotated_heads_back(
     parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
     pitches = {"q_pitch": gradients[0].stride(1), "k_pitch": gradients[1].stride(1)}
     rotated_heads_backward_kernel[grid](
-        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
+        q, k, scales, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
     )
     return parts.sum(0)
 
 
 @rotated_heads_backward_op.register_fake
-def _rotated_heads_backward_fake(q, k, gain, cos, sin, q_upstream, k_upstream):
+def _rotated_heads_backward_fake(q, k, scales, gain, cos, sin, q_upstream, k_upstream):
     return torch.empty_like(q), torch.empty_like(k), gain.new_empty(gain.size(0), dtype=torch.float32)
 
 
 def _rotated_heads_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    _, _, gain, cos, sin = inputs
+    q, k, scales = output
+    ctx.mark_non_differentiable(scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, scales, gain, cos, sin)
 
 
-def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
-    q, k, gain, cos, sin = ctx.saved_tensors
+def _rotated_heads_gradients(ctx, q_upstream, k_upstream, _):
+    gain = ctx.saved_tensors[3]
     q_gradient, k_gradient, gain_gradient = rotated_heads_backward_op(
-        q, k, gain, cos, sin, q_upstream.contiguous(), k_upstream.contiguous()
+        *ctx.saved_tensors, q_upstream.contiguous(), k_upstream.contiguous()
     )
     return q_gradient, k_gradient, gain_gradient.to(gain.dtype), None, None
 
 
 rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+@triton_jit
+def rotate_tile(
+    x,
+    gain,
+    scales,
+    cos,
+    sin,
+    row,
+    head,
+    rows,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    BOTH: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whole heads of queries and keys in a tile of a product, normalised, times their gain, rotated."""
+    COUNT: tl.constexpr = BLOCK_N // D
+    GROUPS: tl.constexpr = D // (2 * HALF)  # of pairs of halves; the first is rotated
+    token = row + tl.arange(0, BLOCK_M)
+    member = head + tl.arange(0, COUNT)
+    x = x.reshape(BLOCK_M, COUNT, D)
+    scale = tl.rsqrt(tl.sum(x * x, 2) / D + eps)
+    place = token.to(tl.int64)[:, None] * BOTH + member[None, :]
+    tl.store(scales + place, scale, mask=(token < rows)[:, None])
+    scale *= load_head_gain(gain, member, member < HEADS)[None, :]
+    group = tl.arange(0, GROUPS)[None, :, None]
+    place = (token % length)[:, None, None] * HALF + tl.arange(0, HALF)[None, None, :] + 0 * group
+    turns = (token < rows)[:, None, None] & (group == 0)
+    c = tl.load(cos + place, mask=turns, other=1.0).to(tl.float32)[:, None]
+    s = tl.load(sin + place, mask=turns, other=0.0).to(tl.float32)[:, None]
+    x = (x * scale[:, :, None]).reshape(BLOCK_M, COUNT, GROUPS, 2, HALF).permute(0, 1, 2, 4, 3)
+    first, second = x.split()
+    x = tl.join(first * c + second * s, second * c - first * s)
+    return x.permute(0, 1, 2, 4, 3).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton_jit(do_not_specialize=["rows", "length"])
+def attention_inputs_kernel(
+    a,
+    b,
+    q,
+    k,
+    v,
+    scales,
+    gain,
+    cos,
+    sin,
+    rows,
+    columns,
+    depth,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """attention_inputs_op, a tile of whole heads of q, of k or of v per program."""
+    BOTH: tl.constexpr = HEADS + KV_HEADS
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    total = multiply_tile(a, b, 0, row, column, depth, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    if column < BOTH * D:
+        turned = rotate_tile(
+            total,
+            gain,
+            scales,
+            cos,
+            sin,
+            row,
+            column // D,
+            rows,
+            length,
+            eps,
+            HEADS,
+            BOTH,
+            D,
+            HALF,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        turned = turned.to(q.dtype).reshape(1, BLOCK_M, BLOCK_N)
+        if column < HEADS * D:
+            q.store([0, row, column], turned)
+        else:
+            k.store([0, row, column - HEADS * D], turned)
+    else:
+        v.store([0, row, column - BOTH * D], total.to(v.dtype).reshape(1, BLOCK_M, BLOCK_N))
+
+
+def attention_inputs_width(heads: int, kv_heads: int, size: int, half: int) -> int:
+    """The width of a tile of attention_inputs_kernel; 0 where it cannot serve.
+
+    A tile holds whole heads of one kind. Sizes that are no powers of 2 have no such tiles.
+    """
+    powers = half > 0 and size & (size - 1) == 0 and half & (half - 1) == 0
+    width = math.gcd(heads, kv_heads, 256 // size or 1) * size
+    return width if powers and 16 <= width <= 256 else 0
+
+
+def attention_inputs(
+    x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, scales) of attention_inputs_op by attention_inputs_kernel with tiles of this width."""
+    if x.dtype == torch.bfloat16 and not x.is_cuda:  # as in gemm
+        wide = (tensor.float() for tensor in (x, weight, gain, cos, sin))
+        *found, scales = attention_inputs(*wide, kv_heads, width)
+        return *(tensor.bfloat16() for tensor in found), scales
+    B, T, depth = x.shape
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    q, k, v = (
+        torch.empty(1, B * T, count * size, dtype=x.dtype, device=x.device)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    scales = torch.empty(B, T, heads + kv_heads, dtype=torch.float32, device=x.device)
+    height, _, inner = gemm_tile("heads", x.dtype)
+    attention_inputs_kernel[(-(-B * T // height) * (weight.size(0) // width),)](
+        describe_tiles(x.reshape(1, B * T, depth), height, inner),
+        describe_tiles(weight[None], width, inner),
+        *(describe_tiles(out, height, width) for out in (q, k, v)),
+        scales,
+        gain,
+        cos,
+        sin,
+        B * T,
+        weight.size(0),
+        depth,
+        T,
+        RMS_EPS,
+        heads,
+        kv_heads,
+        size,
+        cos.size(-1),
+        height,
+        width,
+        inner,
+        **tile_options(x),
+    )
+    return *(out.view(B, T, -1, size) for out in (q, k, v)), scales
 
 
 def empty_path(like: Tensor) -> Tensor:
@@ -2628,37 +2882,41 @@ def empty_path(like: Tensor) -> Tensor:
 def attention_inputs_op(
     x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, v, a path to v, q and k before their norm) of x (B, T, D), for one matrix of all three.
+    """(q, k, v, a path to v, scales) of x (B, T, D), for one matrix of all three: see rotated_heads_op.
 
-    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Queries and keys are those of
-    rotated_heads_reference. In backward the gradients of all three lie side by side and are multiplied
-    at once: two products for six, and none of the three results is added to another. Values that are read in
+    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Norm, gain and rotation are done in
+    the product's epilogue. In backward the gradients of all three lie side by side and are multiplied at
+    once: two products for six, and none of the three results is added to another. Values that are read in
     two places have their two gradients added in the same kernel, for which the second goes through the path.
     """
     heads = gain.size(0)
     size = weight.size(0) // (heads + 2 * kv_heads)
-    rows = x.flatten(0, 1)
-    turning = (heads + kv_heads) * size
-    raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
-    v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
-    q, k = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
-    return q, k, v, empty_path(v), raw
+    width = attention_inputs_width(heads, kv_heads, size, cos.size(-1))
+    if width:
+        q, k, v, scales = attention_inputs(x, weight, gain, cos, sin, kv_heads, width)
+    else:
+        rows = x.flatten(0, 1)
+        turning = (heads + kv_heads) * size
+        raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
+        v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
+        q, k, scales = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
+    return q, k, v, empty_path(v), scales
 
 
 @attention_inputs_op.register_fake
 def _attention_inputs_fake(x, weight, gain, cos, sin, kv_heads):
     heads = gain.size(0)
     size = weight.size(0) // (heads + 2 * kv_heads)
-    q, k, raw = (
-        x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, heads + kv_heads)
-    )
-    v = torch.empty_like(k)
-    return q, k, v, empty_path(v), raw
+    q, k, v = (x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, kv_heads))
+    scales = x.new_empty(x.size(0), x.size(1), heads + kv_heads, dtype=torch.float32)
+    return q, k, v, empty_path(v), scales
 
 
 @torch.library.custom_op(f"{OPERATORS}::attention_inputs_backward", mutates_args=())
 def attention_inputs_backward_op(
-    raw: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -2668,38 +2926,36 @@ def attention_inputs_backward_op(
     v_path_upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the product of x and weight, (tokens, rows of weight), and of the gain in fp32."""
-    B, T, turning, size = raw.shape
-    heads = gain.size(0)
-    gradient = raw.new_empty(B, T, 2 * turning - heads, size)
-    parts = gradient.split((heads, turning - heads, turning - heads), 2)
+    B, T, heads, size = q.shape
+    kv_heads = k.size(2)
+    gradient = q.new_empty(B, T, heads + 2 * kv_heads, size)
+    parts = gradient.split((heads, kv_heads, kv_heads), 2)
     upstreams = q_upstream, k_upstream, v_upstream, v_path_upstream
-    q, k = raw[:, :, :heads], raw[:, :, heads:]
-    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, parts)
+    gain_gradient = rotated_heads_back(q, k, scales, gain, cos, sin, upstreams, parts)
     return gradient.view(B * T, -1), gain_gradient
 
 
 @attention_inputs_backward_op.register_fake
-def _attention_inputs_backward_fake(raw, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream):
-    width = (2 * raw.size(2) - gain.size(0)) * raw.size(3)
-    gradient = raw.new_empty(raw.size(0) * raw.size(1), width)
+def _attention_inputs_backward_fake(
+    q, k, scales, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream
+):
+    width = (q.size(2) + 2 * k.size(2)) * q.size(3)
+    gradient = q.new_empty(q.size(0) * q.size(1), width)
     return gradient, gain.new_empty(gain.size(0), dtype=torch.float32)
 
 
 def _attention_inputs_save(ctx, inputs, output):
     x, weight, gain, cos, sin, _ = inputs
-    raw = output[4]
-    ctx.mark_non_differentiable(raw)
+    q, k, _, _, scales = output
+    ctx.mark_non_differentiable(scales)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gain, cos, sin, raw)
+    ctx.save_for_backward(x, weight, q, k, scales, gain, cos, sin)
 
 
 def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_upstream, _):
-    x, weight, gain, cos, sin, raw = ctx.saved_tensors
+    x, weight, *kept = ctx.saved_tensors
     gradient, gain_gradient = attention_inputs_backward_op(
-        raw,
-        gain,
-        cos,
-        sin,
+        *kept,
         q_upstream.contiguous(),
         k_upstream.contiguous(),
         v_upstream.contiguous(),
@@ -2707,7 +2963,7 @@ def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_
     )
     x_gradient = (gradient @ weight).view(x.shape)
     weight_gradient = gradient.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
-    return x_gradient, weight_gradient, gain_gradient.to(gain.dtype), None, None, None
+    return x_gradient, weight_gradient, gain_gradient.to(kept[3].dtype), None, None, None
 
 
 attention_inputs_op.register_autograd(_attention_inputs_gradients, setup_context=_attention_inputs_save)
@@ -4336,8 +4592,9 @@ class GPT(nn.Module):
         self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention compares them: see rotated_heads_reference."""
-        act = rotated_heads_op if self.fused else rotated_heads_reference
-        return act(q, k, gain, *rotation)
+        if self.fused:
+            return rotated_heads_op(q, k, gain, *rotation)[:2]
+        return rotated_heads_reference(q, k, gain, *rotation)
 
     def finish_heads(
         self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
