@@ -1878,22 +1878,6 @@ def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, 
 
 
 @triton_jit
-def softcapped_ce_slopes_kernel(logits, targets, losses, slopes, columns, cap, BLOCK: tl.constexpr):
-    """Losses and their slopes, a row per program: the second time its logits come from a cache."""
-    row = tl.program_id(0).to(tl.int64)
-    line = logits + row * columns
-    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
-    target = tl.load(targets + row)
-    tl.store(losses + row, normalizer - softcap(tl.load(line + target).to(tl.float32), cap))
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        live = column < columns
-        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        slope = softcapped_slope(raw, column == target, normalizer, cap)
-        tl.store(slopes + row * columns + column, slope.to(slopes.dtype.element_ty), mask=live)
-
-
-@triton_jit
 def softcapped_ce_backward_kernel(
     logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
 ):
@@ -1959,47 +1943,6 @@ def _softcapped_ce_gradient(ctx, upstream, _):
 
 softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
 
-
-@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
-def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(the losses (N,) of softcapped_ce_op on x (N, D) weight (V, D)^T, their slopes in the logits (N, V)).
-
-    For training: the slopes are found while the logits are in reach, and the logits are not kept. The
-    upstream gradient of each row multiplies what is small, x and its gradient, instead of a third (N, V).
-    """
-    logits = x @ weight.T
-    rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    slopes = torch.empty_like(logits)
-    block = min(triton.next_power_of_2(columns), 8192)
-    softcapped_ce_slopes_kernel[(rows,)](
-        logits, targets, losses, slopes, columns, cap, BLOCK=block, num_warps=8
-    )
-    return losses, slopes
-
-
-@head_loss_op.register_fake
-def _head_loss_fake(x, weight, targets, cap):
-    return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))
-
-
-def _head_loss_save(ctx, inputs, output):
-    x, weight, _, _ = inputs
-    slopes = output[1]
-    ctx.mark_non_differentiable(slopes)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, slopes)
-
-
-def _head_loss_gradients(ctx, upstream, _):
-    x, weight, slopes = ctx.saved_tensors
-    share = upstream[:, None]
-    x_gradient = ((slopes @ weight) * share).to(x.dtype)
-    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
-    return x_gradient, weight_gradient, None, None
-
-
-head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
 
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
 
@@ -2222,6 +2165,203 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep_input: bool = False) ->
     """mlp_reference with all that is elementwise in the epilogues of two products, x (..., D)."""
     out, _, _ = mlp_op(x.flatten(0, -2).contiguous(), up, down, keep_input)
     return out.view(*x.shape[:-1], -1)
+
+
+@triton_jit
+def finish_logits(
+    logits,
+    slopes,
+    targets,
+    sums,
+    chosen,
+    row,
+    column,
+    rows,
+    columns,
+    cap,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What head_kernel keeps of a block of logits."""
+    token = row + tl.arange(0, HEIGHT)
+    entry = column + tl.arange(0, WIDTH)
+    live = token < rows
+    # tanh |x| = (1 - e) / (1 + e) and its derivative 4 e / (1 + e)^2 with e = exp(-2 |x|).
+    decay = tl.exp(tl.abs(logits) * (-2.0 / cap))
+    part = 1.0 / (1.0 + decay)
+    steep = 4.0 * decay * part * part
+    capped = cap * tl.where(logits > 0, 2.0 * part - 1.0, 1.0 - 2.0 * part)
+    target = tl.load(targets + token, mask=live, other=-1)
+    hit = entry[None, :] == target[:, None]
+    holds = (target >= column) & (target < column + WIDTH)
+    tl.store(chosen + token, tl.sum(tl.where(hit, capped, 0.0), 1), mask=holds)
+    tl.store(chosen + rows + token, tl.sum(tl.where(hit, steep, 0.0), 1), mask=holds)
+    weight = tl.where((entry < columns)[None, :], tl.exp(capped), 0.0)
+    place = token.to(tl.int64) * tl.cdiv(columns, WIDTH) + column // WIDTH
+    tl.store(sums + place, tl.sum(weight, 1), mask=live & (column < columns))
+    slopes.store([0, row, column], (weight * steep).to(slopes.dtype).reshape(1, HEIGHT, WIDTH))
+
+
+@triton_jit(do_not_specialize=["rows"])
+def head_kernel(
+    a,
+    b,
+    slopes,
+    targets,
+    sums,
+    chosen,
+    rows,
+    columns,
+    depth,
+    cap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A tile of the head's product per program, and of it what head_loss_op wants, without the normaliser.
+
+    With z the logits and c = cap tanh(z / cap): `slopes` are exp(c) dc/dz, `sums` (rows, quarters of tiles
+    across) those of exp(c), `chosen` (2, rows) the c and dc/dz of the target. One quarter of a tile after
+    the other: what more of them take would spill registers.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    WIDTH: tl.constexpr = BLOCK_N // 4
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    total = multiply_tile(a, b, 0, row, column, depth, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    left, right = total.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    first, second = left.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    third, fourth = right.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    quarters = (first, second, third, fourth)
+    for place in tl.static_range(4):
+        finish_logits(
+            quarters[place],
+            slopes,
+            targets,
+            sums,
+            chosen,
+            row,
+            column + place * WIDTH,
+            rows,
+            columns,
+            cap,
+            BLOCK_M,
+            WIDTH,
+        )
+
+
+@triton_jit(do_not_specialize=["rows"])
+def head_finish_kernel(
+    slopes,
+    targets,
+    sums,
+    chosen,
+    losses,
+    shares,
+    rows,
+    stride,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Losses, 1 over the normaliser, and the target's slope, which contains it, for BLOCK rows a program."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    part = tl.arange(0, WIDTH)
+    place = sums + row[:, None] * PARTS + part[None, :]
+    parts = tl.load(place, mask=live[:, None] & (part < PARTS)[None, :], other=0.0)
+    normalizer = tl.where(live, tl.sum(parts, 1), 1.0)
+    capped = tl.load(chosen + row, mask=live, other=0.0)
+    steep = tl.load(chosen + rows + row, mask=live, other=0.0)
+    tl.store(losses + row, tl.log(normalizer) - capped, mask=live)
+    tl.store(shares + row, 1.0 / normalizer, mask=live)
+    slope = (tl.exp(capped) - normalizer) * steep
+    place = slopes + row * stride + tl.load(targets + row, mask=live, other=0)
+    tl.store(place, slope.to(slopes.dtype.element_ty), mask=live)
+
+
+# Up to this cap exp(capped logit) and its sums need no largest logit subtracted, in fp32 and in bf16.
+LARGEST_CAP = 60.0
+HEAD_BLOCK_ROWS = 32  # of a program of head_finish_kernel
+
+
+@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
+def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, slopes, shares) of softcapped_ce_op on the logits x (N, D) weight (V, D)^T.
+
+    Losses and shares (N,) in fp32; the slopes (N, V) times their row's share are the losses' derivatives in
+    the logits. For training: the logits are not written. A cap bounds them, so that exp needs no largest one
+    and a tile's epilogue can give the slopes but for the normaliser, which is a factor of each row: it and
+    the upstream gradient multiply what is small, x and its gradient, instead of another (N, V).
+    """
+    if x.dtype == torch.bfloat16 and not x.is_cuda:  # as in gemm
+        losses, slopes, shares = head_loss_op(x.float(), weight.float(), targets, cap)
+        return losses, slopes.bfloat16(), shares
+    rows, depth = x.shape
+    columns = weight.size(0)
+    height, width, inner = gemm_tile("head", x.dtype)
+    align = 16 // x.element_size()
+    slopes = torch.empty(1, rows, -(-columns // align) * align, dtype=x.dtype, device=x.device)
+    parts = -(-columns // (width // 4))
+    sums, chosen, losses, shares = (
+        torch.empty(*shape, dtype=torch.float32, device=x.device)
+        for shape in ((rows, parts), (2, rows), (rows,), (rows,))
+    )
+    head_kernel[(-(-rows // height) * -(-columns // width),)](
+        describe_tiles(x[None], height, inner),
+        describe_tiles(weight[None], width, inner),
+        describe_tiles(slopes, height, width // 4),
+        targets,
+        sums,
+        chosen,
+        rows,
+        columns,
+        depth,
+        cap,
+        height,
+        width,
+        inner,
+        **tile_options(x),
+    )
+    head_finish_kernel[(-(-rows // HEAD_BLOCK_ROWS),)](
+        slopes,
+        targets,
+        sums,
+        chosen,
+        losses,
+        shares,
+        rows,
+        slopes.stride(1),
+        PARTS=parts,
+        WIDTH=triton.next_power_of_2(parts),
+        BLOCK=HEAD_BLOCK_ROWS,
+    )
+    return losses, slopes[0, :, :columns].contiguous(), shares
+
+
+@head_loss_op.register_fake
+def _head_loss_fake(x, weight, targets, cap):
+    losses = x.new_empty(x.size(0), dtype=torch.float32)
+    return losses, x.new_empty(x.size(0), weight.size(0)), torch.empty_like(losses)
+
+
+def _head_loss_save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    _, slopes, shares = output
+    ctx.mark_non_differentiable(slopes, shares)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, slopes, shares)
+
+
+def _head_loss_gradients(ctx, upstream, *_):
+    x, weight, slopes, shares = ctx.saved_tensors
+    share = (upstream * shares)[:, None]
+    x_gradient = ((slopes @ weight) * share).to(x.dtype)
+    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, None, None
+
+
+head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
 
 
 @torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
@@ -4300,8 +4440,9 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
-        if self.fused and plain and torch.is_grad_enabled():
-            losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
+        bounded = self.config.logit_softcap <= LARGEST_CAP
+        if self.fused and plain and bounded and torch.is_grad_enabled():
+            losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
         logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
         if self.fused:
