@@ -19,6 +19,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     HEADS        those that make queries, keys and values
     GATES        those that finish the heads of attention
     RESIDUAL     those that join the residual stream from visit to visit
+    LANES        those that join two of them
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     ATTENTION    its backends, and the trial that chooses one
     ADAPTERS     what calibration and adapters may see of a forward, and add to it
@@ -3839,6 +3840,422 @@ class Join(NamedTuple):
     remembers: bool
 
 
+# === LANES ===
+# The residual streams of visits whose attention and MLP have a lane each (GPT.two_lane is the plain form),
+# joined as one kernel per direction and visit; made like RESIDUAL. The MLP's lane is kept as its norm and
+# its size, and has a path. That of attention is written: it goes on as it is, and only what is normalised
+# contains the embedding.
+
+
+@triton_jit
+def place_rows(program, tokens, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(tokens, which of them live, where their rows begin, channels, what lives) of a block."""
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    some = token < tokens
+    return token, some, token[:, None] * D, channel, some[:, None] & (channel < D)[None, :]
+
+
+@triton_jit
+def join_lanes(x, lane, lane_size, attended, transformed, weights, place):
+    """(The lane of attention, that of the MLP) before a skip is merged; without weights both are one."""
+    token, some, line, channel, live = place
+    first = load_rows(x, line, channel, live)
+    if weights is None:
+        if transformed is not None:
+            first += load_rows(transformed, line, channel, live)
+        second = first
+    else:
+        size = tl.load(lane_size + token, mask=some, other=0.0) * tl.load(weights + 3)
+        second = load_rows(lane, line, channel, live) * size[:, None]
+        first *= tl.load(weights)
+        branch = load_rows(attended, line, channel, live)
+        first += branch * tl.load(weights + 1)
+        second += branch * tl.load(weights + 4)
+        branch = load_rows(transformed, line, channel, live)
+        first += branch * tl.load(weights + 2)
+        second += branch * tl.load(weights + 5)
+    return first, second
+
+
+@triton_jit
+def merge_rows(first, skip, through, share, place, D: tl.constexpr):
+    """A lane with a skip merged into it, if there is one."""
+    _, _, line, channel, live = place
+    if skip is not None:
+        if through is not None:
+            first *= load_gain(through, channel, D)
+        first += load_gain(share, channel, D) * load_rows(skip, line, channel, live)
+    return first
+
+
+@triton_jit
+def normalise_rows(values, out, out_size, place, scale, eps, D: tl.constexpr):
+    """Store rows normalised and times `scale`, and what they were divided by; returns the rows stored."""
+    token, some, line, channel, live = place
+    lengths = tl.sqrt(tl.sum(values * values, 1) / D + eps) / scale
+    result = values / lengths[:, None]
+    tl.store(out_size + token, lengths, mask=some)
+    store_rows(out, line, channel, live, result)
+    return result
+
+
+@triton_jit
+def normalise_rows_back(slope, out, out_size, place, scale, D: tl.constexpr):
+    """The gradient in the values of normalise_rows, for `slope` that in its result."""
+    token, some, line, channel, live = place
+    result = load_rows(out, line, channel, live)
+    lengths = tl.load(out_size + token, mask=some, other=1.0)
+    along = tl.sum(slope * result, 1) / (D * scale * scale)
+    return (slope - result * along[:, None]) / lengths[:, None]
+
+
+@triton_jit(do_not_specialize=["tokens"])
+def lanes_kernel(
+    x,
+    lane,
+    lane_size,
+    attended,
+    transformed,
+    weights,
+    skip,
+    through,
+    share,
+    embedding,
+    keep,
+    again,
+    merged,
+    out,
+    out_size,
+    lane_out,
+    lane_out_size,
+    source,
+    whole,
+    tokens,
+    scale,
+    eps,
+    LATE: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The join of lanes_op for BLOCK tokens a program; what takes no part is None."""
+    place = place_rows(tl.program_id(0).to(tl.int64), tokens, D, BLOCK, WIDTH)
+    token, _, line, channel, live = place
+    first, second = join_lanes(x, lane, lane_size, attended, transformed, weights, place)
+    first = merge_rows(first, skip, through, share, place, D)
+    if LATE:
+        second = first
+    store_rows(merged, line, channel, live, first)
+    if whole is not None:
+        store_rows(whole, line, channel, live, second)
+    mixed = load_gain(keep, channel, D) * first
+    mixed += load_gain(again, channel, D) * load_rows(embedding, line, channel, live)
+    result = normalise_rows(mixed, out, out_size, place, scale, eps, D)
+    if READ > 0:
+        store_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :], result)
+    normalise_rows(second, lane_out, lane_out_size, place, scale, eps, D)
+
+
+@triton_jit
+def share_branch(branch, gradient, first, second, weights, sums, PLACE: tl.constexpr, place):
+    """Store the gradient of a branch from those of the lanes; returns `sums` (8, BLOCK) with its weights'."""
+    _, _, line, channel, live = place
+    values = load_rows(branch, line, channel, live)
+    given = first * tl.load(weights + PLACE) + second * tl.load(weights + 3 + PLACE)
+    store_rows(gradient, line, channel, live, given)
+    row = tl.arange(0, 8)[:, None]
+    sums += tl.where(row == PLACE, tl.sum(first * values, 1)[None, :], 0.0)
+    return sums + tl.where(row == 3 + PLACE, tl.sum(second * values, 1)[None, :], 0.0)
+
+
+@triton_jit
+def share_lanes(x, lane, lane_size, gradients, first, second, weights, sums, place):
+    """As share_branch for the two lanes before, which go on in one lane each."""
+    token, some, line, channel, live = place
+    x_gradient, lane_gradient = gradients
+    before = load_rows(x, line, channel, live)
+    store_rows(x_gradient, line, channel, live, first * tl.load(weights))
+    store_rows(lane_gradient, line, channel, live, second * tl.load(weights + 3))
+    size = tl.load(lane_size + token, mask=some, other=0.0)
+    other = load_rows(lane, line, channel, live) * size[:, None]
+    row = tl.arange(0, 8)[:, None]
+    sums += tl.where(row == 0, tl.sum(first * before, 1)[None, :], 0.0)
+    return sums + tl.where(row == 3, tl.sum(second * other, 1)[None, :], 0.0)
+
+
+@triton_jit
+def merge_rows_back(
+    both, first, skip, skip_gradient, through, share, through_sum, share_sum, place, D: tl.constexpr
+):
+    """(The gradient of merge_rows in `first`, the sums of those in its gains), `both` that in its result."""
+    _, _, line, channel, live = place
+    if skip is not None:
+        share_sum += both * load_rows(skip, line, channel, live)
+        store_rows(skip_gradient, line, channel, live, both * load_gain(share, channel, D))
+        if through is not None:
+            through_sum += both * first
+            both *= load_gain(through, channel, D)
+    return both, through_sum, share_sum
+
+
+@triton_jit(do_not_specialize=["tokens"])
+def lanes_backward_kernel(
+    inputs,
+    gains,
+    results,
+    upstreams,
+    gradients,
+    gain_gradients,
+    weight_gradients,
+    tokens,
+    scale,
+    LATE: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of lanes_kernel; `gain_gradients` (programs, 3, D), `weight_gradients` (programs, 6) are
+    parts of sums.
+    """
+    x, lane, lane_size, attended, transformed, skip = inputs
+    weights, through, share, keep = gains
+    out, out_size, lane_out, lane_out_size = results
+    out_upstream, source_upstream, lane_out_upstream, merged_upstream, lane_upstream = upstreams
+    gradient, skip_gradient, x_gradient, lane_gradient, attended_gradient, transformed_gradient = gradients
+    program = tl.program_id(0).to(tl.int64)
+    keep_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    through_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    share_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    sums = tl.zeros((8, BLOCK), tl.float32)
+    for block in range(program, tl.cdiv(tokens, BLOCK), tl.num_programs(0)):
+        place = place_rows(block, tokens, D, BLOCK, WIDTH)
+        token, _, line, channel, live = place
+        first, _ = join_lanes(x, lane, lane_size, attended, transformed, weights, place)
+        merged = merge_rows(first, skip, through, share, place, D)
+        slope = load_rows(out_upstream, line, channel, live)
+        slope += load_source(source_upstream, token, channel, live, READ)
+        slope = normalise_rows_back(slope, out, out_size, place, scale, D)
+        store_rows(gradient, line, channel, live, slope)
+        keep_sum += slope * merged
+        both = slope * load_gain(keep, channel, D) + load_rows(merged_upstream, line, channel, live)
+        other = load_rows(lane_out_upstream, line, channel, live)
+        other = normalise_rows_back(other, lane_out, lane_out_size, place, scale, D)
+        other += load_rows(lane_upstream, line, channel, live)
+        if LATE:
+            both += other
+        both, through_sum, share_sum = merge_rows_back(
+            both, first, skip, skip_gradient, through, share, through_sum, share_sum, place, D
+        )
+        if weights is None:
+            store_rows(x_gradient, line, channel, live, both if LATE else both + other)
+        else:
+            sums = share_lanes(
+                x, lane, lane_size, (x_gradient, lane_gradient), both, other, weights, sums, place
+            )
+            sums = share_branch(attended, attended_gradient, both, other, weights, sums, 1, place)
+            sums = share_branch(transformed, transformed_gradient, both, other, weights, sums, 2, place)
+    channel = tl.arange(0, WIDTH)
+    parts = gain_gradients + program * 3 * D + channel
+    tl.store(parts, tl.sum(keep_sum, 0), mask=channel < D)
+    store_sum(parts + D, through, through_sum, channel < D)
+    store_sum(parts + 2 * D, share, share_sum, channel < D)
+    row = tl.arange(0, 8)
+    tl.store(weight_gradients + program * 6 + row, tl.sum(sums, 1), mask=row < 6)
+
+
+LANES_WARPS = 8  # of the kernels here, which hold RESIDUAL_BLOCK tokens at a time. Not measured on a GPU.
+
+
+@torch.library.custom_op(f"{OPERATORS}::lanes", mutates_args=())
+def lanes_op(
+    x: Tensor,
+    lane: Tensor | None,
+    lane_size: Tensor | None,
+    lane_path: Tensor | None,
+    attended: Tensor | None,
+    transformed: Tensor | None,
+    weights: Tensor | None,
+    skip: Tensor | None,
+    through: Tensor | None,
+    share: Tensor | None,
+    embedding: Tensor,
+    embedding_path: Tensor,
+    keep: Tensor,
+    again: Tensor,
+    late: bool,
+    ends: bool,
+    read: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(merged, normed, size, source, lane, lane size, lane path, whole) of a visit with two lanes.
+
+    With `weights` (2, 3) in fp32 the lanes are the sums of their streams before, x and lane * lane_size, of
+    attended and of transformed, all (B, T, D), times these. Without, which is where the lanes part, both are
+    x + transformed. Merged is the lane of attention times `through` plus share * skip, gains (D,) in fp32.
+    The branches read normed, the norm of keep * merged + again * embedding, and lane, that of the other lane,
+    both times `scale`. `late`: the lanes part after the skip is merged. `ends`: the lane is given whole.
+
+    Gradients of lane and embedding go to their paths, that of the embedding without `again`: see residual_op.
+    """
+    merged, normed, lane_normed = (torch.empty_like(x) for _ in range(3))
+    size, out_lane_size = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    source = x.new_empty(*x.shape[:2], read)
+    whole = torch.empty_like(x) if ends else None
+    sizes = residual_sizes(x, read) | {"num_warps": LANES_WARPS}
+    lanes_kernel[(-(-sizes["tokens"] // RESIDUAL_BLOCK),)](
+        x,
+        lane,
+        lane_size,
+        attended,
+        transformed,
+        weights,
+        skip,
+        through,
+        share,
+        embedding,
+        keep,
+        again,
+        merged,
+        normed,
+        size,
+        lane_normed,
+        out_lane_size,
+        source,
+        whole,
+        scale=scale,
+        eps=RMS_EPS,
+        LATE=late,
+        **sizes,
+    )
+    whole = x.new_empty(0) if whole is None else whole
+    return merged, normed, size, source, lane_normed, out_lane_size, empty_path(x), whole
+
+
+@lanes_op.register_fake
+def _lanes_fake(
+    x,
+    lane,
+    lane_size,
+    lane_path,
+    attended,
+    transformed,
+    weights,
+    skip,
+    through,
+    share,
+    embedding,
+    embedding_path,
+    keep,
+    again,
+    late,
+    ends,
+    read,
+    scale,
+):
+    merged, normed, lane_normed = (torch.empty_like(x) for _ in range(3))
+    size, out_lane_size = (x.new_empty(x.size(0), x.size(1), dtype=torch.float32) for _ in range(2))
+    source = x.new_empty(x.size(0), x.size(1), read)
+    whole = torch.empty_like(x) if ends else x.new_empty(0)
+    return merged, normed, size, source, lane_normed, out_lane_size, empty_path(x), whole
+
+
+@torch.library.custom_op(f"{OPERATORS}::lanes_backward", mutates_args=())
+def lanes_backward_op(
+    inputs: list[Tensor | None],
+    gains: list[Tensor | None],
+    results: list[Tensor],
+    upstreams: list[Tensor | None],
+    late: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(Gradients of what is mixed, skip, x, lane, attended, transformed; of gains (3, D), of weights (6,)).
+
+    What takes no part is empty; without weights the gradient of transformed is that of x.
+    """
+    x, skip = inputs[0], inputs[5]
+    weights, source_upstream = gains[0], upstreams[1]
+    wanted = True, skip is not None, True, *(weights is not None,) * 3
+    gradients = tuple(torch.empty_like(x) if wants else None for wants in wanted)
+    read = 0 if source_upstream is None else source_upstream.size(2)
+    sizes = residual_sizes(x, read) | {"num_warps": LANES_WARPS}
+    programs = min(-(-sizes["tokens"] // RESIDUAL_BLOCK), RESIDUAL_PROGRAMS)
+    gain_parts = torch.empty(programs, 3, x.size(2), dtype=torch.float32, device=x.device)
+    weight_parts = torch.empty(programs, 6, dtype=torch.float32, device=x.device)
+    lanes_backward_kernel[(programs,)](
+        tuple(inputs),
+        tuple(gains),
+        tuple(results),
+        tuple(upstreams),
+        gradients,
+        gain_parts,
+        weight_parts,
+        scale=scale,
+        LATE=late,
+        **sizes,
+    )
+    gradients = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return *gradients, gain_parts.sum(0), weight_parts.sum(0)
+
+
+@lanes_backward_op.register_fake
+def _lanes_backward_fake(inputs, gains, results, upstreams, late, scale):
+    x, skip, weights = inputs[0], inputs[5], gains[0]
+    wanted = True, skip is not None, True, *(weights is not None,) * 3
+    gradients = (torch.empty_like(x) if wants else x.new_empty(0) for wants in wanted)
+    gain_gradients = x.new_empty(3, x.size(2), dtype=torch.float32)
+    return *gradients, gain_gradients, x.new_empty(6, dtype=torch.float32)
+
+
+def _lanes_save(ctx, inputs, output):
+    x, lane, lane_size, _, attended, transformed, weights, skip, through, share, *_ = inputs
+    keep, _, ctx.late, _, _, ctx.scale = inputs[12:]
+    _, normed, size, _, lane_normed, out_lane_size, _, _ = output
+    ctx.mark_non_differentiable(size, out_lane_size)
+    ctx.set_materialize_grads(False)
+    kept = x, lane, lane_size, attended, transformed, skip, weights, through, share, keep
+    ctx.save_for_backward(*kept, normed, size, lane_normed, out_lane_size)
+
+
+def _lanes_gradients(ctx, *upstreams):
+    kept = ctx.saved_tensors
+    merged, normed, _, source, lane, _, path, whole = (
+        None if upstream is None or upstream.numel() == 0 else upstream.contiguous() for upstream in upstreams
+    )
+    given = [normed, source, lane, merged, path if whole is None else whole]
+    mixed, skip, x, before, attended, transformed, gains, weights = lanes_backward_op(
+        list(kept[:6]), list(kept[6:10]), list(kept[10:]), given, ctx.late, ctx.scale
+    )
+    continues = kept[6] is not None
+    merges = kept[5] is not None
+    branch = transformed if continues else x
+    return (
+        x,
+        None,
+        None,
+        before if continues else None,
+        attended if continues else None,
+        None if kept[4] is None else branch,
+        weights.view(2, 3) if continues else None,
+        skip if merges else None,
+        None if kept[7] is None else gains[1],
+        gains[2] if merges else None,
+        None,
+        mixed,
+        gains[0],
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+lanes_op.register_autograd(_lanes_gradients, setup_context=_lanes_save)
+
+
 # === TOPOLOGY ===
 # In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
 # outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
@@ -4388,6 +4805,11 @@ def is_serial(visit: Visit) -> bool:
     return visit.residual == "serial"
 
 
+def is_two_lane(visit: Visit) -> bool:
+    """Whether attention and MLP have a residual stream each in this visit."""
+    return visit.residual == "two_lane"
+
+
 def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
     """The entry of each visit's layer, from `entries` by layer.
 
@@ -4470,10 +4892,18 @@ class GPT(nn.Module):
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
         route = self.routes[self.looped]
-        joins = self.joins(route, shared)
-        if joins:
-            x, skips = self.joined(route[: len(joins)], joins, shared)
-        for visit in route[len(joins) :]:
+        serial, parted = self.fused_visits(route, shared)
+        if serial:
+            keep, again, share = self.gains(serial)
+            mix = by_visit(self.resid_mix, [*serial, *parted])[len(serial) :]
+            paths = spread_op(shared.x0, torch.cat((again, mix[:, 1])))
+            joins = self.joins(route, serial, paths, (keep, again, share))
+            x, branch, skips = self.joined(serial, joins, shared)
+            if parted:
+                x, lane = self.joined_lanes(parted, paths[len(serial) :], mix, (x, branch), skips, shared)
+            elif branch is not None:
+                x = x + branch
+        for visit in route[len(serial) + len(parted) :]:
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -4527,21 +4957,29 @@ class GPT(nn.Module):
         x = x + self.attention(normed, self.gate_source(normed, x), visit, shared)
         return x + self.mlp(self.normalise(x, visit), visit, shared)
 
-    # Where the kernels are used, the serial visits before all others run as one chain of residual_op.
+    # Where the kernels are used, the serial visits before all others run as one chain of residual_op, and
+    # those with two lanes behind them as one of lanes_op.
 
-    def joins(self, route: tuple[Visit, ...], shared: Shared) -> list[Join]:
-        """How the streams of the leading serial visits come about; none where the plain form has to run."""
+    def fused_visits(self, route: tuple[Visit, ...], shared: Shared) -> tuple[list[Visit], list[Visit]]:
+        """The leading serial visits and those of two lanes behind them; none if the plain form has to run."""
         gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
         if not shared.folded or gates_read_residual:
-            return []
-        visits = list(itertools.takewhile(is_serial, route))
-        if not visits:
-            return []
+            return [], []
+        serial = list(itertools.takewhile(is_serial, route))
+        return serial, list(itertools.takewhile(is_two_lane, route[len(serial) :])) if serial else []
+
+    def joins(
+        self,
+        route: tuple[Visit, ...],
+        visits: list[Visit],
+        paths: list[Tensor],
+        gains: tuple[Tensor, Tensor, Tensor],
+    ) -> list[Join]:
+        """How the streams of the leading serial visits come about, with their `gains`."""
         half = sum(visit.pushes_skip for visit in route)
-        keep, again, share = self.gains(visits)
-        paths = spread_op(shared.x0, again)
+        keep, again, share = gains
         joins = []
-        for visit, path in zip(visits, paths, strict=True):
+        for visit in visits:
             index = visit.index
             # What the last visit of the first half leaves is merged at once, by the gain of the stream.
             remembers = 0 < index < half
@@ -4550,7 +4988,7 @@ class GPT(nn.Module):
                 Join(
                     keep=keep[index] if index else None,
                     again=again[index],
-                    path=path,
+                    path=paths[index],
                     share=share[index - half] if index > half and visit.skip_row is not None else None,
                     late=share[merger - half] if remembers and merger < len(visits) else None,
                     remembers=remembers,
@@ -4580,13 +5018,20 @@ class GPT(nn.Module):
         keep = torch.cat((keep[:start], through[:1] + share[:1], through[1:], keep[stop:]))
         return keep, again, share
 
-    def joined(
-        self, visits: tuple[Visit, ...], joins: list[Join], shared: Shared
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(x, the outputs remembered for later) after the leading serial visits, as `serial` has them."""
-        gate_width = self.config.gate_width
+    def gate_read(self) -> int:
+        """How many channels the gates read of what a join gives apart; 0 if none does."""
+        width = self.config.gate_width
         compact = self.config.head_gate != "none" and self.config.gate_attn_src == "proj"
-        read = gate_width if compact and gate_width <= MOST_READ else 0
+        return width if compact and width <= MOST_READ else 0
+
+    def joined(
+        self, visits: list[Visit], joins: list[Join], shared: Shared
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """(x, what is to be added to it, the outputs remembered for later) after the leading serial visits.
+
+        As `serial` has them.
+        """
+        read = self.gate_read()
         carried: dict[str, Tensor] = {}
         skips: list[Tensor] = []
         for visit, join in zip(visits, joins, strict=True):
@@ -4618,10 +5063,65 @@ class GPT(nn.Module):
             written = Stream(*residual_op(*mixed[:3], attended, after=after, remembers=ends, scale=scale))
             branch = self.mlp(written.normed, visit, shared, after)
             carried = dict(zip(("normed", "size", "path", "branch"), (*written[:3], branch), strict=True))
-        x = written.whole + branch
         if visits[-1].pushes_skip:
-            skips.append(x)
-        return x, skips
+            skips.append(written.whole + branch)
+            return skips[-1], None, skips
+        return written.whole, branch, skips
+
+    def joined_lanes(
+        self,
+        visits: list[Visit],
+        paths: list[Tensor],
+        mix: Tensor,
+        start: tuple[Tensor, Tensor | None],
+        skips: list[Tensor],
+        shared: Shared,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, lane) after visits with two lanes, as `two_lane` has them.
+
+        They `start` from the sum of two; `mix` (V, 2, D) are the gains of what attention reads.
+        """
+        read = self.gate_read()
+        x, transformed = start
+        lane = size = path = attended = weights = None
+        for visit, embedding_path, (keep, again) in zip(visits, paths, mix.unbind(0), strict=True):
+            skip = through = share = None
+            if visit.skip_row is not None:
+                skip = skips.pop()
+                share = self.skip_weights[visit.skip_row]
+            if visit.skip_row is not None and self.config.skip_gates_enabled:
+                through = torch.sigmoid(self.skip_gates[visit.skip_row])
+                share = share * (1 - through)
+            x, normed, _, source, lane, size, path, whole = lanes_op(
+                x,
+                lane,
+                size,
+                path,
+                attended,
+                transformed,
+                weights,
+                skip,
+                through,
+                share,
+                shared.x0,
+                embedding_path,
+                keep,
+                again,
+                late=weights is None and self.config.parallel_first_skip == "both",
+                ends=visit is visits[-1],
+                read=read,
+                scale=self.norm_scale(visit),
+            )
+            source = source if read else self.gate_source(normed, None)
+            attended = self.attention(normed, source, visit, shared)
+            transformed = self.mlp(lane, visit, shared)
+            own = self.parallel_resid_lambdas[visit.layer]
+            weights = torch.cat((own[:, None], self.parallel_post_lambdas[visit.layer].T), 1)
+        x, lane = (
+            row[0] * stream + row[1] * attended + row[2] * transformed
+            for row, stream in zip(weights, (x, whole), strict=True)
+        )
+        return x, lane
 
     def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""

@@ -21,6 +21,7 @@ SECTIONS = [
     "HEADS",
     "GATES",
     "RESIDUAL",
+    "LANES",
     "TOPOLOGY",
     "ATTENTION",
     "ADAPTERS",
