@@ -15,11 +15,13 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     RUN          rank, device, run folder, log, metrics, errors
     DATA         shards, tokenizer, manifest, validation tokens and their bytes
     LOADERS      micro-batches of training, packed by document or shuffled
-    KERNELS      fused GPU kernels, each beside its plain reference
-    HEADS        those that make queries, keys and values
+    KERNELS      fused GPU kernels, each beside its plain reference; first those of the MLP and Muon
+    LOSS         those of the head and its cross-entropy
+    HEADS        those that norm, scale and rotate queries and keys
+    PROJECTION   the product that makes queries, keys and values, which does the same
     GATES        those that finish the heads of attention
     RESIDUAL     those that join the residual stream from visit to visit
-    LANES        those that join two of them
+    LANES        those that join two such streams
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     ATTENTION    its backends, and the trial that chooses one
     ADAPTERS     what calibration and adapters may see of a forward, and add to it
@@ -1816,133 +1818,15 @@ def to_device(batch: Any, run: Run) -> Any:
 
 
 # === KERNELS ===
-# Fused GPU kernels: the cross-entropy under the logit softcap, and one matrix product with several epilogues
-# that serves the MLP and Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the
-# operators that launch it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a
-# size as x.size(0): len(x) would fix it, and each number of rows would be compiled anew. At the end, the
-# functions that choose. Kernels take their dtype from the data and compute in fp32. The CPU tests run them in
-# Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+# Fused GPU kernels, from here to LANES; first a matrix product with several epilogues that serves the MLP and
+# Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the operators that launch
+# it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a size as x.size(0):
+# len(x) would fix it, and each number of rows would be compiled anew. At the end, the functions that choose.
+# Kernels take their dtype from the data and compute in fp32. The CPU tests run them in Triton's interpreter
+# (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
 
 # The namespace of the operators; a second copy of this file in the process must not free those of the first.
 OPERATORS = "golf_" + __name__.strip("_")
-
-
-def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
-
-    In nats, (N,) fp32.
-    """
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
-@triton_jit
-def softcap(raw, cap):
-    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
-    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
-
-
-@triton_jit
-def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
-    """Streaming log-sum-exp of a row's capped logits."""
-    largest = -float("inf")
-    total = 0.0  # of exp(capped - largest) over the columns so far
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        live = column < columns
-        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        capped = tl.where(live, softcap(raw, cap), -float("inf"))
-        larger = tl.maximum(largest, tl.max(capped, 0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
-        largest = larger
-    return largest + tl.log(total)
-
-
-@triton_jit
-def softcapped_slope(raw, hit, normalizer, cap):
-    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
-    rising = tl.sigmoid(2.0 * raw / cap)
-    falling = tl.sigmoid(-2.0 * raw / cap)
-    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
-    # The last factor is 1 - tanh^2, exact when saturated.
-    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
-
-
-@triton_jit
-def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program."""
-    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
-    line = logits + row * columns
-    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
-    chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, normalizer - softcap(chosen, cap))
-    tl.store(normalizers + row, normalizer)
-
-
-@triton_jit
-def softcapped_ce_backward_kernel(
-    logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
-):
-    """One (row, block of columns) per program: the slopes times the upstream."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = column < columns
-    raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    hit = column == tl.load(targets + row)
-    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
-    tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
-
-
-@torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
-def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
-    rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    normalizers = torch.empty_like(losses)
-    block = min(triton.next_power_of_2(columns), 8192)
-    softcapped_ce_forward_kernel[(rows,)](
-        logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
-    )
-    return losses, normalizers
-
-
-@softcapped_ce_op.register_fake
-def _softcapped_ce_fake(logits, targets, cap):
-    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
-    return losses, torch.empty_like(losses)
-
-
-@torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
-def softcapped_ce_backward_op(
-    logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
-) -> Tensor:
-    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
-    rows, columns = logits.shape
-    gradient = torch.empty_like(logits)
-    block = 1024
-    softcapped_ce_backward_kernel[(rows, -(-columns // block))](
-        logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
-    )
-    return gradient
-
-
-@softcapped_ce_backward_op.register_fake
-def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
-    return torch.empty_like(logits)
-
-
-def _softcapped_ce_save(ctx, inputs, output):
-    logits, targets, cap = inputs
-    _, normalizers = output
-    ctx.cap = cap
-    ctx.save_for_backward(logits, targets, normalizers)
-
-
-def _softcapped_ce_gradient(ctx, upstream, _):
-    logits, targets, normalizers = ctx.saved_tensors
-    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
-
-
-softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
 
 
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
@@ -2168,6 +2052,233 @@ def mlp_triton(x: Tensor, up: Tensor, down: Tensor, keep_input: bool = False) ->
     return out.view(*x.shape[:-1], -1)
 
 
+@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
+def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
+    """linear x + square x x^T of the matrices of x (N, R, C), from half of the tiles; without a gradient.
+
+    With linear other than 0, x must be symmetric. The plain form stands in orthogonalize, which uses it.
+    """
+    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
+
+
+@symmetric_product_op.register_fake
+def _symmetric_product_fake(x, linear, square):
+    return x.new_empty(x.size(0), x.size(1), x.size(1))
+
+
+def missing_triton(run: Run) -> str:
+    """Why no Triton kernel can run here; empty if one can."""
+    if triton is None:
+        return "triton is not installed"
+    if run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    return "there is no GPU"
+
+
+def pick_kernels(config: Config, run: Run) -> bool:
+    """Whether the Triton kernels are used; logs the reason, Stop if KERNELS=triton cannot be had."""
+    missing = missing_triton(run)
+    wanted = config.kernels
+    if wanted == "triton" and missing:
+        raise Stop(
+            f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)"
+        )
+    chosen = wanted == "triton" or (wanted == "auto" and run.is_cuda and not missing)
+    if missing:
+        reason = missing
+    elif chosen and not run.is_cuda:
+        reason = "interpreted"
+    else:
+        reason = f"KERNELS={wanted}, {run.device.type}"
+    kernels = "triton" if chosen else "reference"
+    run.log(f"kernels: {kernels} ({reason})")
+    return chosen
+
+
+def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
+    """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
+
+    A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
+    the reasons against the backends before it. All ranks call this together and choose alike: what fails on
+    one is used on none.
+    """
+    refused = []
+    for name in order if wanted == "auto" else [wanted]:
+        found = order[name]()
+        if run.world_size > 1:
+            failed = torch.tensor(float(isinstance(found, str)), device=run.device)
+            count = int(run.sum_over_ranks(failed))
+            if count and not isinstance(found, str):
+                found = f"cannot be used on {count} other ranks"
+        if not isinstance(found, str):
+            others = "; not ".join(refused)
+            reasons = f" (not {others})" if refused else ""
+            run.log(f"{what}: {name}{reasons}")
+            return found
+        refused.append(f"{name}: {found}")
+    raise Stop(f"{variable}={wanted}: {found}; install it (requirements-gpu.txt) or set {variable}=auto")
+
+
+def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
+    """The MLP of all layers: MLP_KERNEL, or with auto the first that can be used; logs which and why.
+
+    `fused`: whether KERNELS are the Triton ones.
+    """
+
+    def cutlass() -> MLP | str:
+        if not (Path(__file__).resolve().parent / "cutlass_evt_fusion").is_dir():
+            return "there is no folder cutlass_evt_fusion beside the script"
+        if config.model_dim % 8 or config.mlp_mult * config.model_dim % 8:
+            return "MODEL_DIM and MLP_MULT*MODEL_DIM must be multiples of 8"
+        library = importlib.import_module("cutlass_evt_fusion")
+        reason = library.available(run.dtype, run.device)
+        return reason if reason else library.leaky_relu_squared_mlp
+
+    def fused_triton() -> MLP | str:
+        missing = missing_triton(run)
+        if missing:
+            return missing
+        if not fused and config.mlp_kernel != "triton":
+            return f"KERNELS={config.kernels} chose the reference"
+        if config.mlp_kernel == "auto" and run.is_cuda:
+            # Compiled for sm_80 and sm_89 the tiles spill 3.8 to 13 kB of registers; for sm_90 none.
+            major, minor = torch.cuda.get_device_capability(run.device)
+            if major < 9:
+                return f"its tiles are made for compute capability 9.0, this GPU has {major}.{minor}"
+        return mlp_triton
+
+    def reference() -> MLP:
+        return mlp_reference
+
+    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %,
+    # others: not).
+    order = {"cutlass": cutlass, "triton": fused_triton, "reference": reference}
+    return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
+
+
+# === LOSS ===
+# The cross-entropy under the logit softcap, and the same with the product of the head before it; in the order
+# of KERNELS. The plain form of the second is the product and softcapped_ce_reference.
+
+
+def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
+
+    In nats, (N,) fp32.
+    """
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+@triton_jit
+def softcap(raw, cap):
+    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
+    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
+
+
+@triton_jit
+def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
+    """Streaming log-sum-exp of a row's capped logits."""
+    largest = -float("inf")
+    total = 0.0  # of exp(capped - largest) over the columns so far
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = column < columns
+        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
+        capped = tl.where(live, softcap(raw, cap), -float("inf"))
+        larger = tl.maximum(largest, tl.max(capped, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
+        largest = larger
+    return largest + tl.log(total)
+
+
+@triton_jit
+def softcapped_slope(raw, hit, normalizer, cap):
+    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
+    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
+    # The last factor is 1 - tanh^2, exact when saturated.
+    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
+
+
+@triton_jit
+def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
+    chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, normalizer - softcap(chosen, cap))
+    tl.store(normalizers + row, normalizer)
+
+
+@triton_jit
+def softcapped_ce_backward_kernel(
+    logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
+):
+    """One (row, block of columns) per program: the slopes times the upstream."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < columns
+    raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
+    hit = column == tl.load(targets + row)
+    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
+    tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
+
+
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
+def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    normalizers = torch.empty_like(losses)
+    block = min(triton.next_power_of_2(columns), 8192)
+    softcapped_ce_forward_kernel[(rows,)](
+        logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
+    )
+    return losses, normalizers
+
+
+@softcapped_ce_op.register_fake
+def _softcapped_ce_fake(logits, targets, cap):
+    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
+def softcapped_ce_backward_op(
+    logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
+) -> Tensor:
+    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
+    rows, columns = logits.shape
+    gradient = torch.empty_like(logits)
+    block = 1024
+    softcapped_ce_backward_kernel[(rows, -(-columns // block))](
+        logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
+    )
+    return gradient
+
+
+@softcapped_ce_backward_op.register_fake
+def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
+    return torch.empty_like(logits)
+
+
+def _softcapped_ce_save(ctx, inputs, output):
+    logits, targets, cap = inputs
+    _, normalizers = output
+    ctx.cap = cap
+    ctx.save_for_backward(logits, targets, normalizers)
+
+
+def _softcapped_ce_gradient(ctx, upstream, _):
+    logits, targets, normalizers = ctx.saved_tensors
+    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
+
+
+softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+
 @triton_jit
 def finish_logits(
     logits,
@@ -2283,7 +2394,7 @@ def head_finish_kernel(
 
 # Up to this cap exp(capped logit) and its sums need no largest logit subtracted, in fp32 and in bf16.
 LARGEST_CAP = 60.0
-HEAD_BLOCK_ROWS = 32  # of a program of head_finish_kernel
+LOSS_BLOCK = 32  # of a program of head_finish_kernel
 
 
 @torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
@@ -2324,7 +2435,7 @@ def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tupl
         inner,
         **tile_options(x),
     )
-    head_finish_kernel[(-(-rows // HEAD_BLOCK_ROWS),)](
+    head_finish_kernel[(-(-rows // LOSS_BLOCK),)](
         slopes,
         targets,
         sums,
@@ -2335,7 +2446,7 @@ def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tupl
         slopes.stride(1),
         PARTS=parts,
         WIDTH=triton.next_power_of_2(parts),
-        BLOCK=HEAD_BLOCK_ROWS,
+        BLOCK=LOSS_BLOCK,
     )
     return losses, slopes[0, :, :columns].contiguous(), shares
 
@@ -2363,110 +2474,6 @@ def _head_loss_gradients(ctx, upstream, *_):
 
 
 head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
-
-
-@torch.library.custom_op(f"{OPERATORS}::symmetric_product", mutates_args=())
-def symmetric_product_op(x: Tensor, linear: float, square: float) -> Tensor:
-    """linear x + square x x^T of the matrices of x (N, R, C), from half of the tiles; without a gradient.
-
-    With linear other than 0, x must be symmetric. The plain form stands in orthogonalize, which uses it.
-    """
-    return gemm("polynomial" if linear else "gram", x, x, x, linear, square)[0]
-
-
-@symmetric_product_op.register_fake
-def _symmetric_product_fake(x, linear, square):
-    return x.new_empty(x.size(0), x.size(1), x.size(1))
-
-
-def missing_triton(run: Run) -> str:
-    """Why no Triton kernel can run here; empty if one can."""
-    if triton is None:
-        return "triton is not installed"
-    if run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
-        return ""
-    return "there is no GPU"
-
-
-def pick_kernels(config: Config, run: Run) -> bool:
-    """Whether the Triton kernels are used; logs the reason, Stop if KERNELS=triton cannot be had."""
-    missing = missing_triton(run)
-    wanted = config.kernels
-    if wanted == "triton" and missing:
-        raise Stop(
-            f"KERNELS=triton: {missing}; set KERNELS=reference (or TRITON_INTERPRET=1 to run them on the CPU)"
-        )
-    chosen = wanted == "triton" or (wanted == "auto" and run.is_cuda and not missing)
-    if missing:
-        reason = missing
-    elif chosen and not run.is_cuda:
-        reason = "interpreted"
-    else:
-        reason = f"KERNELS={wanted}, {run.device.type}"
-    kernels = "triton" if chosen else "reference"
-    run.log(f"kernels: {kernels} ({reason})")
-    return chosen
-
-
-def first_usable(run: Run, what: str, variable: str, wanted: str, order: dict[str, Callable[[], Any]]) -> Any:
-    """The wanted backend, or with auto the first of `order` that can be used; Stop if there is none.
-
-    A function of `order` gives its backend, or as a string why it cannot be used. The choice is logged with
-    the reasons against the backends before it. All ranks call this together and choose alike: what fails on
-    one is used on none.
-    """
-    refused = []
-    for name in order if wanted == "auto" else [wanted]:
-        found = order[name]()
-        if run.world_size > 1:
-            failed = torch.tensor(float(isinstance(found, str)), device=run.device)
-            count = int(run.sum_over_ranks(failed))
-            if count and not isinstance(found, str):
-                found = f"cannot be used on {count} other ranks"
-        if not isinstance(found, str):
-            others = "; not ".join(refused)
-            reasons = f" (not {others})" if refused else ""
-            run.log(f"{what}: {name}{reasons}")
-            return found
-        refused.append(f"{name}: {found}")
-    raise Stop(f"{variable}={wanted}: {found}; install it (requirements-gpu.txt) or set {variable}=auto")
-
-
-def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
-    """The MLP of all layers: MLP_KERNEL, or with auto the first that can be used; logs which and why.
-
-    `fused`: whether KERNELS are the Triton ones.
-    """
-
-    def cutlass() -> MLP | str:
-        if not (Path(__file__).resolve().parent / "cutlass_evt_fusion").is_dir():
-            return "there is no folder cutlass_evt_fusion beside the script"
-        if config.model_dim % 8 or config.mlp_mult * config.model_dim % 8:
-            return "MODEL_DIM and MLP_MULT*MODEL_DIM must be multiples of 8"
-        library = importlib.import_module("cutlass_evt_fusion")
-        reason = library.available(run.dtype, run.device)
-        return reason if reason else library.leaky_relu_squared_mlp
-
-    def fused_triton() -> MLP | str:
-        missing = missing_triton(run)
-        if missing:
-            return missing
-        if not fused and config.mlp_kernel != "triton":
-            return f"KERNELS={config.kernels} chose the reference"
-        if config.mlp_kernel == "auto" and run.is_cuda:
-            # Compiled for sm_80 and sm_89 the tiles spill 3.8 to 13 kB of registers; for sm_90 none.
-            major, minor = torch.cuda.get_device_capability(run.device)
-            if major < 9:
-                return f"its tiles are made for compute capability 9.0, this GPU has {major}.{minor}"
-        return mlp_triton
-
-    def reference() -> MLP:
-        return mlp_reference
-
-    # Assumed until bench/gpu.py measures it: what is more specialised is faster (#1420: CUTLASS by 1 %,
-    # others: not).
-    order = {"cutlass": cutlass, "triton": fused_triton, "reference": reference}
-    return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
 # === HEADS ===
@@ -2628,28 +2635,26 @@ def rotate_rows_back(
     gain,
     gain_gradient,
     turn,
-    shrink,
-    token,
-    tokens,
+    place,
     pitch,
     scale_pitch,
-    dim,
-    live,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
     """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens.
 
     What was normalised follows from what came out of it, turned back: cos and sin are rounded, so that they
-    turn and change the length, which `shrink` undoes. Tokens of the gradient lie `pitch` values apart.
+    turn and change the length, which the last of `turn` undoes. Tokens of the gradient lie `pitch` values
+    apart.
     """
-    c, s, partner = turn
+    c, s, partner, shrink = turn
+    token, some, dim, live = place
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
         given = load_rows(upstream, line, dim, live) * c - load_rows(upstream, line, partner, live) * s
         normed = load_rows(out, line, dim, live) * c - load_rows(out, line, partner, live) * s
         normed *= shrink
-        scale = tl.load(scales + token * scale_pitch + head, mask=token < tokens, other=0.0)
+        scale = tl.load(scales + token * scale_pitch + head, mask=some, other=0.0)
         if gain is not None:
             factor = load_head_gain(gain, head, True)
             normed /= factor
@@ -2706,47 +2711,16 @@ def rotated_heads_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
-    live = (token < tokens)[:, None] & (dim < D)[None, :]
-    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
-    c, s, _ = turn
-    back = turn, 1.0 / (c * c + s * s)
+    some = token < tokens
+    live = some[:, None] & (dim < D)[None, :]
+    place = token, some, dim, live
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    turn = c, s, partner, 1.0 / (c * c + s * s)
     parts = gain_gradients + program * HEADS
     both = HEADS + KV_HEADS
-    rotate_rows_back(
-        q,
-        scales,
-        q_upstream,
-        q_gradient,
-        gain,
-        parts,
-        *back,
-        token,
-        tokens,
-        q_pitch,
-        both,
-        dim,
-        live,
-        HEADS,
-        D,
-    )
+    rotate_rows_back(q, scales, q_upstream, q_gradient, gain, parts, turn, place, q_pitch, both, HEADS, D)
     scales += HEADS
-    rotate_rows_back(
-        k,
-        scales,
-        k_upstream,
-        k_gradient,
-        None,
-        None,
-        *back,
-        token,
-        tokens,
-        k_pitch,
-        both,
-        dim,
-        live,
-        KV_HEADS,
-        D,
-    )
+    rotate_rows_back(k, scales, k_upstream, k_gradient, None, None, turn, place, k_pitch, both, KV_HEADS, D)
     if v_gradient is not None:
         add_rows(v_upstream, v_path_upstream, v_gradient, token, k_pitch, dim, live, KV_HEADS, D)
 
@@ -2863,6 +2837,11 @@ def _rotated_heads_gradients(ctx, q_upstream, k_upstream, _):
 
 
 rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+# === PROJECTION ===
+# The product that makes queries, keys and values, with the norm, gain and rotation of HEADS in its epilogue,
+# where a tile can hold whole heads. The plain form is F.linear and rotated_heads_reference.
 
 
 @triton_jit
@@ -4017,9 +3996,7 @@ def lanes_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of lanes_kernel; `gain_gradients` (programs, 3, D), `weight_gradients` (programs, 6) are
-    parts of sums.
-    """
+    """The gradients of lanes_kernel; those of gains (programs, 3, D) and weights (programs, 6) are parts."""
     x, lane, lane_size, attended, transformed, skip = inputs
     weights, through, share, keep = gains
     out, out_size, lane_out, lane_out_size = results
@@ -4062,8 +4039,7 @@ def lanes_backward_kernel(
     tl.store(parts, tl.sum(keep_sum, 0), mask=channel < D)
     store_sum(parts + D, through, through_sum, channel < D)
     store_sum(parts + 2 * D, share, share_sum, channel < D)
-    row = tl.arange(0, 8)
-    tl.store(weight_gradients + program * 6 + row, tl.sum(sums, 1), mask=row < 6)
+    tl.store(weight_gradients + program * 6 + tl.arange(0, 8), tl.sum(sums, 1), mask=tl.arange(0, 8) < 6)
 
 
 LANES_WARPS = 8  # of the kernels here, which hold RESIDUAL_BLOCK tokens at a time. Not measured on a GPU.
@@ -4104,32 +4080,12 @@ def lanes_op(
     size, out_lane_size = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
     source = x.new_empty(*x.shape[:2], read)
     whole = torch.empty_like(x) if ends else None
+    streams = x, lane, lane_size, attended, transformed, weights
+    gains = skip, through, share, embedding, keep, again
+    results = merged, normed, size, lane_normed, out_lane_size, source, whole
     sizes = residual_sizes(x, read) | {"num_warps": LANES_WARPS}
-    lanes_kernel[(-(-sizes["tokens"] // RESIDUAL_BLOCK),)](
-        x,
-        lane,
-        lane_size,
-        attended,
-        transformed,
-        weights,
-        skip,
-        through,
-        share,
-        embedding,
-        keep,
-        again,
-        merged,
-        normed,
-        size,
-        lane_normed,
-        out_lane_size,
-        source,
-        whole,
-        scale=scale,
-        eps=RMS_EPS,
-        LATE=late,
-        **sizes,
-    )
+    grid = (-(-sizes["tokens"] // RESIDUAL_BLOCK),)
+    lanes_kernel[grid](*streams, *gains, *results, scale=scale, eps=RMS_EPS, LATE=late, **sizes)
     whole = x.new_empty(0) if whole is None else whole
     return merged, normed, size, source, lane_normed, out_lane_size, empty_path(x), whole
 
@@ -4797,7 +4753,8 @@ class Shared(NamedTuple):
 # training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
 # lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
 # `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
-# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
+# takes the place of `serial` and joined_lanes that of `two_lane`: a change there belongs in both, and a test
+# holds them together.
 
 
 def is_serial(visit: Visit) -> bool:
