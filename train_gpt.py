@@ -1923,22 +1923,28 @@ def gemm_kernel(
             out.store([matrix, column, row], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
 
 
-def gemm_tile(mode: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel.
+def is_large(device: torch.device) -> bool:
+    """Whether the shared memory is an H100's or larger (or interpreted)."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200_000
 
-    The tiles of the MLP fill the shared memory of an H100. Those of the symmetric modes are square, as each
-    is stored again as its mirror image.
+
+def gemm_tile(mode: str, dtype: torch.dtype, large: bool = True) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel, head_kernel (head) and attention_inputs_kernel (inputs).
+
+    The tiles of the MLP fill the shared memory of an H100, those of the last two if it is `large`; compiled
+    for sm_89 they would spill registers otherwise. Those of the symmetric modes are square, as each is stored
+    again as its mirror image.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or (mode in ("head", "inputs") and not large):
         return 128, 128, 32
     return 128, 128 if mode in ("gram", "polynomial") else 256, 64
 
 
 def tile_options(a: Tensor) -> dict[str, int]:
     """How a kernel with multiply_tile is launched."""
-    # In shared memory smaller than an H100's, half the stages have to do.
-    large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
-    return {"GROUP": 8, "num_warps": 8, "num_stages": 4 if large else 2}
+    return {"GROUP": 8, "num_warps": 8, "num_stages": 4 if is_large(a.device) else 2}
 
 
 def describe_tiles(matrices: Tensor, height: int, width: int) -> Any:
@@ -2411,7 +2417,7 @@ def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tupl
         return losses, slopes.bfloat16(), shares
     rows, depth = x.shape
     columns = weight.size(0)
-    height, width, inner = gemm_tile("head", x.dtype)
+    height, width, inner = gemm_tile("head", x.dtype, is_large(x.device))
     align = 16 // x.element_size()
     slopes = torch.empty(1, rows, -(-columns // align) * align, dtype=x.dtype, device=x.device)
     parts = -(-columns // (width // 4))
@@ -2941,14 +2947,14 @@ def attention_inputs_kernel(
         v.store([0, row, column - BOTH * D], total.to(v.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
-def attention_inputs_width(heads: int, kv_heads: int, size: int, half: int) -> int:
-    """The width of a tile of attention_inputs_kernel; 0 where it cannot serve.
+def attention_inputs_width(heads: int, kv_heads: int, size: int, half: int, most: int) -> int:
+    """The width of a tile of attention_inputs_kernel, at `most` so wide; 0 where it cannot serve.
 
     A tile holds whole heads of one kind. Sizes that are no powers of 2 have no such tiles.
     """
     powers = half > 0 and size & (size - 1) == 0 and half & (half - 1) == 0
-    width = math.gcd(heads, kv_heads, 256 // size or 1) * size
-    return width if powers and 16 <= width <= 256 else 0
+    width = math.gcd(heads, kv_heads, most // size or 1) * size
+    return width if powers and 16 <= width <= most else 0
 
 
 def attention_inputs(
@@ -2967,7 +2973,7 @@ def attention_inputs(
         for count in (heads, kv_heads, kv_heads)
     )
     scales = torch.empty(B, T, heads + kv_heads, dtype=torch.float32, device=x.device)
-    height, _, inner = gemm_tile("heads", x.dtype)
+    height, _, inner = gemm_tile("inputs", x.dtype, is_large(x.device))
     attention_inputs_kernel[(-(-B * T // height) * (weight.size(0) // width),)](
         describe_tiles(x.reshape(1, B * T, depth), height, inner),
         describe_tiles(weight[None], width, inner),
@@ -3011,7 +3017,8 @@ def attention_inputs_op(
     """
     heads = gain.size(0)
     size = weight.size(0) // (heads + 2 * kv_heads)
-    width = attention_inputs_width(heads, kv_heads, size, cos.size(-1))
+    _, most, _ = gemm_tile("inputs", x.dtype, is_large(x.device))
+    width = attention_inputs_width(heads, kv_heads, size, cos.size(-1), most)
     if width:
         q, k, v, scales = attention_inputs(x, weight, gain, cos, sin, kv_heads, width)
     else:

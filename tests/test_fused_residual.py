@@ -202,7 +202,7 @@ TYPES = dict(size="*fp32", out_size="*fp32", keep="*fp32", share="*fp32", again=
 BF, FP = "*bf16", "*fp32"
 LANES = dict(inputs=(BF, BF, FP, BF, BF, BF), gains=(FP,) * 4, results=(BF, FP, BF, FP), upstreams=(BF,) * 5,
              gradients=(BF,) * 6)
-M, N, K = t.gemm_tile("", t.torch.bfloat16)
+M, N, K = t.gemm_tile("head", t.torch.bfloat16)
 TILE = dict(BLOCK_M=M, BLOCK_N=N, BLOCK_K=K, GROUP=8)
 TILES = {{name: f"tensordesc<bf16[1,{{height}},{{width}}]>" for name, height, width in
          (("a", M, K), ("b", N, K), ("q", M, N), ("k", M, N), ("v", M, N), ("slopes", M, N // 4))}}
