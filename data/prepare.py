@@ -82,6 +82,8 @@ from data.sidecar import (
     table_bytes,
     table_problem,
 )
+from data.superword_training import KINDS, OPERATORS, add_superwords
+from data.superwords import has_superwords
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
@@ -369,6 +371,9 @@ class Settings:
     tokenizer_docs: int = 0
     tokenizer_mb: float = 100
     tokenizer_unit: str = "line"
+    superwords: int = 0
+    superword_kind: str = OPERATORS
+    split_digits: bool = True
     shard_tokens: int = STANDARD_SHARD
     name: str = ""
     sidecar: bool = False
@@ -434,7 +439,7 @@ class Preparation:
         # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
         self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
-        self.has_sidecar = settings.transform != "none" or settings.sidecar
+        self.has_sidecar = settings.transform != "none" or settings.sidecar or settings.superwords > 0
 
     def run(self) -> dict:
         """Make the dataset, or recognise a finished one; the manifest."""
@@ -472,17 +477,27 @@ class Preparation:
     # Checks before anything is written.
 
     def _check_tokenizer(self) -> None:
-        path = self.settings.tokenizer
+        path, superwords = self.settings.tokenizer, self.settings.superwords
         if path is None:
+            if superwords >= self.settings.vocab_size:
+                raise DataError(
+                    f"--superwords {superwords}: as many as --vocab-size {self.settings.vocab_size} or "
+                    "more; give fewer"
+                )
             return
+        if superwords:
+            raise DataError(
+                f"--superwords {superwords}: are learnt with a tokenizer; leave --tokenizer {path} out"
+            )
         try:
-            processor, _ = load_model(path)
+            processor, model = load_model(path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); give an existing --tokenizer"
             ) from None
         except ValueError as error:
             raise DataError(str(error)) from None
+        self.has_sidecar |= has_superwords(model)
         if processor.vocab_size() > 0xFFFF:
             raise DataError(
                 f"{path}: {processor.vocab_size()} entries, but shards hold ids below 65,536; "
@@ -558,6 +573,9 @@ class Preparation:
                     "documents": settings.tokenizer_docs,
                     "megabytes": settings.tokenizer_mb,
                     "unit": settings.tokenizer_unit,
+                    "superwords": settings.superwords,
+                    "superword_kind": settings.superword_kind if settings.superwords else None,
+                    "split_digits": settings.split_digits,
                     "on": "training documents",
                 }
             }
@@ -765,12 +783,16 @@ class Preparation:
         say(f"training a tokenizer of {self.settings.vocab_size} entries on training documents")
         read = {"documents": 0, "bytes": 0}
         began = time.monotonic()
+        settings, texts = self.settings, self._training_texts(known, start, read)
+        if settings.superwords:
+            texts = list(texts)
         try:
             trained = train_tokenizer(
-                self._training_texts(known, start, read),
+                texts,
                 self.out / "tokenizer",
-                self.settings.vocab_size,
-                TRANSFORMS[self.settings.transform][2],
+                settings.vocab_size - settings.superwords,
+                TRANSFORMS[settings.transform][2],
+                settings.split_digits,
             )
         except RuntimeError as error:
             if not read["documents"]:
@@ -780,6 +802,8 @@ class Preparation:
                 f"{read['documents']} documents ({str(error).splitlines()[0][:200]}); give a smaller "
                 "--vocab-size or more text"
             ) from None
+        if settings.superwords:
+            read["superwords"] = add_superwords(trained, texts, settings.superwords, settings.superword_kind)
         (self.out / "tokenizer.vocab").unlink(missing_ok=True)
         # SentencePiece stores the folder in the model; equal tokenizers must have equal hashes.
         model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())
@@ -1162,6 +1186,25 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
         help="what SentencePiece takes for one sentence; it skips those above 4,192 bytes, so with "
         "`document`, as the public tokenizers were made, it learns from short documents only and "
         "needs about 1.5 %% more tokens (default %(default)s)",
+    )
+    add(
+        "--superwords",
+        type=number_option(int, 0, 0xFFFF),
+        default=0,
+        metavar="N",
+        help="entries of it that are pieces across spaces, learnt after those of words (default %(default)s)",
+    )
+    add(
+        "--superword-kind",
+        choices=KINDS,
+        default=OPERATORS,
+        help="what they may join: letters and spaces, any text, or case operators too (default %(default)s)",
+    )
+    add(
+        "--join-digits",
+        dest="split_digits",
+        action="store_false",
+        help="let a piece hold several digits",
     )
 
 
