@@ -1074,11 +1074,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def prove(options: argparse.Namespace) -> int:
+    """Prove the dataset of `options` (those of parse_arguments) and print the report; the exit code."""
     began = time.monotonic()
     try:
-        options = parse_arguments(arguments)
         proof = Proof(options.dataset, options)
         try:
             proof.run()
@@ -1116,6 +1115,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"REFUTED     {report['first_counterexample']}")
         print(f"{options.dataset}: {report['verdict']} in {report['seconds']} s")
     return 0 if report["verdict"] == "proved" else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        options = parse_arguments(arguments)
+    except DataError as error:
+        print(f"verify_bytes: {error}", file=sys.stderr)
+        return 2
+    return prove(options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
 #!/usr/bin/env python3
-#!/usr/bin/env python3
 """Speed of the data side against its plain versions, in MB of raw text a second on one core.
 
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
@@ -25,44 +24,27 @@ import environment
 environment.enter()
 import argparse
 import json
-import lzma
 import os
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
+from bench.texts import SHARED, TRAINING_MB, documents, embedded_texts, lines_of, size, table_texts
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import LONGEST_SENTENCE, Job, Known
+from data.prepare import Job, Known, Settings, wanted_superwords
 from data.shards import BOS, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
+from data.superword_training import train_with_superwords
 from helpers import caps_reference
 from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
 
-SHARED = ROOT.parent / "shared" / "data"
 # Tokens per byte of held-out text in spec/TOKENIZER.md.
 PUBLISHED = {"none": 0.26513, "caseops_v1": 0.30917, "caseops_v3": 0.27183}
-
-
-def documents(name: str, megabytes: float) -> list[str]:
-    """Texts from the start of a file of the shared data, about so many MB of UTF-8."""
-    texts, left = [], megabytes * 1e6
-    with lzma.open(SHARED / name, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            texts.append(json.loads(line)["text"])
-            left -= len(texts[-1].encode())
-            if left <= 0:
-                break
-    return texts
-
-
-def size(texts: list[str]) -> int:
-    """UTF-8 bytes of all texts."""
-    return sum(len(text.encode()) for text in texts)
 
 
 class Table:
@@ -235,32 +217,18 @@ def verification(tokens: int) -> dict:
 
 def tokens_per_byte(megabytes: float) -> dict:
     """The table of spec/TOKENIZER.md: three tokenizers trained on the same text, counted on held-out text."""
-    web = documents("web.jsonl.xz", 1000)
-    held_out, left = documents("fineweb_val_head.jsonl.xz", 1000), 4.7e6
-    while left > 0:
-        held_out.append(web.pop())
-        left -= len(held_out[-1].encode())
-    training = web[:]
-    training += documents("prose.jsonl.xz", max(0.1, megabytes - size(web) / 1e6))
+    training, held_out = table_texts(megabytes)
     raw = size(held_out)
     print(f"trained on {size(training) / 1e6:.1f} MB, counted on {raw / 1e6:.2f} MB of held-out text")
     print(
         f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}"
     )
 
-    def sentences(encode: Callable[[str], str]) -> Iterator[str]:
-        return (
-            line
-            for text in training
-            for line in encode(text).splitlines()
-            if len(line.encode()) <= LONGEST_SENTENCE
-        )
-
     results: dict = {}
     with tempfile.TemporaryDirectory() as name:
         for transform in ("caseops_v1", "none", "caseops_v3"):
             encode, _, operators, _ = TRANSFORMS[transform]
-            model = train_tokenizer(sentences(encode), Path(name) / transform, 8192, operators)
+            model = train_tokenizer(lines_of(training, encode), Path(name) / transform, 8192, operators)
             ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
             marks = int(np.isin(ids, np.arange(4, 4 + len(operators))).sum())
             results[transform] = len(ids)
@@ -274,6 +242,30 @@ def tokens_per_byte(megabytes: float) -> dict:
         "v3_against_v1": round(results["caseops_v3"] / results["caseops_v1"] - 1, 4),
         "training_mb": megabytes,
     }
+
+
+def flagship_tokens_per_byte() -> dict:
+    """Tokens per byte of the flagship's tokenizer, trained here: of the table's text, or where that is not
+    there of the embedded corpus.
+    """
+    training, held_out = table_texts(TRAINING_MB) if SHARED.is_dir() else embedded_texts()
+    with tempfile.TemporaryDirectory() as name:
+        settings = Settings(sources=[], out=Path(name), transform="caseops_v3")
+        encode, _, operators, _ = TRANSFORMS[settings.transform]
+        model = train_with_superwords(
+            lines_of(training, encode),
+            settings.out / "tokenizer",
+            settings.vocab_size,
+            operators,
+            wanted_superwords(settings),
+            settings.superword_kind,
+            settings.split_digits,
+        )
+        ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
+    ratio = round(len(ids) / size(held_out), 5)
+    text = "the table's text" if SHARED.is_dir() else "the embedded corpus"
+    print(f"flagship's tokenizer: {ratio:.5f} tokens per byte of {text} ({size(held_out) / 1e6:.2f} MB)")
+    return {"tokens_per_byte": ratio, "tokens_per_byte_text": text}
 
 
 def kills(count: int) -> dict:
@@ -301,23 +293,21 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="less text, the same figures")
     parser.add_argument("--table", action="store_true", help="tokens per byte instead of speeds")
     parser.add_argument(
-        "--mb", type=float, default=53.6, help="training text for --table (default %(default)s)"
+        "--mb", type=float, default=TRAINING_MB, help="training text for --table (default %(default)s)"
     )
     parser.add_argument(
         "--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds"
     )
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        print(
-            f"bench/data.py: {SHARED}: no such folder; it holds the text and the tokenizers", file=sys.stderr
-        )
-        return 2
-    if options.table:
+    if not SHARED.is_dir() and not options.kills:
+        print(f"{SHARED}: no such folder, which holds the text and the tokenizers for everything else")
+        result = flagship_tokens_per_byte()
+    elif options.table:
         result = tokens_per_byte(options.mb if not options.quick else 10)
     elif options.kills:
         result = kills(options.kills)
     else:
-        result = speeds(options.quick)
+        result = speeds(options.quick) | flagship_tokens_per_byte()
     print("RESULT " + json.dumps(result))
     return 0 if result.get("identical", True) else 1
 

@@ -37,7 +37,7 @@ from typing import IO
 
 import numpy as np
 
-from data.card import CARD, FORMAT, MANIFEST, PROOF, write_card
+from data.card import CARD, FORMAT, MANIFEST, PROOF, ProofError, read_proof, write_card
 from data.documents import (
     OPENING_TOKENS,
     Batch,
@@ -70,7 +70,6 @@ from data.shards import (
     read_json_object,
     read_shard,
     sha256_file,
-    train_tokenizer,
     write_json,
 )
 from data.sidecar import (
@@ -82,13 +81,15 @@ from data.sidecar import (
     table_bytes,
     table_problem,
 )
-from data.superword_training import KINDS, OPERATORS, add_superwords
+from data.superword_training import KINDS, OPERATORS, train_with_superwords
 from data.superwords import has_superwords
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
 STANDARD_VALIDATION = 50_000
 STANDARD_SHARD = 100_000_000
+# One of so many entries of a vocabulary is a superword (./bench/tokenizers.py), with these transforms.
+SUPERWORDS_OF = {"caseops_v3": 8}
 JOURNAL, TOKENIZER = "prepare.journal.json", "tokenizer.model"
 TRAIN, VAL, SIDECAR = "fineweb_train_%06d.bin", "fineweb_val_%06d.bin", "fineweb_val_bytes_%06d.bin"
 PARTIAL = ".partial"
@@ -367,11 +368,12 @@ class Settings:
     key: str = "text"
     transform: str = "none"
     tokenizer: Path | None = None
+    tokenizer_sha256: str | None = None
     vocab_size: int = 8192
     tokenizer_docs: int = 0
     tokenizer_mb: float = 100
     tokenizer_unit: str = "line"
-    superwords: int = 0
+    superwords: int | None = None
     superword_kind: str = OPERATORS
     split_digits: bool = True
     shard_tokens: int = STANDARD_SHARD
@@ -384,6 +386,17 @@ class Settings:
     overwrite: bool = False
     disk_check: bool = True
     max_case_lost: float = MOST_CASE_LOST
+    prove: bool = False
+
+
+def wanted_superwords(settings: Settings) -> int:
+    """How many superwords the tokenizer is to have; a given one is as it is."""
+    if settings.superwords is not None:
+        return settings.superwords
+    if settings.tokenizer is not None:
+        return 0
+    part = SUPERWORDS_OF.get(settings.transform)
+    return settings.vocab_size // part if part else 0
 
 
 def say(text: str) -> None:
@@ -439,7 +452,7 @@ class Preparation:
         # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
         self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
-        self.has_sidecar = settings.transform != "none" or settings.sidecar or settings.superwords > 0
+        self.has_sidecar = settings.transform != "none" or settings.sidecar or wanted_superwords(settings) > 0
 
     def run(self) -> dict:
         """Make the dataset, or recognise a finished one; the manifest."""
@@ -477,7 +490,7 @@ class Preparation:
     # Checks before anything is written.
 
     def _check_tokenizer(self) -> None:
-        path, superwords = self.settings.tokenizer, self.settings.superwords
+        path, superwords = self.settings.tokenizer, wanted_superwords(self.settings)
         if path is None:
             if superwords >= self.settings.vocab_size:
                 raise DataError(
@@ -497,7 +510,6 @@ class Preparation:
             ) from None
         except ValueError as error:
             raise DataError(str(error)) from None
-        self.has_sidecar |= has_superwords(model)
         if processor.vocab_size() > 0xFFFF:
             raise DataError(
                 f"{path}: {processor.vocab_size()} entries, but shards hold ids below 65,536; "
@@ -523,6 +535,10 @@ class Preparation:
         problem = table_problem(processor)
         if problem:
             raise DataError(f"{path}: {problem}; use another tokenizer")
+        promised, found = self.settings.tokenizer_sha256, sha256_file(path)
+        if promised not in (None, found):
+            raise DataError(f"{path}: has sha256 {found}, not --tokenizer-sha256 {promised}; get it again")
+        self.has_sidecar |= has_superwords(model)
 
     def _read_journal(self) -> dict:
         """The journal of an earlier run; empty if there is none, or none that can be relied on."""
@@ -573,8 +589,8 @@ class Preparation:
                     "documents": settings.tokenizer_docs,
                     "megabytes": settings.tokenizer_mb,
                     "unit": settings.tokenizer_unit,
-                    "superwords": settings.superwords,
-                    "superword_kind": settings.superword_kind if settings.superwords else None,
+                    "superwords": wanted_superwords(settings),
+                    "superword_kind": settings.superword_kind if wanted_superwords(settings) else None,
                     "split_digits": settings.split_digits,
                     "on": "training documents",
                 }
@@ -783,15 +799,15 @@ class Preparation:
         say(f"training a tokenizer of {self.settings.vocab_size} entries on training documents")
         read = {"documents": 0, "bytes": 0}
         began = time.monotonic()
-        settings, texts = self.settings, self._training_texts(known, start, read)
-        if settings.superwords:
-            texts = list(texts)
+        settings = self.settings
         try:
-            trained = train_tokenizer(
-                texts,
+            trained = train_with_superwords(
+                self._training_texts(known, start, read),
                 self.out / "tokenizer",
-                settings.vocab_size - settings.superwords,
-                TRANSFORMS[settings.transform][2],
+                settings.vocab_size,
+                TRANSFORMS[settings.transform].operators,
+                wanted_superwords(settings),
+                settings.superword_kind,
                 settings.split_digits,
             )
         except RuntimeError as error:
@@ -802,8 +818,6 @@ class Preparation:
                 f"{read['documents']} documents ({str(error).splitlines()[0][:200]}); give a smaller "
                 "--vocab-size or more text"
             ) from None
-        if settings.superwords:
-            read["superwords"] = add_superwords(trained, texts, settings.superwords, settings.superword_kind)
         (self.out / "tokenizer.vocab").unlink(missing_ok=True)
         # SentencePiece stores the folder in the model; equal tokenizers must have equal hashes.
         model = sentencepiece_model_pb2.ModelProto.FromString(trained.read_bytes())
@@ -1087,6 +1101,22 @@ def prepare(settings: Settings) -> dict:
         ) from None
 
 
+def prove(settings: Settings) -> int:
+    """Prove a dataset as `verify_bytes.py --card` does, unless it is proved already; the exit code."""
+    import verify_bytes  # not at the top: it imports this module
+
+    try:
+        read_proof(settings.out)
+        say(f"{settings.out}: already proved ({PROOF})")
+        return 0
+    except ProofError:
+        say(f"{settings.out}: proving it against its documents")
+    options = verify_bytes.parse_arguments([str(settings.out), "--card", "--key", settings.key])
+    options.documents, options.val = settings.sources, settings.val
+    options.workers, options.max_case_lost = settings.workers, settings.max_case_lost
+    return verify_bytes.prove(options)
+
+
 def _lock(file: IO[str], out: Path) -> None:
     try:
         if not environment.lock_file(file):
@@ -1159,6 +1189,7 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
 def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
+    add("--tokenizer-sha256", metavar="HEX", help="refuse any other model than the one with this sha256")
     add(
         "--vocab-size",
         type=number_option(int, 1, 0xFFFF),
@@ -1190,9 +1221,9 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--superwords",
         type=number_option(int, 0, 0xFFFF),
-        default=0,
         metavar="N",
-        help="entries of it that are pieces across spaces, learnt after those of words (default %(default)s)",
+        help="entries of it that are pieces across spaces, learnt after those of words (default: an eighth "
+        "with caseops_v3, otherwise none)",
     )
     add(
         "--superword-kind",
@@ -1239,6 +1270,11 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how often progress is saved for a later run (default %(default)s)",
     )
+    add(
+        "--prove",
+        action="store_true",
+        help="then prove it against the documents, which are read once more, as verify_bytes.py --card does",
+    )
     add("--overwrite", action="store_true", help="replace a dataset or unfinished run in --out")
     add(
         "--no-disk-check",
@@ -1253,7 +1289,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
+        epilog="Exit code 0: complete; 1: --prove has refuted it; 2: cannot be done, with one line that says "
+        "why and what to do.",
     )
     _add_source_options(parser)
     _add_validation_options(parser)
@@ -1268,14 +1305,15 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
-        prepare(parse_arguments(arguments))
+        settings = parse_arguments(arguments)
+        prepare(settings)
+        return prove(settings) if settings.prove else 0
     except DataError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; give the same command again to go on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

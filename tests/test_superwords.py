@@ -13,9 +13,8 @@ import pytest
 
 from data import canonical, superword_training, superwords
 from data.fast_tokenizer import FastTokenizer, load_model
-from data.shards import train_tokenizer
 from data.sidecar import byte_tables, encode_with_bytes
-from data.superword_training import KINDS, OPERATORS, Learner, add_superwords
+from data.superword_training import KINDS, OPERATORS, Learner, train_with_superwords
 from helpers.data_side import refused, run_prepare, verify
 from lossless_caps import TRANSFORMS, decode_caseops
 
@@ -40,22 +39,16 @@ def corpus(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def first_stage(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("superwords")
-    return train_tokenizer(map(ENCODE, corpus(60, 1)), folder / "words", 340, SYMBOLS)
-
-
-@pytest.fixture(scope="module")
-def models(first_stage) -> dict[str, Path]:
-    """By kind of superword: the first stage with 40 of them."""
-    found = {}
+def models(tmp_path_factory) -> dict[str, Path]:
+    """By kind of superword: a tokenizer of 380 entries of which 40 are superwords."""
+    folder, found = tmp_path_factory.mktemp("superwords"), {}
     with pytest.MonkeyPatch.context() as patch:
         for module in (superwords, superword_training):
             patch.setattr(module, "compiled", lambda function: function)
         for kind in KINDS:
-            found[kind] = first_stage.with_name(f"{kind}.model")
-            found[kind].write_bytes(first_stage.read_bytes())
-            assert add_superwords(found[kind], map(ENCODE, corpus(60, 2)), 40, kind) == 40
+            texts = map(ENCODE, corpus(60, 1))
+            found[kind] = train_with_superwords(texts, folder / kind, 380, SYMBOLS, 40, kind)
+            assert len(load_model(found[kind])[1].pieces) == 380
     return found
 
 
@@ -143,8 +136,8 @@ def test_a_dataset_with_superwords_is_proved(tmp_path, capsys, transform):
     options = [source, "--out", out, "--transform", transform, "--val-docs", 10, "--vocab-size", 350]
     assert run_prepare(*options, "--superwords", 25) == 0
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["val_sidecar"] and manifest["tokenizer"]["trained"]["superwords"] == 25
-    assert manifest["recipe"]["tokenizer"]["trained"]["superword_kind"] == OPERATORS
+    trained = manifest["recipe"]["tokenizer"]["trained"]
+    assert manifest["val_sidecar"] and trained["superwords"] == 25 and trained["superword_kind"] == OPERATORS
     code, report = verify(capsys, out, "--documents", source)
     assert code == 0 and report["verdict"] == "proved" and report["not_proved"] == []
     assert transform == "none" or canonical.main([str(out)]) == 0
@@ -152,3 +145,5 @@ def test_a_dataset_with_superwords_is_proved(tmp_path, capsys, transform):
     assert "give fewer" in refused(capsys, *options, "--superwords", 350)
     model = out / "tokenizer.model"
     assert "leave --tokenizer" in refused(capsys, *options, "--superwords", 9, "--tokenizer", model)
+    other = [*options, "--tokenizer", model, "--tokenizer-sha256", "0" * 64]
+    assert "get it again" in refused(capsys, *other)
