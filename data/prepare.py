@@ -82,7 +82,7 @@ from data.sidecar import (
     table_problem,
 )
 from data.superword_training import KINDS, OPERATORS, train_with_superwords
-from data.superwords import has_superwords
+from data.superwords import crosses_spaces
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
@@ -538,7 +538,7 @@ class Preparation:
         promised, found = self.settings.tokenizer_sha256, sha256_file(path)
         if promised not in (None, found):
             raise DataError(f"{path}: has sha256 {found}, not --tokenizer-sha256 {promised}; get it again")
-        self.has_sidecar |= has_superwords(model)
+        self.has_sidecar |= crosses_spaces(model)
 
     def _read_journal(self) -> dict:
         """The journal of an earlier run; empty if there is none, or none that can be relied on."""

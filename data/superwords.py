@@ -141,9 +141,9 @@ def _is_superword(piece: sentencepiece_model_pb2.ModelProto.SentencePiece) -> bo
     return SPACE in piece.piece[1:] or any(operator in piece.piece for operator in JOINED_OPERATORS)
 
 
-def has_superwords(model: sentencepiece_model_pb2.ModelProto) -> bool:
-    """Whether a piece of the model crosses a space, or joins a case operator to something."""
-    return any(map(_is_superword, model.pieces))
+def crosses_spaces(model: sentencepiece_model_pb2.ModelProto) -> bool:
+    """Whether a piece of the model has a space inside, which tables of bytes by piece count as three."""
+    return any(piece.type == NORMAL and SPACE in piece.piece[1:] for piece in model.pieces)
 
 
 def learnt_after_words(model: sentencepiece_model_pb2.ModelProto) -> bool:

@@ -253,7 +253,7 @@ def test_the_flagships_dataset_is_made_until_it_is_proved(copy):
     assert calls(copy)[0] == made
     (copy / folder).mkdir(parents=True)
     (copy / folder / "proof.json").touch()
-    assert start(copy, "records/recipes/flagship.env").returncode == 0
+    assert start(copy, "records/recipes/flagship.env", RUN_ID="second").returncode == 0
     assert calls(copy).count(made) == 1
 
 
