@@ -4,6 +4,7 @@
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
 python bench/data.py --quick    # the same figures from less text, within a minute
 python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3
+python bench/data.py --proof    # verify_bytes.py against documents: processor time, memory, the full scale
 python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
 """
 
@@ -36,7 +37,7 @@ import numpy as np
 from bench.texts import SHARED, TRAINING_MB, documents, embedded_texts, lines_of, size, table_texts
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import Job, Known, Settings, wanted_superwords
+from data.prepare import Job, Known, Settings, prepare, wanted_superwords
 from data.shards import BOS, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
 from data.superword_training import train_with_superwords
@@ -45,6 +46,9 @@ from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
 
 # Tokens per byte of held-out text in spec/TOKENIZER.md.
 PUBLISHED = {"none": 0.26513, "caseops_v1": 0.30917, "caseops_v3": 0.27183}
+
+# Validation and training documents of the contest's export, and their mean length (15,368,808 are 48.17 GB).
+FULL_DOCUMENTS, BYTES_PER_DOCUMENT, FULL_CORES = 8_250_000, 3134, 16
 
 
 class Table:
@@ -268,8 +272,71 @@ def flagship_tokens_per_byte() -> dict:
     return {"tokens_per_byte": ratio, "tokens_per_byte_text": text}
 
 
+MEASURED = """
+import json, resource, sys
+import verify_bytes
+
+status = verify_bytes.main(sys.argv[1:])
+used = {}
+for name, who in (("parent", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN)):
+    found = resource.getrusage(who)
+    used |= {f"{name}_seconds": found.ru_utime + found.ru_stime, f"{name}_mb": found.ru_maxrss / 1024}
+print(json.dumps(used))
+sys.exit(status)
+"""
+
+
+def measured_proof(source: Path, folder: Path) -> dict:
+    """Processor seconds and peak memory of verify_bytes.py with 2 workers, by parent and workers."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(folder), "--documents", str(source), "--workers", "2"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def proof_at_scale(sizes: tuple[float, float]) -> dict:
+    """Datasets of two sizes (MB of text) are proved; what the larger one costs more is extrapolated."""
+    texts = documents("web.jsonl.xz", sizes[1])
+    rows, amounts, tokenizer = [], [], None
+    with tempfile.TemporaryDirectory() as name:
+        for megabytes in sizes:
+            part = texts[: max(1, int(len(texts) * megabytes / sizes[1]))]
+            source, out = Path(name) / f"{megabytes:g}.jsonl", Path(name) / f"{megabytes:g}"
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+            settings = Settings([source], out, val_docs=50, transform="caseops_v3", tokenizer=tokenizer)
+            settings.shard_tokens = 500_000
+            prepare(settings)
+            tokenizer = out / "tokenizer.model"
+            rows.append(measured_proof(source, out))
+            amounts.append(size(part))
+    print(f"{'MB of text':>10}{'parent s':>10}{'workers s':>11}{'parent MB':>11}{'worker MB':>11}")
+    for amount, row in zip(amounts, rows, strict=True):
+        print(
+            f"{amount / 1e6:>10.1f}{row['parent_seconds']:>10.2f}{row['workers_seconds']:>11.2f}"
+            f"{row['parent_mb']:>11.0f}{row['workers_mb']:>11.0f}"
+        )
+    more = amounts[1] - amounts[0]
+    per_byte = {name: (rows[1][name] - rows[0][name]) / more for name in rows[0]}
+    full = FULL_DOCUMENTS * BYTES_PER_DOCUMENT
+    seconds = full * (per_byte["parent_seconds"] + per_byte["workers_seconds"] / FULL_CORES)
+    print(
+        f"{FULL_DOCUMENTS:,} documents ({full / 1e9:.1f} GB) on {FULL_CORES} cores, first the parent, then the "
+        f"workers: {seconds / 60:.1f} minutes of processor time"
+    )
+    return {
+        "proof_parent_mb_per_s": round(1e-6 / per_byte["parent_seconds"], 2),
+        "proof_workers_mb_per_s": round(1e-6 / per_byte["workers_seconds"], 2),
+        "proof_full_minutes": round(seconds / 60, 2),
+        "proof_memory_mb": [[round(row["parent_mb"]), round(row["workers_mb"])] for row in rows],
+    }
+
+
 def kills(count: int) -> dict:
-    """The test that kills a run and goes on, so many times; the first failure ends it."""
+    """The tests that kill a run, of files and of the hub's stream, and go on, so many times each."""
     command = [
         sys.executable,
         "-m",
@@ -277,6 +344,7 @@ def kills(count: int) -> dict:
         "-q",
         "-x",
         str(ROOT / "tests" / "test_prepare.py"),
+        str(ROOT / "tests" / "test_stream.py"),
         "-k",
         "killed",
     ]
@@ -292,6 +360,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="less text, the same figures")
     parser.add_argument("--table", action="store_true", help="tokens per byte instead of speeds")
+    parser.add_argument("--proof", action="store_true", help="verify_bytes.py instead of speeds")
     parser.add_argument(
         "--mb", type=float, default=TRAINING_MB, help="training text for --table (default %(default)s)"
     )
@@ -304,6 +373,8 @@ def main() -> int:
         result = flagship_tokens_per_byte()
     elif options.table:
         result = tokens_per_byte(options.mb if not options.quick else 10)
+    elif options.proof:
+        result = proof_at_scale((2, 5) if options.quick else (8, 24))
     elif options.kills:
         result = kills(options.kills)
     else:
