@@ -324,7 +324,7 @@ def proof_at_scale(sizes: tuple[float, float]) -> dict:
     full = FULL_DOCUMENTS * BYTES_PER_DOCUMENT
     seconds = full * (per_byte["parent_seconds"] + per_byte["workers_seconds"] / FULL_CORES)
     print(
-        f"{FULL_DOCUMENTS:,} documents ({full / 1e9:.1f} GB) on {FULL_CORES} cores, first the parent, then the "
+        f"{FULL_DOCUMENTS:,} documents ({full / 1e9:.1f} GB) on {FULL_CORES} cores, first parent, then "
         f"workers: {seconds / 60:.1f} minutes of processor time"
     )
     return {

@@ -31,6 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import sentencepiece
 
@@ -45,6 +46,8 @@ from lossless_caps import LOWER, TRANSFORMS
 
 TRANSFORM = "caseops_v3"
 QUICK_MB = 3
+# Without words SentencePiece holds every pair of letters of the text: about 100 bytes for each byte.
+ONE_STAGE_LINES = 40_000
 PIECE_OF_SPACE = "\u2581"
 
 
@@ -59,6 +62,7 @@ class Variant:
     longest: int = LONGEST_PIECE
     split_digits: bool = True
     cross_whitespace: bool = False  # split_by_whitespace=false: all merges in one stage
+    lines: int | None = None  # train on the first lines alone
 
 
 VARIANTS = {
@@ -66,7 +70,7 @@ VARIANTS = {
     "digits": Variant(split_digits=False),
     "unigram": Variant(trainer="unigram"),
     "huggingface": Variant(trainer="huggingface"),
-    "one_stage": Variant(cross_whitespace=True),
+    "one_stage": Variant(cross_whitespace=True, lines=ONE_STAGE_LINES),
     **{f"superwords_{kind}": Variant(superwords=1024, kind=kind) for kind in KINDS},
     "superwords_words_2048": Variant(superwords=2048, kind=WORDS),
     "superwords_operators_512": Variant(superwords=512, kind=OPERATORS),
@@ -161,7 +165,7 @@ def _runs(word: str, known: set[str]) -> Iterator[str]:
 def make_model(variant: Variant, training: list[str], path: Path) -> None:
     """Train the tokenizer of a variant into `path`."""
     encode, _, operators, _ = TRANSFORMS[TRANSFORM]
-    lines = lines_of(training, encode)
+    lines = islice(lines_of(training, encode), variant.lines)
     if variant.trainer == "huggingface":
         train_huggingface(lines, path, variant)
     elif variant.trainer != "bpe" or variant.cross_whitespace:
