@@ -47,7 +47,7 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer
 from data.options import Parser, number_option
-from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL
+from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL, Progress
 from data.shards import BOS, UNFINISHED, ShardError, checksum, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -931,13 +931,17 @@ class Proof:
             job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
         records = batches(options.documents, options.key, 2_000_000, start)
 
+        progress = Progress("prove", sum(map(stored_size, options.documents)), output=sys.stderr)
+
         def sources() -> Iterator[Source]:
             nonlocal left_out
-            for _, found in run_in_order(job, records, options.workers):
+            for batch, found in run_in_order(job, records, options.workers):
+                progress.update(batch.consumed, sum(source.length for source in found))
                 left_out += sum(source.known for source in found)
                 yield from (source for source in found if not source.known)
 
         total = self._compare("train", sources())
+        progress.close()
         claimed = self.manifest.get("train_bytes")
         if claimed is not None and claimed != total:
             raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from typing import IO
+from typing import IO, TextIO
 
 import numpy as np
 
@@ -107,10 +107,11 @@ MOST_SHARD_TOKENS = 2**31 - 1
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, a line every 10 s elsewhere."""
+    """A bar with rate and time left on a terminal, a line every 10 s elsewhere (on `output`, or stdout)."""
 
-    def __init__(self, stage: str, total: int, start: int = 0):
+    def __init__(self, stage: str, total: int, start: int = 0, output: TextIO | None = None):
         self.stage, self.total, self.start, self.done = stage, max(1, total), start, start
+        self.output = output
         self.began = self.printed = time.monotonic()
         self.text_bytes = 0
         self.bar = None
@@ -137,6 +138,7 @@ class Progress:
             print(
                 f"{self.stage}: {100 * done / self.total:.1f} %, text "
                 f"{self.text_bytes / 1e6 / (now - self.began):.1f} MB/s, {left:.0f} s left",
+                file=self.output,
                 flush=True,
             )
 
