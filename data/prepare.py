@@ -81,15 +81,13 @@ from data.sidecar import (
     table_bytes,
     table_problem,
 )
-from data.superword_training import KINDS, OPERATORS, train_with_superwords
+from data.superword_training import KINDS, WORDS, train_with_superwords
 from data.superwords import crosses_spaces
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
 STANDARD_VALIDATION = 50_000
 STANDARD_SHARD = 100_000_000
-# One of so many entries of a vocabulary is a superword (./bench/tokenizers.py), with these transforms.
-SUPERWORDS_OF = {"caseops_v3": 8}
 JOURNAL, TOKENIZER = "prepare.journal.json", "tokenizer.model"
 TRAIN, VAL, SIDECAR = "fineweb_train_%06d.bin", "fineweb_val_%06d.bin", "fineweb_val_bytes_%06d.bin"
 PARTIAL = ".partial"
@@ -375,8 +373,8 @@ class Settings:
     tokenizer_docs: int = 0
     tokenizer_mb: float = 100
     tokenizer_unit: str = "line"
-    superwords: int | None = None
-    superword_kind: str = OPERATORS
+    superwords: int = 0
+    superword_kind: str = WORDS
     split_digits: bool = True
     shard_tokens: int = STANDARD_SHARD
     name: str = ""
@@ -389,16 +387,6 @@ class Settings:
     disk_check: bool = True
     max_case_lost: float = MOST_CASE_LOST
     prove: bool = False
-
-
-def wanted_superwords(settings: Settings) -> int:
-    """How many superwords the tokenizer is to have; a given one is as it is."""
-    if settings.superwords is not None:
-        return settings.superwords
-    if settings.tokenizer is not None:
-        return 0
-    part = SUPERWORDS_OF.get(settings.transform)
-    return settings.vocab_size // part if part else 0
 
 
 def say(text: str) -> None:
@@ -454,7 +442,7 @@ class Preparation:
         # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
         self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
-        self.has_sidecar = settings.transform != "none" or settings.sidecar or wanted_superwords(settings) > 0
+        self.has_sidecar = settings.transform != "none" or settings.sidecar or settings.superwords > 0
 
     def run(self) -> dict:
         """Make the dataset, or recognise a finished one; the manifest."""
@@ -492,7 +480,7 @@ class Preparation:
     # Checks before anything is written.
 
     def _check_tokenizer(self) -> None:
-        path, superwords = self.settings.tokenizer, wanted_superwords(self.settings)
+        path, superwords = self.settings.tokenizer, self.settings.superwords
         if path is None:
             if superwords >= self.settings.vocab_size:
                 raise DataError(
@@ -591,8 +579,8 @@ class Preparation:
                     "documents": settings.tokenizer_docs,
                     "megabytes": settings.tokenizer_mb,
                     "unit": settings.tokenizer_unit,
-                    "superwords": wanted_superwords(settings),
-                    "superword_kind": settings.superword_kind if wanted_superwords(settings) else None,
+                    "superwords": settings.superwords,
+                    "superword_kind": settings.superword_kind if settings.superwords else None,
                     "split_digits": settings.split_digits,
                     "on": "training documents",
                 }
@@ -808,7 +796,7 @@ class Preparation:
                 self.out / "tokenizer",
                 settings.vocab_size,
                 TRANSFORMS[settings.transform].operators,
-                wanted_superwords(settings),
+                settings.superwords,
                 settings.superword_kind,
                 settings.split_digits,
             )
@@ -1223,14 +1211,14 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--superwords",
         type=number_option(int, 0, 0xFFFF),
+        default=0,
         metavar="N",
-        help="entries of it that are pieces across spaces, learnt after those of words (default: an eighth "
-        "with caseops_v3, otherwise none)",
+        help="entries of it that are pieces across spaces, learnt after those of words (default %(default)s)",
     )
     add(
         "--superword-kind",
         choices=KINDS,
-        default=OPERATORS,
+        default=WORDS,
         help="what they may join: letters and spaces, any text, or case operators too (default %(default)s)",
     )
     add(

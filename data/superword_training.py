@@ -239,7 +239,7 @@ def train_with_superwords(
     vocab_size: int,
     operators: Sequence[str],
     superwords: int = 0,
-    kind: str = OPERATORS,
+    kind: str = WORDS,
     split_digits: bool = True,
     longest: int = LONGEST_PIECE,
 ) -> Path:

@@ -247,8 +247,9 @@ def test_what_is_downloaded_is_what_the_settings_name(copy, tmp_path, variables,
 
 
 def test_the_flagships_dataset_is_made_until_it_is_proved(copy):
-    folder = "data/datasets/fineweb10B_sp8192_caseops_v3"
-    made = f"prepare.py hub:docs --out {folder} --transform caseops_v3 --vocab-size 8192 --prove"
+    folder = "data/datasets/fineweb10B_sp8192_caseops_v3_superwords"
+    made = f"prepare.py hub:docs --out {folder} --transform caseops_v3 --vocab-size 8192"
+    made += " --superwords 1024 --prove"
     assert start(copy, "records/recipes/flagship.env").returncode == 0
     assert calls(copy)[0] == made
     (copy / folder).mkdir(parents=True)

@@ -222,8 +222,9 @@ def test_a_stream_gives_the_dataset_of_the_file_after_kills(hub, tokenizer, tmp_
 def test_a_killed_run_of_a_stream_goes_on_to_the_same_bytes(hub, tmp_path, attempt):
     """For ./bench/data.py --kills: SIGKILL at random moments of all stages, the proof among them."""
     (tmp_path / stream.DOCUMENTS).write_bytes(hub.repositories[stream.REPOSITORY][NAME])
-    options = ["--val-docs", 50, "--transform", "caseops_v3", "--vocab-size", 400, "--shard-tokens", 20_000]
+    options = ["--val-docs", 50, "--transform", "caseops_v3", "--vocab-size", 400, "--superwords", 40]
     options += ["--batch-mb", 0.02, "--journal-seconds", 0, "--tokenizer-docs", 500, "--prove"]
+    options += ["--shard-tokens", 20_000]
     assert run_prepare(tmp_path / stream.DOCUMENTS, "--out", tmp_path / "stored", *options) == 0
     generator, whole = random.Random(attempt), tmp_path / "streamed"
     for _ in range(4):

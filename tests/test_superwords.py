@@ -14,7 +14,7 @@ import pytest
 from data import canonical, superword_training, superwords
 from data.fast_tokenizer import FastTokenizer, load_model
 from data.sidecar import byte_tables, encode_with_bytes
-from data.superword_training import KINDS, OPERATORS, Learner, train_with_superwords
+from data.superword_training import KINDS, Learner, train_with_superwords
 from helpers.data_side import refused, run_prepare, verify
 from lossless_caps import TRANSFORMS, decode_caseops
 
@@ -136,7 +136,7 @@ def test_a_dataset_with_superwords_is_proved(tmp_path, capsys):
     assert run_prepare(*options, "--superwords", 25) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     trained = manifest["recipe"]["tokenizer"]["trained"]
-    assert manifest["val_sidecar"] and trained["superwords"] == 25 and trained["superword_kind"] == OPERATORS
+    assert manifest["val_sidecar"] and trained["superwords"] == 25 and trained["superword_kind"] == "words"
     code, report = verify(capsys, out, "--documents", source)
     assert code == 0 and report["verdict"] == "proved" and report["not_proved"] == []
     assert canonical.main([str(out)]) == 0
