@@ -6689,34 +6689,14 @@ def state_steps(moves: list[dict[int, int]]) -> np.ndarray:
     return steps
 
 
-@numba_inline
-def next_row(row, token, kinds, steps):
-    """The row of the table after `token`, which has come in `row`: its own, or behind these a state's."""
-    state = steps[max(0, row - len(kinds) + 1), kinds[token]]
-    return len(kinds) + state - 1 if state else token
-
-
 @numba_jit
-def fill_rows(tokens, kinds, steps, rows):
-    """Enter the row after each of `tokens`, of which the first is the first of a document."""
-    row = 0
+def fill_rows(tokens, row, kinds, steps, rows):
+    """Enter the row of the table after each of `tokens`, which come in `row`: a token's own, or a state's."""
+    size = len(kinds)
+    state = max(0, row - size + 1)
     for place in range(len(tokens)):
-        row = next_row(row, np.int64(tokens[place]), kinds, steps)
-        rows[place] = row
-
-
-@numba_jit
-def count_refused(tokens, row, kinds, steps, table):
-    """(how many of `tokens` the table refuses, the place of the first, the row after all)."""
-    count = 0
-    first = -1
-    for place in range(len(tokens)):
-        token = np.int64(tokens[place])
-        if not table[row, token >> 3] >> (token & 7) & 1:
-            first = place if count == 0 else first
-            count += 1
-        row = next_row(row, token, kinds, steps)
-    return count, first, row
+        state = steps[state, kinds[tokens[place]]]
+        rows[place] = size + state - 1 if state else tokens[place]
 
 
 # Rules for single tokens: spaces, and the case operators, which stand before letters. `grammar` has them all.
@@ -6765,9 +6745,10 @@ def grammar(vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         no_letter = where(lambda text: not is_letter(text[0]))
         no_word = where(lambda text: not begins_word(text))
         # Version 1 has its operators behind the space.
-        yield where(lambda text: text in (TITLE, ALLCAPS, LOWER)), no_word if version == 3 else no_letter
+        yield where(lambda text: text in (TITLE, ALLCAPS)), no_word if version == 3 else no_letter
         yield where(lambda text: text == CAPNEXT), no_letter
     if version == 3 and vocabulary.joins_spaces:
+        yield where(lambda text: text == LOWER), no_word
         within = where(lambda text: not text.endswith((*SENTENCE_TAILS, WORD_START)))
         yield within, where(lambda text: text == LOWER)
         yield where(lambda text: not is_letter(text[-1])), where(lambda text: text == CAPNEXT)
@@ -6818,15 +6799,18 @@ class Canonical:
             rows[SPELLING - 1 + number] = pack_bits(self.begins | np.isin(self.vocabulary.bytes, list(found)))
         return rows
 
-    def rows(self, tokens: np.ndarray) -> np.ndarray:
-        """By place of a text (N,), the row of the table that says what can come next, (N,) int32."""
+    def rows(self, tokens: np.ndarray, row: int = BOS) -> np.ndarray:
+        """By place of a text (N,) that comes in `row`, the row that says what can come next, (N,) int32."""
         rows = np.empty(len(tokens), np.int32)
-        fill_rows(np.asarray(tokens), self.kinds, self.steps, rows)
+        fill_rows(tokens.astype(np.int32), row, self.kinds, self.steps, rows)
         return rows
 
     def find_refused(self, tokens: np.ndarray, row: int = BOS) -> tuple[int, int, int]:
-        """(how many of `tokens` are refused after `row`, the place of the first, the row after all)."""
-        return count_refused(np.asarray(tokens), row, self.kinds, self.steps, self.table)
+        """(how many of `tokens`, which come in `row`, are refused, the place of the first, the last row)."""
+        rows = np.append(np.int32(row), self.rows(tokens, row))
+        bits = self.table[rows[:-1], tokens >> 3] >> (tokens & 7) & 1
+        wrong = np.flatnonzero(bits == 0)
+        return len(wrong), int(wrong[0]) if len(wrong) else -1, int(rows[-1])
 
 
 def open_canonical(run: Run, data: Dataset) -> None:
