@@ -410,6 +410,8 @@ class Watch:
         self.event = np.full(size, -1)
         self.times = np.zeros(size, int)
         self.learnt = np.zeros(size, bool)
+        self.tables: dict[int, Tensor] = {}  # of the masks that forwards were given, by where they lie
+        self.mask_rows = np.full(size, -1)  # of a table, by target
         self.events = self.updates = self.repeated = 0
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.ledger: list[tuple[str, str, str]] = []  # (what, hash of the weights, hash of the adapters)
@@ -663,6 +665,11 @@ class Watch:
             entries = latest.mixed.entries(self.trainer, told).float().flatten()
         self.entry[places.cpu()] = entries[rows].cpu()
         self.repeated += len(rows)
+        if mask := getattr(latest.args[0], "mask", None):  # older scripts have none
+            self.tables[mask.table.data_ptr()] = mask.table
+            told = mask.rows.flatten()[every].view(len(rows), latest.experts).cpu().numpy()
+            # -2: the experts were told different things.
+            self.mask_rows[places.cpu()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
         if shift > self.tolerance:
             _, once_more = self.again()
             if torch.equal(once_more[every], latest.logits[every]):
@@ -937,6 +944,32 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
         )
 
 
+def probe_mask(report: Report, stages: Stages, stage: str) -> None:
+    """What a score refuses follows from the tokenizer and from the tokens before, and from nothing else."""
+    watch = stages.watches[stage]
+    wanted = getattr(stages.config, "canonical_mask", False)
+    if not watch.tables and not wanted:
+        return
+    with tempfile.TemporaryDirectory() as folder:  # in which there is nothing else to make it from
+        alone = stages.trainer.Canonical(Path(shutil.copy(stages.sample.folder / "tokenizer.model", folder)))
+    other = sum(not np.array_equal(table.cpu().numpy(), alone.table) for table in watch.tables.values())
+    tokens = watch.tokens
+    expected = alone.rows(tokens)[:-1]
+    given = watch.mask_rows[1:]
+    wrong = np.flatnonzero(given != expected)
+    # The same of a text that ends there.
+    ends = stages.random.choice(len(expected), min(32, len(expected)), replace=False)
+    early = sum(alone.rows(tokens[: end + 1])[-1] != given[end] for end in ends)
+    report.add(
+        "causal",
+        f"{stage}: mask from the tokenizer",
+        wanted and len(watch.tables) == 1 and not other and not len(wrong) and not early,
+        f"{other} of {len(watch.tables)} tables differ from that of the tokenizer alone, the rows of "
+        f"{len(wrong)} of {len(given)} targets from those of the tokens before, of {early} of {len(ends)} "
+        "from those of a text that ends there",
+    )
+
+
 def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     """No score of a document depends on the one before it, where attention is confined to documents."""
     config = stages.config
@@ -1029,6 +1062,7 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
         probe_distributions(report, stages, stage)
         probe_updates(report, stages, stage)
         probe_causality(report, stages, stage, positions)
+        probe_mask(report, stages, stage)
         probe_documents(report, stages, stage)
     probe_warmup(report, stages)
 
