@@ -582,6 +582,7 @@ class Watch:
         for index in np.flatnonzero([int(place) in self.ask for place in where]):
             self.answers[int(where[index])] = self.ask_all(rows[index].item())
         if self.closely:
+            self.note_mask(places, self.all_rows(rows.to(losses.device)))
             self.look_closely(places, rows.to(losses.device))
 
     def ask_all(self, place: int) -> Tensor:
@@ -619,6 +620,15 @@ class Watch:
         width = self.batch[0].shape[1]
         first = rows // width * self.latest.experts * width + rows % width
         return (first[:, None] + width * torch.arange(self.latest.experts, device=rows.device)).flatten()
+
+    def note_mask(self, places: Tensor, every: Tensor) -> None:
+        """Keep the mask that the forward was given, and its row at each place; -2 where experts differ."""
+        mask = getattr(self.latest.args[0], "mask", None)  # older scripts have none
+        if mask is None:
+            return
+        self.tables[mask.table.data_ptr()] = mask.table
+        told = mask.rows.flatten()[every].view(len(places), -1).cpu().numpy()
+        self.mask_rows[places.cpu()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
 
     def look_closely(self, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
@@ -665,11 +675,6 @@ class Watch:
             entries = latest.mixed.entries(self.trainer, told).float().flatten()
         self.entry[places.cpu()] = entries[rows].cpu()
         self.repeated += len(rows)
-        if mask := getattr(latest.args[0], "mask", None):  # older scripts have none
-            self.tables[mask.table.data_ptr()] = mask.table
-            told = mask.rows.flatten()[every].view(len(rows), latest.experts).cpu().numpy()
-            # -2: the experts were told different things.
-            self.mask_rows[places.cpu()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
         if shift > self.tolerance:
             _, once_more = self.again()
             if torch.equal(once_more[every], latest.logits[every]):

@@ -6590,15 +6590,15 @@ def pair_table(vocabulary: Vocabulary) -> np.ndarray:
 # === CANONICAL ===
 # In: as PAIRS. Out: `Canonical`, which says for every place of a text what token can come next. A tokenizer
 # writes one of many spellings of a text, so after some tokens others never come: those that it would have
-# joined otherwise, half a character, a case operator without its word. With CANONICAL_MASK=1 their logits are
-# REFUSED before the softmax, in every score (`refuse`). What is refused follows from the tokens before, and
-# all that remains sums to 1.
+# joined otherwise, half a character, a case operator without its word. With CANONICAL_MASK=1 their logits get
+# lost before the softmax, in every score (`refuse`). What is refused follows from the tokens before, and all
+# that remains sums to 1.
 #
 # It is exact: no rule refuses what the tokenizer can write, whatever the text. `find_refused` proves it on
 # shards, and a run does so on training tokens before it starts. A rule that most texts keep and some do not
 # is no rule: where one is added to `grammar`, all that the normaliser makes of a text has to be thought of.
 
-REFUSED = -1e4  # a logit whose softcap is -LOGIT_SOFTCAP: no share of the sum, and still a finite loss
+REFUSED_LOGIT = -1e4  # its softcap is -LOGIT_SOFTCAP: no share of the sum, and still a finite loss
 PROOF_TOKENS = 1 << 24  # of training, in which a run looks for what is refused
 TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001\ue002\ue003\ue004\ue005"  # the case operators
 # What the normaliser may make of that after which LOWER stands: the end of a sentence, a quote or a bracket.
@@ -6606,10 +6606,10 @@ SENTENCE_TAILS = tuple(".!?\"')]\u2019\u201d")
 
 
 def refuse(logits: Tensor, mask: TokenMask) -> Tensor:
-    """`logits` (N, V) with REFUSED in place of those of the tokens that cannot come."""
+    """`logits` (N, V) with REFUSED_LOGIT in place of those of the tokens that cannot come."""
     packed = mask.table[mask.rows.flatten()]
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
-    return torch.where(bits.flatten(1)[:, : logits.size(1)] > 0, logits, REFUSED)
+    return torch.where(bits.flatten(1)[:, : logits.size(1)] > 0, logits, REFUSED_LOGIT)
 
 
 # States. After most tokens what may come depends on the last one alone. Not so inside a character that is

@@ -30,6 +30,8 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
+    "PAIRS",
+    "CANONICAL",
     "MIXTURE",
     "BUILD",
     "TRAIN",
