@@ -31,6 +31,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
+    PAIRS        which tokens can be neighbours in what a BPE tokenizer writes
+    CANONICAL    what can come at every place of a text: the mask of what the tokenizer cannot write
     MIXTURE      a mixture of causal experts over cached keys and values
     BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
@@ -63,12 +65,14 @@ import resource
 import shlex
 import shutil
 import signal
+import string
 import struct
 import subprocess
 import sys
 import time
 import traceback
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -332,6 +336,9 @@ class Config:
     eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
+    canonical_mask: bool = knob(
+        False, "refuse in every score what the (BPE) tokenizer cannot write after the tokens before"
+    )
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
     ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
@@ -914,6 +921,7 @@ class Run:
         self.metrics: typing.BinaryIO | None = None
         # The last stage that the run folder holds complete: what stops a later one costs no training.
         self.complete: Literal["", "train", "quantize"] = ""
+        self.canonical: Canonical | None = None  # what every score refuses, see open_canonical
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -1579,13 +1587,20 @@ class Past(NamedTuple):
     fresh_values: tuple[Tensor, ...]
 
 
+class TokenMask(NamedTuple):
+    """Which tokens can come after each input: the `rows` (B, T) int32 of `table` (see Canonical)."""
+
+    rows: Tensor
+    table: Tensor
+
+
 class Batch(NamedTuple):
     """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
 
     `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
     places where attention segments start, padded with T (see pad_starts); none is longer than `longest`. With
     `past` the rows are the next tokens of documents whose earlier ones are in a cache. `guesses` (G, B, T)
-    are ids whose losses are wanted besides those of the targets.
+    are ids whose losses are wanted besides those of the targets, `mask` says which ids can be targets.
     """
 
     inputs: Tensor
@@ -1594,6 +1609,7 @@ class Batch(NamedTuple):
     longest: int = 0
     past: Past | None = None
     guesses: Tensor | None = None
+    mask: TokenMask | None = None
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
@@ -4826,11 +4842,13 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
-        bounded = self.config.logit_softcap <= LARGEST_CAP
+        bounded = self.config.logit_softcap <= LARGEST_CAP and batch.mask is None
         if self.fused and plain and bounded and torch.is_grad_enabled():
             losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
         logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
+        if batch.mask is not None:
+            logits = refuse(logits, batch.mask)
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
@@ -6581,6 +6599,20 @@ class Tally:
         self.validation = validation
         self.nats = torch.zeros(len(validation.tokens), device=run.device)
         self.times = torch.zeros(len(validation.tokens), dtype=torch.int32, device=run.device)
+        self.mask: TokenMask | None = None  # of every place of the text
+        if run.config.canonical_mask and run.canonical is None:
+            raise Stop("CANONICAL_MASK=1: a score without its mask: a bug, open_canonical comes first")
+        if run.canonical is not None:
+            rows = torch.from_numpy(run.canonical.rows(validation.tokens))
+            self.mask = to_device(TokenMask(rows, torch.from_numpy(run.canonical.table)), run)
+
+    def masked(self, batch: Batch, chosen: Tensor, places: Tensor) -> Batch:
+        """`batch` with the mask of the targets at `places` (N,), `chosen` (N,) being theirs in the batch."""
+        if self.mask is None:
+            return batch
+        rows = torch.zeros(batch.inputs.numel(), dtype=torch.int32, device=self.run.device)
+        rows[chosen] = self.mask.rows[places - 1]
+        return batch._replace(mask=self.mask._replace(rows=rows.view_as(batch.inputs)))
 
     def add(self, losses: Tensor, places: Tensor) -> None:
         """Enter the losses (N,) of the targets at `places` (N,)."""
@@ -6691,6 +6723,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         # Which losses are scored is found on the host: a mask on the device would have it wait for a count.
         chosen = scored.flatten().nonzero()[:, 0]
         batch, chosen, places = to_device((batch, chosen, places), run)
+        batch = tally.masked(batch, chosen, places)
         tally.add(forward(batch).flatten()[chosen], places)
 
 
@@ -6985,6 +7018,7 @@ def adapt_documents(
         # All of it is prepared on the host: nothing here waits for the device.
         prepared = chunk_batch(tally.validation.tokens, plans, chunk, rows)
         batch, chosen, places, weight = to_device(prepared, run)
+        batch = tally.masked(batch, chosen, places)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
             with torch.set_grad_enabled(learning):
@@ -7179,6 +7213,494 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     finally:
         run.config = config
     run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
+
+
+# === PAIRS ===
+# In: the tokenizer's model file, nothing else. Out: its `Vocabulary`, and which tokens can be neighbours
+# (`pair_table`), exactly. BPE joins the two symbols with the highest score first, the leftmost of equals, in
+# the whole text. If a and b are neighbours in the result, no merge has crossed the outer borders of the two,
+# so all merges inside happened in the order that they have when the text of a and b is encoded alone: the
+# pair occurs exactly if that gives [a, b] back. Both orders of merges are known, so they are played together,
+# and the pair is refused if a merge across the border comes before one of theirs.
+
+BPE = 2  # SentencePiece's number for the kind of model
+
+
+class Vocabulary(NamedTuple):
+    """What a SentencePiece BPE model says of its V tokens, by id.
+
+    `texts` of pieces, "" where a token stands for none; `types`, by SentencePiece's names; `scores` of the
+    pieces that merges make; the byte (V,) of a byte piece, else -1. The normaliser puts a space before the
+    text (`dummy_prefix`), and joins spaces and drops those at the ends (`joins_spaces`).
+    """
+
+    texts: list[str]
+    types: list[str]
+    scores: dict[str, float]
+    bytes: np.ndarray
+    dummy_prefix: bool
+    joins_spaces: bool
+
+    def where(self, holds: Callable[[str], Any]) -> np.ndarray:
+        """(V,) bool: whether a token has a text for which `holds`."""
+        return np.array([bool(text and holds(text)) for text in self.texts])
+
+    def of_type(self, *types: str) -> np.ndarray:
+        """(V,) bool: whether a token is of one of the types."""
+        return np.isin(self.types, types)
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The Vocabulary of a model file; Stop if it is none, or one for which the mask would not be exact."""
+    from google.protobuf.message import DecodeError  # as in load_tokenizer
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise Stop(f"{path}: not a SentencePiece model ({error}); give the .model of a tokenizer") from None
+    trainer = model.trainer_spec
+    normaliser = model.normalizer_spec
+    names = {number: name for name, number in model.SentencePiece.Type.items()}
+    types = [names[piece.type] for piece in model.pieces]
+    texts = ["" for _ in model.pieces]
+    scores = {}
+    values = np.full(len(types), -1)
+    for token, piece in enumerate(model.pieces):
+        if types[token] in ("NORMAL", "USER_DEFINED"):
+            texts[token] = piece.piece
+        if types[token] == "NORMAL":
+            scores[piece.piece] = piece.score
+        if types[token] == "BYTE":
+            values[token] = int(piece.piece[3:5], 16)  # as in <0x0A>
+    marked = [text for text, kind in zip(texts, types, strict=True) if kind == "USER_DEFINED"]
+    reason = ""
+    if trainer.model_type != BPE:
+        reason = "is no BPE model"
+    elif "UNUSED" in types:
+        reason = "has unused pieces, which are split again"
+    elif trainer.treat_whitespace_as_suffix or not normaliser.escape_whitespaces:
+        reason = f"does not write a space as {WORD_START} before the word"
+    elif any(WORD_START in text or " " in text for text in marked):
+        reason = "has user-defined symbols with spaces"
+    elif types[BOS : BOS + 1] != ["CONTROL"]:
+        reason = f"has no control token {BOS} to begin a document with"
+    if reason:
+        raise Stop(f"{path}: {reason}, so the mask is not exact; set CANONICAL_MASK=0 or TOKENIZER_PATH")
+    # Other normalisers leave spaces of another kind, and U+2581 of the text, as they are.
+    joins = normaliser.remove_extra_whitespaces and normaliser.name.startswith("nmt_nfkc")
+    return Vocabulary(texts, types, scores, values, normaliser.add_dummy_prefix, joins)
+
+
+class Merges(NamedTuple):
+    """How a token comes about from its text: the score of each merge in order, and the symbols at the left
+    and the right end before the first merge and after each.
+    """
+
+    scores: list[float]
+    left: list[str]
+    right: list[str]
+
+
+def find_merges(text: str, scores: Mapping[str, float]) -> Merges | None:
+    """The merges that BPE makes of `text`, or None if they do not end in one symbol."""
+    symbols = list(text)
+    found = Merges([], [symbols[0]], [symbols[-1]])
+    while len(symbols) > 1:
+        joined = [scores.get(first + second, -math.inf) for first, second in itertools.pairwise(symbols)]
+        highest = max(joined)
+        if highest == -math.inf:
+            return None
+        place = joined.index(highest)
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        found.scores.append(highest)
+        found.left.append(symbols[0])
+        found.right.append(symbols[-1])
+    return found
+
+
+class MergeTable(NamedTuple):
+    """The Merges of all tokens as arrays; symbols are numbered, those on the left and on the right apart.
+
+    `counts` (V,) of merges; `scores`, `left` and `right` (V, most + 1) as in Merges, a score of -inf behind
+    the last merge. The symbols that right symbol r can be joined with are partners[starts[r]:starts[r + 1]],
+    with `gains` as scores; the tokens with left symbol l are users[firsts[l]:firsts[l + 1]].
+    """
+
+    counts: np.ndarray
+    scores: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    starts: np.ndarray
+    partners: np.ndarray
+    gains: np.ndarray
+    firsts: np.ndarray
+    users: np.ndarray
+
+
+def grouped(rows: Iterable[tuple], columns: int, groups: int) -> tuple[np.ndarray, ...]:
+    """(where each of `groups` starts, and the end; the columns) of `rows`: a group and `columns` numbers."""
+    table = np.array(sorted(rows), np.float64).reshape(-1, 1 + columns)
+    return np.searchsorted(table[:, 0], np.arange(groups + 1)), *table[:, 1:].T
+
+
+def numbered(symbols: Iterable[str]) -> dict[str, int]:
+    """A number for each different symbol."""
+    return {symbol: number for number, symbol in enumerate(sorted(set(symbols)))}
+
+
+def tabulate(found: Mapping[int, Merges], scores: Mapping[str, float], size: int) -> MergeTable:
+    """The MergeTable of `size` tokens, of which those in `found` have Merges."""
+    lefts = numbered(symbol for merges in found.values() for symbol in merges.left)
+    rights = numbered(symbol for merges in found.values() for symbol in merges.right)
+    most = max((len(merges.scores) for merges in found.values()), default=0)
+    counts = np.zeros(size, np.int64)
+    values = np.full((size, most + 1), -np.inf, np.float32)
+    left, right = np.zeros((2, size, most + 1), np.int64)
+    for token, merges in found.items():
+        count = counts[token] = len(merges.scores)
+        values[token, :count] = merges.scores
+        left[token, : count + 1] = [lefts[symbol] for symbol in merges.left]
+        right[token, : count + 1] = [rights[symbol] for symbol in merges.right]
+    joins = [
+        (rights[text[:cut]], lefts[text[cut:]], score)
+        for text, score in scores.items()
+        for cut in range(1, len(text))
+        if text[:cut] in rights and text[cut:] in lefts
+    ]
+    uses = {(lefts[symbol], token) for token, merges in found.items() for symbol in merges.left}
+    starts, partners, gains = grouped(joins, 2, len(rights))
+    firsts, users = grouped(uses, 1, len(lefts))
+    return MergeTable(
+        counts,
+        values,
+        left,
+        right,
+        starts,
+        partners.astype(np.int64),
+        gains.astype(np.float32),
+        firsts,
+        users.astype(np.int64),
+    )
+
+
+@numba_jit
+def refuse_pairs(tokens, table, counts, scores, left, right, starts, partners, gains, firsts, users):
+    """Clear table[a, b // 8] >> b % 8 & 1 for each a of `tokens` and each b that BPE joins with it.
+
+    The arrays after `table` are those of a MergeTable.
+    """
+    across = np.full((scores.shape[1], len(firsts)), -np.inf, np.float32)  # by merges of a, left symbol of b
+    asked = np.full(len(table), -1, np.int64)  # the token for which it was last looked at
+    for first in tokens:
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                across[i, partners[k]] = gains[k]
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                for use in range(firsts[partners[k]], firsts[partners[k] + 1]):
+                    second = users[use]
+                    if asked[second] != first:
+                        asked[second] = first
+                        if is_joined(scores[first], scores[second], left[second], across):
+                            table[first, second >> 3] &= ~np.uint8(1 << (second & 7))
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                across[i, partners[k]] = -np.inf
+
+
+@numba_inline
+def is_joined(of_first, of_second, left_of_second, across):
+    """Whether a merge across the border of two tokens comes before all of theirs are made.
+
+    Of both the scores of the merges, -inf behind the last; `across` as in refuse_pairs.
+    """
+    i = 0
+    j = 0
+    while True:
+        over = across[i, left_of_second[j]]
+        # A merge within the first token is further left, and so goes before its equals.
+        if over > of_first[i] and over >= of_second[j]:
+            return True
+        if of_first[i] == -np.inf and of_second[j] == -np.inf:
+            return False
+        if of_first[i] >= of_second[j]:
+            i += 1
+        else:
+            j += 1
+
+
+def pair_table(vocabulary: Vocabulary) -> np.ndarray:
+    """(V, V / 8) uint8: for each last token the ones that BPE does not join with it."""
+    size = len(vocabulary.texts)
+    found = {}
+    for token in vocabulary.of_type("NORMAL").nonzero()[0].tolist():
+        merges = find_merges(vocabulary.texts[token], vocabulary.scores)
+        if merges is not None:
+            found[token] = merges
+    occurs = vocabulary.of_type("BYTE", "UNKNOWN", "USER_DEFINED")
+    occurs[[BOS, *found]] = True
+    table = np.tile(pack_bits(occurs), (size, 1))
+    merges = tabulate(found, vocabulary.scores, size)
+    tokens = np.array(sorted(found), np.int64)
+    parts = np.array_split(tokens, usable_cores())
+    parallel_map(lambda part: refuse_pairs(part, table, *merges), parts)
+    return table
+
+
+# === CANONICAL ===
+# In: as PAIRS. Out: `Canonical`, which says for every place of a text what token can come next. A tokenizer
+# writes one of many spellings of a text, so after some tokens others never come: those that it would have
+# joined otherwise, half a character, a case operator without its word. With CANONICAL_MASK=1 their logits get
+# lost before the softmax, in every score (`refuse`). What is refused follows from the tokens before, and all
+# that remains sums to 1.
+#
+# It is exact: no rule refuses what the tokenizer can write, whatever the text. `find_refused` proves it on
+# shards, and a run does so on training tokens before it starts. A rule that most texts keep and some do not
+# is no rule: where one is added to `grammar`, all that the normaliser makes of a text has to be thought of.
+
+REFUSED_LOGIT = -1e4  # its softcap is -LOGIT_SOFTCAP: no share of the sum, and still a finite loss
+PROOF_TOKENS = 1 << 24  # of training, in which a run looks for what is refused
+TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001\ue002\ue003\ue004\ue005"  # the case operators
+# What the normaliser may make of that after which LOWER stands: the end of a sentence, a quote or a bracket.
+SENTENCE_TAILS = tuple(".!?\"')]\u2019\u201d")
+
+
+def refuse(logits: Tensor, mask: TokenMask) -> Tensor:
+    """`logits` (N, V) with REFUSED_LOGIT in place of those of the tokens that cannot come."""
+    packed = mask.table[mask.rows.flatten()]
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    return torch.where(bits.flatten(1)[:, : logits.size(1)] > 0, logits, REFUSED_LOGIT)
+
+
+# States. After most tokens what may come depends on the last one alone. Not so inside a character that is
+# spelled in bytes, and after an operator that stands in the text itself, behind ESC. Their states are found
+# from left to right, and have rows of their own.
+
+
+class ByteState(NamedTuple):
+    """A character that lacks `missing` bytes; `prefix` are those so far, or none if the next may be any."""
+
+    prefix: bytes
+    missing: int
+
+
+def next_bytes(state: ByteState, spelled: set[bytes]) -> dict[int, ByteState | None]:
+    """The bytes that may come in `state`, and the state after each, None where the character is complete.
+
+    Characters that are `spelled` by a piece are not written in bytes.
+    """
+    found: dict[int, ByteState | None] = {}
+    for byte in range(0x80, 0xC0):
+        text = state.prefix + bytes([byte])
+        if state.prefix and not is_utf8(text + b"\x80" * (state.missing - 1)):
+            continue  # too long a form of a short character, or half a surrogate pair
+        if state.missing > 1:
+            known = state.prefix and any(other.startswith(text) for other in spelled)
+            found[byte] = ByteState(text if known else b"", state.missing - 1)
+        elif text not in spelled:
+            found[byte] = None
+    return found
+
+
+def is_utf8(text: bytes) -> bool:
+    """Whether `text` is well-formed UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def first_bytes(spelled: set[bytes]) -> dict[int, ByteState | None]:
+    """As next_bytes at the start of a character."""
+    found: dict[int, ByteState | None] = {byte: None for byte in range(0x80) if bytes([byte]) not in spelled}
+    for byte in range(0xC2, 0xF5):
+        found[byte] = ByteState(bytes([byte]), 1 + (byte >= 0xE0) + (byte >= 0xF0))
+    return found
+
+
+def byte_states(spelled: set[bytes]) -> list[dict[int, int]]:
+    """By state, the bytes that may come and the number of the state after each; 0 is no character begun."""
+    numbers: dict[ByteState | None, int] = {None: 0}
+    moves = [first_bytes(spelled)]
+    for found in moves:
+        for state in found.values():
+            if state not in numbers:
+                numbers[state] = len(numbers)
+                moves.append(next_bytes(state, spelled))
+    return [{byte: numbers[state] for byte, state in found.items()} for found in moves]
+
+
+# The kinds of token that move a state: other ones, ESC, other operators, and the byte pieces by their value.
+PLAIN, ESCAPES, OPERATES, BYTES = 0, 1, 2, 3
+# The states: none, behind ESC, behind what it escapes, and the unfinished characters.
+NOWHERE, ESCAPING, ESCAPED, SPELLING = 0, 1, 2, 3
+
+
+def state_steps(moves: list[dict[int, int]]) -> np.ndarray:
+    """The state (states, kinds) after a token of each kind, `moves` being those of byte_states."""
+    steps = np.zeros((SPELLING - 1 + len(moves), BYTES + 256), np.int64)
+    for state in range(len(steps)):
+        found = moves[0] | (moves[state - SPELLING + 1] if state >= SPELLING else {})
+        for byte, number in found.items():
+            steps[state, BYTES + byte] = number and number + SPELLING - 1
+    steps[:, ESCAPES] = ESCAPING
+    steps[ESCAPING, [ESCAPES, OPERATES]] = ESCAPED
+    return steps
+
+
+@numba_jit
+def fill_rows(tokens, row, kinds, steps, rows):
+    """Enter the row of the table after each of `tokens`, which come in `row`: a token's own, or a state's."""
+    size = len(kinds)
+    state = max(0, row - size + 1)
+    for place in range(len(tokens)):
+        state = steps[state, kinds[tokens[place]]]
+        rows[place] = size + state - 1 if state else tokens[place]
+
+
+# Rules for single tokens: spaces, and the case operators, which stand before letters. `grammar` has them all.
+
+
+def begins_word(text: str) -> bool:
+    """Whether `text` may follow an operator: spaces, and a letter if there is more.
+
+    The normaliser joins a letter and the accents behind it, and the operator is of the letter.
+    """
+    word = text.lstrip(WORD_START)
+    return not word or is_letter(word[0])
+
+
+def is_letter(character: str) -> bool:
+    """Whether it is an ASCII letter, with or without accents."""
+    return unicodedata.normalize("NFD", character)[0] in string.ascii_letters
+
+
+def case_version(vocabulary: Vocabulary) -> int:
+    """The version of CaseOps (lossless_caps.py) whose operators the tokenizer has, 0 if it has none."""
+    marked = vocabulary.of_type("USER_DEFINED").nonzero()[0]
+    operators = {vocabulary.texts[token] for token in marked}
+    if not operators.issuperset((TITLE, ALLCAPS, CAPNEXT, ESC)):
+        return 0
+    return 3 if LOWER in operators else 1
+
+
+def grammar(vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(last tokens, tokens that cannot come after them), both (V,) bool, of every rule.
+
+    Tokens without a text (bytes, what is unknown, BOS) are refused by none.
+    """
+    where = vocabulary.where
+    begins = np.arange(len(vocabulary.texts)) == BOS
+    spaced = where(lambda text: text.startswith(WORD_START))
+    if vocabulary.dummy_prefix:
+        yield begins, where(bool) & ~spaced
+    elif vocabulary.joins_spaces:
+        yield begins, spaced
+    if vocabulary.joins_spaces:
+        yield where(lambda text: text.endswith(WORD_START)), spaced
+
+    version = case_version(vocabulary)
+    if version and vocabulary.joins_spaces:
+        no_letter = where(lambda text: not is_letter(text[0]))
+        no_word = where(lambda text: not begins_word(text))
+        # Version 1 has its operators behind the space.
+        yield where(lambda text: text in (TITLE, ALLCAPS)), no_word if version == 3 else no_letter
+        yield where(lambda text: text == CAPNEXT), no_letter
+    if version == 3 and vocabulary.joins_spaces:
+        yield where(lambda text: text == LOWER), no_word
+        within = where(lambda text: not text.endswith((*SENTENCE_TAILS, WORD_START)))
+        yield within, where(lambda text: text == LOWER)
+        yield where(lambda text: not is_letter(text[-1])), where(lambda text: text == CAPNEXT)
+
+
+def pack_bits(columns: np.ndarray) -> np.ndarray:
+    """bool (..., V) as uint8 (..., V / 8), the first in the lowest bit."""
+    return np.packbits(columns, axis=-1, bitorder="little")
+
+
+class Canonical:
+    """Which tokens can come at every place of a text, from the tokenizer in `path` alone; Stop as
+    read_vocabulary.
+
+    `table` (V + states - 1, V / 8) uint8 has a row of bits for each last token and behind these for each
+    state. Byte pieces, the unknown token, user-defined symbols and BOS may come after all that can, unless a
+    state or a rule says otherwise; other control tokens, and pieces that no text is encoded to, nowhere. BOS
+    may come in every state: a text may be cut.
+    """
+
+    def __init__(self, path: Path):
+        vocabulary = read_vocabulary(path)
+        size = len(vocabulary.texts)
+        self.vocabulary = vocabulary
+        self.kinds = vocabulary.bytes + BYTES
+        self.kinds[vocabulary.bytes < 0] = PLAIN
+        if case_version(vocabulary):
+            self.kinds[vocabulary.where(lambda text: text in (TITLE, ALLCAPS, CAPNEXT, LOWER))] = OPERATES
+            self.kinds[vocabulary.where(lambda text: text == ESC)] = ESCAPES
+        spelled = {text.encode() for text in vocabulary.texts if len(text) == 1}
+        moves = byte_states(spelled)
+        self.steps = state_steps(moves)
+
+        self.begins = np.arange(size) == BOS
+        table = pair_table(vocabulary)
+        self.table = np.concatenate([table, self.state_rows(moves, table[BOS])])
+        never = (vocabulary.bytes >= 0) & ~np.isin(vocabulary.bytes, list(moves[0]))
+        self.table[: size + SPELLING - 1] &= ~pack_bits(never)
+        for last, refused in grammar(vocabulary):
+            self.table[:size][last] &= ~pack_bits(refused)
+
+    def state_rows(self, moves: list[dict[int, int]], everything: np.ndarray) -> np.ndarray:
+        """The rows of the states but NOWHERE; `everything` (V / 8,) has all tokens that occur."""
+        rows = np.tile(everything, (len(self.steps) - 1, 1))
+        if case_version(self.vocabulary) == 3:
+            rows[ESCAPING - 1] = pack_bits(self.begins | (self.kinds == ESCAPES) | (self.kinds == OPERATES))
+        for number, found in enumerate(moves[1:]):
+            rows[SPELLING - 1 + number] = pack_bits(self.begins | np.isin(self.vocabulary.bytes, list(found)))
+        return rows
+
+    def rows(self, tokens: np.ndarray, row: int = BOS) -> np.ndarray:
+        """By place of a text (N,) that comes in `row`, the row that says what can come next, (N,) int32."""
+        rows = np.empty(len(tokens), np.int32)
+        fill_rows(tokens.astype(np.int32), row, self.kinds, self.steps, rows)
+        return rows
+
+    def find_refused(self, tokens: np.ndarray, row: int = BOS) -> tuple[int, int, int]:
+        """(how many of `tokens`, which come in `row`, are refused, the place of the first, the last row)."""
+        rows = np.append(np.int32(row), self.rows(tokens, row))
+        bits = self.table[rows[:-1], tokens >> 3] >> (tokens & 7) & 1
+        wrong = np.flatnonzero(bits == 0)
+        return len(wrong), int(wrong[0]) if len(wrong) else -1, int(rows[-1])
+
+
+def open_canonical(run: Run, data: Dataset) -> None:
+    """Make the mask of a run that has CANONICAL_MASK=1 and none yet; Stop if training tokens are refused.
+
+    No validation token is looked at: that none is refused follows from how the mask is made.
+    """
+    if not run.config.canonical_mask or run.canonical is not None:
+        return
+    began = run.now()
+    canonical = Canonical(data.tokenizer)
+    built = run.now() - began
+    size = len(canonical.kinds)
+    share = 1 - np.bitwise_count(canonical.table[:size]).sum() / size**2
+    seen = 0
+    row = BOS
+    for path, tokens in zip(data.train_files, data.train, strict=True):
+        part = data.check_ids(tokens[: PROOF_TOKENS - seen], path)
+        refused, place, row = canonical.find_refused(part, row)
+        if refused:
+            raise Stop(
+                f"{path}: {refused} of {len(part)} tokens, the first at {place}, cannot be what "
+                f"{data.tokenizer} has written; set CANONICAL_MASK=0, or {AGAIN}"
+            )
+        seen += len(part)
+    proof = f"none of {seen} training tokens is refused" if seen else "no training shards here to prove it on"
+    run.log(f"canonical mask: {share:.1%} of all pairs cannot occur, {proof} (built in {built:.1f}s)")
+    run.canonical = canonical
 
 
 # === MIXTURE ===
@@ -7573,6 +8095,7 @@ class Mixture:
         plan = plan_positions(self.stages, longest_document(documents))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
+            chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
             losses, past = self.run_chunk(chunk, stage)
             scores = self.mixer.mix(-losses.detach().double(), chunk)
             self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
@@ -7591,6 +8114,7 @@ class Mixture:
             batch.targets.repeat_interleave(count, 0),
             past=past,
             guesses=batch.guesses.repeat_interleave(count, 1),
+            mask=batch.mask and batch.mask._replace(rows=batch.mask.rows.repeat_interleave(count, 0)),
         )
         return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
 
@@ -8711,6 +9235,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     check_tensors(path, model.table, tensors)
+    open_canonical(run, data)
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
     if config.ttt_enabled and config.hash_embed_enabled:
@@ -9057,6 +9582,7 @@ def run_stages(run: Run) -> None:
     run.on_main_rank(lambda: preflight(run))
     check_launcher(run)
     log_header(run, data)
+    open_canonical(run, data)
     inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()
     run.on_main_rank(lambda: write_atomically(run.folder / "config.json", content))

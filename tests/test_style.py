@@ -33,6 +33,8 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
+    "PAIRS",
+    "CANONICAL",
     "MIXTURE",
     "BUILD",
     "TRAIN",
