@@ -27,7 +27,7 @@ WORDS = "the of The in a Paris NASA end. said, 12 3 it 'tis (a) x\u200b e\u0301 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """The texts are so small that compiling would take longer."""
-    for module in (superwords, superword_training, canonical):
+    for module in (superwords, superword_training):
         monkeypatch.setattr(module, "compiled", lambda function: function)
 
 
