@@ -354,12 +354,12 @@ class Config:
     )
     ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
     ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
-    ttt_lora_rank: int = knob(80, "doc_lora, mixture: rank of the adapters", positive)
+    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
     ttt_lora_alpha: float = knob(
         144.0, "doc_lora, mixture: adapters are scaled by this over their rank; 0: by 1", not_negative
     )
     ttt_lora_lr: float = knob(1e-4, "doc_lora, mixture: AdamW step of the adapters", not_negative)
-    ttt_chunk_size: int = knob(48, "doc_lora, mixture: targets scored, then learnt, per document", positive)
+    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
     ttt_eval_seq_len: int = knob(2048, "doc_lora, mixture: most tokens of context", positive)
     ttt_batch_size: int = knob(64, "doc_lora, mixture: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
@@ -396,7 +396,11 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     ttt_mixture_rates: str = knob(
-        "0.5,2,8,32", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+        "1,4,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+    )
+    ttt_mixture_rank: int = knob(16, "mixture: rank of the adapters", positive)
+    ttt_mixture_chunk: int = knob(
+        24, "mixture: targets scored, then learnt, per document; 8 in its first 64", positive
     )
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
@@ -406,11 +410,6 @@ class Config:
     )
     ttt_mixture_carry: float = knob(
         0.1, "mixture: part of the prior that is replaced by the weights at the end of a document", fraction
-    )
-    ttt_mixture_starts: float = knob(
-        0.1,
-        "mixture: part of the first adapters that is replaced by those at the end of a document",
-        fraction,
     )
 
     def __post_init__(self) -> None:
@@ -559,9 +558,9 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
-            config.ttt_mode != "mixture" or config.ttt_chunk_size < config.ttt_eval_seq_len,
-            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must be less than "
-            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len} with TTT_MODE=mixture, there would be no cache",
+            config.ttt_mode != "mixture" or config.ttt_mixture_chunk < config.ttt_eval_seq_len,
+            f"TTT_MIXTURE_CHUNK={config.ttt_mixture_chunk}: must be less than "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, there would be no cache",
         ),
         (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
@@ -3898,11 +3897,11 @@ def pick_attention(config: Config, run: Run) -> Attend:
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
-    def __init__(self, config: Config, documents: int, device: torch.device):
+    def __init__(self, config: Config, documents: int, device: torch.device, rank: int = 0):
         super().__init__()
         width = config.model_dim
         kv_width = config.num_kv_heads * width // config.num_heads
-        rank = config.ttt_lora_rank
+        rank = rank or config.ttt_lora_rank
         visits = len(make_route(config, config.num_loops > 0))
         sites = {  # (visits, outputs, whether it has adapters)
             "q": (visits, width, config.ttt_q_lora),
@@ -6346,14 +6345,14 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 # start. What is learnt from losses is handed on within a stream. Nothing here waits for the device. All turns
 # have one shape, but for the length of the cache that they read, of which there are few: each is one graph.
 
-# Up to this place in a document a chunk has at most so many targets, further on TTT_CHUNK_SIZE.
+# Up to this place in a document a chunk has at most so many targets, further on TTT_MIXTURE_CHUNK.
 EARLY_CHUNKS = ((64, 8),)
 CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
 
 def plan_caches(config: Config) -> list[int]:
     """The lengths of cache that a forward may read, the shortest first."""
-    most = config.ttt_eval_seq_len - config.ttt_chunk_size
+    most = config.ttt_eval_seq_len - config.ttt_mixture_chunk
     return sorted({max(1, most >> halvings) for halvings in range(CACHE_LENGTHS)})
 
 
@@ -6375,7 +6374,7 @@ class Turn(NamedTuple):
 
 def plan_turns(config: Config, documents: np.ndarray) -> Iterator[Turn]:
     """The turns in which a stream scores `documents` (N, 2) in their order, from their lengths alone."""
-    chunk = config.ttt_chunk_size
+    chunk = config.ttt_mixture_chunk
     caches = plan_caches(config)
     held = np.zeros((config.ttt_batch_size, 2), np.int64)
     place = np.zeros(len(held), np.int64)
@@ -6457,6 +6456,7 @@ GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
 TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
 FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
 FARTHEST_SHIFT = math.log(64.0)  # of all rates, either way
+SHIFT_CARRY = 0.3  # how far they move with each document
 TABLE_BITS = 22  # slots of a table of contexts, for each order
 
 
@@ -6724,14 +6724,14 @@ class Mixer:
 
     def close(self, slots: Tensor) -> None:
         """End the documents in `slots` (N,): the next ones start from where the weights are."""
-        carry = 1 - (1 - self.carry) ** len(slots)
+        carry, shift_carry = (1 - (1 - part) ** len(slots) for part in (self.carry, SHIFT_CARRY))
         ended = self.within[slots].exp().mean(0)
         self.prior = torch.lerp(self.prior.exp(), ended, carry).log()
         count = self.learns.sum().clamp_min(1)
         found = ended * self.learns
         away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
         goal = (self.shifts[slots].mean() + away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
-        self.shift = torch.lerp(self.shift, goal, torch.full_like(goal, carry))
+        self.shift = torch.lerp(self.shift, goal, torch.full_like(goal, shift_carry))
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -6792,41 +6792,6 @@ def move_rows(
         parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
 
 
-class Starts:
-    """The adapters with which documents of each stream begin, moved towards those with which they end."""
-
-    def __init__(self, config: Config, lora: LoRA, count: int):
-        self.config = config
-        self.count = count
-        self.slots = config.ttt_batch_size
-        self.parameters = [parameter.data for parameter in lora.parameters()]
-        self.device = self.parameters[0].device
-        self.streams: dict[int, list[Tensor]] = {}
-
-    def take(self, stream: int) -> None:
-        """Go on with `stream`."""
-        if stream not in self.streams:
-            fresh = LoRA(self.config, self.count, self.device)
-            fresh.reset(stream)
-            self.streams[stream] = [parameter.data for parameter in fresh.parameters()]
-        self.now = self.streams[stream]
-
-    def by_slot(self, parameter: Tensor) -> Tensor:
-        """A view (visits, slots, adapters, ...)."""
-        return parameter.unflatten(1, (self.slots, self.count))
-
-    def open(self, slots: Tensor) -> None:
-        """Begin in `slots` (N,)."""
-        for parameter, start in zip(self.parameters, self.now, strict=True):
-            self.by_slot(parameter)[:, slots] = start[:, None]
-
-    def close(self, slots: Tensor) -> None:
-        """Learn from the documents that end in `slots` (N,), as Reptile does (Nichol et al., 2018)."""
-        carry = 1 - (1 - self.config.ttt_mixture_starts) ** len(slots)
-        for parameter, start in zip(self.parameters, self.now, strict=True):
-            start.lerp_(self.by_slot(parameter)[:, slots].mean(1), carry)
-
-
 class Mixture:
     """The experts of one rank: adapters with their caches, copies, and what mixes them."""
 
@@ -6840,11 +6805,12 @@ class Mixture:
         rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
         self.count = len(rates)
         rows = config.ttt_batch_size * self.count
-        self.lora = LoRA(config, rows, run.device)
-        self.lora.reset(0)  # a slot may stay without a document
-        self.starts = Starts(config, self.lora, self.count)
+        self.lora = LoRA(config, rows, run.device, config.ttt_mixture_rank)
+        self.lora.reset(0)
+        # Every document begins with the adapters of the first slot.
+        self.first = [parameter[:, : self.count].detach().clone() for parameter in self.lora.parameters()]
         self.optimizer = RowAdam(config, self.lora, compiled)
-        self.cache = KeyCache(model, rows, plan_caches(config)[-1], config.ttt_chunk_size, run.device)
+        self.cache = KeyCache(model, rows, plan_caches(config)[-1], config.ttt_mixture_chunk, run.device)
         self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
         self.mixer = Mixer(config, torch.tensor(rates, dtype=torch.float64, device=run.device))
 
@@ -6854,18 +6820,14 @@ class Mixture:
         plans = [list(plan_turns(self.run.config, documents)) for documents in dealt]
         self.copies.find_ahead(plans, self.run.streams)
         turns = [(stream, turn) for stream in self.run.streams for turn in plans[stream]]
-        now = None
         for stream, turn in self.run.progress(f"val:ttt phase {phase + 1}", turns):
-            if stream != now:
-                self.mixer.take(stream)
-                self.starts.take(stream)
-                now = stream
+            self.mixer.take(stream)
             self.take_turn(turn)
             self.mixer.leave(stream)
 
     def take_turn(self, turn: Turn) -> None:
         """Score the chunks of a turn, then learn from them."""
-        chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_chunk_size), self.run)
+        chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_mixture_chunk), self.run)
         self.open(chunk.opens)
         losses = self.run_chunk(chunk, turn.cached)
         scores = self.mixer.mix(-losses.detach().double(), chunk)
@@ -6874,16 +6836,16 @@ class Mixture:
         self.optimizer.step()
         if len(chunk.ends):
             self.mixer.close(chunk.ends)
-            self.starts.close(chunk.ends)
 
     def open(self, slots: Tensor) -> None:
         """Begin documents in `slots` (N,)."""
         if len(slots) == 0:
             return
         rates = self.mixer.open(slots).float()
-        self.starts.open(slots)
-        rows = slots[:, None] * self.count + torch.arange(self.count, device=slots.device)
-        self.optimizer.open(rows.flatten(), rates.repeat(len(slots)))
+        rows = (slots[:, None] * self.count + torch.arange(self.count, device=slots.device)).flatten()
+        for parameter, first in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data[:, rows] = first.repeat(1, len(slots), 1, 1)
+        self.optimizer.open(rows, rates.repeat(len(slots)))
 
     def run_chunk(self, chunk: MixedChunk, cached: int) -> Tensor:
         """The losses (3, R, K, T) of targets and copies for every rate; keys and values go into the cache."""

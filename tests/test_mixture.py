@@ -32,7 +32,8 @@ def tiny(config, monkeypatch):
         config,
         **changes,
         ttt_mode="mixture",
-        ttt_chunk_size=8,
+        ttt_mixture_chunk=8,
+        ttt_mixture_rank=4,
         ttt_batch_size=3,
         ttt_lora_lr=0.01,
         phased_ttt_num_phases=0,
@@ -148,11 +149,8 @@ def test_slots_take_the_next_document_when_theirs_ends(tiny):
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_document_does_not_notice_whose_slot_it_has(tiny, monkeypatch, slots):
     """Adapters, their optimiser, cache and weights begin anew with each document."""
-    reset = t.LoRA.reset
-    monkeypatch.setattr(t.LoRA, "reset", lambda lora, seed: reset(lora, 0))  # streams differ by it
-    config = replace(
-        tiny, ttt_mixture_starts=0.0, ttt_mixture_carry=0.0, ttt_mixture_copies="none", ttt_beta1=0.5
-    )
+    monkeypatch.setattr(t, "SHIFT_CARRY", 0.0)
+    config = replace(tiny, ttt_mixture_carry=0.0, ttt_mixture_copies="none", ttt_beta1=0.5)
     tokens = stream(config)
     one = score(config, tokens).nats
     assert torch.allclose(score(replace(config, ttt_batch_size=slots), tokens).nats, one, atol=1e-4)
@@ -196,31 +194,12 @@ def test_rates_move_to_where_the_weights_are(tiny, monkeypatch):
         assert mixer.shift.isfinite(), "the network as it is has no rate"
 
 
-def test_starts_move_to_where_documents_end(tiny):
-    """By a part for each document that ended, of the same stream and the same rate."""
-    config = replace(tiny, ttt_mixture_starts=0.5)
-    lora = t.LoRA(config, 6, torch.device("cpu"))
-    lora.reset(0)
-    starts = t.Starts(config, lora, 2)
-    starts.take(0)
-    first = [part.clone() for part in starts.now]
-    starts.open(torch.tensor([0, 1, 2]))
-    for parameter, start in zip(lora.parameters(), first, strict=True):
-        assert torch.equal(parameter[:, 2:4], start)
-        parameter.data += torch.arange(6.0).view(1, 6, 1, 1)
-    starts.close(torch.tensor([0, 2]))
-    for now, start in zip(starts.now, first, strict=True):
-        assert torch.allclose(now - start, 0.75 * torch.tensor([2.0, 3.0]).view(1, 2, 1, 1), atol=1e-5)
-    starts.take(1)
-    assert not torch.equal(starts.now[0], first[0])
-
-
 @pytest.mark.parametrize("first", [0.0, 0.9])
 def test_rows_step_as_alone_in_adamw(tiny, first):
     """Rows that begin at another time, with a rate of their own."""
     config = replace(tiny, ttt_beta1=first)
     torch.manual_seed(0)
-    lora = t.LoRA(config, 2, torch.device("cpu"))
+    lora = t.LoRA(config, 2, torch.device("cpu"), 4)
     lora.reset(0)
     rates = torch.tensor([0.01, 0.03])
     begins = (0, 2)
@@ -466,7 +445,7 @@ def test_a_run_in_bf16_scores_like_one_in_fp32(tiny):
 
 def test_a_context_without_room_for_a_cache_is_refused(tiny):
     with pytest.raises(t.Stop, match="there would be no cache"):
-        replace(tiny, ttt_chunk_size=32)
+        replace(tiny, ttt_mixture_chunk=32)
     with pytest.raises(t.Stop, match="TTT_MIXTURE_RATES"):
         replace(tiny, ttt_mixture_rates="1,x")
 
