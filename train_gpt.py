@@ -39,6 +39,7 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import dataclasses
 import decimal
@@ -6436,11 +6437,11 @@ class KeyCache:
         keys, values = (tuple(full[:, :cached] for full in kind) for kind in (self.keys, self.values))
         return Past(position, previous, keys, values, self.fresh_keys, self.fresh_values)
 
-    def keep(self, position: Tensor) -> None:
-        """Put the keys and values that a forward has left at `position` (B,) into the cache."""
-        places = (position[:, None] + self.chunk) % self.keys[0].size(1)
+    def keep(self, past: Past) -> None:
+        """Put the keys and values that a forward has left in `past` into the cache."""
+        places = (past.position[:, None] + self.chunk) % self.keys[0].size(1)
         for full, fresh in zip(
-            (*self.keys, *self.values), (*self.fresh_keys, *self.fresh_values), strict=True
+            (*self.keys, *self.values), (*past.fresh_keys, *past.fresh_values), strict=True
         ):
             full[self.rows, places] = fresh
 
@@ -6539,8 +6540,8 @@ class Copies:
         self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
         self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
 
-    def find_ahead(self, plans: list[list[Turn]], mine: Iterable[int]) -> None:
-        """Find the copies of all documents of the streams `mine`, whose turns are `plans` (one by stream).
+    def plan(self, plans: list[list[Turn]], mine: Iterable[int]) -> None:
+        """Take in the turns of all streams, of which the documents of `mine` are to be found copies for.
 
         A document copies from those of any stream that ended at an earlier turn than its first.
         """
@@ -6551,7 +6552,15 @@ class Copies:
                     events += [(number, 0, stream, *turn.documents[slot]) for slot in turn.opens]
                 if self.which == "all":
                     events += [(number, 1, stream, *turn.documents[slot]) for slot in turn.ends]
-        for _, ended, _, first, end in sorted(events):
+        self.events = collections.deque(sorted(events))
+
+    def advance(self, turn: int) -> None:
+        """Find the copies of documents up to those that begin at a `turn`, in the order of all streams.
+
+        Not all at once, so that it happens while the device is busy with the turns before.
+        """
+        while self.events and self.events[0][0] <= turn:
+            _, ended, _, first, end = self.events.popleft()
             if ended:
                 self.enter(first, end)
             else:
@@ -6746,9 +6755,7 @@ class RowAdam(torch.optim.Optimizer):
         self.betas = (config.ttt_beta1, config.ttt_beta2)
         self.decay = config.ttt_weight_decay
         self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.means = self.squares
-        if config.ttt_beta1:
-            self.means = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters if config.ttt_beta1]
         rows = self.parameters[0].size(1)
         self.rates = torch.zeros(rows, device=self.parameters[0].device)
         self.ages = torch.zeros_like(self.rates)
@@ -6758,8 +6765,8 @@ class RowAdam(torch.optim.Optimizer):
         """Begin anew in `rows` (N,) at `rates` (N,)."""
         self.rates[rows] = rates
         self.ages[rows] = 0
-        for kept in {id(state): state for state in (*self.squares, *self.means)}.values():
-            kept[:, rows] = 0
+        for kept in (*self.squares, *self.means):
+            kept.index_fill_(1, rows, 0)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -6784,11 +6791,11 @@ def move_rows(
     first: float,
     second: float,
 ) -> None:
-    """A step of AdamW in place, with `rates` and what is kept of weights by row; `first` 0 needs no means."""
-    for parameter, gradient, square, mean in zip(parameters, gradients, squares, means, strict=True):
+    """A step of AdamW in place, with `rates` and what is kept of weights by row; no `means` if `first` is 0."""
+    for number, (parameter, gradient, square) in enumerate(zip(parameters, gradients, squares, strict=True)):
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        if first:
-            gradient = mean.mul_(first).add_(gradient, alpha=1 - first)
+        if means:
+            gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
         parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
 
 
@@ -6818,20 +6825,23 @@ class Mixture:
         """Score this rank's streams of the `batches` (documents (N, 2) each), in their order."""
         dealt = deal_documents(np.concatenate(batches))
         plans = [list(plan_turns(self.run.config, documents)) for documents in dealt]
-        self.copies.find_ahead(plans, self.run.streams)
-        turns = [(stream, turn) for stream in self.run.streams for turn in plans[stream]]
-        for stream, turn in self.run.progress(f"val:ttt phase {phase + 1}", turns):
+        self.copies.plan(plans, self.run.streams)
+        turns = [(stream, number) for stream in self.run.streams for number in range(len(plans[stream]))]
+        for stream, number in self.run.progress(f"val:ttt phase {phase + 1}", turns):
+            self.copies.advance(number)
             self.mixer.take(stream)
-            self.take_turn(turn)
+            self.take_turn(plans[stream][number])
             self.mixer.leave(stream)
+        self.copies.advance(sys.maxsize)
 
     def take_turn(self, turn: Turn) -> None:
         """Score the chunks of a turn, then learn from them."""
         chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_mixture_chunk), self.run)
         self.open(chunk.opens)
-        losses = self.run_chunk(chunk, turn.cached)
+        losses, past = self.run_chunk(chunk, turn.cached)
         scores = self.mixer.mix(-losses.detach().double(), chunk)
         self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
+        self.cache.keep(past)
         (losses[0] * chunk.weight[:, None]).sum().backward()
         self.optimizer.step()
         if len(chunk.ends):
@@ -6847,8 +6857,8 @@ class Mixture:
             parameter.data[:, rows] = first.repeat(1, len(slots), 1, 1)
         self.optimizer.open(rows, rates.repeat(len(slots)))
 
-    def run_chunk(self, chunk: MixedChunk, cached: int) -> Tensor:
-        """The losses (3, R, K, T) of targets and copies for every rate; keys and values go into the cache."""
+    def run_chunk(self, chunk: MixedChunk, cached: int) -> tuple[Tensor, Past]:
+        """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
         count = self.count
         batch = chunk.batch
         position = chunk.position.repeat_interleave(count)
@@ -6860,8 +6870,7 @@ class Mixture:
             guesses=batch.guesses.repeat_interleave(count, 1),
         )
         losses = self.forward(rows, lora=self.lora)
-        self.cache.keep(position)
-        return losses.unflatten(1, (len(chunk.scored), count))
+        return losses.unflatten(1, (len(chunk.scored), count)), past
 
 
 def score_mixture(

@@ -281,7 +281,11 @@ def test_documents_copy_from_what_ended_before_they_began(tiny, monkeypatch):
     monkeypatch.setattr(
         t.Copies, "find", lambda copies, *document: seen.setdefault(document, list(known)) and None
     )
-    t.Copies(tokens, "all").find_ahead(plans, [1])
+    copies = t.Copies(tokens, "all")
+    copies.plan(plans, [1])
+    copies.advance(0)
+    assert set(seen) == {tuple(plans[1][0].documents[slot]) for slot in plans[1][0].opens}
+    copies.advance(1000)
     begins, ends = {}, {}
     for plan in plans:
         for number, turn in enumerate(plan):
