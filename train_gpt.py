@@ -6791,8 +6791,9 @@ def move_rows(
     first: float,
     second: float,
 ) -> None:
-    """A step of AdamW in place, with `rates` and what is kept of weights by row; no `means` if `first` is 0."""
-    for number, (parameter, gradient, square) in enumerate(zip(parameters, gradients, squares, strict=True)):
+    """A step of AdamW in place: `rates` and what to `keep` of weights are by row; no means if `first` is 0."""
+    every = zip(parameters, gradients, squares, strict=True)
+    for number, (parameter, gradient, square) in enumerate(every):
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         if means:
             gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
