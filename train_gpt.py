@@ -6791,7 +6791,7 @@ def move_rows(
     first: float,
     second: float,
 ) -> None:
-    """A step of AdamW in place: `rates` and what to `keep` of weights are by row; no means if `first` is 0."""
+    """A step of AdamW in place: `rates` and what to `keep` of weights by row; no means if `first` is 0."""
     every = zip(parameters, gradients, squares, strict=True)
     for number, (parameter, gradient, square) in enumerate(every):
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
