@@ -397,7 +397,7 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     ttt_mixture_rates: str = knob(
-        "1,4,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+        "2,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
     )
     ttt_mixture_rank: int = knob(16, "mixture: rank of the adapters", positive)
     ttt_mixture_chunk: int = knob(

@@ -90,7 +90,8 @@ class Frozen:
 
     def __init__(self, folder: Path, changes: dict[str, str]):
         settings = json.loads((folder / "config.json").read_text())
-        known = set(t.Config.variables())
+        # How the run was evaluated is no part of its artifact: all ways start from the defaults.
+        known = {name for name in t.Config.variables() if "TTT" not in name}
         settings = {name: t.format_value(value) for name, value in settings.items() if name in known}
         fixed = {"STAGE": "evaluate", "TTT_ENABLED": "1", "PHASED_TTT_NUM_PHASES": "0", "TTT_BATCH_SIZE": "4"}
         self.config = t.Config.from_env(settings | fixed | changes)
