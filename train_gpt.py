@@ -6352,9 +6352,9 @@ CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
 
 def plan_caches(config: Config) -> list[int]:
-    """The lengths of cache that a forward may read, the shortest first."""
+    """The lengths of cache that a forward may read, the shortest first; all but the longest in eights."""
     most = config.ttt_eval_seq_len - config.ttt_mixture_chunk
-    return sorted({max(1, most >> halvings) for halvings in range(CACHE_LENGTHS)})
+    return sorted({min(most, 8 * -(-most >> 3 + halvings)) for halvings in range(CACHE_LENGTHS)})
 
 
 class Turn(NamedTuple):
@@ -6814,9 +6814,11 @@ class Mixture:
         self.count = len(rates)
         rows = config.ttt_batch_size * self.count
         self.lora = LoRA(config, rows, run.device, config.ttt_mixture_rank)
-        self.lora.reset(0)
-        # Every document begins with the adapters of the first slot.
-        self.first = [parameter[:, : self.count].detach().clone() for parameter in self.lora.parameters()]
+        first = LoRA(config, self.count, run.device, config.ttt_mixture_rank)
+        first.reset(0)
+        self.first = [parameter.data for parameter in first.parameters()]  # with which every document begins
+        for parameter, start in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data.copy_(start.repeat(1, config.ttt_batch_size, 1, 1))
         self.optimizer = RowAdam(config, self.lora, compiled)
         self.cache = KeyCache(model, rows, plan_caches(config)[-1], config.ttt_mixture_chunk, run.device)
         self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
