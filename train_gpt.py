@@ -400,9 +400,7 @@ class Config:
         "2,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
     )
     ttt_mixture_rank: int = knob(16, "mixture: rank of the adapters", positive)
-    ttt_mixture_chunk: int = knob(
-        24, "mixture: targets scored, then learnt, per document; 8 in its first 64", positive
-    )
+    ttt_mixture_chunk: int = knob(24, "mixture: targets scored, then learnt, per document", positive)
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
     )
@@ -6346,8 +6344,6 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 # start. What is learnt from losses is handed on within a stream. Nothing here waits for the device. All turns
 # have one shape, but for the length of the cache that they read, of which there are few: each is one graph.
 
-# Up to this place in a document a chunk has at most so many targets, further on TTT_MIXTURE_CHUNK.
-EARLY_CHUNKS = ((64, 8),)
 CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
 
@@ -6387,18 +6383,14 @@ def plan_turns(config: Config, documents: np.ndarray) -> Iterator[Turn]:
         taken += len(opens)
         if not held.any():
             return
-        count = np.full(len(held), chunk)
-        for border, size in reversed(EARLY_CHUNKS):
-            # What an unfilled chunk leaves behind in the cache must not lie where tokens are still seen.
-            count[(place < border) & (place + chunk <= caches[-1])] = min(size, chunk)
         first = held[:, 0] + place
-        plan = np.stack([first, np.minimum(first + count + 1, held[:, 1]), first + 1], 1)
+        plan = np.stack([first, np.minimum(first + chunk + 1, held[:, 1]), first + 1], 1)
         plan[held[:, 1] == 0] = 0
         ended = (held[:, 1] > 0) & (plan[:, 1] == held[:, 1])
         deepest = min(int(place.max()), caches[-1])
         cached = next(length for length in caches if length >= deepest)
         yield Turn(held.copy(), place.copy(), plan, opens, np.flatnonzero(ended), cached)
-        place += count
+        place += chunk
         held[ended] = 0
         place[held[:, 1] == 0] = 0
 

@@ -161,12 +161,11 @@ def choose(count: int, shortest: int = SHORTEST, longest: int = sys.maxsize, las
 
 
 class Way(NamedTuple):
-    """How documents are scored: settings, and the size of early chunks; whether by whole streams."""
+    """How documents are scored: settings, and whether by whole streams."""
 
     name: str
     settings: dict[str, Any]
     streams: bool = False
-    early: bool = True
 
 
 class Piece(NamedTuple):
@@ -224,7 +223,7 @@ def score(frozen: Frozen, text: Text, way: Way, numbers: np.ndarray, stream: int
     tally = t.Tally(run, text.validation)
     seen: list[Seen] = []
     began = time.process_time()
-    with patch.object(t, "EARLY_CHUNKS", t.EARLY_CHUNKS if way.early else ()), recorded(seen):
+    with recorded(seen):
         if way.streams:
             run.streams = range(stream, stream + 1)
             t.Mixture(run, frozen.model, forward, tally).score_phase([text.documents[text.order]], 0, 0)
@@ -296,7 +295,7 @@ class Work:
         """A piece, from the folder or done now; None where no more is to be done."""
         config = dataclasses.replace(self.frozen.config, **way.settings)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
-        facts = [settings, way.early, text.digest, self.frozen.digest, PART, t.STREAMS]
+        facts = [settings, text.digest, self.frozen.digest, PART, t.STREAMS]
         said = json.dumps(facts, default=str)
         name = f"{way.name}-{stream}-{part}-{hashlib.sha256(said.encode()).hexdigest()[:12]}.npz"
         path = self.folder / name
@@ -422,7 +421,7 @@ def ways_to_score(config: t.Config, multiple: float) -> list[Way]:
         Way("mixture", mixture, streams=True),
         Way("none", alone | {"ttt_mixture_rates": "0"}),
         Way("recomputed", PUBLISHED | {"ttt_lora_lr": rate * multiple}),
-        Way("cached", same | {"ttt_mixture_rates": "1"}, early=False),
+        Way("cached", same | {"ttt_mixture_rates": "1"}),
         Way("low", mixture | {"ttt_lora_lr": rate / 8}, streams=True),
         Way("high", mixture | {"ttt_lora_lr": rate * 8}, streams=True),
     ]

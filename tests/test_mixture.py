@@ -19,13 +19,11 @@ from helpers.trainer import replace
 
 TARGETS = [40, 9, 75, 2, 33, 60, 17, 90, 25, 51]  # of each document; most are longer than the context
 ALONE = {"ttt_mixture_rates": "0", "ttt_mixture_copies": "none"}  # the network as it is
-EARLY = ((8, 4),)  # instead of EARLY_CHUNKS: contexts here have 32 tokens
 
 
 @pytest.fixture
 def tiny(config, monkeypatch):
     """A small model and settings of the mixture."""
-    monkeypatch.setattr(t, "EARLY_CHUNKS", EARLY)
     monkeypatch.setattr(t, "CACHE_LENGTHS", 2)
     monkeypatch.setattr(t, "STREAMS", 2)  # of five documents each, more than there are slots
     changes = {"num_layers": 3, "loop_end": 1, "parallel_start_layer": 2, "xsa_last_n": 3, "vocab_size": 64}
@@ -458,4 +456,4 @@ def test_the_caches_of_the_contest_are_few():
     config = t.Config(ttt_mode="mixture")
     assert t.plan_caches(config) == [256, 512, 1016, 2024]
     turns = list(t.plan_turns(config, np.array([[0, 300]])))
-    assert [int(turn.plan[0, 1] - turn.plan[0, 2]) for turn in turns] == [8] * 8 + [24] * 9 + [19]
+    assert [int(turn.plan[0, 1] - turn.plan[0, 2]) for turn in turns] == [24] * 12 + [11]
