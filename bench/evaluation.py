@@ -68,14 +68,13 @@ PUBLISHED = {  # of PR #2135, but for the phases
     "ttt_warm_start_a": True,
 }
 QUICK = {
-    "DATASETS_DIR": "data/demo",
-    "VOCAB_SIZE": "1024",
+    "VOCAB_SIZE": "512",
     "MODEL_DIM": "64",
     "NUM_LAYERS": "4",
     "LOOP_START": "1",
     "LOOP_END": "2",
     "PARALLEL_START_LAYER": "3",
-    "ITERATIONS": "30",
+    "ITERATIONS": "60",
     "TTT_ENABLED": "0",
     "SLIDING_WINDOW_ENABLED": "0",
     "EVAL_PREQUANT": "0",
@@ -503,12 +502,29 @@ def time_long(work: Work, dataset: Path | None, count: int, multiple: float) -> 
     return {"cached_time_ratio": round(ratio, 4)}
 
 
+def make_dataset(folder: Path) -> None:
+    """A small dataset: this repository's texts in documents of a page each."""
+    import sentencepiece
+
+    from data.shards import BOS, train_tokenizer, write_shard
+
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.py")])
+    texts = [path.read_text() for path in paths]
+    pages = [text[place : place + 1500] for text in texts for place in range(0, len(text), 1500)]
+    folder.mkdir()
+    train_tokenizer(pages[::4], folder / "tokenizer", int(QUICK["VOCAB_SIZE"]))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for name, part in (("train", pages[20:]), ("val", pages[:20])):
+        ids = [token for page in part for token in [BOS, *pieces.encode(page)]]
+        write_shard(folder / f"fineweb_{name}_000000.bin", np.array(ids, "<u2"))
+
+
 def train_tiny(folder: Path) -> Path:
-    """A run folder with the artifact of half a minute."""
-    subprocess.run([sys.executable, str(ROOT / "data" / "demo.py"), "--vocab-size", "1024"], check=True)
+    """A run folder with the artifact of half a minute, beside the dataset that it was trained on."""
+    make_dataset(folder / "data")
     recipe = (ROOT / "records" / "recipes" / "cpu_demo.env").read_text()
     settings = dict(line.split("=", 1) for line in recipe.splitlines() if line[:1].isalpha())
-    places = {"OUT_DIR": str(folder), "RUN_ID": "tiny", "DATASETS_DIR": str(ROOT / "data" / "demo")}
+    places = {"OUT_DIR": str(folder), "RUN_ID": "tiny", "DATASETS_DIR": str(folder / "data")}
     variables = os.environ | settings | QUICK | places
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=variables, check=True, cwd=ROOT)
     return folder / "tiny"
@@ -555,7 +571,7 @@ def main() -> None:
             options.run = train_tiny(Path(folder))
             options.documents, options.rates, options.tune, options.streams = 8, "3,27", 2, 1
             changes = QUICK | {"TTT_BATCH_SIZE": "4", "TTT_ENABLED": "1"} | changes
-            changes["DATASETS_DIR"] = str(ROOT / "data" / "demo")
+            changes["DATASETS_DIR"] = str(options.run.parent / "data")
         if options.run is None or not (options.run / "final_model.ptz").exists():
             parser.error(f"run {options.run}: no final_model.ptz there; give a finished run, or --quick")
         with patch.object(t, "STREAMS", options.streams):
