@@ -28,6 +28,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
+    SLOTS        documents side by side in slots that never wait: turns, cached keys, the step of the adapters
     MIXTURE      a mixture of causal experts over cached keys and values
     BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
@@ -6333,16 +6334,12 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
 
 
-# === MIXTURE ===
-# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Each of the eight streams
-# has TTT_BATCH_SIZE slots, and a slot takes the next document as soon as its own ends. Which document is in
-# which slot at which `Turn` follows from the lengths of documents, so it is the same for any number of ranks.
-# Only the tokens of a turn's chunks run; what they attend to comes from a cache of keys and values that were
-# written when earlier chunks were scored. The experts are the network with adapters that learn at several
-# rates, all rows of one forward, and copies of what followed the longest match of the last tokens, in the
-# document and in those that ended before. All weights are Bayes', with a share that goes back to where they
-# start. What is learnt from losses is handed on within a stream. Nothing here waits for the device. All turns
-# have one shape, but for the length of the cache that they read, of which there are few: each is one graph.
+# === SLOTS ===
+# In: the lengths of documents. Out: what the mixture needs to score them side by side in slots that never wait:
+# the plan of turns, the cache of keys and values, and an optimiser whose rows begin at any time. Each of the
+# eight streams has TTT_BATCH_SIZE slots, and a slot takes the next document as soon as its own ends. Which
+# document is in which slot at which `Turn` follows from the lengths alone, so it is the same for any number of
+# ranks. All turns have one shape, but for the length of the cache that they read, of which there are few.
 
 CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
@@ -6437,6 +6434,71 @@ class KeyCache:
         ):
             full[self.rows, places] = fresh
 
+
+class RowAdam(torch.optim.Optimizer):
+    """AdamW (see adapter_optimizer) in which each row has a learning rate and an age of its own.
+
+    Rows are along dim 1 of every parameter of `lora`.
+    """
+
+    def __init__(self, config: Config, lora: LoRA, compiled: bool):
+        super().__init__(lora.parameters(), {})
+        self.parameters = list(lora.parameters())
+        self.betas = (config.ttt_beta1, config.ttt_beta2)
+        self.decay = config.ttt_weight_decay
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters if config.ttt_beta1]
+        rows = self.parameters[0].size(1)
+        self.rates = torch.zeros(rows, device=self.parameters[0].device)
+        self.ages = torch.zeros_like(self.rates)
+        self.move = torch.compile(move_rows, dynamic=False, fullgraph=True) if compiled else move_rows
+
+    def open(self, rows: Tensor, rates: Tensor) -> None:
+        """Begin anew in `rows` (N,) at `rates` (N,)."""
+        self.rates[rows] = rates
+        self.ages[rows] = 0
+        for kept in (*self.squares, *self.means):
+            kept.index_fill_(1, rows, 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all rows, and no gradients after it."""
+        self.ages += 1
+        first, second = self.betas
+        # The corrections of both moments are part of the rate, but for the eps.
+        rates = self.rates * (1 - second**self.ages).sqrt() / (1 - first**self.ages)
+        rates, keep = (rows.view(1, -1, 1, 1) for rows in (rates, 1 - self.decay * self.rates))
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.move(self.parameters, gradients, self.squares, self.means, rates, keep, first, second)
+        self.zero_grad()
+
+
+def move_rows(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    squares: list[Tensor],
+    means: list[Tensor],
+    rates: Tensor,
+    keep: Tensor,
+    first: float,
+    second: float,
+) -> None:
+    """A step of AdamW in place: `rates` and what to `keep` of weights by row; no means if `first` is 0."""
+    every = zip(parameters, gradients, squares, strict=True)
+    for number, (parameter, gradient, square) in enumerate(every):
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        if means:
+            gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
+        parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
+
+
+# === MIXTURE ===
+# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Only the tokens of a turn's
+# chunks run; what they attend to comes from a cache of keys and values that were written when earlier chunks
+# were scored. The experts are the network with adapters that learn at several rates, all rows of one forward,
+# and copies of what followed the longest match of the last tokens, in the document and in those that ended
+# before. All weights are Bayes', with a share that goes back to where they start. What is learnt from losses
+# is handed on within a stream. Nothing here waits for the device.
 
 # A copy is looked for by so many of the last tokens, the most first.
 DOCUMENT_ORDERS = np.array([16, 8, 5, 3, 2, 1])
@@ -6733,63 +6795,6 @@ class Mixer:
         away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
         goal = (self.shifts[slots].mean() + away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
         self.shift = torch.lerp(self.shift, goal, torch.full_like(goal, shift_carry))
-
-
-class RowAdam(torch.optim.Optimizer):
-    """AdamW (see adapter_optimizer) in which each row has a learning rate and an age of its own.
-
-    Rows are along dim 1 of every parameter of `lora`.
-    """
-
-    def __init__(self, config: Config, lora: LoRA, compiled: bool):
-        super().__init__(lora.parameters(), {})
-        self.parameters = list(lora.parameters())
-        self.betas = (config.ttt_beta1, config.ttt_beta2)
-        self.decay = config.ttt_weight_decay
-        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.means = [torch.zeros_like(parameter) for parameter in self.parameters if config.ttt_beta1]
-        rows = self.parameters[0].size(1)
-        self.rates = torch.zeros(rows, device=self.parameters[0].device)
-        self.ages = torch.zeros_like(self.rates)
-        self.move = torch.compile(move_rows, dynamic=False, fullgraph=True) if compiled else move_rows
-
-    def open(self, rows: Tensor, rates: Tensor) -> None:
-        """Begin anew in `rows` (N,) at `rates` (N,)."""
-        self.rates[rows] = rates
-        self.ages[rows] = 0
-        for kept in (*self.squares, *self.means):
-            kept.index_fill_(1, rows, 0)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One step of all rows, and no gradients after it."""
-        self.ages += 1
-        first, second = self.betas
-        # The corrections of both moments are part of the rate, but for the eps.
-        rates = self.rates * (1 - second**self.ages).sqrt() / (1 - first**self.ages)
-        rates, keep = (rows.view(1, -1, 1, 1) for rows in (rates, 1 - self.decay * self.rates))
-        gradients = [parameter.grad for parameter in self.parameters]
-        self.move(self.parameters, gradients, self.squares, self.means, rates, keep, first, second)
-        self.zero_grad()
-
-
-def move_rows(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    squares: list[Tensor],
-    means: list[Tensor],
-    rates: Tensor,
-    keep: Tensor,
-    first: float,
-    second: float,
-) -> None:
-    """A step of AdamW in place: `rates` and what to `keep` of weights by row; no means if `first` is 0."""
-    every = zip(parameters, gradients, squares, strict=True)
-    for number, (parameter, gradient, square) in enumerate(every):
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        if means:
-            gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
-        parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
 
 
 class Mixture:

@@ -30,6 +30,7 @@ SECTIONS = [
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
+    "SLOTS",
     "MIXTURE",
     "BUILD",
     "TRAIN",
