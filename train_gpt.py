@@ -6336,7 +6336,7 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 
 # === SLOTS ===
 # In: the lengths of documents. Out: what the mixture needs to score them side by side in slots that never
-# wait: the plan of turns, the cache of keys and values, an optimiser whose rows begin at any time. Each of the
+# wait: the plan of turns, the cache of keys and values, an optimiser whose rows begin at any time. Each of
 # eight streams has TTT_BATCH_SIZE slots, and a slot takes the next document as soon as its own ends. Which
 # document is in which slot at which `Turn` follows from lengths alone, so it is the same for any number of
 # ranks. All turns have one shape, but for the length of the cache that they read, of which there are few.
