@@ -282,16 +282,24 @@ def mix_again(text: Text, seen: list[Seen], config: t.Config, rates: list[int], 
 
 
 class Work:
-    """Pieces of work, kept in a folder by what they depend on; `left` of them are still to be done."""
+    """Pieces of work, kept in a folder by what they depend on; `left` of them are still to be done.
 
-    def __init__(self, frozen: Frozen, folder: Path, left: int):
+    With a `share` (i, n) those whose number leaves i when divided by n: n processes share a folder.
+    """
+
+    def __init__(self, frozen: Frozen, folder: Path, left: int, share: tuple[int, int]):
         self.frozen = frozen
         self.folder = folder
         self.left = left
+        self.share = share
+        self.asked = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def piece(self, text: Text, way: Way, stream: int, part: int = 0) -> Piece | None:
         """A piece, from the folder or done now; None where no more is to be done."""
+        first, step = self.share
+        number = self.asked
+        self.asked += 1
         config = dataclasses.replace(self.frozen.config, **way.settings)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
         facts = [settings, text.digest, self.frozen.digest, PART, t.STREAMS]
@@ -309,7 +317,7 @@ class Work:
                     int(kept["shapes"]),
                 )
                 return Piece(*facts, others)
-        if self.left == 0:
+        if self.left == 0 or number % step != first:
             return None
         self.left -= 1
         numbers = np.array(text.streams[stream], np.int64)
@@ -394,7 +402,9 @@ def tuned_rate(work: Work, text: Text, rates: list[float]) -> float:
         way = Way(f"tune{multiple:g}", PUBLISHED | {"ttt_lora_lr": rate * multiple})
         pieces = [work.piece(text, way, stream) for stream, numbers in enumerate(text.streams) if numbers]
         if None in pieces:
-            raise SystemExit("--pieces: too few to find the rate of the recomputed adapters; ask for more")
+            raise SystemExit(
+                "the rate of the recomputed adapters is not known: more --pieces, or the other --share"
+            )
         totals[multiple] = sum(piece.nats.sum() for piece in pieces)
         bpb = totals[multiple] / math.log(2) / text.bytes.sum()
         print(
@@ -533,7 +543,8 @@ def train_tiny(folder: Path) -> Path:
 def evaluate(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:
     """All figures of one artifact."""
     frozen = Frozen(options.run, changes)
-    work = Work(frozen, options.work or options.run / "evaluation", options.pieces)
+    share = tuple(map(int, options.share.split("/")))
+    work = Work(frozen, options.work or options.run / "evaluation", options.pieces, share)
     rates = [float(rate) for rate in options.rates.split(",")]
     tuning = read_text(frozen.config, None, choose(options.tune, longest=1024, last=options.tune))
     multiple = rates[0] if len(rates) == 1 else tuned_rate(work, tuning, rates)
@@ -561,6 +572,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=t.STREAMS, help="they share the documents (8)")
     parser.add_argument("--work", type=Path, help="folder of finished pieces (RUN/evaluation)")
     parser.add_argument("--pieces", type=int, default=-1, help="how many pieces to do now (all)")
+    parser.add_argument("--share", default="0/1", help="0/2 and 1/2: two processes do half of it each (0/1)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--quick", action="store_true", help="train a tiny model; few documents and rates")
     options = parser.parse_args()
