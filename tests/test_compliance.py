@@ -151,10 +151,9 @@ def test_a_mixture_of_experts_passes_every_probe(folder):
 
 
 def test_a_copy_that_has_seen_its_target_is_named(folder, monkeypatch):
-    def find(copies, documents):
-        for first, end in documents:
-            copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
-            copies.lengths[0, first + 1 : end] = 32
+    def find(copies, first, end):
+        copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
+        copies.lengths[0, first + 1 : end] = 32
 
     monkeypatch.setattr(t.Copies, "find", find)
     assert "causal: ttt: token itself replaced" in broken(probed(folder, **MIXTURE))
