@@ -103,7 +103,9 @@ class Frozen:
 
 
 class Text:
-    """Documents one behind the other, with the bytes of each."""
+    """Documents one behind the other, with the bytes of each; `canonical` is the mask of scores, if any."""
+
+    canonical: t.Canonical | None = None
 
     def __init__(self, pieces: list[np.ndarray], sizes: list[np.ndarray]):
         self.tokens = np.append(np.concatenate(pieces), t.BOS).astype("<u2")
@@ -132,11 +134,12 @@ def read_text(
 
     The tokens of training shards have the mean number of bytes, as they have no sidecar.
     """
+    folder = str(dataset) if dataset else config.datasets_dir
+    data = t.Dataset(dataclasses.replace(config, datasets_dir=folder), need_training=not dataset)
     if dataset:
-        found = t.load_validation(t.Dataset(dataclasses.replace(config, datasets_dir=str(dataset)), False))
+        found = t.load_validation(data)
         tokens, sizes = found.tokens, found.bytes.astype(float)
     else:
-        data = t.Dataset(config, need_training=True)
         tokens = np.asarray(data.train[-1][-2_000_000:])
         mean = data.manifest.get("val_bytes", 1) / data.manifest.get("val_tokens", 1)
         sizes = np.full(len(tokens), mean)
@@ -144,7 +147,9 @@ def read_text(
     chosen = documents[keep(documents[:, 1] - documents[:, 0])]
     # The last target of a document is the first token of the next, so each keeps its own.
     ends = [(first, min(end - 1, first + longest)) for first, end in chosen]
-    return Text([tokens[first:end] for first, end in ends], [sizes[first:end] for first, end in ends])
+    text = Text([tokens[first:end] for first, end in ends], [sizes[first:end] for first, end in ends])
+    text.canonical = t.Canonical(data.tokenizer) if config.canonical_mask else None
+    return text
 
 
 def choose(count: int, shortest: int = SHORTEST, longest: int = sys.maxsize, last: int = 0) -> Callable:
@@ -210,6 +215,7 @@ def score(frozen: Frozen, text: Text, way: Way, numbers: np.ndarray, stream: int
     """Some documents in one way; by streams, those of one."""
     config = dataclasses.replace(frozen.config, **way.settings)
     run = t.Run(config)
+    run.canonical = text.canonical
     shapes = set()
     tokens = 0
 
