@@ -33,6 +33,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ADAPTATION   test-time training, adapters by document, the rehearsal
     PAIRS        which tokens can be neighbours in what a BPE tokenizer writes
     CANONICAL    what can come at every place of a text: the mask of what the tokenizer cannot write
+    SLOTS        documents side by side in slots that never wait: turns, cached keys, the step of the adapters
     MIXTURE      a mixture of causal experts over cached keys and values
     BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
@@ -44,6 +45,7 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import dataclasses
 import decimal
@@ -52,6 +54,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import importlib.util
 import itertools
 import json
@@ -363,12 +366,12 @@ class Config:
     )
     ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
     ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
-    ttt_lora_rank: int = knob(80, "doc_lora, mixture: rank of the adapters", positive)
+    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
     ttt_lora_alpha: float = knob(
         144.0, "doc_lora, mixture: adapters are scaled by this over their rank; 0: by 1", not_negative
     )
     ttt_lora_lr: float = knob(1e-4, "doc_lora, mixture: AdamW step of the adapters", not_negative)
-    ttt_chunk_size: int = knob(48, "doc_lora, mixture: targets scored, then learnt, per document", positive)
+    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
     ttt_eval_seq_len: int = knob(2048, "doc_lora, mixture: most tokens of context", positive)
     ttt_batch_size: int = knob(64, "doc_lora, mixture: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
@@ -405,8 +408,10 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     ttt_mixture_rates: str = knob(
-        "0.5,2,8,32", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+        "2,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
     )
+    ttt_mixture_rank: int = knob(16, "mixture: rank of the adapters", positive)
+    ttt_mixture_chunk: int = knob(24, "mixture: targets scored, then learnt, per document", positive)
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
     )
@@ -414,7 +419,7 @@ class Config:
         "all", "mixture: tokens that followed the longest match, in the document or in all scored before"
     )
     ttt_mixture_carry: float = knob(
-        0.5, "mixture: part of the prior that is replaced by the weights at the end of a batch", fraction
+        0.1, "mixture: part of the prior that is replaced by the weights at the end of a document", fraction
     )
 
     def __post_init__(self) -> None:
@@ -563,9 +568,9 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
-            config.ttt_mode != "mixture" or config.ttt_chunk_size < config.ttt_eval_seq_len,
-            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must be less than "
-            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len} with TTT_MODE=mixture, there would be no cache",
+            config.ttt_mode != "mixture" or config.ttt_mixture_chunk < config.ttt_eval_seq_len,
+            f"TTT_MIXTURE_CHUNK={config.ttt_mixture_chunk}: must be less than "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, there would be no cache",
         ),
         (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
@@ -1574,9 +1579,9 @@ def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
 class Past(NamedTuple):
     """What the rows of a Batch go on from (L places of a cache that is kept by visit) and leave behind.
 
-    Of the `position` () int64 tokens before, which are as many in every row, place p % L holds token p: keys
-    and values (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none.
-    The forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
+    Of the `position` (B,) int64 tokens before in each row, place p % L holds token p: keys and values
+    (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none. The
+    forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
     """
 
     position: Tensor
@@ -4440,10 +4445,11 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, visit: int) -> Tens
 
     place = torch.arange(cached + T, device=q.device)
     own = place - cached <= torch.arange(T, device=q.device)[:, None]
-    visible = own & ((place < past.position) | (place >= cached))
+    visible = own & ((place < past.position[:, None, None]) | (place >= cached))
     # The query heads that share a head of keys stand below each other: repeating the keys would move more.
     queries = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.repeat(groups, 1))
+    mask = visible.repeat(1, groups, 1)[:, None]
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return y.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -4683,11 +4689,11 @@ def pick_attention(config: Config, run: Run) -> Attend:
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
-    def __init__(self, config: Config, documents: int, device: torch.device):
+    def __init__(self, config: Config, documents: int, device: torch.device, rank: int = 0):
         super().__init__()
         width = config.model_dim
         kv_width = config.num_kv_heads * width // config.num_heads
-        rank = config.ttt_lora_rank
+        rank = rank or config.ttt_lora_rank
         visits = len(make_route(config, config.num_loops > 0))
         sites = {  # (visits, outputs, whether it has adapters)
             "q": (visits, width, config.ttt_q_lora),
@@ -4847,6 +4853,11 @@ class GPT(nn.Module):
             losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
         logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
+        return self.losses(logits, batch)
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What `forward` gives, from the logits (B T, V) before the softcap and the mask."""
+        targets = batch.targets.flatten()
         if batch.mask is not None:
             logits = refuse(logits, batch.mask)
         if self.fused:
@@ -5168,7 +5179,7 @@ class GPT(nn.Module):
         layer = visit.layer
         B, T, _ = x.shape
         v_path = None
-        if shared.folded and shared.hooks.lora is None and source is not None:
+        if shared.folded and shared.hooks.lora is None and source is not None and shared.batch.past is None:
             gain = banks["q_gain"][layer]
             heads = attention_inputs_op(x, banks["qkv"][layer], gain, *shared.rotation, config.num_kv_heads)
             q, k, v, v_path, _ = heads
@@ -5194,7 +5205,7 @@ class GPT(nn.Module):
         return scale * self.matmul("o", weight, y, visit, shared.hooks, adapt=x)
 
     def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
+        """cos and sin (T, 1, ROPE_DIMS/2) of every position, (B T, ...) where each row has its own."""
         length = batch.inputs.size(1)
         dims = self.config.rope_dims
         base = self.config.rope_base
@@ -5207,7 +5218,7 @@ class GPT(nn.Module):
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
         positions = torch.arange(length, **options)
         if batch.past is not None:
-            positions = positions + batch.past.position
+            positions = (positions + batch.past.position[:, None]).flatten()
         angles = torch.outer(positions, frequencies)[:, None]
         return rotation_tables_op(angles, self.dtype)
 
@@ -5215,9 +5226,12 @@ class GPT(nn.Module):
         self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention compares them: see rotated_heads_reference."""
-        if self.fused:
-            return rotated_heads_op(q, k, gain, *rotation)[:2]
-        return rotated_heads_reference(q, k, gain, *rotation)
+        act = rotated_heads_op if self.fused else rotated_heads_reference
+        if rotation[0].size(0) == q.size(1):
+            return act(q, k, gain, *rotation)[:2]
+        # Rows with positions of their own are one long row with a position for every token.
+        turned = act(q.flatten(0, 1)[None], k.flatten(0, 1)[None], gain, *rotation)
+        return turned[0].view_as(q), turned[1].view_as(k)
 
     def finish_heads(
         self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
@@ -5299,7 +5313,7 @@ class GPT(nn.Module):
                 shut = shut | opens
             share = share.masked_fill(shut[:, 1:, None], 0)
         if past is not None:
-            share = torch.cat((share[:, :1] * (past.position > 0), share[:, 1:]), 1)
+            share = torch.cat((share[:, :1] * (past.position > 0)[:, None, None], share[:, 1:]), 1)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -7703,94 +7717,171 @@ def open_canonical(run: Run, data: Dataset) -> None:
     run.canonical = canonical
 
 
-# === MIXTURE ===
-# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Documents of a batch move
-# side by side from chunk to chunk. Only the tokens of the chunk run; what they attend to comes from a cache
-# of keys and values that were written when earlier chunks were scored. The experts are the network with
-# adapters that learn at several rates, all rows of one forward (a rate of 0 is the network as it is), and
-# copies of what followed the longest match of the last tokens, in the document and in batches before. All
-# weights are Bayes', with a share that goes back to where they start; batches hand on where that is. Nothing
-# here waits for the device. Chunks have few sizes, by their place in the document, and caches few lengths:
-# a `Stage` is one graph.
-#
-# The order of scoring is that of the batches in the plan: a batch may copy from every batch before it. Ranks
-# score their batches side by side, so what they hand on by losses stays within a stream.
+# === SLOTS ===
+# In: the lengths of documents. Out: what the mixture needs to score them side by side in slots that never
+# wait: the plan of turns, the cache of keys and values, an optimiser whose rows begin at any time. Each of
+# eight streams has TTT_BATCH_SIZE slots, and a slot takes the next document as soon as its own ends. Which
+# document is in which slot at which `Turn` follows from lengths alone, so it is the same for any number of
+# ranks. All turns have one shape, but for the length of the cache that they read, of which there are few.
 
-# Up to this place in a document a chunk has so many targets; further on TTT_CHUNK_SIZE, which is larger.
-EARLY_CHUNKS = ((64, 8), (256, 16), (1024, 32))
+CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
 
-class Stage(NamedTuple):
-    """The part up to `end` of every document, in chunks of one size over a cache of `cached` places."""
+def plan_caches(config: Config) -> list[int]:
+    """The lengths of cache that a forward may read, the shortest first; all but the longest in eights."""
+    most = config.ttt_eval_seq_len - config.ttt_mixture_chunk
+    return sorted({min(most, 8 * -(-most >> 3 + halvings)) for halvings in range(CACHE_LENGTHS)})
 
-    end: int
-    chunk: int
+
+class Turn(NamedTuple):
+    """What the slots of a stream do in one forward.
+
+    `documents` (R, 2) are those in the slots, zeros where there is none, `place` (R,) their targets before
+    the chunk, `plan` (R, 3) the windows of the chunk (see plan_windows). `opens` and `ends` (N,) are the
+    slots in which a document begins and ends, `cached` is the length of the cache that is read.
+    """
+
+    documents: np.ndarray
+    place: np.ndarray
+    plan: np.ndarray
+    opens: np.ndarray
+    ends: np.ndarray
     cached: int
 
 
-def plan_stages(config: Config) -> list[Stage]:
-    """The stages of a document; the last has no end and sees TTT_EVAL_SEQ_LEN tokens, its own chunk included.
+def plan_turns(config: Config, documents: np.ndarray) -> Iterator[Turn]:
+    """The turns in which a stream scores `documents` (N, 2) in their order, from their lengths alone."""
+    chunk = config.ttt_mixture_chunk
+    caches = plan_caches(config)
+    held = np.zeros((config.ttt_batch_size, 2), np.int64)
+    place = np.zeros(len(held), np.int64)
+    taken = 0
+    while True:
+        opens = np.flatnonzero(held[:, 1] == 0)[: len(documents) - taken]
+        held[opens] = documents[taken : taken + len(opens)]
+        place[opens] = 0
+        taken += len(opens)
+        if not held.any():
+            return
+        first = held[:, 0] + place
+        plan = np.stack([first, np.minimum(first + chunk + 1, held[:, 1]), first + 1], 1)
+        plan[held[:, 1] == 0] = 0
+        ended = (held[:, 1] > 0) & (plan[:, 1] == held[:, 1])
+        deepest = min(int(place.max()), caches[-1])
+        cached = next(length for length in caches if length >= deepest)
+        yield Turn(held.copy(), place.copy(), plan, opens, np.flatnonzero(ended), cached)
+        place += chunk
+        held[ended] = 0
+        place[held[:, 1] == 0] = 0
 
-    The cache of any other is as long as all that lies before the stage's end.
-    """
-    most = config.ttt_eval_seq_len - config.ttt_chunk_size
-    stages = []
-    begin = 0
-    for end, chunk in EARLY_CHUNKS:
-        chunks = (min(end, most) - begin) // chunk
-        if chunk < config.ttt_chunk_size and chunks > 0:
-            begin += chunks * chunk
-            stages.append(Stage(begin, chunk, begin))
-    return [*stages, Stage(sys.maxsize, config.ttt_chunk_size, most)]
 
-
-def plan_positions(stages: list[Stage], length: int) -> list[tuple[int, Stage]]:
-    """(targets before it, stage) of every chunk of a document of `length` tokens."""
-    plan = []
-    place = 0
-    for stage in stages:
-        while place < min(stage.end, length - 1):
-            plan.append((place, stage))
-            place += stage.chunk
-    return plan
+def deal_documents(documents: np.ndarray) -> list[np.ndarray]:
+    """The `documents` (N, 2) of each stream: one after the other to the stream with the fewest tokens."""
+    work = [(0, stream) for stream in range(STREAMS)]
+    dealt: list[list[int]] = [[] for _ in range(STREAMS)]
+    for number, (first, end) in enumerate(documents):
+        tokens, stream = heapq.heappop(work)
+        dealt[stream].append(number)
+        heapq.heappush(work, (tokens + int(end - first), stream))
+    return [documents[numbers] for numbers in dealt]
 
 
 class KeyCache:
     """The last keys and values of every row, by visit; token p of a document lies at place p % length."""
 
-    def __init__(self, model: GPT, rows: int, stages: list[Stage], device: torch.device):
+    def __init__(self, model: GPT, rows: int, longest: int, chunk: int, device: torch.device):
         config = model.config
         visits = range(len(model.routes[model.looped]))
         heads = (config.num_kv_heads, config.model_dim // config.num_heads)
-        longest = stages[-1].cached
-        chunk = stages[-1].chunk
 
-        def make(places: int) -> list[Tensor]:
-            return [torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits]
+        def make(places: int) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits)
 
         self.keys = make(longest)
         self.values = make(longest)
         self.fresh_keys = make(chunk)
         self.fresh_values = make(chunk)
+        self.rows = torch.arange(rows, device=device)[:, None]
+        self.chunk = torch.arange(chunk, device=device)
 
-    def past(self, position: Tensor, previous: Tensor, stage: Stage) -> Past:
-        """What a chunk of `stage` goes on from."""
-        cached = [tuple(full[:, : stage.cached] for full in kind) for kind in (self.keys, self.values)]
-        fresh = [
-            tuple(full[:, : stage.chunk] for full in kind) for kind in (self.fresh_keys, self.fresh_values)
-        ]
-        return Past(position, previous, *cached, *fresh)
+    def past(self, position: Tensor, previous: Tensor, cached: int) -> Past:
+        """What a chunk goes on from that reads `cached` places; see Past."""
+        keys, values = (tuple(full[:, :cached] for full in kind) for kind in (self.keys, self.values))
+        return Past(position, previous, keys, values, self.fresh_keys, self.fresh_values)
 
     def keep(self, past: Past) -> None:
         """Put the keys and values that a forward has left in `past` into the cache."""
-        chunk = past.fresh_keys[0].size(1)
-        places = past.position + torch.arange(chunk, device=past.position.device)
-        places = places % self.keys[0].size(1)
+        places = (past.position[:, None] + self.chunk) % self.keys[0].size(1)
         for full, fresh in zip(
             (*self.keys, *self.values), (*past.fresh_keys, *past.fresh_values), strict=True
         ):
-            full.index_copy_(1, places, fresh)
+            full[self.rows, places] = fresh
 
+
+class RowAdam(torch.optim.Optimizer):
+    """AdamW (see adapter_optimizer) in which each row has a learning rate and an age of its own.
+
+    Rows are along dim 1 of every parameter of `lora`.
+    """
+
+    def __init__(self, config: Config, lora: LoRA, compiled: bool):
+        super().__init__(lora.parameters(), {})
+        self.parameters = list(lora.parameters())
+        self.betas = (config.ttt_beta1, config.ttt_beta2)
+        self.decay = config.ttt_weight_decay
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters if config.ttt_beta1]
+        rows = self.parameters[0].size(1)
+        self.rates = torch.zeros(rows, device=self.parameters[0].device)
+        self.ages = torch.zeros_like(self.rates)
+        self.move = torch.compile(move_rows, dynamic=False, fullgraph=True) if compiled else move_rows
+
+    def open(self, rows: Tensor, rates: Tensor) -> None:
+        """Begin anew in `rows` (N,) at `rates` (N,)."""
+        self.rates[rows] = rates
+        self.ages[rows] = 0
+        for kept in (*self.squares, *self.means):
+            kept.index_fill_(1, rows, 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all rows, and no gradients after it."""
+        self.ages += 1
+        first, second = self.betas
+        # The corrections of both moments are part of the rate, but for the eps.
+        rates = self.rates * (1 - second**self.ages).sqrt() / (1 - first**self.ages)
+        rates, keep = (rows.view(1, -1, 1, 1) for rows in (rates, 1 - self.decay * self.rates))
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.move(self.parameters, gradients, self.squares, self.means, rates, keep, first, second)
+        self.zero_grad()
+
+
+def move_rows(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    squares: list[Tensor],
+    means: list[Tensor],
+    rates: Tensor,
+    keep: Tensor,
+    first: float,
+    second: float,
+) -> None:
+    """A step of AdamW in place: `rates` and what to `keep` of weights by row; no means if `first` is 0."""
+    every = zip(parameters, gradients, squares, strict=True)
+    for number, (parameter, gradient, square) in enumerate(every):
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        if means:
+            gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
+        parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
+
+
+# === MIXTURE ===
+# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Only the tokens of a turn's
+# chunks run; what they attend to comes from a cache of keys and values that were written when earlier chunks
+# were scored. The experts are the network with adapters that learn at several rates, all rows of one forward,
+# and copies of what followed the longest match of the last tokens, in the document and in those that ended
+# before. All weights are Bayes', with a share that goes back to where they start. What is learnt from losses
+# is handed on within a stream. Nothing here waits for the device.
 
 # A copy is looked for by so many of the last tokens, the most first.
 DOCUMENT_ORDERS = np.array([16, 8, 5, 3, 2, 1])
@@ -7803,6 +7894,7 @@ GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
 TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
 FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
 FARTHEST_SHIFT = math.log(64.0)  # of all rates, either way
+SHIFT_CARRY = 0.3  # how far they move with each document
 TABLE_BITS = 22  # slots of a table of contexts, for each order
 
 
@@ -7870,10 +7962,10 @@ def enter_contexts(tokens, first, end, orders, table):
 
 
 class Copies:
-    """For every target of a batch, what followed the longest match of the tokens before it.
+    """For every target, what followed the longest match of the tokens before it.
 
-    From its document (0) and from the documents of earlier batches (1): `tokens` and `lengths` (2, N), a
-    length of 0 where there is no match. Tokens are all that is needed, so every rank enters every batch.
+    From its document (0) and from those that ended before it began (1): `tokens` and `lengths` (2, N), a
+    length of 0 where there is no match. Tokens are all that is needed, so every rank enters all documents.
     """
 
     def __init__(self, text: np.ndarray, which: str):
@@ -7885,22 +7977,45 @@ class Copies:
         self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
         self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
 
-    def enter(self, batches: list[np.ndarray]) -> None:
-        """Let later batches copy from the documents of `batches`."""
-        if self.which == "all":
-            for first, end in itertools.chain.from_iterable(batches):
-                enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+    def plan(self, plans: list[list[Turn]], mine: Iterable[int]) -> None:
+        """Take in the turns of all streams, of which the documents of `mine` are to be found copies for.
 
-    def find(self, documents: np.ndarray) -> None:
-        """Find the copies of a batch."""
-        for first, end in documents:
-            where = (self.text, first, end)
-            if self.which != "none":
-                found = (self.tokens[0], self.lengths[0])
-                find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
-            if self.which == "all":
-                found = (self.tokens[1], self.lengths[1])
-                find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
+        A document copies from those of any stream that ended at an earlier turn than its first.
+        """
+        events = []
+        for stream, turns in enumerate(plans):
+            for number, turn in enumerate(turns):
+                if stream in mine:
+                    events += [(number, 0, stream, *turn.documents[slot]) for slot in turn.opens]
+                if self.which == "all":
+                    events += [(number, 1, stream, *turn.documents[slot]) for slot in turn.ends]
+        self.events = collections.deque(sorted(events))
+
+    def advance(self, turn: int) -> None:
+        """Find the copies of documents up to those that begin at a `turn`, in the order of all streams.
+
+        Not all at once, so that it happens while the device is busy with the turns before.
+        """
+        while self.events and self.events[0][0] <= turn:
+            _, ended, _, first, end = self.events.popleft()
+            if ended:
+                self.enter(first, end)
+            else:
+                self.find(first, end)
+
+    def enter(self, first: int, end: int) -> None:
+        """Let later documents copy from one that has ended."""
+        enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+
+    def find(self, first: int, end: int) -> None:
+        """Find the copies of a document."""
+        where = (self.text, first, end)
+        if self.which != "none":
+            found = (self.tokens[0], self.lengths[0])
+            find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
+        if self.which == "all":
+            found = (self.tokens[1], self.lengths[1])
+            find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
 
 
 def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -7934,8 +8049,9 @@ def mix_copies(
 class MixedChunk(NamedTuple):
     """A chunk of each of several documents, a row each, in host memory or on the device.
 
-    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` and
-    `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
+    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` (R,)
+    and `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
+    `opens` and `ends` (N,) are the rows whose document begins and ends.
     """
 
     batch: Batch
@@ -7946,19 +8062,17 @@ class MixedChunk(NamedTuple):
     position: Tensor
     previous: Tensor
     match: Tensor
+    opens: Tensor
+    ends: Tensor
 
 
-def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
-    """`chunk` targets after the first `place` of each of the `documents` (N, 2), in `rows` rows."""
+def mixed_chunk(copies: Copies, turn: Turn, chunk: int) -> MixedChunk:
+    """The chunks of a turn, `chunk` targets wide."""
     tokens = copies.text
-    first = documents[:, 0] + place
-    plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
-    plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
-    batch, scored, places = window_batch(tokens, plan, rows, chunk, 0)
-    weight = learning_weight(scored, first + chunk + 1 < documents[:, 1])
-    previous = torch.zeros(rows, 1, dtype=torch.int64)
-    if place > 0:
-        previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
+    rows = len(turn.plan)
+    batch, scored, places = window_batch(tokens, turn.plan, rows, chunk, 0)
+    goes_on = turn.plan[:, 1] < turn.documents[:, 1]
+    before = tokens[np.maximum(turn.plan[:, 0] - 1, 0)].astype(np.int64) * (turn.place > 0)
 
     inside = scored.numpy()
     guesses = np.zeros((2, *inside.shape), np.int64)
@@ -7970,10 +8084,12 @@ def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, ch
         scored,
         scored.flatten().nonzero()[:, 0],
         places,
-        weight,
-        torch.tensor(place),
-        previous,
+        learning_weight(scored, goes_on),
+        torch.from_numpy(turn.place),
+        torch.from_numpy(before)[:, None],
         torch.from_numpy(match),
+        torch.from_numpy(turn.opens),
+        torch.from_numpy(turn.ends),
     )
 
 
@@ -7994,9 +8110,9 @@ class Weights(NamedTuple):
 
 
 class Mixer:
-    """The weights of adapters and of copies: one batch at a time, handed on within a stream.
+    """The weights of adapters and of copies in the slots of one stream at a time.
 
-    `rates` (K,) fp64 are those of the adapters. All of them move together, batch by batch, to where the
+    `rates` (K,) fp64 are those of the adapters. All of them move together, document by document, to where the
     weights are: their geometric mean goes to the rate that was found best.
     """
 
@@ -8014,11 +8130,22 @@ class Mixer:
         self.trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
         self.first_trust = (-FIRST_DOUBT * self.trusts).log_softmax(0).repeat(2, classes, 1)
         self.streams = [Weights(uniform, self.first_trust, rates.new_zeros(()))] * STREAMS
+        self.within = uniform.repeat(config.ttt_batch_size, 1)
+        self.shifts = rates.new_zeros(config.ttt_batch_size)
 
-    def open(self, stream: int, rows: int) -> None:
-        """Begin a batch of `rows` documents of `stream`."""
+    def take(self, stream: int) -> None:
+        """Go on with the slots of `stream`."""
         self.prior, self.trust, self.shift = self.streams[stream]
-        self.within = self.prior.repeat(rows, 1)
+
+    def leave(self, stream: int) -> None:
+        """Keep what the documents of `stream` have left."""
+        self.streams[stream] = Weights(self.prior, self.trust, self.shift)
+
+    def open(self, slots: Tensor) -> Tensor:
+        """Begin documents in `slots` (N,); the rates (K,) of their adapters."""
+        self.within = self.within.index_copy(0, slots, self.prior.expand(len(slots), -1))
+        self.shifts = self.shifts.index_copy(0, slots, self.shift.expand(len(slots)))
+        return self.rates * self.shift.exp()
 
     def mix(self, log_p: Tensor, chunk: MixedChunk) -> Tensor:
         """Log-probabilities (R, T) of the targets of a chunk; what they teach counts from the next one on.
@@ -8041,74 +8168,85 @@ class Mixer:
         self.within = torch.where(goes_on, give_back(after, self.prior, self.share), after)
         return mixed
 
-    def close(self, stream: int, documents: int) -> None:
-        """End the batch, of which the first rows had `documents`."""
-        ended = self.within[:documents].exp().mean(0)
-        prior = torch.lerp(self.prior.exp(), ended, self.carry).log()
+    def close(self, slots: Tensor) -> None:
+        """End the documents in `slots` (N,): the next ones start from where the weights are."""
+        carry, shift_carry = (1 - (1 - part) ** len(slots) for part in (self.carry, SHIFT_CARRY))
+        ended = self.within[slots].exp().mean(0)
+        self.prior = torch.lerp(self.prior.exp(), ended, carry).log()
         count = self.learns.sum().clamp_min(1)
         found = ended * self.learns
         away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
-        shift = (self.shift + self.carry * away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
-        self.streams[stream] = Weights(prior, self.trust, shift)
+        goal = (self.shifts[slots].mean() + away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
+        self.shift = torch.lerp(self.shift, goal, torch.full_like(goal, shift_carry))
 
 
 class Mixture:
     """The experts of one rank: adapters with their caches, copies, and what mixes them."""
 
-    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
+    def __init__(
+        self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally, compiled: bool = False
+    ):
         config = run.config
         self.run = run
         self.forward = forward
         self.tally = tally
         rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
         self.count = len(rates)
-        self.rows = config.ttt_batch_size
-        rows = self.rows * self.count
-        self.stages = plan_stages(config)
-        self.lora = LoRA(config, rows, run.device)
-        self.cache = KeyCache(model, rows, self.stages, run.device)
+        rows = config.ttt_batch_size * self.count
+        self.lora = LoRA(config, rows, run.device, config.ttt_mixture_rank)
+        first = LoRA(config, self.count, run.device, config.ttt_mixture_rank)
+        first.reset(0)
+        self.first = [parameter.data for parameter in first.parameters()]  # with which every document begins
+        for parameter, start in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data.copy_(start.repeat(1, config.ttt_batch_size, 1, 1))
+        self.optimizer = RowAdam(config, self.lora, compiled)
+        self.cache = KeyCache(model, rows, plan_caches(config)[-1], config.ttt_mixture_chunk, run.device)
         self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
         self.mixer = Mixer(config, torch.tensor(rates, dtype=torch.float64, device=run.device))
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
-        """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
-        dealt = deal_batches(self.run.config, list(map(longest_document, batches)))
-        mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
-        entered = 0
-        for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
-            self.copies.enter(batches[entered:place])
-            entered = place
-            self.copies.find(batches[place])
-            self.mixer.open(stream, self.rows)
-            self.score_batch(batches[place], first_seed + place)
-            self.mixer.close(stream, len(batches[place]))
-        self.copies.enter(batches[entered:])
+        """Score this rank's streams of the `batches` (documents (N, 2) each), in their order."""
+        dealt = deal_documents(np.concatenate(batches))
+        plans = [list(plan_turns(self.run.config, documents)) for documents in dealt]
+        self.copies.plan(plans, self.run.streams)
+        turns = [(stream, number) for stream in self.run.streams for number in range(len(plans[stream]))]
+        for stream, number in self.run.progress(f"val:ttt phase {phase + 1}", turns):
+            self.copies.advance(number)
+            self.mixer.take(stream)
+            self.take_turn(plans[stream][number])
+            self.mixer.leave(stream)
+        self.copies.advance(sys.maxsize)
 
-    def score_batch(self, documents: np.ndarray, seed: int) -> None:
-        """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
-        self.lora.reset(seed)
-        # Each row goes a part of a step at rate 1, see learn. Fused on a CPU too: a step moves more than it
-        # computes.
-        optimizer = adapter_optimizer(self.run.config, self.lora, 1.0, fused=True)
-        rates = self.mixer.rates * self.mixer.shift.exp()
-        part = rates.float().repeat(self.rows).view(1, -1, 1, 1)
-        plan = plan_positions(self.stages, longest_document(documents))
-        for number, (place, stage) in enumerate(plan):
-            chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
-            chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
-            losses, past = self.run_chunk(chunk, stage)
-            scores = self.mixer.mix(-losses.detach().double(), chunk)
-            self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
-            self.cache.keep(past)
-            if number + 1 < len(plan):
-                (losses[0] * chunk.weight[:, None]).sum().backward()
-                self.learn(optimizer, part)
+    def take_turn(self, turn: Turn) -> None:
+        """Score the chunks of a turn, then learn from them."""
+        chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_mixture_chunk), self.run)
+        chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
+        self.open(chunk.opens)
+        losses, past = self.run_chunk(chunk, turn.cached)
+        scores = self.mixer.mix(-losses.detach().double(), chunk)
+        self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
+        self.cache.keep(past)
+        (losses[0] * chunk.weight[:, None]).sum().backward()
+        self.optimizer.step()
+        if len(chunk.ends):
+            self.mixer.close(chunk.ends)
 
-    def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
+    def open(self, slots: Tensor) -> None:
+        """Begin documents in `slots` (N,)."""
+        if len(slots) == 0:
+            return
+        rates = self.mixer.open(slots).float()
+        rows = (slots[:, None] * self.count + torch.arange(self.count, device=slots.device)).flatten()
+        for parameter, first in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data[:, rows] = first.repeat(1, len(slots), 1, 1)
+        self.optimizer.open(rows, rates.repeat(len(slots)))
+
+    def run_chunk(self, chunk: MixedChunk, cached: int) -> tuple[Tensor, Past]:
         """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
         count = self.count
         batch = chunk.batch
-        past = self.cache.past(chunk.position, chunk.previous.repeat_interleave(count, 0), stage)
+        position = chunk.position.repeat_interleave(count)
+        past = self.cache.past(position, chunk.previous.repeat_interleave(count, 0), cached)
         rows = Batch(
             batch.inputs.repeat_interleave(count, 0),
             batch.targets.repeat_interleave(count, 0),
@@ -8116,25 +8254,18 @@ class Mixture:
             guesses=batch.guesses.repeat_interleave(count, 1),
             mask=batch.mask and batch.mask._replace(rows=batch.mask.rows.repeat_interleave(count, 0)),
         )
-        return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
-
-    @torch.no_grad()
-    def learn(self, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
-        """One step of AdamW at rate 1, of which each row goes a part: its rate, `part` (1, R K, 1, 1)."""
-        parameters = list(self.lora.parameters())
-        before = [parameter.clone() for parameter in parameters]
-        optimizer.step()
-        optimizer.zero_grad()
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old.lerp_(parameter, part))
+        losses = self.forward(rows, lora=self.lora)
+        return losses.unflatten(1, (len(chunk.scored), count)), past
 
 
-def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+def score_mixture(
+    run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally, compiled: bool = False
+) -> None:
     """Score documents by a mixture of experts; between phases all weights learn as in doc_lora.
 
-    `forward` takes adapters and caches, `model` learns (see Learner).
+    `forward` takes adapters and caches, `model` learns (see Learner); `compiled` is for the adapters' steps.
     """
-    mixture = Mixture(run, model, forward, tally)
+    mixture = Mixture(run, model, forward, tally, compiled)
     score_phases(run, model, tally, mixture.score_phase)
 
 
@@ -9187,7 +9318,7 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
         modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
     elif config.ttt_enabled and config.ttt_mode == "mixture":
-        modes["ttt"] = functools.partial(score_mixture, run, forward, forward)
+        modes["ttt"] = functools.partial(score_mixture, run, forward, forward, compiled=compiled)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model

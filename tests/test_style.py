@@ -35,6 +35,7 @@ SECTIONS = [
     "ADAPTATION",
     "PAIRS",
     "CANONICAL",
+    "SLOTS",
     "MIXTURE",
     "BUILD",
     "TRAIN",
