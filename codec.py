@@ -399,7 +399,9 @@ class Coding:
 
     def before(self, model: Any, args: tuple, named: dict[str, Any]) -> None:
         """A forward of whole windows begins; the decoder finds out what it holds."""
-        self.steps = [] if self.chunk is not None else self.plan()
+        if self.chunk is not None:  # see coded_chunk
+            return
+        self.steps = self.plan()
         if self.decoder is None or not self.steps:
             return
         batch = args[0]
@@ -540,27 +542,29 @@ class Coding:
         def distribution(row: int, column: int) -> tuple[Tensor, np.ndarray]:
             logits = experts[row, :, column]
             size = logits.size(1)
-            device = told.device
             asked = copy.copy(mixer)
             asked.within = before[row, :, column].repeat(size, 1)
-            log_p = told[:, row : row + 1, :, column : column + 1].repeat(1, size, 1, 1)
-            log_p[0, :, :, 0] = self.log_softmax(logits).T.to(device)
-            targets = torch.arange(size, device=device)[:, None]
-            guesses = chunk.batch.guesses[:, row : row + 1, column : column + 1].repeat(1, size, 1)
+            chances = self.log_softmax(logits).T.to(told.device)  # (V, K)
+            guesses = chunk.batch.guesses[:, row, column]
+            # Of copies too: what the forward gives for these is rounded with the target's.
+            log_p = torch.stack((chances, *(chances[guess].expand_as(chances) for guess in guesses)))
+            targets = torch.arange(size, device=told.device)[:, None]
             question = chunk._replace(
-                batch=chunk.batch._replace(targets=targets, guesses=guesses),
+                batch=chunk.batch._replace(
+                    targets=targets, guesses=guesses.view(-1, 1, 1).repeat(1, size, 1)
+                ),
                 scored=torch.ones_like(targets, dtype=torch.bool),
                 match=chunk.match[:, row : row + 1, column : column + 1].repeat(1, size, 1),
             )
-            return logits, asked.mix(log_p, question)[:, 0].cpu().numpy()
+            return logits, asked.mix(log_p[..., None], question)[:, 0].cpu().numpy()
 
         return distribution
 
     def find_copies(self, copies: Any) -> None:
         """Look for copies again, in what is known of the documents of the chunk."""
         for first, end in self.chunk[1]:
-            copies.tokens[:, first:end] = 0
-            copies.lengths[:, first:end] = 0
+            copies.tokens[:, first + 1 : end] = 0  # its BOS is the last target of the document before
+            copies.lengths[:, first + 1 : end] = 0
             unknown = np.flatnonzero(~self.known[first + 1 : end])
             known_end = first + 2 + int(unknown[0]) if len(unknown) else end
             copies.find(np.array([[first, known_end]]))
