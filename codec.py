@@ -25,10 +25,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import linecache
 import lzma
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -51,6 +53,7 @@ from results import NAMES, PLACES, Run, Stop, place_of, place_of_data, read_json
 # In: an artifact, and beside it the script that made it and its settings. Out: that script as a module, whose
 # evaluation runs on any tokens.
 
+ROOT = Path(__file__).resolve().parent
 SCRIPT = "packed_train_gpt.py"
 NEEDED = (
     *("Config", "Run", "Batch", "Validation", "Tally", "Score", "Stop", "STREAMS", "build", "format_value"),
@@ -141,6 +144,37 @@ def evaluate(
         expected = trainer.evaluation_modes(run, built)
         with patched(trainer, load_validation=lambda data: validation, **stands_in):
             trainer.evaluate_stage(run, None, built)
+
+
+class Heard:
+    """The logits of the latest forward (N, V), as the trainer's loss function got them."""
+
+    def __init__(self) -> None:
+        self.logits = torch.zeros(0)
+        self.cap = 0.0
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities (..., V) in fp64 on the host of some of them."""
+        return (self.cap * torch.tanh(logits.double().cpu() / self.cap)).log_softmax(-1)
+
+
+@contextlib.contextmanager
+def hear(trainer: ModuleType, model: Any) -> Iterator[Heard]:
+    """Listen to every forward for a while."""
+    heard = Heard()
+
+    def listening(function: Callable) -> Callable:
+        def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:
+            heard.logits = logits.detach()
+            heard.cap = cap
+            return function(logits, targets, cap)
+
+        return losses_of
+
+    names = ("softcapped_ce_reference", "softcapped_ce_op")
+    ours = {name: listening(getattr(trainer, name)) for name in names}
+    with patched(trainer, **ours), patched(model, shows_logits=True):
+        yield heard
 
 
 # === PROBABILITIES AND THE RANGE CODER ===
@@ -337,24 +371,20 @@ class Coding:
         self.windows: Windows | None = None  # of the next forward
         self.chunk: tuple | None = None  # the arguments of mixed_chunk, for a mixture
         self.steps: list[Step] = []
-        self.logits = torch.zeros(0)  # (rows of the forward, V)
-        self.cap = 0.0
+        self.heard = Heard()
         self.seen: dict[int, Tensor] = {}  # the logits that a target was decoded with, by its place
 
     def __enter__(self) -> Coding:
         trainer = self.trainer
         self.stack = contextlib.ExitStack()
-        names = ("window_batch", "softcapped_ce_reference", "softcapped_ce_op")
-        if hasattr(trainer, "Mixture"):
-            names += ("mixed_chunk",)
+        ours = {"window_batch": self.window_batch}
+        if hasattr(trainer, "Mixture"):  # older scripts have none
+            ours["mixed_chunk"] = self.mixed_chunk
             self.run_chunk = trainer.Mixture.run_chunk
             self.stack.enter_context(patched(trainer.Mixture, run_chunk=self.coded_chunk()))
-        self.real = {name: getattr(trainer, name) for name in names}
-        ours = {"window_batch": self.window_batch, "mixed_chunk": self.mixed_chunk}
-        losses = {name: self.loss_function(self.real[name]) for name in names if name not in ours}
-        ours = {name: ours[name] for name in ours if name in names}
-        self.stack.enter_context(patched(trainer, **ours, **losses))
-        self.stack.enter_context(patched(self.model, shows_logits=True))
+        self.real = {name: getattr(trainer, name) for name in ours}
+        self.stack.enter_context(patched(trainer, **ours))
+        self.heard = self.stack.enter_context(hear(trainer, self.model))
         self.stack.callback(self.model.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         self.stack.callback(self.model.register_forward_hook(self.after).remove)
         return self
@@ -379,16 +409,6 @@ class Coding:
         found = self.real["mixed_chunk"](*arguments)
         self.chunk = arguments
         return found
-
-    def loss_function(self, function: Callable) -> Callable:
-        """The trainer's loss function, whose logits are kept."""
-
-        def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:
-            self.logits = logits.detach()
-            self.cap = cap
-            return function(logits, targets, cap)
-
-        return losses_of
 
     def plan(self) -> list[Step]:
         """The steps of the forward that comes."""
@@ -518,14 +538,10 @@ class Coding:
 
     # Distributions.
 
-    def log_softmax(self, logits: Tensor) -> Tensor:
-        """Log-probabilities (..., V) in fp64 on the host of raw `logits`."""
-        return (self.cap * torch.tanh(logits.double().cpu() / self.cap)).log_softmax(-1)
-
     def plain_distribution(self, row: int, column: int) -> tuple[Tensor, np.ndarray]:
         """The logits (V,) and the log-probabilities (V,) of one target."""
-        logits = self.logits[row * self.windows.width + column]
-        return logits, self.log_softmax(logits).numpy()
+        logits = self.heard.logits[row * self.windows.width + column]
+        return logits, self.heard.log_softmax(logits).numpy()
 
     def mixed_distribution(self, mixer: Any, chunk: Any, losses: Tensor) -> Callable:
         """The same from a mixture: the trainer's own, asked for every token of the vocabulary.
@@ -537,14 +553,14 @@ class Coding:
         told = -losses.detach().double()
         scored = chunk.scored[:, None]
         before, _ = trainer.mix_experts(mixer.within, told[0] * scored)
-        experts = self.logits.unflatten(0, (*told.shape[1:],))  # (R, K, T, V)
+        experts = self.heard.logits.unflatten(0, (*told.shape[1:],))  # (R, K, T, V)
 
         def distribution(row: int, column: int) -> tuple[Tensor, np.ndarray]:
             logits = experts[row, :, column]
             size = logits.size(1)
             asked = copy.copy(mixer)
             asked.within = before[row, :, column].repeat(size, 1)
-            chances = self.log_softmax(logits).T.to(told.device)  # (V, K)
+            chances = self.heard.log_softmax(logits).T.to(told.device)  # (V, K)
             guesses = chunk.batch.guesses[:, row, column]
             # Of copies too: what the forward gives for these is rounded with the target's.
             log_p = torch.stack((chances, *(chances[guess].expand_as(chances) for guess in guesses)))
@@ -568,6 +584,9 @@ class Coding:
             unknown = np.flatnonzero(~self.known[first + 1 : end])
             known_end = first + 2 + int(unknown[0]) if len(unknown) else end
             copies.find(np.array([[first, known_end]]))
+
+
+# === ARTIFACT AND SETTINGS ===
 
 
 class Artifact(NamedTuple):
@@ -644,22 +663,20 @@ def code_tokens(
     stage: str,
     threads: int,
     tokens: np.ndarray,
-    told: np.ndarray | None = None,
+    told: np.ndarray,
     stream: bytes | None = None,
     show: bool = False,
 ) -> Coded:
     """Code `tokens` (N,) uint16 with a stage of the evaluation, or with a `stream` decode them.
 
-    The first token is a BOS that both sides know. `told` (N,) marks places that are not coded but known once
-    it is their turn. A decoder reads of `tokens` only these, and the places of BOS where the evaluation goes
-    by documents (needs_lengths).
+    `told` (N,) marks places that are not coded but known once it is their turn, the first among them. A
+    decoder reads of `tokens` only these, and the places of BOS where the evaluation goes by documents
+    (needs_lengths).
     """
     trainer = artifact.trainer
-    told = np.zeros(len(tokens), bool) if told is None else told
     text = np.array(tokens, "<u2")
     if stream is not None:
-        text[:] = 0
-        text[0] = trainer.BOS
+        text[1:] = 0
         if needs_lengths(config):
             text[tokens == trainer.BOS] = trainer.BOS
     validation = trainer.Validation(text, np.zeros(len(text), np.int32), "codec")
@@ -669,7 +686,7 @@ def code_tokens(
         if stage not in modes:
             raise Stop(f"--stage {stage}: this evaluation has {', '.join(modes)}")
         tally = trainer.Tally(run, validation)
-        bar = tqdm(total=int((~told).sum()) - 1, unit=" tokens", file=sys.stderr, disable=not show)
+        bar = tqdm(total=int((~told).sum()), unit=" tokens", file=sys.stderr, disable=not show)
         given = None if stream is None else tokens
         with bar, Coding(trainer, model, text, told, bar.update, stream, given) as coding:
             modes[stage](tally)
@@ -719,13 +736,13 @@ class Packed(NamedTuple):
     patch: bytes
 
 
-class Texts:
+class Texts(NamedTuple):
     """From the bytes of a file to tokens and back, by a tokenizer and the transform of its dataset."""
 
-    def __init__(self, pieces: Any, transform: str, bos: int):
-        self.pieces = pieces
-        self.transform = transform
-        self.bos = bos
+    pieces: Any  # a SentencePieceProcessor
+    digest: str  # 16 hex digits of the sha256 of its file
+    transform: str
+    bos: int
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens (N,) uint16 of a text; the BOS is not one of them."""
@@ -800,13 +817,13 @@ def find_transform(tokenizer: Path, pieces: Any) -> str:
     return "none"
 
 
-def load_texts(artifact: Artifact, given: Path | None) -> tuple[Texts, str]:
-    """How files become tokens, and 16 hex digits of the tokenizer's sha256; Stop if there is none."""
+def load_texts(artifact: Artifact, given: Path | None = None) -> Texts:
+    """How files become tokens; Stop if there is no tokenizer of the run's vocabulary."""
     trainer = artifact.trainer
     path = find_tokenizer(artifact, given)
     pieces = trainer.load_tokenizer(path, artifact.run.setting("VOCAB_SIZE"))
-    texts = Texts(pieces, find_transform(path, pieces), trainer.BOS)
-    return texts, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Texts(pieces, digest, find_transform(path, pieces), trainer.BOS)
 
 
 # === THE CONTAINER ===
@@ -819,7 +836,7 @@ def load_texts(artifact: Artifact, given: Path | None) -> tuple[Texts, str]:
 #         32     16  sha256 of the artifact, its first half
 #         48      4  H, bytes of the head
 #         52      H  head: JSON through LZMA, see `Head`
-#     52 + H         the code stream, and then the patches of the files, as long as the head says
+#     52 + H         the code stream, what is told, the patches of the files: as long as the head says
 
 MAGIC = b"GOLFTXT1"
 FIXED = struct.Struct("<8sQ16s16sI")
@@ -830,8 +847,10 @@ HALF = 16  # bytes of a sha256
 class Head(NamedTuple):
     """What a decoder needs besides the stream."""
 
-    files: list[list]  # [name, kind, bytes, tokens, bytes of the patch]
+    files: list[list]  # [name, kind, tokens, bytes of the patch]
     stream: int  # bytes
+    around: list[int]  # tokens of each piece that is told; empty if none is
+    told: int  # bytes of these through LZMA
     text: str  # 32 hex digits of the sha256 of all files
     stage: str
     changes: dict[str, Any]  # settings that are not the run's
@@ -898,10 +917,34 @@ def names_of(files: list[Path]) -> list[str]:
     return names
 
 
-def join_tokens(parts: list[Packed], bos: int) -> np.ndarray:
-    """One text of all files that have tokens, each behind a BOS."""
-    begin = np.array([bos], "<u2")
-    return np.concatenate([begin[:0], *(np.append(begin, part.tokens) for part in parts if len(part.tokens))])
+class Layout(NamedTuple):
+    """A text in which some documents are coded and the rest is told, see lay_out."""
+
+    tokens: np.ndarray  # (N,) uint16
+    told: np.ndarray  # (N,) bool
+    firsts: list[int]  # the place of the BOS of each document that is coded
+
+
+def lay_out(documents: list[np.ndarray], around: list[np.ndarray], bos: int) -> Layout:
+    """The text that has `documents`, each behind a BOS, between the pieces `around` that are told.
+
+    The BOS behind a document is coded with it, as its loss is recorded with it.
+    """
+    pieces = [around[0]]
+    firsts = []
+    place = len(around[0])
+    for document, after in zip(documents, around[1:], strict=True):
+        firsts.append(place)
+        pieces += [np.array([bos], "<u2"), document, after]
+        place += 1 + len(document) + len(after)
+    tokens = np.concatenate(pieces).astype("<u2")
+    told = np.ones(len(tokens), bool)
+    for first, document in zip(firsts, documents, strict=True):
+        told[first + 1 : first + len(document) + 2] = False
+    return Layout(tokens, told, firsts)
+
+
+NOTHING = np.zeros(0, "<u2")
 
 
 def rivals(data: bytes) -> dict[str, int]:
@@ -915,76 +958,83 @@ def rivals(data: bytes) -> dict[str, int]:
     }
 
 
+def pack_files(texts: Texts, contents: dict[str, bytes]) -> dict[str, Packed]:
+    """The files by name as tokens and patches, which is tried."""
+    parts = {name: texts.pack(data) for name, data in contents.items()}
+    for name, part in parts.items():
+        if texts.unpack(part) != contents[name]:
+            raise Stop(f"{name}: does not come back from its tokens and patch: a bug, nothing was written")
+    return parts
+
+
+class Job(NamedTuple):
+    """How to code: the stage and settings of the evaluation, torch's threads, whether to show a bar."""
+
+    stage: str = ""  # the last
+    changes: dict[str, Any] = {}
+    threads: int = 1
+    show: bool = False
+
+
 def compress_files(
     artifact: Artifact,
     texts: Texts,
-    tokenizer: str,
     contents: dict[str, bytes],
-    stage: str = "",
-    threads: int = 1,
-    show: bool = False,
+    parts: dict[str, Packed],
+    job: Job,
+    around: list[np.ndarray] | None = None,
 ) -> tuple[bytes, Coded | None]:
-    """(the container of the files by name, how their tokens were coded)."""
-    parts = [texts.pack(data) for data in contents.values()]
-    for (name, data), part in zip(contents.items(), parts, strict=True):
-        if texts.unpack(part) != data:
-            raise Stop(f"{name}: does not come back from its tokens and patch: a bug, nothing was written")
-    tokens = join_tokens(parts, texts.bos)
-    documents = sum(len(part.tokens) > 0 for part in parts)
-    changes: dict[str, Any] = changes_of_environment(artifact.trainer)
-    # A batch of documents has rows for these, none for documents that are not there.
-    rows = artifact.run.config.get("TTT_BATCH_SIZE", documents)
-    changes.setdefault("TTT_BATCH_SIZE", max(1, min(rows, documents)))
-    config = coding_config(artifact, changes)
-    stage = stage or last_stage(config)
-    coded = code_tokens(artifact, config, stage, threads, tokens, show=show) if documents else None
+    """(the container of the files by name, what coding their tokens gave: None if there are none).
+
+    `around` are pieces of text that the decoder is told before, between and behind the files that have
+    tokens.
+    """
+    documents = [part.tokens for part in parts.values() if len(part.tokens)]
+    around = around or [NOTHING] * (len(documents) + 1)
+    config = coding_config(artifact, job.changes)
+    stage = job.stage or last_stage(config)
+    coded = None
+    if documents:
+        layout = lay_out(documents, around, texts.bos)
+        coded = code_tokens(artifact, config, stage, job.threads, layout.tokens, layout.told, show=job.show)
     stream = coded.stream if coded else b""
-    files = [
-        [name, part.kind, len(data), len(part.tokens), len(part.patch)]
-        for (name, data), part in zip(contents.items(), parts, strict=True)
-    ]
+    told = squeeze(np.concatenate(around).astype("<u2").tobytes()) if any(map(len, around)) else b""
     head = Head(
-        files,
+        [[name, p.kind, len(p.tokens), len(p.patch)] for name, p in parts.items()],
         len(stream),
+        list(map(len, around)) if told else [],
+        len(told),
         hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * HALF],
         stage,
-        changes,
+        job.changes,
         settings_digest(config),
-        tokenizer,
+        texts.digest,
         texts.transform,
-        threads,
+        job.threads,
         machine(),
     )
-    body = stream + b"".join(part.patch for part in parts)
+    body = stream + told + b"".join(part.patch for part in parts.values())
     return write_container(artifact, head, body), coded
 
 
-def decompress_files(
-    artifact: Artifact, texts: Texts, tokenizer: str, path: Path, show: bool = False
-) -> dict[str, bytes]:
+def decompress_files(artifact: Artifact, texts: Texts, path: Path, show: bool = False) -> dict[str, bytes]:
     """The files by name in the container at `path`; Stop if they do not come out as they went in."""
     head, body = read_container(path, artifact)
-    if head.tokenizer != tokenizer:
+    if head.tokenizer != texts.digest:
         raise Stop(
-            f"{path}: made with the tokenizer {head.tokenizer}..., here is {tokenizer}...; "
+            f"{path}: made with the tokenizer {head.tokenizer}..., here is {texts.digest}...; "
             "give its file with --tokenizer"
         )
-    texts = Texts(texts.pieces, head.transform, texts.bos)
+    texts = texts._replace(transform=head.transform)
     config = coding_config(artifact, head.changes)
     if settings_digest(config) != head.settings:
         raise Stop(
             f"{artifact.path.parent / 'config.json'}: the settings are not those that {path} was made with "
             f"({settings_digest(config)} here, {head.settings} there); copy it again"
         )
-    parts = [Packed(kind, np.full(count, 0, "<u2"), b"") for _, kind, _, count, _ in head.files]
-    tokens = join_tokens(parts, texts.bos)
-    other = f"{head.machine}, {head.threads} threads; here {machine()}"
+    other = f"{head.machine}, {head.threads} threads; here is {machine()}"
     try:
-        if len(tokens):
-            stream = body[: head.stream]
-            coded = code_tokens(artifact, config, head.stage, head.threads, tokens, stream=stream, show=show)
-            tokens = coded.tokens
-        contents = split_files(texts, head, tokens, body[head.stream :])
+        contents = decode_body(artifact, texts, config, head, body, show)
     except (ValueError, lzma.LZMAError, zstandard.ZstdError) as error:
         raise Stop(f"{path}: cannot be decoded here ({error}); it was made with {other}") from None
     if hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * HALF] != head.text:
@@ -992,15 +1042,32 @@ def decompress_files(
     return contents
 
 
-def split_files(texts: Texts, head: Head, tokens: np.ndarray, patches: bytes) -> dict[str, bytes]:
-    """The files by name, from the tokens of all and their patches; ValueError if these do not fit."""
+def decode_body(
+    artifact: Artifact, texts: Texts, config: Any, head: Head, body: bytes, show: bool
+) -> dict[str, bytes]:
+    """The files by name, from what follows the head; ValueError and the like if that does not fit."""
+    stream, told, patches = np.split(np.frombuffer(body, np.uint8), np.cumsum([head.stream, head.told]))
+    counts = [count for _, _, count, _ in head.files if count]
+    around = [NOTHING] * (len(counts) + 1)
+    if head.told:
+        given = np.frombuffer(squeeze(told.tobytes(), undo=True), "<u2")
+        around = np.split(given, np.cumsum(head.around)[:-1])
+    documents = [np.zeros(count, "<u2") for count in counts]
+    if documents:
+        layout = lay_out(documents, around, texts.bos)
+        args = (head.stage, head.threads, layout.tokens, layout.told, stream.tobytes(), show)
+        tokens = code_tokens(artifact, config, *args).tokens
+        again = [tokens[first + 1 :][:count] for first, count in zip(layout.firsts, counts, strict=True)]
+        if not np.array_equal(lay_out(again, around, texts.bos).tokens, tokens):
+            raise ValueError("the documents have other ends")
+        documents = again
+
     contents = {}
-    place = 0
+    left = iter(documents)
     begin = 0
-    for name, kind, _, count, size in head.files:
-        part = tokens[place + 1 : place + 1 + count]
-        place += count + (count > 0)
-        contents[name] = texts.unpack(Packed(kind, part, patches[begin : begin + size]))
+    for name, kind, count, size in head.files:
+        patch = patches[begin : begin + size].tobytes()
+        contents[name] = texts.unpack(Packed(kind, next(left) if count else NOTHING, patch))
         begin += size
     return contents
 
@@ -1032,11 +1099,16 @@ def compress(options: argparse.Namespace) -> None:
     for name, path in zip(names, options.files, strict=True):
         contents[name] = path.read_bytes()
     artifact = open_artifact(options.artifact)
-    texts, tokenizer = load_texts(artifact, options.tokenizer)
+    texts = load_texts(artifact, options.tokenizer)
+    parts = pack_files(texts, contents)
+    changes: dict[str, Any] = changes_of_environment(artifact.trainer)
+    # A batch of documents has rows for these, and none for documents that are not there.
+    count = sum(len(part.tokens) > 0 for part in parts.values())
+    rows = artifact.run.config.get("TTT_BATCH_SIZE", count)
+    changes.setdefault("TTT_BATCH_SIZE", max(1, min(rows, count)))
+    job = Job(options.stage, changes, options.threads, sys.stderr.isatty())
     began = time.monotonic()
-    container, coded = compress_files(
-        artifact, texts, tokenizer, contents, options.stage, options.threads, sys.stderr.isatty()
-    )
+    container, coded = compress_files(artifact, texts, contents, parts, job)
     seconds = time.monotonic() - began
     write_bytes(options.out, container)
     print(describe_compression(contents, len(container), coded, seconds))
@@ -1056,15 +1128,275 @@ def decompress(options: argparse.Namespace) -> None:
     for name, *_ in head.files:
         if Path(name).name != name or (options.out / name).exists():
             raise Stop(f"{options.out / name}: is there already; give another folder with -o")
-    texts, tokenizer = load_texts(artifact, options.tokenizer)
+    texts = load_texts(artifact, options.tokenizer)
     began = time.monotonic()
-    contents = decompress_files(artifact, texts, tokenizer, options.container, sys.stderr.isatty())
+    contents = decompress_files(artifact, texts, options.container, sys.stderr.isatty())
     seconds = time.monotonic() - began
     options.out.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
         write_bytes(options.out / name, data)
     total = sum(map(len, contents.values()))
     print(f"{len(contents)} files, {total:,} bytes in {options.out}: as they were; {seconds:.1f} s")
+
+
+# === SAMPLE ===
+# In: a prompt. Out: text, token by token. Keys and values are kept from token to token as a mixture keeps
+# them (section MIXTURE of the trainer): a token costs one forward of one token, whatever lies before it.
+
+
+class Taste(NamedTuple):
+    """How to choose a token: by its probability to the power 1 / `temperature` (0: always the likeliest).
+
+    Of the tokens that together have `top_p`, the likeliest first.
+    """
+
+    temperature: float
+    top_p: float
+
+
+def choose_token(log_p: Tensor, taste: Taste, random: torch.Generator) -> int:
+    """A token from its log-probabilities (V,)."""
+    if taste.temperature == 0:
+        return int(log_p.argmax())
+    p, tokens = (log_p / taste.temperature).softmax(0).sort(descending=True)
+    p[p.cumsum(0) - p >= taste.top_p] = 0  # never the first
+    return int(tokens[torch.multinomial(p, 1, generator=random)])
+
+
+class Speaker:
+    """The model with a cache of keys: one token after another."""
+
+    def __init__(self, artifact: Artifact, config: Any, context: int):
+        trainer = artifact.trainer
+        self.trainer = trainer
+        found = []
+        first = np.array([trainer.BOS, trainer.BOS], "<u2")
+        validation = trainer.Validation(first, np.zeros(2, np.int32), "codec")
+
+        def keep(run: Any, model: Any, modes: dict) -> None:
+            found.append((run, model))
+
+        evaluate(trainer, config, torch.get_num_threads(), validation, keep)
+        self.run, self.model = found[0]
+        self.stage = trainer.Stage(sys.maxsize, 1, context - 1)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was said."""
+        self.cache = self.trainer.KeyCache(self.model, 1, [self.stage], self.run.device)
+        self.position = 0
+        self.previous = torch.zeros(1, 1, dtype=torch.int64, device=self.run.device)
+
+    @torch.no_grad()
+    def hear_token(self, token: int) -> Tensor:
+        """Log-probabilities (V,) of the token after this one."""
+        device = self.run.device
+        ids = torch.tensor([[token]], device=device)
+        past = self.cache.past(torch.tensor(self.position, device=device), self.previous, self.stage)
+        with hear(self.trainer, self.model) as heard:
+            self.model(self.trainer.Batch(ids, ids, past=past))
+        self.cache.keep(past)
+        self.position += 1
+        self.previous = ids
+        return heard.log_softmax(heard.logits[0])
+
+    def speak(self, prompt: np.ndarray, taste: Taste, seed: int) -> Iterator[int]:
+        """The tokens after a BOS and those of the `prompt` (N,), until the model ends the document."""
+        bos = self.trainer.BOS
+        random = torch.Generator().manual_seed(seed)
+        self.begin()
+        for token in (bos, *prompt.tolist()):
+            log_p = self.hear_token(token)
+        token = choose_token(log_p, taste, random)
+        while token != bos:
+            yield token
+            token = choose_token(self.hear_token(token), taste, random)
+
+
+def stream_text(
+    texts: Texts, prompt: np.ndarray, tokens: Iterator[int], most: int, stop: str, write: Callable[[str], Any]
+) -> int:
+    """Write the text of at most `most` tokens behind the prompt as they come, as far as `stop`; their number.
+
+    What a later token may still change is held back: half a character, an operator without its word.
+    """
+    ids = prompt.tolist()
+    shown = len(texts.decode(prompt).decode("utf-8", "replace")) if ids else 0
+    begin = shown
+    count = 0
+    for token in tokens:
+        count += 1
+        ids.append(token)
+        text = texts.decode(np.array(ids, "<u2")).decode("utf-8", "replace")
+        ended = stop and stop in text[begin:]
+        if ended:
+            text = text[: text.index(stop, begin)]
+        ready = text.rstrip("\ufffd")
+        write(ready[shown:])
+        shown = max(shown, len(ready))
+        if ended or count == most:
+            break
+    return count
+
+
+def sample(options: argparse.Namespace) -> None:
+    """The command."""
+    artifact = open_artifact(options.artifact)
+    texts = load_texts(artifact, options.tokenizer)
+    changes: dict[str, Any] = {"TTT_ENABLED": False}
+    config = coding_config(artifact, changes)
+    if not hasattr(artifact.trainer, "KeyCache"):
+        raise Stop(f"{artifact.path.parent / SCRIPT}: keeps no keys; make the artifact with a later script")
+    speaker = Speaker(artifact, config, options.context or config.eval_seq_len)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def answer(prompt: str) -> None:
+        tokens = texts.encode(prompt)
+        write(prompt)
+        began = time.monotonic()
+        taste = Taste(options.temperature, options.top_p)
+        spoken = speaker.speak(tokens, taste, options.seed)
+        count = stream_text(texts, tokens, spoken, options.tokens, options.stop, write)
+        seconds = time.monotonic() - began
+        print(flush=True)
+        print(f"{count} tokens, {(len(tokens) + count) / seconds:.0f} tokens/s", file=sys.stderr)
+
+    if not options.interactive:
+        answer(options.prompt)
+        return
+    print("a line is a prompt; an empty one, or the end of the input, ends this", file=sys.stderr)
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        answer(line.rstrip("\n"))
+
+
+# === EXPORT ===
+# In: an artifact. Out: a folder that transformers loads (trust_remote_code): the weights in fp32, the source
+# of the script that made them, and the two small files in hf/ that call it.
+
+
+def source_of(artifact: Artifact) -> str:
+    """The source of the script that made the artifact: what its packed form has unpacked."""
+    path = artifact.path.parent / SCRIPT
+    lines = linecache.getlines("<train_gpt>")  # where it registers itself
+    packed = path.read_bytes().startswith(b"# coding: latin-1")
+    return "".join(lines) if packed else path.read_text(encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The tensors in fp32 as a safetensors file: 8 bytes of length, a JSON head, the values."""
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + 4 * tensor.numel()
+        head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    values = b"".join(tensor.float().contiguous().numpy().tobytes() for tensor in tensors.values())
+    write_bytes(path, struct.pack("<Q", len(text)) + text + values)
+
+
+def model_card(artifact: Artifact, digest: str) -> str:
+    """README.md: what this is, with the figures of the run if it is finished."""
+    run = artifact.run
+    facts = run.summary if run.is_finished else {}
+    shown = {
+        "bits per byte on the validation set": facts.get("val_bpb"),
+        "nats per token": facts.get("val_loss"),
+        "validation tokens": facts.get("val_tokens"),
+        "bytes of the artifact": artifact.path.stat().st_size,
+        "bytes with the code": facts.get("total_bytes"),
+        "training steps": facts.get("steps"),
+        "seconds of training": facts.get("train_seconds"),
+        "seed": facts.get("seed"),
+    }
+    shown |= {f"bits per byte, {stage}": bpb for stage, bpb in facts.get("bpb", {}).items()}
+    rows = [f"| {name} | {value} |" for name, value in shown.items() if value is not None]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "---",
+            "# A Parameter Golf model",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            *rows,
+            "",
+            "The weights are those of the artifact, unpacked to fp32, without test-time training; scores of",
+            "stages called `ttt` are with it. Padding has to be on the right; there is no cache of keys.",
+            f"Artifact sha256: `{artifact.digest.hex()}`; tokenizer: `{digest}...`.",
+            "",
+        ]
+    )
+
+
+def export_hf(artifact: Artifact, texts: Texts, tokenizer: Path, folder: Path) -> None:
+    """Write a folder for transformers."""
+    trainer = artifact.trainer
+    manifest, tensors, _ = trainer.decode_artifact(artifact.path)
+    config = coding_config(artifact, {"COMPUTE_DTYPE": "float32"})
+    table = trainer.parameter_table(config)
+    weights = trainer.assemble_weights(table, tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", {f"golf.{name}": weights[name].cpu() for name in table})
+    settings = {
+        name: trainer.format_value(value)
+        for name, value in config.chosen("Model").items()
+        if value != trainer.Config.from_env({}).chosen("Model")[name]
+    }
+    about = {
+        "architectures": ["GolfForCausalLM"],
+        "model_type": "golf",
+        "auto_map": {
+            "AutoConfig": "modeling_golf.GolfConfig",
+            "AutoModelForCausalLM": "modeling_golf.GolfForCausalLM",
+        },
+        "settings": settings,
+        "looped": manifest["looped"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "num_hidden_layers": config.num_layers,
+        "bos_token_id": texts.bos,
+        "eos_token_id": texts.bos,
+        "pad_token_id": 0,
+        "use_cache": False,
+        "torch_dtype": "float32",
+    }
+    kind = {
+        "tokenizer_class": "GolfTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_golf.GolfTokenizer", None]},
+        "transform": texts.transform,
+    }
+    for name, content in (("config.json", about), ("tokenizer_config.json", kind)):
+        (folder / name).write_text(json.dumps(content, indent=1))
+    for path in (ROOT / "hf" / "modeling_golf.py", ROOT / "hf" / "tokenization_golf.py"):
+        shutil.copy(path, folder)
+    shutil.copy(ROOT / "lossless_caps.py", folder / "golf_transforms.py")
+    (folder / "golf_trainer.py").write_text(source_of(artifact), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(artifact, texts.digest), encoding="utf-8")
+    write_bytes(folder / "tokenizer.model", tokenizer.read_bytes())
+
+
+def export(options: argparse.Namespace) -> None:
+    """The command."""
+    artifact = open_artifact(options.artifact)
+    texts = load_texts(artifact, options.tokenizer)
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise Stop(f"{options.folder}: is not empty; give a new folder")
+    export_hf(artifact, texts, find_tokenizer(artifact, options.tokenizer), options.folder)
+    print(f"{options.folder}: for transformers, with trust_remote_code=True")
 
 
 # === MAIN ===
@@ -1101,6 +1433,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command = add("decompress", decompress, "Get the files of a container back.")
     command.add_argument("container", type=Path, help="what compress has written")
     command.add_argument("-o", "--out", type=Path, default=Path(), help="the folder to write them to")
+    command = add("sample", sample, "Write text that the model goes on with.")
+    command.add_argument("--prompt", default="", help="how the text begins")
+    command.add_argument("--tokens", type=int, default=200, help="at most so many (default %(default)s)")
+    command.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    command.add_argument("--top-p", type=float, default=0.95, help="only tokens that have so much together")
+    command.add_argument("--seed", type=int, default=0, help="of the choice (default %(default)s)")
+    command.add_argument("--stop", default="", help="text that ends it")
+    command.add_argument("--context", type=int, default=0, help="tokens that are seen (default EVAL_SEQ_LEN)")
+    command.add_argument("--interactive", action="store_true", help="every line of the input is a prompt")
+    command = add("export", export, "Write the model in the form of another library.")
+    command.add_argument("--to", choices=("hf",), required=True, help="hf: transformers")
+    command.add_argument("folder", type=Path, help="a new folder")
     return parser.parse_args(arguments)
 
 
