@@ -1445,6 +1445,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command = add("export", export, "Write the model in the form of another library.")
     command.add_argument("--to", choices=("hf",), required=True, help="hf: transformers")
     command.add_argument("folder", type=Path, help="a new folder")
+    parser.epilog = "".join(command.format_usage() for command in commands.choices.values())
     return parser.parse_args(arguments)
 
 
