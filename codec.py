@@ -46,7 +46,8 @@ import zstandard
 from torch import Tensor
 from tqdm import tqdm
 
-from lossless_caps import OPERATORS, TRANSFORMS
+from data.sidecar import VERSIONS
+from lossless_caps import OPERATORS, TRANSFORMS, decode_caseops
 from results import NAMES, PLACES, Run, Stop, place_of, place_of_data, read_json, run_tool
 
 # === THE SHIPPED SCRIPT ===
@@ -752,10 +753,9 @@ class Texts(NamedTuple):
     def decode(self, tokens: np.ndarray) -> bytes:
         """What tokens stand for, in UTF-8; U+2581 is SentencePiece's space."""
         text = self.pieces.decode(tokens.tolist()).replace("\u2581", " ")
-        decode = TRANSFORMS[self.transform].decode
-        if decode is not None:
+        if self.transform in VERSIONS:
             with contextlib.suppress(ValueError):  # not the grammar's: the patch makes up for it
-                text = decode(text)
+                text = decode_caseops(text, VERSIONS[self.transform], normalised=True)
         return text.encode("utf-8", "replace")
 
     def pack(self, data: bytes) -> Packed:

@@ -81,6 +81,7 @@ KNOWN_WRONG = {
 }
 # Operations for which the whole validation set is scored twice in a proof by decoding: some minutes.
 WHOLE_WORK = {"cpu": 3e12, "cuda": 1e15}
+DECODE = 3  # documents in submit.py --check
 EXCESS = 0.001  # of the recorded loss that a code may be longer, or
 EXCESS_BYTES = 16  # for each document
 LENGTH_BYTES = 3  # of a document, which the container tells

@@ -42,7 +42,10 @@ class GolfTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens):
         text = self.pieces.decode(tokens).replace("▁", " ")
         decode = TRANSFORMS[self.transform].decode
-        return text if decode is None else decode(text)
+        try:
+            return text if decode is None else decode(text)
+        except ValueError:  # a model may write an operator where none can be
+            return text
 
     def build_inputs_with_special_tokens(self, first, second=None):
         begin = [self.bos_token_id]
