@@ -24,6 +24,7 @@ import copy
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import linecache
 import lzma
@@ -66,6 +67,7 @@ NEEDED = (
 def load_trainer(folder: Path, needed: Sequence[str] = NEEDED) -> ModuleType:
     """The script that the run ships, as a module; Stop if it is none or lacks what is used here."""
     path = folder / SCRIPT
+    os.environ.setdefault("NUMBA_OPT", "1")  # its loops run once here: compiling them is what takes time
     spec = importlib.util.spec_from_file_location("shipped_train_gpt", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its type hints are looked up there
@@ -1213,29 +1215,34 @@ class Speaker:
             token = choose_token(self.hear_token(token), taste, random)
 
 
+def settled(text: str, stop: str) -> str:
+    """The part of a text that later tokens do not change, and that does not begin what ends it."""
+    text = text.rstrip("\ufffd")  # half a character
+    sizes = range(min(len(stop), len(text) + 1) - 1, 0, -1)
+    held = next((size for size in sizes if text.endswith(stop[:size])), 0)
+    return text[: len(text) - held]
+
+
 def stream_text(
     texts: Texts, prompt: np.ndarray, tokens: Iterator[int], most: int, stop: str, write: Callable[[str], Any]
 ) -> int:
-    """Write the text of at most `most` tokens behind the prompt as they come, as far as `stop`; their number.
-
-    What a later token may still change is held back: half a character, an operator without its word.
-    """
+    """Write the text of at most `most` tokens behind the prompt as they come, to `stop`; their number."""
     ids = prompt.tolist()
-    shown = len(texts.decode(prompt).decode("utf-8", "replace")) if ids else 0
-    begin = shown
+    begin = len(texts.decode(prompt).decode()) if ids else 0
+    shown = begin
+    text = ""
     count = 0
-    for token in tokens:
+    for token in itertools.islice(tokens, most):
         count += 1
         ids.append(token)
-        text = texts.decode(np.array(ids, "<u2")).decode("utf-8", "replace")
-        ended = stop and stop in text[begin:]
-        if ended:
+        text = texts.decode(np.array(ids, "<u2")).decode()
+        if stop and stop in text[begin:]:
             text = text[: text.index(stop, begin)]
-        ready = text.rstrip("\ufffd")
+            break
+        ready = settled(text, stop)
         write(ready[shown:])
         shown = max(shown, len(ready))
-        if ended or count == most:
-            break
+    write(text[shown:])
     return count
 
 
