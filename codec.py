@@ -139,14 +139,18 @@ def evaluate(
         """What the run folder would be told."""
 
     stands_in = {"measure": measure, "record_stage": nothing, "summarize": nothing}
+    threads_before = torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="codec-") as place, quiet():
         run = trainer.Run(config)
         run.folder = Path(place)
         torch.set_num_threads(threads)
-        built = trainer.build(run)
-        expected = trainer.evaluation_modes(run, built)
-        with patched(trainer, load_validation=lambda data: validation, **stands_in):
-            trainer.evaluate_stage(run, None, built)
+        try:
+            built = trainer.build(run)
+            expected = trainer.evaluation_modes(run, built)
+            with patched(trainer, load_validation=lambda data: validation, **stands_in):
+                trainer.evaluate_stage(run, None, built)
+        finally:
+            torch.set_num_threads(threads_before)
 
 
 class Heard:
