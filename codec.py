@@ -36,6 +36,7 @@ import struct
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +50,7 @@ from tqdm import tqdm
 
 from data.sidecar import VERSIONS
 from lossless_caps import OPERATORS, TRANSFORMS, decode_caseops
-from results import NAMES, PLACES, Run, Stop, place_of, place_of_data, read_json, run_tool
+from results import NAMES, PLACES, Run, Stop, place_of, place_of_data, read_json, run_tool, warn
 
 # === THE SHIPPED SCRIPT ===
 # In: an artifact, and beside it the script that made it and its settings. Out: that script as a module, whose
@@ -119,6 +120,7 @@ def evaluate(
     trainer: ModuleType,
     config: Any,
     threads: int,
+    tokenizer: Path,
     validation: Any,
     score: Callable[[Any, Any, dict[str, Callable[[Any], None]]], None],
 ) -> None:
@@ -147,8 +149,9 @@ def evaluate(
         try:
             built = trainer.build(run)
             expected = trainer.evaluation_modes(run, built)
+            data = types.SimpleNamespace(tokenizer=tokenizer, train_files=[], train=[])
             with patched(trainer, load_validation=lambda data: validation, **stands_in):
-                trainer.evaluate_stage(run, None, built)
+                trainer.evaluate_stage(run, data, built)
         finally:
             torch.set_num_threads(threads_before)
 
@@ -391,6 +394,13 @@ class Coding:
             self.stack.enter_context(patched(trainer.Mixture, run_chunk=self.coded_chunk()))
         self.real = {name: getattr(trainer, name) for name in ours}
         self.stack.enter_context(patched(trainer, **ours))
+        if hasattr(trainer.Tally, "masked"):
+            self.real_masked = trainer.Tally.masked
+
+            def masked(tally: Any, *arguments: Any) -> Any:
+                return self.masked(tally, *arguments)
+
+            self.stack.enter_context(patched(trainer.Tally, masked=masked))
         self.heard = self.stack.enter_context(hear(trainer, self.model))
         self.stack.callback(self.model.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         self.stack.callback(self.model.register_forward_hook(self.after).remove)
@@ -434,9 +444,7 @@ class Coding:
         batch = args[0]
 
         def rebuild() -> None:
-            fresh = self.real["window_batch"](*self.windows.arguments)[0]
-            batch.inputs.copy_(fresh.inputs)
-            batch.targets.copy_(fresh.targets)
+            self.refill(batch, self.real["window_batch"](*self.windows.arguments)[0])
 
         def forward() -> Callable[[int, int], tuple[Tensor, np.ndarray]]:
             model.forward(*args, **named)
@@ -453,28 +461,24 @@ class Coding:
     def coded_chunk(self) -> Callable:
         """In place of Mixture.run_chunk: the chunk is coded before its losses are given out."""
 
-        def run_chunk(mixture: Any, chunk: Any, stage: Any) -> Any:
+        def run_chunk(mixture: Any, chunk: Any, cached: Any) -> Any:
             real = self.run_chunk
             self.steps = self.plan()
 
             def rebuild() -> None:
                 self.find_copies(mixture.copies)
                 fresh = self.real["mixed_chunk"](*self.chunk)
-                for ours, theirs in (
-                    (chunk.batch.inputs, fresh.batch.inputs),
-                    (chunk.batch.targets, fresh.batch.targets),
-                    (chunk.batch.guesses, fresh.batch.guesses),
-                    (chunk.match, fresh.match),
-                ):
-                    ours.copy_(theirs)
+                chunk.match.copy_(fresh.match)
+                chunk.batch.guesses.copy_(fresh.batch.guesses)
+                self.refill(chunk.batch, fresh.batch)
 
             def forward() -> Callable[[int, int], tuple[Tensor, np.ndarray]]:
-                losses, _ = real(mixture, chunk, stage)
+                losses, _ = real(mixture, chunk, cached)
                 return self.mixed_distribution(mixture.mixer, chunk, losses)
 
             if self.decoder is not None:
                 self.decode(rebuild, forward)
-            losses, past = real(mixture, chunk, stage)
+            losses, past = real(mixture, chunk, cached)
             self.settle(self.mixed_distribution(mixture.mixer, chunk, losses))
             self.windows = self.chunk = None
             return losses, past
@@ -585,12 +589,31 @@ class Coding:
 
     def find_copies(self, copies: Any) -> None:
         """Look for copies again, in what is known of the documents of the chunk."""
-        for first, end in self.chunk[1]:
+        documents = getattr(self.chunk[1], "documents", self.chunk[1])  # of a turn, or themselves
+        for first, end in documents:
             copies.tokens[:, first + 1 : end] = 0  # its BOS is the last target of the document before
             copies.lengths[:, first + 1 : end] = 0
             unknown = np.flatnonzero(~self.known[first + 1 : end])
             known_end = first + 2 + int(unknown[0]) if len(unknown) else end
-            copies.find(np.array([[first, known_end]]))
+            if hasattr(copies, "advance"):
+                copies.find(first, known_end)
+            else:  # a script before turns
+                copies.find(np.array([[first, known_end]]))
+
+    def masked(self, tally: Any, batch: Any, chosen: Tensor, places: Tensor) -> Any:
+        """The trainer's Tally.masked, and remembered."""
+        self.mask = (tally, chosen, places)
+        return self.real_masked(tally, batch, chosen, places)
+
+    def refill(self, batch: Any, fresh: Any) -> None:
+        """Put the tokens of a `fresh` batch into the one that is scored, and what they allow after them."""
+        batch.inputs.copy_(fresh.inputs)
+        batch.targets.copy_(fresh.targets)
+        if getattr(batch, "mask", None) is not None:
+            tally, chosen, places = self.mask
+            rows = torch.from_numpy(tally.run.canonical.rows(self.tokens)).to(batch.mask.rows.device)
+            tally.mask = tally.mask._replace(rows=rows)
+            batch.mask.rows.copy_(self.real_masked(tally, batch, chosen, places).mask.rows)
 
 
 # === ARTIFACT AND SETTINGS ===
@@ -669,6 +692,7 @@ def code_tokens(
     config: Any,
     stage: str,
     threads: int,
+    tokenizer: Path,
     tokens: np.ndarray,
     told: np.ndarray,
     stream: bytes | None = None,
@@ -701,7 +725,7 @@ def code_tokens(
         recorded = tally.nats.double().cpu().numpy()
         found.append(Coded(coding.finish(), text, coding.nats, recorded))
 
-    evaluate(trainer, config, threads, validation, score)
+    evaluate(trainer, config, threads, tokenizer, validation, score)
     return found[0]
 
 
@@ -746,7 +770,8 @@ class Packed(NamedTuple):
 class Texts(NamedTuple):
     """From the bytes of a file to tokens and back, by a tokenizer and the transform of its dataset."""
 
-    pieces: Any  # a SentencePieceProcessor
+    path: Path  # of the tokenizer
+    pieces: Any  # that, as a SentencePieceProcessor
     digest: str  # 16 hex digits of the sha256 of its file
     transform: str
     bos: int
@@ -829,7 +854,7 @@ def load_texts(artifact: Artifact, given: Path | None = None) -> Texts:
     path = find_tokenizer(artifact, given)
     pieces = trainer.load_tokenizer(path, artifact.run.setting("VOCAB_SIZE"))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Texts(pieces, digest, find_transform(path, pieces), trainer.BOS)
+    return Texts(path, pieces, digest, find_transform(path, pieces), trainer.BOS)
 
 
 # === THE CONTAINER ===
@@ -1002,7 +1027,8 @@ def compress_files(
     coded = None
     if documents:
         layout = lay_out(documents, around, texts.bos)
-        coded = code_tokens(artifact, config, stage, job.threads, layout.tokens, layout.told, show=job.show)
+        args = (stage, job.threads, texts.path, layout.tokens, layout.told)
+        coded = code_tokens(artifact, config, *args, show=job.show)
     stream = coded.stream if coded else b""
     told = squeeze(np.concatenate(around).astype("<u2").tobytes()) if any(map(len, around)) else b""
     head = Head(
@@ -1061,7 +1087,7 @@ def decode_body(
     documents = [np.zeros(count, "<u2") for count in counts]
     if documents:
         layout = lay_out(documents, around, texts.bos)
-        args = (head.stage, head.threads, layout.tokens, layout.told, stream.tobytes(), show)
+        args = (head.stage, head.threads, texts.path, layout.tokens, layout.told, stream.tobytes(), show)
         tokens = code_tokens(artifact, config, *args).tokens
         again = [tokens[first + 1 :][:count] for first, count in zip(layout.firsts, counts, strict=True)]
         if not np.array_equal(lay_out(again, around, texts.bos).tokens, tokens):
@@ -1132,8 +1158,12 @@ def decompress(options: argparse.Namespace) -> None:
     artifact = open_artifact(options.artifact)
     head, _ = read_container(options.container, artifact)
     for name, *_ in head.files:
-        if Path(name).name != name or (options.out / name).exists():
+        if Path(name).name != name or name == "..":
+            raise Stop(f"{options.container}: {name!a} is not the name of a file; nothing was written")
+        if (options.out / name).exists():
             raise Stop(f"{options.out / name}: is there already; give another folder with -o")
+    if head.machine != machine():
+        warn(f"{options.container}: made by {head.machine}, here is {machine()}; the last bits may differ")
     texts = load_texts(artifact, options.tokenizer)
     began = time.monotonic()
     contents = decompress_files(artifact, texts, options.container, sys.stderr.isatty())
@@ -1172,9 +1202,10 @@ def choose_token(log_p: Tensor, taste: Taste, random: torch.Generator) -> int:
 class Speaker:
     """The model with a cache of keys: one token after another."""
 
-    def __init__(self, artifact: Artifact, config: Any, context: int):
+    def __init__(self, artifact: Artifact, config: Any, tokenizer: Path, context: int):
         trainer = artifact.trainer
         self.trainer = trainer
+        self.context = context
         found = []
         first = np.array([trainer.BOS, trainer.BOS], "<u2")
         validation = trainer.Validation(first, np.zeros(2, np.int32), "codec")
@@ -1182,27 +1213,33 @@ class Speaker:
         def keep(run: Any, model: Any, modes: dict) -> None:
             found.append((run, model))
 
-        evaluate(trainer, config, torch.get_num_threads(), validation, keep)
+        evaluate(trainer, config, torch.get_num_threads(), tokenizer, validation, keep)
         self.run, self.model = found[0]
-        self.stage = trainer.Stage(sys.maxsize, 1, context - 1)
         self.begin()
 
     def begin(self) -> None:
         """Forget what was said."""
-        self.cache = self.trainer.KeyCache(self.model, 1, [self.stage], self.run.device)
-        self.position = 0
-        self.previous = torch.zeros(1, 1, dtype=torch.int64, device=self.run.device)
+        trainer = self.trainer
+        device = self.run.device
+        longest = self.context - 1
+        if hasattr(trainer, "Turn"):
+            self.cache = trainer.KeyCache(self.model, 1, longest, 1, device)
+            self.cached = longest
+        else:  # a script before turns
+            self.cached = trainer.Stage(sys.maxsize, 1, longest)
+            self.cache = trainer.KeyCache(self.model, 1, [self.cached], device)
+        self.position = torch.zeros(1 if hasattr(trainer, "Turn") else (), dtype=torch.int64, device=device)
+        self.previous = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def hear_token(self, token: int) -> Tensor:
         """Log-probabilities (V,) of the token after this one."""
-        device = self.run.device
-        ids = torch.tensor([[token]], device=device)
-        past = self.cache.past(torch.tensor(self.position, device=device), self.previous, self.stage)
+        ids = torch.tensor([[token]], device=self.run.device)
+        past = self.cache.past(self.position, self.previous, self.cached)
         with hear(self.trainer, self.model) as heard:
             self.model(self.trainer.Batch(ids, ids, past=past))
         self.cache.keep(past)
-        self.position += 1
+        self.position = self.position + 1
         self.previous = ids
         return heard.log_softmax(heard.logits[0])
 
@@ -1258,7 +1295,7 @@ def sample(options: argparse.Namespace) -> None:
     config = coding_config(artifact, changes)
     if not hasattr(artifact.trainer, "KeyCache"):
         raise Stop(f"{artifact.path.parent / SCRIPT}: keeps no keys; make the artifact with a later script")
-    speaker = Speaker(artifact, config, options.context or config.eval_seq_len)
+    speaker = Speaker(artifact, config, texts.path, options.context or config.eval_seq_len)
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
@@ -1353,7 +1390,7 @@ def model_card(artifact: Artifact, digest: str) -> str:
     )
 
 
-def export_hf(artifact: Artifact, texts: Texts, tokenizer: Path, folder: Path) -> None:
+def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
     """Write a folder for transformers."""
     trainer = artifact.trainer
     manifest, tensors, _ = trainer.decode_artifact(artifact.path)
@@ -1397,7 +1434,7 @@ def export_hf(artifact: Artifact, texts: Texts, tokenizer: Path, folder: Path) -
     shutil.copy(ROOT / "lossless_caps.py", folder / "golf_transforms.py")
     (folder / "golf_trainer.py").write_text(source_of(artifact), encoding="utf-8")
     (folder / "README.md").write_text(model_card(artifact, texts.digest), encoding="utf-8")
-    write_bytes(folder / "tokenizer.model", tokenizer.read_bytes())
+    write_bytes(folder / "tokenizer.model", texts.path.read_bytes())
 
 
 def export(options: argparse.Namespace) -> None:
@@ -1406,7 +1443,7 @@ def export(options: argparse.Namespace) -> None:
     texts = load_texts(artifact, options.tokenizer)
     if options.folder.exists() and any(options.folder.iterdir()):
         raise Stop(f"{options.folder}: is not empty; give a new folder")
-    export_hf(artifact, texts, find_tokenizer(artifact, options.tokenizer), options.folder)
+    export_hf(artifact, texts, options.folder)
     print(f"{options.folder}: for transformers, with trust_remote_code=True")
 
 

@@ -1549,7 +1549,7 @@ def probe_decode(report: Report, run: Run, trainer: ModuleType, data: Any, count
         report.add("decoding", probe, False, f"cannot be coded: {stop}")
         return
     probe_code_length(report, run, data, choice, coded, codec.lay_out(choice.tokens, around, trainer.BOS))
-    decoded, error = decode_alone(run, data.tokenizer, container, place)
+    decoded, error = decode_alone(run, texts.path, container, place)
     different = [name for name, text in choice.texts.items() if decoded.get(name) != text]
     verdict = f"{different[0]} is another text" if different else "every byte is equal"
     report.add(

@@ -276,7 +276,7 @@ def test_a_look_at_the_next_token_is_caught_by_the_decoder(folder, monkeypatch):
 def test_kept_keys_give_the_distributions_of_a_window_and_a_seed_its_text(folder):
     artifact, texts = opened(folder, "sliding")
     config = codec.coding_config(artifact, {"TTT_ENABLED": False})
-    speaker = codec.Speaker(artifact, config, config.eval_seq_len)
+    speaker = codec.Speaker(artifact, config, texts.path, config.eval_seq_len)
     tokens = texts.encode("the loss falls with every step")
     rows = torch.tensor([[t.BOS, *tokens.tolist()]])
     with torch.no_grad(), codec.hear(t, speaker.model) as heard:
@@ -324,7 +324,7 @@ def test_the_export_has_the_logits_of_the_artifact(folder, tmp_path, monkeypatch
         monkeypatch.setitem(sys.modules, name, module)
 
     (folder / codec.SCRIPT).write_text(Path(t.__file__).read_text())
-    artifact, _ = opened(folder, "sliding")
+    artifact, texts = opened(folder, "sliding")
     out = tmp_path / "exported"
     codec.main(["export", str(artifact.path), "--to", "hf", str(out)])
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -345,7 +345,7 @@ def test_the_export_has_the_logits_of_the_artifact(folder, tmp_path, monkeypatch
     model.load_state_dict(weights)
 
     config = codec.coding_config(artifact, {"TTT_ENABLED": False})
-    speaker = codec.Speaker(artifact, config, config.eval_seq_len)
+    speaker = codec.Speaker(artifact, config, texts.path, config.eval_seq_len)
     rows = torch.from_numpy(read_shard(next((Path(config.datasets_dir)).glob("*val_0*")))[:32].astype(int))[
         None
     ]
