@@ -172,6 +172,10 @@ class Heard:
 def hear(trainer: ModuleType, model: Any) -> Iterator[Heard]:
     """Listen to every forward for a while."""
     heard = Heard()
+    if not hasattr(model, "shows_logits"):
+        raise Stop(
+            f"{SCRIPT}: an older script, which does not show its logits; make the artifact with a later one"
+        )
 
     def listening(function: Callable) -> Callable:
         def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:

@@ -135,7 +135,7 @@ def test_any_bytes_come_back(folder):
     contents = {
         "empty": b"",
         "binary": bytes(range(256)) * 3,
-        "latin": ("Gr\u00fc\u00dfe " + VALIDATION[1]).encode("latin-1"),
+        "latin": ("Gr\u00fc\u00dfe " + " ".join(VALIDATION[:3])).encode("latin-1"),
         "operators": "a \ue001b \ue004 \u2581 \ufb01".encode(),
         "spaces": b"def f():\n    return  1\r\n",
         "only spaces": b" \n\n ",
@@ -285,7 +285,7 @@ def test_kept_keys_give_the_distributions_of_a_window_and_a_seed_its_text(folder
     kept = torch.stack([speaker.hear_token(token) for token in rows[0].tolist()])
     assert (kept - window).abs().max() < 1e-4
 
-    def text(seed: int, stop: str = "", most: int = 12) -> str:
+    def text(seed: int, stop: str = "", most: int = 6) -> str:
         parts: list[str] = []
         spoken = speaker.speak(tokens, codec.Taste(1.0, 0.9), seed)
         codec.stream_text(texts, tokens, spoken, most, stop, parts.append)
@@ -293,7 +293,7 @@ def test_kept_keys_give_the_distributions_of_a_window_and_a_seed_its_text(folder
 
     first = text(1)
     assert first == text(1) != text(2)
-    assert text(1, stop=first[5:8]) == first[: first.index(first[5:8])]
+    assert text(1, stop=first[3:5]) == first[: first.index(first[3:5])]
     assert codec.choose_token(torch.tensor([0.1, 0.7, 0.2]).log(), codec.Taste(0, 1), None) == 1
 
 
