@@ -297,8 +297,8 @@ def test_kept_keys_give_the_distributions_of_a_window_and_a_seed_its_text(folder
     assert codec.choose_token(torch.tensor([0.1, 0.7, 0.2]).log(), codec.Taste(0, 1), None) == 1
 
 
-def test_the_export_has_the_logits_of_the_artifact(folder, tmp_path, monkeypatch):
-    """With a stand-in for transformers: its base classes, and nothing that it does."""
+def stand_in_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its base classes, and nothing that they do."""
 
     class Base(torch.nn.Module):
         def __init__(self, config):
@@ -312,46 +312,52 @@ def test_the_export_has_the_logits_of_the_artifact(folder, tmp_path, monkeypatch
         def __init__(self, **others):
             vars(self).update(others)
 
-    output = types.SimpleNamespace
     parts = {
         "transformers": {"PretrainedConfig": PretrainedConfig, "PreTrainedModel": Base},
         "transformers.generation": {"GenerationMixin": object},
-        "transformers.modeling_outputs": {"CausalLMOutput": output},
+        "transformers.modeling_outputs": {"CausalLMOutput": types.SimpleNamespace},
     }
     for name, content in parts.items():
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
 
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in fp32."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:begin])
+    assert head.pop("__metadata__") == {"format": "pt"}
+    tensors = {}
+    for name, tensor in head.items():
+        first, end = (begin + place for place in tensor["data_offsets"])
+        tensors[name] = torch.frombuffer(bytearray(data[first:end]), dtype=torch.float32)
+        tensors[name] = tensors[name].view(tensor["shape"])
+    return tensors
+
+
+def test_the_export_has_the_logits_of_the_artifact(folder, tmp_path, monkeypatch):
+    stand_in_transformers(monkeypatch)
     (folder / codec.SCRIPT).write_text(Path(t.__file__).read_text())
     artifact, texts = opened(folder, "sliding")
     out = tmp_path / "exported"
     codec.main(["export", str(artifact.path), "--to", "hf", str(out)])
+    assert (out / "golf_trainer.py").read_text() == Path(t.__file__).read_text()
+    with pytest.raises(SystemExit, match="is not empty"):
+        codec.main(["export", str(artifact.path), "--to", "hf", str(out)])
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "exported.golf_trainer", t)  # it was read from there
+    monkeypatch.setitem(sys.modules, "exported.golf_trainer", t)  # the same, and loaded already
     modeling = importlib.import_module("exported.modeling_golf")
     facts = json.loads((out / "config.json").read_text())
     model = modeling.GolfForCausalLM(modeling.GolfConfig(**facts))
-    data = (out / "model.safetensors").read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    head = json.loads(data[8 : 8 + size])
-    weights = {}
-    for name, tensor in head.items():
-        if name != "__metadata__":
-            begin, end = (8 + size + place for place in tensor["data_offsets"])
-            weights[name] = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.float32).view(
-                tensor["shape"]
-            )
-    model.load_state_dict(weights)
+    model.load_state_dict(read_safetensors(out / "model.safetensors"))
 
     config = codec.coding_config(artifact, {"TTT_ENABLED": False})
     speaker = codec.Speaker(artifact, config, texts.path, config.eval_seq_len)
-    rows = torch.from_numpy(read_shard(next((Path(config.datasets_dir)).glob("*val_0*")))[:32].astype(int))[
-        None
-    ]
+    rows = torch.arange(2, 34)[None]
     with torch.no_grad(), codec.hear(t, speaker.model) as heard:
         losses = speaker.model(t.Batch(rows[:, :-1], rows[:, 1:]))
-    with torch.no_grad():
         ours = model(rows, labels=rows)
     theirs = heard.cap * torch.tanh(heard.logits / heard.cap)
     assert (ours.logits[0, :-1] - theirs).abs().max() < 1e-4
