@@ -370,6 +370,8 @@ class Watch:
         self.event = np.full(size, -1)
         self.times = np.zeros(size, int)
         self.learnt = np.zeros(size, bool)
+        self.tables: dict[int, Tensor] = {}  # of the masks that forwards were given, by where they lie
+        self.mask_rows = np.full(size, -1)  # of a table, by target
         self.events = self.updates = self.repeated = 0
         self.faults: dict[tuple[str, str], list[str]] = {}
         self.ledger: list[tuple[str, str, str]] = []  # (what, hash of the weights, hash of the adapters)
@@ -540,6 +542,7 @@ class Watch:
         for index in np.flatnonzero([int(place) in self.ask for place in where]):
             self.answers[int(where[index])] = self.ask_all(rows[index].item())
         if self.closely:
+            self.note_mask(places, self.all_rows(rows.to(losses.device)))
             self.look_closely(places, rows.to(losses.device))
 
     def ask_all(self, place: int) -> Tensor:
@@ -577,6 +580,15 @@ class Watch:
         width = self.batch[0].shape[1]
         first = rows // width * self.latest.experts * width + rows % width
         return (first[:, None] + width * torch.arange(self.latest.experts, device=rows.device)).flatten()
+
+    def note_mask(self, places: Tensor, every: Tensor) -> None:
+        """Keep the mask that the forward was given, and its row at each place; -2 where experts differ."""
+        mask = getattr(self.latest.args[0], "mask", None)  # older scripts have none
+        if mask is None:
+            return
+        self.tables[mask.table.data_ptr()] = mask.table
+        told = mask.rows.flatten()[every].view(len(places), -1).cpu().numpy()
+        self.mask_rows[places.cpu()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
 
     def look_closely(self, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
@@ -897,6 +909,32 @@ def probe_causality(report: Report, stages: Stages, stage: str, positions: int) 
         )
 
 
+def probe_mask(report: Report, stages: Stages, stage: str) -> None:
+    """What a score refuses follows from the tokenizer and from the tokens before, and from nothing else."""
+    watch = stages.watches[stage]
+    wanted = getattr(stages.config, "canonical_mask", False)
+    if not watch.tables and not wanted:
+        return
+    with tempfile.TemporaryDirectory() as folder:  # in which there is nothing else to make it from
+        alone = stages.trainer.Canonical(Path(shutil.copy(stages.sample.folder / "tokenizer.model", folder)))
+    other = sum(not np.array_equal(table.cpu().numpy(), alone.table) for table in watch.tables.values())
+    tokens = watch.tokens
+    expected = alone.rows(tokens)[:-1]
+    given = watch.mask_rows[1:]
+    wrong = np.flatnonzero(given != expected)
+    # The same of a text that ends there.
+    ends = stages.random.choice(len(expected), min(32, len(expected)), replace=False)
+    early = sum(alone.rows(tokens[: end + 1])[-1] != given[end] for end in ends)
+    report.add(
+        "causal",
+        f"{stage}: mask from the tokenizer",
+        wanted and len(watch.tables) == 1 and not other and not len(wrong) and not early,
+        f"{other} of {len(watch.tables)} tables differ from that of the tokenizer alone, the rows of "
+        f"{len(wrong)} of {len(given)} targets from those of the tokens before, of {early} of {len(ends)} "
+        "from those of a text that ends there",
+    )
+
+
 def probe_documents(report: Report, stages: Stages, stage: str) -> None:
     """No score of a document depends on the one before it, where attention is confined to documents."""
     config = stages.config
@@ -989,6 +1027,7 @@ def probe_stages(report: Report, stages: Stages, positions: int) -> None:
         probe_distributions(report, stages, stage)
         probe_updates(report, stages, stage)
         probe_causality(report, stages, stage, positions)
+        probe_mask(report, stages, stage)
         probe_documents(report, stages, stage)
     probe_warmup(report, stages)
 

@@ -15,10 +15,13 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     RUN          rank, device, run folder, log, metrics, errors
     DATA         shards, tokenizer, manifest, validation tokens and their bytes
     LOADERS      micro-batches of training, packed by document or shuffled
-    KERNELS      fused GPU kernels, each beside its plain reference
-    HEADS        those that make queries, keys and values
+    KERNELS      fused GPU kernels, each beside its plain reference; first those of the MLP and Muon
+    LOSS         those of the head and its cross-entropy
+    HEADS        those that norm, scale and rotate queries and keys
+    PROJECTION   the product that makes queries, keys and values, which does the same
     GATES        those that finish the heads of attention
     RESIDUAL     those that join the residual stream from visit to visit
+    LANES        those that join two such streams
     TOPOLOGY     the route (the order of layer visits), the parameter table, the matrices that are quantised
     ATTENTION    its backends, and the trial that chooses one
     ADAPTERS     what calibration and adapters may see of a forward, and add to it
@@ -28,6 +31,8 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
+    PAIRS        which tokens can be neighbours in what a BPE tokenizer writes
+    CANONICAL    what can come at every place of a text: the mask of what the tokenizer cannot write
     MIXTURE      a mixture of causal experts over cached keys and values
     BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
@@ -60,12 +65,14 @@ import resource
 import shlex
 import shutil
 import signal
+import string
 import struct
 import subprocess
 import sys
 import time
 import traceback
 import typing
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -329,6 +336,9 @@ class Config:
     eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
+    canonical_mask: bool = knob(
+        False, "refuse in every score what the (BPE) tokenizer cannot write after the tokens before"
+    )
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
     ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
@@ -911,6 +921,7 @@ class Run:
         self.metrics: typing.BinaryIO | None = None
         # The last stage that the run folder holds complete: what stops a later one costs no training.
         self.complete: Literal["", "train", "quantize"] = ""
+        self.canonical: Canonical | None = None  # what every score refuses, see open_canonical
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -1576,13 +1587,20 @@ class Past(NamedTuple):
     fresh_values: tuple[Tensor, ...]
 
 
+class TokenMask(NamedTuple):
+    """Which tokens can come after each input: the `rows` (B, T) int32 of `table` (see Canonical)."""
+
+    rows: Tensor
+    table: Tensor
+
+
 class Batch(NamedTuple):
     """Rows of tokens (B, T), or with `starts` one row of documents (B = 1) that attention keeps apart.
 
     `inputs` and `targets` are int64 ids, a target being the token after its input; `starts` are the int32
     places where attention segments start, padded with T (see pad_starts); none is longer than `longest`. With
     `past` the rows are the next tokens of documents whose earlier ones are in a cache. `guesses` (G, B, T)
-    are ids whose losses are wanted besides those of the targets.
+    are ids whose losses are wanted besides those of the targets, `mask` says which ids can be targets.
     """
 
     inputs: Tensor
@@ -1591,6 +1609,7 @@ class Batch(NamedTuple):
     longest: int = 0
     past: Past | None = None
     guesses: Tensor | None = None
+    mask: TokenMask | None = None
 
 
 def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None = None) -> Tensor:
@@ -1815,191 +1834,16 @@ def to_device(batch: Any, run: Run) -> Any:
 
 
 # === KERNELS ===
-# Fused GPU kernels: the cross-entropy under the logit softcap, and one matrix product with several epilogues
-# that serves the MLP and Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the
-# operators that launch it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a
-# size as x.size(0): len(x) would fix it, and each number of rows would be compiled anew. At the end, the
-# functions that choose. Kernels take their dtype from the data and compute in fp32. The CPU tests run them in
-# Triton's interpreter (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
+# Fused GPU kernels, from here to LANES; first a matrix product with several epilogues that serves the MLP and
+# Muon. For each, in this order: the plain PyTorch reference, the Triton code, and the operators that launch
+# it, with their fakes (the shapes, for tracing) and gradients beside them. Fakes take a size as x.size(0):
+# len(x) would fix it, and each number of rows would be compiled anew. At the end, the functions that choose.
+# Kernels take their dtype from the data and compute in fp32. The CPU tests run them in Triton's interpreter
+# (TRITON_INTERPRET=1 KERNELS=triton) against the reference.
 
 # The namespace of the operators; a second copy of this file in the process must not free those of the first.
 OPERATORS = "golf_" + __name__.strip("_")
 
-
-def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
-
-    In nats, (N,) fp32.
-    """
-    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
-
-
-@triton_jit
-def softcap(raw, cap):
-    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
-    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
-
-
-@triton_jit
-def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
-    """Streaming log-sum-exp of a row's capped logits."""
-    largest = -float("inf")
-    total = 0.0  # of exp(capped - largest) over the columns so far
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        live = column < columns
-        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        capped = tl.where(live, softcap(raw, cap), -float("inf"))
-        larger = tl.maximum(largest, tl.max(capped, 0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
-        largest = larger
-    return largest + tl.log(total)
-
-
-@triton_jit
-def softcapped_slope(raw, hit, normalizer, cap):
-    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
-    rising = tl.sigmoid(2.0 * raw / cap)
-    falling = tl.sigmoid(-2.0 * raw / cap)
-    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
-    # The last factor is 1 - tanh^2, exact when saturated.
-    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
-
-
-@triton_jit
-def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
-    """One row per program."""
-    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
-    line = logits + row * columns
-    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
-    chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
-    tl.store(losses + row, normalizer - softcap(chosen, cap))
-    tl.store(normalizers + row, normalizer)
-
-
-@triton_jit
-def softcapped_ce_slopes_kernel(logits, targets, losses, slopes, columns, cap, BLOCK: tl.constexpr):
-    """Losses and their slopes, a row per program: the second time its logits come from a cache."""
-    row = tl.program_id(0).to(tl.int64)
-    line = logits + row * columns
-    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
-    target = tl.load(targets + row)
-    tl.store(losses + row, normalizer - softcap(tl.load(line + target).to(tl.float32), cap))
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        live = column < columns
-        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
-        slope = softcapped_slope(raw, column == target, normalizer, cap)
-        tl.store(slopes + row * columns + column, slope.to(slopes.dtype.element_ty), mask=live)
-
-
-@triton_jit
-def softcapped_ce_backward_kernel(
-    logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
-):
-    """One (row, block of columns) per program: the slopes times the upstream."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = column < columns
-    raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
-    hit = column == tl.load(targets + row)
-    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
-    tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
-
-
-@torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
-def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
-    rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    normalizers = torch.empty_like(losses)
-    block = min(triton.next_power_of_2(columns), 8192)
-    softcapped_ce_forward_kernel[(rows,)](
-        logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
-    )
-    return losses, normalizers
-
-
-@softcapped_ce_op.register_fake
-def _softcapped_ce_fake(logits, targets, cap):
-    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
-    return losses, torch.empty_like(losses)
-
-
-@torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
-def softcapped_ce_backward_op(
-    logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
-) -> Tensor:
-    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
-    rows, columns = logits.shape
-    gradient = torch.empty_like(logits)
-    block = 1024
-    softcapped_ce_backward_kernel[(rows, -(-columns // block))](
-        logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
-    )
-    return gradient
-
-
-@softcapped_ce_backward_op.register_fake
-def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
-    return torch.empty_like(logits)
-
-
-def _softcapped_ce_save(ctx, inputs, output):
-    logits, targets, cap = inputs
-    _, normalizers = output
-    ctx.cap = cap
-    ctx.save_for_backward(logits, targets, normalizers)
-
-
-def _softcapped_ce_gradient(ctx, upstream, _):
-    logits, targets, normalizers = ctx.saved_tensors
-    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
-
-
-softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
-
-
-@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
-def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """(the losses (N,) of softcapped_ce_op on x (N, D) weight (V, D)^T, their slopes in the logits (N, V)).
-
-    For training: the slopes are found while the logits are in reach, and the logits are not kept. The
-    upstream gradient of each row multiplies what is small, x and its gradient, instead of a third (N, V).
-    """
-    logits = x @ weight.T
-    rows, columns = logits.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    slopes = torch.empty_like(logits)
-    block = min(triton.next_power_of_2(columns), 8192)
-    softcapped_ce_slopes_kernel[(rows,)](
-        logits, targets, losses, slopes, columns, cap, BLOCK=block, num_warps=8
-    )
-    return losses, slopes
-
-
-@head_loss_op.register_fake
-def _head_loss_fake(x, weight, targets, cap):
-    return x.new_empty(x.size(0), dtype=torch.float32), x.new_empty(x.size(0), weight.size(0))
-
-
-def _head_loss_save(ctx, inputs, output):
-    x, weight, _, _ = inputs
-    slopes = output[1]
-    ctx.mark_non_differentiable(slopes)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, slopes)
-
-
-def _head_loss_gradients(ctx, upstream, _):
-    x, weight, slopes = ctx.saved_tensors
-    share = upstream[:, None]
-    x_gradient = ((slopes @ weight) * share).to(x.dtype)
-    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
-    return x_gradient, weight_gradient, None, None
-
-
-head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
 
 MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output, as mlp_reference
 
@@ -2007,6 +1851,46 @@ MLP = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, up, down) -> the output,
 def mlp_reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """LeakyReLU(x up^T, 1/2)^2 down^T."""
     return F.linear(F.leaky_relu(F.linear(x, up), 0.5).square(), down)
+
+
+@triton_jit
+def tile_place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column) of this program's tile.
+
+    Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a and
+    of b, so that L2 serves them.
+    """
+    tile = tl.program_id(0)
+    across = tl.cdiv(columns, BLOCK_N)
+    band = tile // (GROUP * across) * GROUP
+    within = tile % (GROUP * across)
+    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
+    return (band + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton_jit
+def multiply_tile(
+    a,
+    b,
+    matrix,
+    row,
+    column,
+    depth,
+    STRAIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of a b or, unless STRAIGHT, of a b^T, in fp32."""
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
+        if STRAIGHT:
+            right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
+        total = tl.dot(left, right, total)
+    return total
 
 
 # Whether a number of tokens is 1 or a multiple of 16 is no part of a kernel's key here and below: evaluation
@@ -2032,27 +1916,10 @@ def gemm_kernel(
     BACKWARD: tl.constexpr = MODE == "times_slope" or MODE == "times_input"
     SYMMETRIC: tl.constexpr = MODE == "gram" or MODE == "polynomial"
 
-    # Bands of GROUP tiles in height are walked down column by column: programs near in time share rows of a
-    # and of b, so that L2 serves them.
-    tile = tl.program_id(0)
     matrix = tl.program_id(1)
-    across = tl.cdiv(columns, BLOCK_N)
-    band = tile // (GROUP * across) * GROUP
-    within = tile % (GROUP * across)
-    height = min(tl.cdiv(rows, BLOCK_M) - band, GROUP)
-    row = (band + within % height) * BLOCK_M
-    column = within // height * BLOCK_N
-
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
     if not SYMMETRIC or row <= column:
-        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, depth, BLOCK_K):
-            left = a.load([matrix, row, k]).reshape(BLOCK_M, BLOCK_K)
-            if BACKWARD:
-                right = b.load([matrix, k, column]).reshape(BLOCK_K, BLOCK_N)
-            else:
-                right = b.load([matrix, column, k]).reshape(BLOCK_N, BLOCK_K).T
-            total = tl.dot(left, right, total)
-
+        total = multiply_tile(a, b, matrix, row, column, depth, BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K)
         if BACKWARD or MODE == "polynomial":
             other = aux.load([matrix, row, column]).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             if MODE == "polynomial":
@@ -2072,15 +1939,28 @@ def gemm_kernel(
             out.store([matrix, column, row], total.to(out.dtype).T.reshape(1, BLOCK_N, BLOCK_M))
 
 
-def gemm_tile(mode: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel.
+def is_large(device: torch.device) -> bool:
+    """Whether the shared memory is an H100's or larger (or interpreted)."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 200_000
 
-    The tiles of the MLP fill the shared memory of an H100. Those of the symmetric modes are square, as each
-    is stored again as its mirror image.
+
+def gemm_tile(mode: str, dtype: torch.dtype, large: bool = True) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K) of gemm_kernel, head_kernel (head) and attention_inputs_kernel (inputs).
+
+    The tiles of the MLP fill the shared memory of an H100, those of the last two if it is `large`; compiled
+    for sm_89 they would spill registers otherwise. Those of the symmetric modes are square, as each is stored
+    again as its mirror image.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or (mode in ("head", "inputs") and not large):
         return 128, 128, 32
     return 128, 128 if mode in ("gram", "polynomial") else 256, 64
+
+
+def tile_options(a: Tensor) -> dict[str, int]:
+    """How a kernel with multiply_tile is launched."""
+    return {"GROUP": 8, "num_warps": 8, "num_stages": 4 if is_large(a.device) else 2}
 
 
 def describe_tiles(matrices: Tensor, height: int, width: int) -> Any:
@@ -2118,8 +1998,6 @@ def gemm(
     align = 16 // a.element_size()
     out = torch.empty((matrices, rows, -(-columns // align) * align), dtype=a.dtype, device=a.device)
     kept = torch.empty_like(out) if aux is None else aux
-    # In shared memory smaller than an H100's, half the stages have to do.
-    large = a.is_cuda and torch.cuda.get_device_properties(a.device).shared_memory_per_block_optin >= 200_000
     gemm_kernel[-(-rows // height) * -(-columns // width), matrices](
         describe_tiles(a, height, inner),
         describe_tiles(b, inner, width) if backward else describe_tiles(b, width, inner),
@@ -2134,9 +2012,7 @@ def gemm(
         height,
         width,
         inner,
-        GROUP=8,
-        num_warps=8,
-        num_stages=4 if large else 2,
+        **tile_options(a),
     )
     out = out[..., :columns].contiguous()
     return out, kept[..., :columns].contiguous() if aux is None else aux
@@ -2302,6 +2178,326 @@ def pick_mlp(config: Config, run: Run, fused: bool) -> MLP:
     return first_usable(run, "mlp", "MLP_KERNEL", config.mlp_kernel, order)
 
 
+# === LOSS ===
+# The cross-entropy under the logit softcap, and the same with the product of the head before it; in the order
+# of KERNELS. The plain form of the second is the product and softcapped_ce_reference.
+
+
+def softcapped_ce_reference(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Cross-entropy of raw `logits` (N, V) under cap * tanh(logits / cap), for `targets` (N,).
+
+    In nats, (N,) fp32.
+    """
+    return F.cross_entropy(cap * torch.tanh(logits.float() / cap), targets, reduction="none")
+
+
+@triton_jit
+def softcap(raw, cap):
+    """cap * tanh(raw / cap), with tanh(x) as 2 sigmoid(2x) - 1."""
+    return cap * (2.0 * tl.sigmoid(2.0 * raw / cap) - 1.0)
+
+
+@triton_jit
+def softcapped_normalizer(line, columns, cap, BLOCK: tl.constexpr):
+    """Streaming log-sum-exp of a row's capped logits."""
+    largest = -float("inf")
+    total = 0.0  # of exp(capped - largest) over the columns so far
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        live = column < columns
+        raw = tl.load(line + column, mask=live, other=0.0).to(tl.float32)
+        capped = tl.where(live, softcap(raw, cap), -float("inf"))
+        larger = tl.maximum(largest, tl.max(capped, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(capped - larger), 0)
+        largest = larger
+    return largest + tl.log(total)
+
+
+@triton_jit
+def softcapped_slope(raw, hit, normalizer, cap):
+    """The derivative of a row's loss in its raw logits: (softmax - one-hot) * (1 - tanh^2)."""
+    rising = tl.sigmoid(2.0 * raw / cap)
+    falling = tl.sigmoid(-2.0 * raw / cap)
+    probability = tl.exp(cap * (2.0 * rising - 1.0) - normalizer)
+    # The last factor is 1 - tanh^2, exact when saturated.
+    return (probability - hit.to(tl.float32)) * (4.0 * rising * falling)
+
+
+@triton_jit
+def softcapped_ce_forward_kernel(logits, targets, losses, normalizers, columns, cap, BLOCK: tl.constexpr):
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)  # a batch may hold more than 2^31 logits
+    line = logits + row * columns
+    normalizer = softcapped_normalizer(line, columns, cap, BLOCK)
+    chosen = tl.load(line + tl.load(targets + row)).to(tl.float32)
+    tl.store(losses + row, normalizer - softcap(chosen, cap))
+    tl.store(normalizers + row, normalizer)
+
+
+@triton_jit
+def softcapped_ce_backward_kernel(
+    logits, targets, normalizers, upstream, gradient, columns, cap, BLOCK: tl.constexpr
+):
+    """One (row, block of columns) per program: the slopes times the upstream."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < columns
+    raw = tl.load(logits + row * columns + column, mask=live, other=0.0).to(tl.float32)
+    hit = column == tl.load(targets + row)
+    slope = tl.load(upstream + row) * softcapped_slope(raw, hit, tl.load(normalizers + row), cap)
+    tl.store(gradient + row * columns + column, slope.to(gradient.dtype.element_ty), mask=live)
+
+
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce", mutates_args=())
+def softcapped_ce_op(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """(losses, normalizers), both (N,) fp32: see softcapped_ce_reference; the second is for the backward."""
+    rows, columns = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    normalizers = torch.empty_like(losses)
+    block = min(triton.next_power_of_2(columns), 8192)
+    softcapped_ce_forward_kernel[(rows,)](
+        logits, targets, losses, normalizers, columns, cap, BLOCK=block, num_warps=8
+    )
+    return losses, normalizers
+
+
+@softcapped_ce_op.register_fake
+def _softcapped_ce_fake(logits, targets, cap):
+    losses = logits.new_empty(logits.size(0), dtype=torch.float32)
+    return losses, torch.empty_like(losses)
+
+
+@torch.library.custom_op(f"{OPERATORS}::softcapped_ce_backward", mutates_args=())
+def softcapped_ce_backward_op(
+    logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, cap: float
+) -> Tensor:
+    """The gradient with respect to `logits`, in their dtype; `grad` (N,) is that of the losses."""
+    rows, columns = logits.shape
+    gradient = torch.empty_like(logits)
+    block = 1024
+    softcapped_ce_backward_kernel[(rows, -(-columns // block))](
+        logits, targets, normalizers, grad, gradient, columns, cap, BLOCK=block, num_warps=4
+    )
+    return gradient
+
+
+@softcapped_ce_backward_op.register_fake
+def _softcapped_ce_backward_fake(logits, targets, normalizers, grad, cap):
+    return torch.empty_like(logits)
+
+
+def _softcapped_ce_save(ctx, inputs, output):
+    logits, targets, cap = inputs
+    _, normalizers = output
+    ctx.cap = cap
+    ctx.save_for_backward(logits, targets, normalizers)
+
+
+def _softcapped_ce_gradient(ctx, upstream, _):
+    logits, targets, normalizers = ctx.saved_tensors
+    return softcapped_ce_backward_op(logits, targets, normalizers, upstream.contiguous(), ctx.cap), None, None
+
+
+softcapped_ce_op.register_autograd(_softcapped_ce_gradient, setup_context=_softcapped_ce_save)
+
+
+@triton_jit
+def finish_logits(
+    logits,
+    slopes,
+    targets,
+    sums,
+    chosen,
+    row,
+    column,
+    rows,
+    columns,
+    cap,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What head_kernel keeps of a block of logits."""
+    token = row + tl.arange(0, HEIGHT)
+    entry = column + tl.arange(0, WIDTH)
+    live = token < rows
+    # tanh |x| = (1 - e) / (1 + e) and its derivative 4 e / (1 + e)^2 with e = exp(-2 |x|).
+    decay = tl.exp(tl.abs(logits) * (-2.0 / cap))
+    part = 1.0 / (1.0 + decay)
+    steep = 4.0 * decay * part * part
+    capped = cap * tl.where(logits > 0, 2.0 * part - 1.0, 1.0 - 2.0 * part)
+    target = tl.load(targets + token, mask=live, other=-1)
+    hit = entry[None, :] == target[:, None]
+    holds = (target >= column) & (target < column + WIDTH)
+    tl.store(chosen + token, tl.sum(tl.where(hit, capped, 0.0), 1), mask=holds)
+    tl.store(chosen + rows + token, tl.sum(tl.where(hit, steep, 0.0), 1), mask=holds)
+    weight = tl.where((entry < columns)[None, :], tl.exp(capped), 0.0)
+    place = token.to(tl.int64) * tl.cdiv(columns, WIDTH) + column // WIDTH
+    tl.store(sums + place, tl.sum(weight, 1), mask=live & (column < columns))
+    slopes.store([0, row, column], (weight * steep).to(slopes.dtype).reshape(1, HEIGHT, WIDTH))
+
+
+@triton_jit(do_not_specialize=["rows"])
+def head_kernel(
+    a,
+    b,
+    slopes,
+    targets,
+    sums,
+    chosen,
+    rows,
+    columns,
+    depth,
+    cap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A tile of the head's product per program, and of it what head_loss_op wants, without the normaliser.
+
+    With z the logits and c = cap tanh(z / cap): `slopes` are exp(c) dc/dz, `sums` (rows, quarters of tiles
+    across) those of exp(c), `chosen` (2, rows) the c and dc/dz of the target. One quarter of a tile after
+    the other: what more of them take would spill registers.
+    """
+    HALF: tl.constexpr = BLOCK_N // 2
+    WIDTH: tl.constexpr = BLOCK_N // 4
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    total = multiply_tile(a, b, 0, row, column, depth, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    left, right = total.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+    first, second = left.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    third, fourth = right.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split()
+    quarters = (first, second, third, fourth)
+    for place in tl.static_range(4):
+        finish_logits(
+            quarters[place],
+            slopes,
+            targets,
+            sums,
+            chosen,
+            row,
+            column + place * WIDTH,
+            rows,
+            columns,
+            cap,
+            BLOCK_M,
+            WIDTH,
+        )
+
+
+@triton_jit(do_not_specialize=["rows"])
+def head_finish_kernel(
+    slopes,
+    targets,
+    sums,
+    chosen,
+    losses,
+    shares,
+    rows,
+    stride,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Losses, 1 over the normaliser, and the target's slope, which contains it, for BLOCK rows a program."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    part = tl.arange(0, WIDTH)
+    place = sums + row[:, None] * PARTS + part[None, :]
+    parts = tl.load(place, mask=live[:, None] & (part < PARTS)[None, :], other=0.0)
+    normalizer = tl.where(live, tl.sum(parts, 1), 1.0)
+    capped = tl.load(chosen + row, mask=live, other=0.0)
+    steep = tl.load(chosen + rows + row, mask=live, other=0.0)
+    tl.store(losses + row, tl.log(normalizer) - capped, mask=live)
+    tl.store(shares + row, 1.0 / normalizer, mask=live)
+    slope = (tl.exp(capped) - normalizer) * steep
+    place = slopes + row * stride + tl.load(targets + row, mask=live, other=0)
+    tl.store(place, slope.to(slopes.dtype.element_ty), mask=live)
+
+
+# Up to this cap exp(capped logit) and its sums need no largest logit subtracted, in fp32 and in bf16.
+LARGEST_CAP = 60.0
+LOSS_BLOCK = 32  # of a program of head_finish_kernel
+
+
+@torch.library.custom_op(f"{OPERATORS}::head_loss", mutates_args=())
+def head_loss_op(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, slopes, shares) of softcapped_ce_op on the logits x (N, D) weight (V, D)^T.
+
+    Losses and shares (N,) in fp32; the slopes (N, V) times their row's share are the losses' derivatives in
+    the logits. For training: the logits are not written. A cap bounds them, so that exp needs no largest one
+    and a tile's epilogue can give the slopes but for the normaliser, which is a factor of each row: it and
+    the upstream gradient multiply what is small, x and its gradient, instead of another (N, V).
+    """
+    if x.dtype == torch.bfloat16 and not x.is_cuda:  # as in gemm
+        losses, slopes, shares = head_loss_op(x.float(), weight.float(), targets, cap)
+        return losses, slopes.bfloat16(), shares
+    rows, depth = x.shape
+    columns = weight.size(0)
+    height, width, inner = gemm_tile("head", x.dtype, is_large(x.device))
+    align = 16 // x.element_size()
+    slopes = torch.empty(1, rows, -(-columns // align) * align, dtype=x.dtype, device=x.device)
+    parts = -(-columns // (width // 4))
+    sums, chosen, losses, shares = (
+        torch.empty(*shape, dtype=torch.float32, device=x.device)
+        for shape in ((rows, parts), (2, rows), (rows,), (rows,))
+    )
+    head_kernel[(-(-rows // height) * -(-columns // width),)](
+        describe_tiles(x[None], height, inner),
+        describe_tiles(weight[None], width, inner),
+        describe_tiles(slopes, height, width // 4),
+        targets,
+        sums,
+        chosen,
+        rows,
+        columns,
+        depth,
+        cap,
+        height,
+        width,
+        inner,
+        **tile_options(x),
+    )
+    head_finish_kernel[(-(-rows // LOSS_BLOCK),)](
+        slopes,
+        targets,
+        sums,
+        chosen,
+        losses,
+        shares,
+        rows,
+        slopes.stride(1),
+        PARTS=parts,
+        WIDTH=triton.next_power_of_2(parts),
+        BLOCK=LOSS_BLOCK,
+    )
+    return losses, slopes[0, :, :columns].contiguous(), shares
+
+
+@head_loss_op.register_fake
+def _head_loss_fake(x, weight, targets, cap):
+    losses = x.new_empty(x.size(0), dtype=torch.float32)
+    return losses, x.new_empty(x.size(0), weight.size(0)), torch.empty_like(losses)
+
+
+def _head_loss_save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    _, slopes, shares = output
+    ctx.mark_non_differentiable(slopes, shares)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, slopes, shares)
+
+
+def _head_loss_gradients(ctx, upstream, *_):
+    x, weight, slopes, shares = ctx.saved_tensors
+    share = (upstream * shares)[:, None]
+    x_gradient = ((slopes @ weight) * share).to(x.dtype)
+    weight_gradient = slopes.T @ (x * share).to(x.dtype) if ctx.needs_input_grad[1] else None
+    return x_gradient, weight_gradient, None, None
+
+
+head_loss_op.register_autograd(_head_loss_gradients, setup_context=_head_loss_save)
+
+
 # === HEADS ===
 # What attention does head by head before its product, as one fused GPU kernel per direction beside its plain
 # PyTorch reference: queries and keys are normalised, scaled and rotated. In the order of KERNELS. All of this
@@ -2378,10 +2574,33 @@ def load_rotation(cos, sin, position, dim, live, HALF: tl.constexpr):
 
 
 @triton_jit
-def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.constexpr, D: tl.constexpr):
+def load_head_gain(gain, head, live):
+    """The gains of heads, 1 where none lives; one of 0 as 1e-18, so that backward can undo it."""
+    found = tl.load(gain + head, mask=live, other=1.0).to(tl.float32)
+    return tl.where(tl.abs(found) < 1e-18, 1e-18, found)
+
+
+@triton_jit
+def rotate_rows(
+    x,
+    out,
+    scales,
+    gain,
+    turn,
+    token,
+    tokens,
+    stride,
+    pitch,
+    dim,
+    live,
+    eps,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
     """Every head of these tokens normalised, times its gain (1 without a pointer), rotated.
 
-    Tokens of x lie `stride` values apart; `turn` is what load_rotation gives.
+    Tokens of x lie `stride` values apart, those of the scales of the norm, which are kept, `pitch`; `turn` is
+    what load_rotation gives.
     """
     c, s, partner = turn
     for head in range(HEADS):
@@ -2389,8 +2608,9 @@ def rotate_rows(x, out, gain, turn, token, stride, dim, live, eps, HEADS: tl.con
         here = load_rows(x, line, dim, live)
         there = load_rows(x, line, partner, live)
         scale = tl.rsqrt(tl.sum(here * here, 1) / D + eps)
+        tl.store(scales + token * pitch + head, scale, mask=token < tokens)
         if gain is not None:
-            scale = scale * tl.load(gain + head).to(tl.float32)
+            scale = scale * load_head_gain(gain, head, True)
         result = (here * c + there * s) * scale[:, None]
         store_rows(out, (token[:, None] * HEADS + head) * D, dim, live, result)
 
@@ -2404,6 +2624,7 @@ def rotated_heads_kernel(
     sin,
     q_out,
     k_out,
+    scales,
     tokens,
     length,
     q_stride,
@@ -2416,50 +2637,54 @@ def rotated_heads_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """rotated_heads_reference of BLOCK tokens per program; strides are those from token to token."""
+    """rotated_heads_op of BLOCK tokens per program; strides are those from token to token."""
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
     live = (token < tokens)[:, None] & (dim < D)[None, :]
     turn = load_rotation(cos, sin, token % length, dim, live, HALF)
-    rotate_rows(q, q_out, gain, turn, token, q_stride, dim, live, eps, HEADS, D)
-    rotate_rows(k, k_out, None, turn, token, k_stride, dim, live, eps, KV_HEADS, D)
+    pitch = HEADS + KV_HEADS
+    rotate_rows(q, q_out, scales, gain, turn, token, tokens, q_stride, pitch, dim, live, eps, HEADS, D)
+    scales += HEADS
+    rotate_rows(k, k_out, scales, None, turn, token, tokens, k_stride, pitch, dim, live, eps, KV_HEADS, D)
 
 
 @triton_jit
 def rotate_rows_back(
-    x,
+    out,
+    scales,
     upstream,
     gradient,
     gain,
     gain_gradient,
     turn,
-    token,
-    stride,
+    place,
     pitch,
-    dim,
-    live,
-    eps,
+    scale_pitch,
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
     """The gradient of rotate_rows with respect to x, and that of the gains, summed over these tokens.
 
-    Tokens of x lie `stride` values apart, those of the gradient `pitch`.
+    What was normalised follows from what came out of it, turned back: cos and sin are rounded, so that they
+    turn and change the length, which the last of `turn` undoes. Tokens of the gradient lie `pitch` values
+    apart.
     """
-    c, s, partner = turn
+    c, s, partner, shrink = turn
+    token, some, dim, live = place
     for head in range(HEADS):
         line = (token[:, None] * HEADS + head) * D
-        raw = load_rows(x, token[:, None] * stride + head * D, dim, live)
-        here = load_rows(upstream, line, dim, live)
-        there = load_rows(upstream, line, partner, live)
-        turned = here * c - there * s
-        scale = tl.rsqrt(tl.sum(raw * raw, 1) / D + eps)
-        normed = raw * scale[:, None]
-        along = tl.sum(turned * normed, 1)
+        given = load_rows(upstream, line, dim, live) * c - load_rows(upstream, line, partner, live) * s
+        normed = load_rows(out, line, dim, live) * c - load_rows(out, line, partner, live) * s
+        normed *= shrink
+        scale = tl.load(scales + token * scale_pitch + head, mask=some, other=0.0)
+        if gain is not None:
+            factor = load_head_gain(gain, head, True)
+            normed /= factor
+            scale *= factor
+        along = tl.sum(given * normed, 1)
         if gain is not None:
             tl.store(gain_gradient + head, tl.sum(along, 0))
-            scale = scale * tl.load(gain + head).to(tl.float32)
-        result = (turned - normed * (along / D)[:, None]) * scale[:, None]
+        result = (given - normed * (along / D)[:, None]) * scale[:, None]
         store_rows(gradient, token[:, None] * pitch + head * D, dim, live, result)
 
 
@@ -2478,6 +2703,7 @@ def add_rows(one, other, total, token, pitch, dim, live, HEADS: tl.constexpr, D:
 def rotated_heads_backward_kernel(
     q,
     k,
+    scales,
     gain,
     cos,
     sin,
@@ -2491,11 +2717,8 @@ def rotated_heads_backward_kernel(
     gain_gradients,
     tokens,
     length,
-    q_stride,
-    k_stride,
     q_pitch,
     k_pitch,
-    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -2503,22 +2726,23 @@ def rotated_heads_backward_kernel(
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The gradients of rotated_heads_kernel; `gain_gradients` (programs, HEADS) are parts of a sum.
+    """The gradients of rotated_heads_kernel from its results; `gain_gradients` (programs, HEADS) are parts.
 
     With v_gradient, which lies like k_gradient, it receives the sum of the gradients of the values.
     """
     program = tl.program_id(0).to(tl.int64)
     token = program * BLOCK + tl.arange(0, BLOCK)
     dim = tl.arange(0, WIDTH)
-    live = (token < tokens)[:, None] & (dim < D)[None, :]
-    turn = load_rotation(cos, sin, token % length, dim, live, HALF)
+    some = token < tokens
+    live = some[:, None] & (dim < D)[None, :]
+    place = token, some, dim, live
+    c, s, partner = load_rotation(cos, sin, token % length, dim, live, HALF)
+    turn = c, s, partner, 1.0 / (c * c + s * s)
     parts = gain_gradients + program * HEADS
-    rotate_rows_back(
-        q, q_upstream, q_gradient, gain, parts, turn, token, q_stride, q_pitch, dim, live, eps, HEADS, D
-    )
-    rotate_rows_back(
-        k, k_upstream, k_gradient, None, None, turn, token, k_stride, k_pitch, dim, live, eps, KV_HEADS, D
-    )
+    both = HEADS + KV_HEADS
+    rotate_rows_back(q, scales, q_upstream, q_gradient, gain, parts, turn, place, q_pitch, both, HEADS, D)
+    scales += HEADS
+    rotate_rows_back(k, scales, k_upstream, k_gradient, None, None, turn, place, k_pitch, both, KV_HEADS, D)
     if v_gradient is not None:
         add_rows(v_upstream, v_path_upstream, v_gradient, token, k_pitch, dim, live, KV_HEADS, D)
 
@@ -2536,9 +2760,6 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
     sizes = {
         "tokens": tokens,
         "length": q.size(1),
-        "q_stride": q.stride(1),
-        "k_stride": k.stride(1),
-        "eps": RMS_EPS,
         "HEADS": q.size(2),
         "KV_HEADS": k.size(2),
         "D": q.size(3),
@@ -2551,35 +2772,52 @@ def rotated_heads_sizes(q: Tensor, k: Tensor, cos: Tensor) -> tuple[tuple[int], 
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads", mutates_args=())
-def rotated_heads_op(q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """rotated_heads_reference in one kernel; the heads of a token lie side by side."""
+def rotated_heads_op(
+    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rotated_heads_reference in one kernel, and the scales (B, T, H + KV) of the norms in fp32.
+
+    The heads of a token lie side by side. Backward needs what comes out alone: no one keeps the operands.
+    """
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    scales = torch.empty(*q.shape[:2], q.size(2) + k.size(2), dtype=torch.float32, device=q.device)
     grid, sizes = rotated_heads_sizes(q, k, cos)
-    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, **sizes)
-    return q_out, k_out
+    strides = {"q_stride": q.stride(1), "k_stride": k.stride(1)}
+    rotated_heads_kernel[grid](q, k, gain, cos, sin, q_out, k_out, scales, eps=RMS_EPS, **strides, **sizes)
+    return q_out, k_out, scales
 
 
 @rotated_heads_op.register_fake
 def _rotated_heads_fake(q, k, gain, cos, sin):
-    return torch.empty_like(q), torch.empty_like(k)
+    scales = q.new_empty(q.size(0), q.size(1), q.size(2) + k.size(2), dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), scales
 
 
 @torch.library.custom_op(f"{OPERATORS}::rotated_heads_backward", mutates_args=())
 def rotated_heads_backward_op(
-    q: Tensor, k: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q_upstream: Tensor, k_upstream: Tensor
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor,
+    gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_upstream: Tensor,
+    k_upstream: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and the gain (this one summed in fp32)."""
+    """The gradients of q and k before the norm and of the gain (this one summed in fp32)."""
     q_gradient = torch.empty_like(q)
     k_gradient = torch.empty_like(k)
     upstreams = q_upstream, k_upstream, None, None
-    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, (q_gradient, k_gradient, None))
+    gradients = q_gradient, k_gradient, None
+    gain_gradient = rotated_heads_back(q, k, scales, gain, cos, sin, upstreams, gradients)
     return q_gradient, k_gradient, gain_gradient
 
 
 def rotated_heads_back(
     q: Tensor,
     k: Tensor,
+    scales: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -2594,29 +2832,187 @@ def rotated_heads_back(
     parts = torch.empty(*grid, q.size(2), dtype=torch.float32, device=q.device)
     pitches = {"q_pitch": gradients[0].stride(1), "k_pitch": gradients[1].stride(1)}
     rotated_heads_backward_kernel[grid](
-        q, k, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
+        q, k, scales, gain, cos, sin, *upstreams, *gradients, parts, **sizes, **pitches
     )
     return parts.sum(0)
 
 
 @rotated_heads_backward_op.register_fake
-def _rotated_heads_backward_fake(q, k, gain, cos, sin, q_upstream, k_upstream):
+def _rotated_heads_backward_fake(q, k, scales, gain, cos, sin, q_upstream, k_upstream):
     return torch.empty_like(q), torch.empty_like(k), gain.new_empty(gain.size(0), dtype=torch.float32)
 
 
 def _rotated_heads_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    _, _, gain, cos, sin = inputs
+    q, k, scales = output
+    ctx.mark_non_differentiable(scales)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, scales, gain, cos, sin)
 
 
-def _rotated_heads_gradients(ctx, q_upstream, k_upstream):
-    q, k, gain, cos, sin = ctx.saved_tensors
+def _rotated_heads_gradients(ctx, q_upstream, k_upstream, _):
+    gain = ctx.saved_tensors[3]
     q_gradient, k_gradient, gain_gradient = rotated_heads_backward_op(
-        q, k, gain, cos, sin, q_upstream.contiguous(), k_upstream.contiguous()
+        *ctx.saved_tensors, q_upstream.contiguous(), k_upstream.contiguous()
     )
     return q_gradient, k_gradient, gain_gradient.to(gain.dtype), None, None
 
 
 rotated_heads_op.register_autograd(_rotated_heads_gradients, setup_context=_rotated_heads_save)
+
+
+# === PROJECTION ===
+# The product that makes queries, keys and values, with the norm, gain and rotation of HEADS in its epilogue,
+# where a tile can hold whole heads. The plain form is F.linear and rotated_heads_reference.
+
+
+@triton_jit
+def rotate_tile(
+    x,
+    gain,
+    scales,
+    cos,
+    sin,
+    row,
+    head,
+    rows,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    BOTH: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whole heads of queries and keys in a tile of a product, normalised, times their gain, rotated."""
+    COUNT: tl.constexpr = BLOCK_N // D
+    GROUPS: tl.constexpr = D // (2 * HALF)  # of pairs of halves; the first is rotated
+    token = row + tl.arange(0, BLOCK_M)
+    member = head + tl.arange(0, COUNT)
+    x = x.reshape(BLOCK_M, COUNT, D)
+    scale = tl.rsqrt(tl.sum(x * x, 2) / D + eps)
+    place = token.to(tl.int64)[:, None] * BOTH + member[None, :]
+    tl.store(scales + place, scale, mask=(token < rows)[:, None])
+    scale *= load_head_gain(gain, member, member < HEADS)[None, :]
+    group = tl.arange(0, GROUPS)[None, :, None]
+    place = (token % length)[:, None, None] * HALF + tl.arange(0, HALF)[None, None, :] + 0 * group
+    turns = (token < rows)[:, None, None] & (group == 0)
+    c = tl.load(cos + place, mask=turns, other=1.0).to(tl.float32)[:, None]
+    s = tl.load(sin + place, mask=turns, other=0.0).to(tl.float32)[:, None]
+    x = (x * scale[:, :, None]).reshape(BLOCK_M, COUNT, GROUPS, 2, HALF).permute(0, 1, 2, 4, 3)
+    first, second = x.split()
+    x = tl.join(first * c + second * s, second * c - first * s)
+    return x.permute(0, 1, 2, 4, 3).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton_jit(do_not_specialize=["rows", "length"])
+def attention_inputs_kernel(
+    a,
+    b,
+    q,
+    k,
+    v,
+    scales,
+    gain,
+    cos,
+    sin,
+    rows,
+    columns,
+    depth,
+    length,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """attention_inputs_op, a tile of whole heads of q, of k or of v per program."""
+    BOTH: tl.constexpr = HEADS + KV_HEADS
+    row, column = tile_place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    total = multiply_tile(a, b, 0, row, column, depth, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    if column < BOTH * D:
+        turned = rotate_tile(
+            total,
+            gain,
+            scales,
+            cos,
+            sin,
+            row,
+            column // D,
+            rows,
+            length,
+            eps,
+            HEADS,
+            BOTH,
+            D,
+            HALF,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        turned = turned.to(q.dtype).reshape(1, BLOCK_M, BLOCK_N)
+        if column < HEADS * D:
+            q.store([0, row, column], turned)
+        else:
+            k.store([0, row, column - HEADS * D], turned)
+    else:
+        v.store([0, row, column - BOTH * D], total.to(v.dtype).reshape(1, BLOCK_M, BLOCK_N))
+
+
+def attention_inputs_width(heads: int, kv_heads: int, size: int, half: int, most: int) -> int:
+    """The width of a tile of attention_inputs_kernel, at `most` so wide; 0 where it cannot serve.
+
+    A tile holds whole heads of one kind. Sizes that are no powers of 2 have no such tiles.
+    """
+    powers = half > 0 and size & (size - 1) == 0 and half & (half - 1) == 0
+    width = math.gcd(heads, kv_heads, most // size or 1) * size
+    return width if powers and 16 <= width <= most else 0
+
+
+def attention_inputs(
+    x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, scales) of attention_inputs_op by attention_inputs_kernel with tiles of this width."""
+    if x.dtype == torch.bfloat16 and not x.is_cuda:  # as in gemm
+        wide = (tensor.float() for tensor in (x, weight, gain, cos, sin))
+        *found, scales = attention_inputs(*wide, kv_heads, width)
+        return *(tensor.bfloat16() for tensor in found), scales
+    B, T, depth = x.shape
+    heads = gain.size(0)
+    size = weight.size(0) // (heads + 2 * kv_heads)
+    q, k, v = (
+        torch.empty(1, B * T, count * size, dtype=x.dtype, device=x.device)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    scales = torch.empty(B, T, heads + kv_heads, dtype=torch.float32, device=x.device)
+    height, _, inner = gemm_tile("inputs", x.dtype, is_large(x.device))
+    attention_inputs_kernel[(-(-B * T // height) * (weight.size(0) // width),)](
+        describe_tiles(x.reshape(1, B * T, depth), height, inner),
+        describe_tiles(weight[None], width, inner),
+        *(describe_tiles(out, height, width) for out in (q, k, v)),
+        scales,
+        gain,
+        cos,
+        sin,
+        B * T,
+        weight.size(0),
+        depth,
+        T,
+        RMS_EPS,
+        heads,
+        kv_heads,
+        size,
+        cos.size(-1),
+        height,
+        width,
+        inner,
+        **tile_options(x),
+    )
+    return *(out.view(B, T, -1, size) for out in (q, k, v)), scales
 
 
 def empty_path(like: Tensor) -> Tensor:
@@ -2628,37 +3024,42 @@ def empty_path(like: Tensor) -> Tensor:
 def attention_inputs_op(
     x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, v, a path to v, q and k before their norm) of x (B, T, D), for one matrix of all three.
+    """(q, k, v, a path to v, scales) of x (B, T, D), for one matrix of all three: see rotated_heads_op.
 
-    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Queries and keys are those of
-    rotated_heads_reference. In backward the gradients of all three lie side by side and are multiplied
-    at once: two products for six, and none of the three results is added to another. Values that are read in
+    `weight` ((H + 2 KV) D', D) has the rows of queries, keys and values. Norm, gain and rotation are done in
+    the product's epilogue. In backward the gradients of all three lie side by side and are multiplied at
+    once: two products for six, and none of the three results is added to another. Values that are read in
     two places have their two gradients added in the same kernel, for which the second goes through the path.
     """
     heads = gain.size(0)
     size = weight.size(0) // (heads + 2 * kv_heads)
-    rows = x.flatten(0, 1)
-    turning = (heads + kv_heads) * size
-    raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
-    v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
-    q, k = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
-    return q, k, v, empty_path(v), raw
+    _, most, _ = gemm_tile("inputs", x.dtype, is_large(x.device))
+    width = attention_inputs_width(heads, kv_heads, size, cos.size(-1), most)
+    if width:
+        q, k, v, scales = attention_inputs(x, weight, gain, cos, sin, kv_heads, width)
+    else:
+        rows = x.flatten(0, 1)
+        turning = (heads + kv_heads) * size
+        raw = (rows @ weight[:turning].T).view(*x.shape[:2], heads + kv_heads, size)
+        v = (rows @ weight[turning:].T).view(*x.shape[:2], kv_heads, size)
+        q, k, scales = rotated_heads_op(raw[:, :, :heads], raw[:, :, heads:], gain, cos, sin)
+    return q, k, v, empty_path(v), scales
 
 
 @attention_inputs_op.register_fake
 def _attention_inputs_fake(x, weight, gain, cos, sin, kv_heads):
     heads = gain.size(0)
     size = weight.size(0) // (heads + 2 * kv_heads)
-    q, k, raw = (
-        x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, heads + kv_heads)
-    )
-    v = torch.empty_like(k)
-    return q, k, v, empty_path(v), raw
+    q, k, v = (x.new_empty(x.size(0), x.size(1), count, size) for count in (heads, kv_heads, kv_heads))
+    scales = x.new_empty(x.size(0), x.size(1), heads + kv_heads, dtype=torch.float32)
+    return q, k, v, empty_path(v), scales
 
 
 @torch.library.custom_op(f"{OPERATORS}::attention_inputs_backward", mutates_args=())
 def attention_inputs_backward_op(
-    raw: Tensor,
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor,
     gain: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -2668,38 +3069,36 @@ def attention_inputs_backward_op(
     v_path_upstream: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the product of x and weight, (tokens, rows of weight), and of the gain in fp32."""
-    B, T, turning, size = raw.shape
-    heads = gain.size(0)
-    gradient = raw.new_empty(B, T, 2 * turning - heads, size)
-    parts = gradient.split((heads, turning - heads, turning - heads), 2)
+    B, T, heads, size = q.shape
+    kv_heads = k.size(2)
+    gradient = q.new_empty(B, T, heads + 2 * kv_heads, size)
+    parts = gradient.split((heads, kv_heads, kv_heads), 2)
     upstreams = q_upstream, k_upstream, v_upstream, v_path_upstream
-    q, k = raw[:, :, :heads], raw[:, :, heads:]
-    gain_gradient = rotated_heads_back(q, k, gain, cos, sin, upstreams, parts)
+    gain_gradient = rotated_heads_back(q, k, scales, gain, cos, sin, upstreams, parts)
     return gradient.view(B * T, -1), gain_gradient
 
 
 @attention_inputs_backward_op.register_fake
-def _attention_inputs_backward_fake(raw, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream):
-    width = (2 * raw.size(2) - gain.size(0)) * raw.size(3)
-    gradient = raw.new_empty(raw.size(0) * raw.size(1), width)
+def _attention_inputs_backward_fake(
+    q, k, scales, gain, cos, sin, q_upstream, k_upstream, v_upstream, v_path_upstream
+):
+    width = (q.size(2) + 2 * k.size(2)) * q.size(3)
+    gradient = q.new_empty(q.size(0) * q.size(1), width)
     return gradient, gain.new_empty(gain.size(0), dtype=torch.float32)
 
 
 def _attention_inputs_save(ctx, inputs, output):
     x, weight, gain, cos, sin, _ = inputs
-    raw = output[4]
-    ctx.mark_non_differentiable(raw)
+    q, k, _, _, scales = output
+    ctx.mark_non_differentiable(scales)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gain, cos, sin, raw)
+    ctx.save_for_backward(x, weight, q, k, scales, gain, cos, sin)
 
 
 def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_upstream, _):
-    x, weight, gain, cos, sin, raw = ctx.saved_tensors
+    x, weight, *kept = ctx.saved_tensors
     gradient, gain_gradient = attention_inputs_backward_op(
-        raw,
-        gain,
-        cos,
-        sin,
+        *kept,
         q_upstream.contiguous(),
         k_upstream.contiguous(),
         v_upstream.contiguous(),
@@ -2707,7 +3106,7 @@ def _attention_inputs_gradients(ctx, q_upstream, k_upstream, v_upstream, v_path_
     )
     x_gradient = (gradient @ weight).view(x.shape)
     weight_gradient = gradient.T @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
-    return x_gradient, weight_gradient, gain_gradient.to(gain.dtype), None, None, None
+    return x_gradient, weight_gradient, gain_gradient.to(kept[3].dtype), None, None, None
 
 
 attention_inputs_op.register_autograd(_attention_inputs_gradients, setup_context=_attention_inputs_save)
@@ -3443,6 +3842,399 @@ class Join(NamedTuple):
     remembers: bool
 
 
+# === LANES ===
+# The residual streams of visits whose attention and MLP have a lane each (GPT.two_lane is the plain form),
+# joined as one kernel per direction and visit; made like RESIDUAL. The MLP's lane is kept as its norm and
+# its size, and has a path. That of attention is written: it goes on as it is, and only what is normalised
+# contains the embedding.
+
+
+@triton_jit
+def place_rows(program, tokens, D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """(tokens, which of them live, where their rows begin, channels, what lives) of a block."""
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, WIDTH)
+    some = token < tokens
+    return token, some, token[:, None] * D, channel, some[:, None] & (channel < D)[None, :]
+
+
+@triton_jit
+def join_lanes(x, lane, lane_size, attended, transformed, weights, place):
+    """(The lane of attention, that of the MLP) before a skip is merged; without weights both are one."""
+    token, some, line, channel, live = place
+    first = load_rows(x, line, channel, live)
+    if weights is None:
+        if transformed is not None:
+            first += load_rows(transformed, line, channel, live)
+        second = first
+    else:
+        size = tl.load(lane_size + token, mask=some, other=0.0) * tl.load(weights + 3)
+        second = load_rows(lane, line, channel, live) * size[:, None]
+        first *= tl.load(weights)
+        branch = load_rows(attended, line, channel, live)
+        first += branch * tl.load(weights + 1)
+        second += branch * tl.load(weights + 4)
+        branch = load_rows(transformed, line, channel, live)
+        first += branch * tl.load(weights + 2)
+        second += branch * tl.load(weights + 5)
+    return first, second
+
+
+@triton_jit
+def merge_rows(first, skip, through, share, place, D: tl.constexpr):
+    """A lane with a skip merged into it, if there is one."""
+    _, _, line, channel, live = place
+    if skip is not None:
+        if through is not None:
+            first *= load_gain(through, channel, D)
+        first += load_gain(share, channel, D) * load_rows(skip, line, channel, live)
+    return first
+
+
+@triton_jit
+def normalise_rows(values, out, out_size, place, scale, eps, D: tl.constexpr):
+    """Store rows normalised and times `scale`, and what they were divided by; returns the rows stored."""
+    token, some, line, channel, live = place
+    lengths = tl.sqrt(tl.sum(values * values, 1) / D + eps) / scale
+    result = values / lengths[:, None]
+    tl.store(out_size + token, lengths, mask=some)
+    store_rows(out, line, channel, live, result)
+    return result
+
+
+@triton_jit
+def normalise_rows_back(slope, out, out_size, place, scale, D: tl.constexpr):
+    """The gradient in the values of normalise_rows, for `slope` that in its result."""
+    token, some, line, channel, live = place
+    result = load_rows(out, line, channel, live)
+    lengths = tl.load(out_size + token, mask=some, other=1.0)
+    along = tl.sum(slope * result, 1) / (D * scale * scale)
+    return (slope - result * along[:, None]) / lengths[:, None]
+
+
+@triton_jit(do_not_specialize=["tokens"])
+def lanes_kernel(
+    x,
+    lane,
+    lane_size,
+    attended,
+    transformed,
+    weights,
+    skip,
+    through,
+    share,
+    embedding,
+    keep,
+    again,
+    merged,
+    out,
+    out_size,
+    lane_out,
+    lane_out_size,
+    source,
+    whole,
+    tokens,
+    scale,
+    eps,
+    LATE: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The join of lanes_op for BLOCK tokens a program; what takes no part is None."""
+    place = place_rows(tl.program_id(0).to(tl.int64), tokens, D, BLOCK, WIDTH)
+    token, _, line, channel, live = place
+    first, second = join_lanes(x, lane, lane_size, attended, transformed, weights, place)
+    first = merge_rows(first, skip, through, share, place, D)
+    if LATE:
+        second = first
+    store_rows(merged, line, channel, live, first)
+    if whole is not None:
+        store_rows(whole, line, channel, live, second)
+    mixed = load_gain(keep, channel, D) * first
+    mixed += load_gain(again, channel, D) * load_rows(embedding, line, channel, live)
+    result = normalise_rows(mixed, out, out_size, place, scale, eps, D)
+    if READ > 0:
+        store_rows(source, token[:, None] * READ, channel, live & (channel < READ)[None, :], result)
+    normalise_rows(second, lane_out, lane_out_size, place, scale, eps, D)
+
+
+@triton_jit
+def share_branch(branch, gradient, first, second, weights, sums, PLACE: tl.constexpr, place):
+    """Store the gradient of a branch from those of the lanes; returns `sums` (8, BLOCK) with its weights'."""
+    _, _, line, channel, live = place
+    values = load_rows(branch, line, channel, live)
+    given = first * tl.load(weights + PLACE) + second * tl.load(weights + 3 + PLACE)
+    store_rows(gradient, line, channel, live, given)
+    row = tl.arange(0, 8)[:, None]
+    sums += tl.where(row == PLACE, tl.sum(first * values, 1)[None, :], 0.0)
+    return sums + tl.where(row == 3 + PLACE, tl.sum(second * values, 1)[None, :], 0.0)
+
+
+@triton_jit
+def share_lanes(x, lane, lane_size, gradients, first, second, weights, sums, place):
+    """As share_branch for the two lanes before, which go on in one lane each."""
+    token, some, line, channel, live = place
+    x_gradient, lane_gradient = gradients
+    before = load_rows(x, line, channel, live)
+    store_rows(x_gradient, line, channel, live, first * tl.load(weights))
+    store_rows(lane_gradient, line, channel, live, second * tl.load(weights + 3))
+    size = tl.load(lane_size + token, mask=some, other=0.0)
+    other = load_rows(lane, line, channel, live) * size[:, None]
+    row = tl.arange(0, 8)[:, None]
+    sums += tl.where(row == 0, tl.sum(first * before, 1)[None, :], 0.0)
+    return sums + tl.where(row == 3, tl.sum(second * other, 1)[None, :], 0.0)
+
+
+@triton_jit
+def merge_rows_back(
+    both, first, skip, skip_gradient, through, share, through_sum, share_sum, place, D: tl.constexpr
+):
+    """(The gradient of merge_rows in `first`, the sums of those in its gains), `both` that in its result."""
+    _, _, line, channel, live = place
+    if skip is not None:
+        share_sum += both * load_rows(skip, line, channel, live)
+        store_rows(skip_gradient, line, channel, live, both * load_gain(share, channel, D))
+        if through is not None:
+            through_sum += both * first
+            both *= load_gain(through, channel, D)
+    return both, through_sum, share_sum
+
+
+@triton_jit(do_not_specialize=["tokens"])
+def lanes_backward_kernel(
+    inputs,
+    gains,
+    results,
+    upstreams,
+    gradients,
+    gain_gradients,
+    weight_gradients,
+    tokens,
+    scale,
+    LATE: tl.constexpr,
+    D: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The gradients of lanes_kernel; those of gains (programs, 3, D) and weights (programs, 6) are parts."""
+    x, lane, lane_size, attended, transformed, skip = inputs
+    weights, through, share, keep = gains
+    out, out_size, lane_out, lane_out_size = results
+    out_upstream, source_upstream, lane_out_upstream, merged_upstream, lane_upstream = upstreams
+    gradient, skip_gradient, x_gradient, lane_gradient, attended_gradient, transformed_gradient = gradients
+    program = tl.program_id(0).to(tl.int64)
+    keep_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    through_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    share_sum = tl.zeros((BLOCK, WIDTH), tl.float32)
+    sums = tl.zeros((8, BLOCK), tl.float32)
+    for block in range(program, tl.cdiv(tokens, BLOCK), tl.num_programs(0)):
+        place = place_rows(block, tokens, D, BLOCK, WIDTH)
+        token, _, line, channel, live = place
+        first, _ = join_lanes(x, lane, lane_size, attended, transformed, weights, place)
+        merged = merge_rows(first, skip, through, share, place, D)
+        slope = load_rows(out_upstream, line, channel, live)
+        slope += load_source(source_upstream, token, channel, live, READ)
+        slope = normalise_rows_back(slope, out, out_size, place, scale, D)
+        store_rows(gradient, line, channel, live, slope)
+        keep_sum += slope * merged
+        both = slope * load_gain(keep, channel, D) + load_rows(merged_upstream, line, channel, live)
+        other = load_rows(lane_out_upstream, line, channel, live)
+        other = normalise_rows_back(other, lane_out, lane_out_size, place, scale, D)
+        other += load_rows(lane_upstream, line, channel, live)
+        if LATE:
+            both += other
+        both, through_sum, share_sum = merge_rows_back(
+            both, first, skip, skip_gradient, through, share, through_sum, share_sum, place, D
+        )
+        if weights is None:
+            store_rows(x_gradient, line, channel, live, both if LATE else both + other)
+        else:
+            sums = share_lanes(
+                x, lane, lane_size, (x_gradient, lane_gradient), both, other, weights, sums, place
+            )
+            sums = share_branch(attended, attended_gradient, both, other, weights, sums, 1, place)
+            sums = share_branch(transformed, transformed_gradient, both, other, weights, sums, 2, place)
+    channel = tl.arange(0, WIDTH)
+    parts = gain_gradients + program * 3 * D + channel
+    tl.store(parts, tl.sum(keep_sum, 0), mask=channel < D)
+    store_sum(parts + D, through, through_sum, channel < D)
+    store_sum(parts + 2 * D, share, share_sum, channel < D)
+    tl.store(weight_gradients + program * 6 + tl.arange(0, 8), tl.sum(sums, 1), mask=tl.arange(0, 8) < 6)
+
+
+LANES_WARPS = 8  # of the kernels here, which hold RESIDUAL_BLOCK tokens at a time. Not measured on a GPU.
+
+
+@torch.library.custom_op(f"{OPERATORS}::lanes", mutates_args=())
+def lanes_op(
+    x: Tensor,
+    lane: Tensor | None,
+    lane_size: Tensor | None,
+    lane_path: Tensor | None,
+    attended: Tensor | None,
+    transformed: Tensor | None,
+    weights: Tensor | None,
+    skip: Tensor | None,
+    through: Tensor | None,
+    share: Tensor | None,
+    embedding: Tensor,
+    embedding_path: Tensor,
+    keep: Tensor,
+    again: Tensor,
+    late: bool,
+    ends: bool,
+    read: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(merged, normed, size, source, lane, lane size, lane path, whole) of a visit with two lanes.
+
+    With `weights` (2, 3) in fp32 the lanes are the sums of their streams before, x and lane * lane_size, of
+    attended and of transformed, all (B, T, D), times these. Without, which is where the lanes part, both are
+    x + transformed. Merged is the lane of attention times `through` plus share * skip, gains (D,) in fp32.
+    The branches read normed, the norm of keep * merged + again * embedding, and lane, that of the other lane,
+    both times `scale`. `late`: the lanes part after the skip is merged. `ends`: the lane is given whole.
+
+    Gradients of lane and embedding go to their paths, that of the embedding without `again`: see residual_op.
+    """
+    merged, normed, lane_normed = (torch.empty_like(x) for _ in range(3))
+    size, out_lane_size = (torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+    source = x.new_empty(*x.shape[:2], read)
+    whole = torch.empty_like(x) if ends else None
+    streams = x, lane, lane_size, attended, transformed, weights
+    gains = skip, through, share, embedding, keep, again
+    results = merged, normed, size, lane_normed, out_lane_size, source, whole
+    sizes = residual_sizes(x, read) | {"num_warps": LANES_WARPS}
+    grid = (-(-sizes["tokens"] // RESIDUAL_BLOCK),)
+    lanes_kernel[grid](*streams, *gains, *results, scale=scale, eps=RMS_EPS, LATE=late, **sizes)
+    whole = x.new_empty(0) if whole is None else whole
+    return merged, normed, size, source, lane_normed, out_lane_size, empty_path(x), whole
+
+
+@lanes_op.register_fake
+def _lanes_fake(
+    x,
+    lane,
+    lane_size,
+    lane_path,
+    attended,
+    transformed,
+    weights,
+    skip,
+    through,
+    share,
+    embedding,
+    embedding_path,
+    keep,
+    again,
+    late,
+    ends,
+    read,
+    scale,
+):
+    merged, normed, lane_normed = (torch.empty_like(x) for _ in range(3))
+    size, out_lane_size = (x.new_empty(x.size(0), x.size(1), dtype=torch.float32) for _ in range(2))
+    source = x.new_empty(x.size(0), x.size(1), read)
+    whole = torch.empty_like(x) if ends else x.new_empty(0)
+    return merged, normed, size, source, lane_normed, out_lane_size, empty_path(x), whole
+
+
+@torch.library.custom_op(f"{OPERATORS}::lanes_backward", mutates_args=())
+def lanes_backward_op(
+    inputs: list[Tensor | None],
+    gains: list[Tensor | None],
+    results: list[Tensor],
+    upstreams: list[Tensor | None],
+    late: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(Gradients of what is mixed, skip, x, lane, attended, transformed; of gains (3, D), of weights (6,)).
+
+    What takes no part is empty; without weights the gradient of transformed is that of x.
+    """
+    x, skip = inputs[0], inputs[5]
+    weights, source_upstream = gains[0], upstreams[1]
+    wanted = True, skip is not None, True, *(weights is not None,) * 3
+    gradients = tuple(torch.empty_like(x) if wants else None for wants in wanted)
+    read = 0 if source_upstream is None else source_upstream.size(2)
+    sizes = residual_sizes(x, read) | {"num_warps": LANES_WARPS}
+    programs = min(-(-sizes["tokens"] // RESIDUAL_BLOCK), RESIDUAL_PROGRAMS)
+    gain_parts = torch.empty(programs, 3, x.size(2), dtype=torch.float32, device=x.device)
+    weight_parts = torch.empty(programs, 6, dtype=torch.float32, device=x.device)
+    lanes_backward_kernel[(programs,)](
+        tuple(inputs),
+        tuple(gains),
+        tuple(results),
+        tuple(upstreams),
+        gradients,
+        gain_parts,
+        weight_parts,
+        scale=scale,
+        LATE=late,
+        **sizes,
+    )
+    gradients = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return *gradients, gain_parts.sum(0), weight_parts.sum(0)
+
+
+@lanes_backward_op.register_fake
+def _lanes_backward_fake(inputs, gains, results, upstreams, late, scale):
+    x, skip, weights = inputs[0], inputs[5], gains[0]
+    wanted = True, skip is not None, True, *(weights is not None,) * 3
+    gradients = (torch.empty_like(x) if wants else x.new_empty(0) for wants in wanted)
+    gain_gradients = x.new_empty(3, x.size(2), dtype=torch.float32)
+    return *gradients, gain_gradients, x.new_empty(6, dtype=torch.float32)
+
+
+def _lanes_save(ctx, inputs, output):
+    x, lane, lane_size, _, attended, transformed, weights, skip, through, share, *_ = inputs
+    keep, _, ctx.late, _, _, ctx.scale = inputs[12:]
+    _, normed, size, _, lane_normed, out_lane_size, _, _ = output
+    ctx.mark_non_differentiable(size, out_lane_size)
+    ctx.set_materialize_grads(False)
+    kept = x, lane, lane_size, attended, transformed, skip, weights, through, share, keep
+    ctx.save_for_backward(*kept, normed, size, lane_normed, out_lane_size)
+
+
+def _lanes_gradients(ctx, *upstreams):
+    kept = ctx.saved_tensors
+    merged, normed, _, source, lane, _, path, whole = (
+        None if upstream is None or upstream.numel() == 0 else upstream.contiguous() for upstream in upstreams
+    )
+    given = [normed, source, lane, merged, path if whole is None else whole]
+    mixed, skip, x, before, attended, transformed, gains, weights = lanes_backward_op(
+        list(kept[:6]), list(kept[6:10]), list(kept[10:]), given, ctx.late, ctx.scale
+    )
+    continues = kept[6] is not None
+    merges = kept[5] is not None
+    branch = transformed if continues else x
+    return (
+        x,
+        None,
+        None,
+        before if continues else None,
+        attended if continues else None,
+        None if kept[4] is None else branch,
+        weights.view(2, 3) if continues else None,
+        skip if merges else None,
+        None if kept[7] is None else gains[1],
+        gains[2] if merges else None,
+        None,
+        mixed,
+        gains[0],
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+lanes_op.register_autograd(_lanes_gradients, setup_context=_lanes_save)
+
+
 # === TOPOLOGY ===
 # In: the settings. Out: what the network is, as data. The route says which layer is visited when, and how its
 # outputs join the residual stream; parameter_table gives each parameter's shape, initial values, optimiser
@@ -3984,12 +4776,18 @@ class Shared(NamedTuple):
 # training, scores, calibration and test-time training: `Hooks` lets calibration look at every product and
 # lets adapters add to it, and nothing else differs. A reader may change what a visit does (`GPT.serial`,
 # `gptj`, `two_lane`) or how attention is finished (`GPT.attention`). Where the fused kernels run, GPT.joined
-# takes the place of `serial`: a change there belongs in both, and a test holds the two together.
+# takes the place of `serial` and joined_lanes that of `two_lane`: a change there belongs in both, and a test
+# holds them together.
 
 
 def is_serial(visit: Visit) -> bool:
     """Whether attention and MLP follow each other in this visit."""
     return visit.residual == "serial"
+
+
+def is_two_lane(visit: Visit) -> bool:
+    """Whether attention and MLP have a residual stream each in this visit."""
+    return visit.residual == "two_lane"
 
 
 def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
@@ -4044,10 +4842,13 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
-        if self.fused and plain and torch.is_grad_enabled():
-            losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
+        bounded = self.config.logit_softcap <= LARGEST_CAP and batch.mask is None
+        if self.fused and plain and bounded and torch.is_grad_enabled():
+            losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
         logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
+        if batch.mask is not None:
+            logits = refuse(logits, batch.mask)
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
@@ -4073,10 +4874,18 @@ class GPT(nn.Module):
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
         route = self.routes[self.looped]
-        joins = self.joins(route, shared)
-        if joins:
-            x, skips = self.joined(route[: len(joins)], joins, shared)
-        for visit in route[len(joins) :]:
+        serial, parted = self.fused_visits(route, shared)
+        if serial:
+            keep, again, share = self.gains(serial)
+            mix = by_visit(self.resid_mix, [*serial, *parted])[len(serial) :]
+            paths = spread_op(shared.x0, torch.cat((again, mix[:, 1])))
+            joins = self.joins(route, serial, paths, (keep, again, share))
+            x, branch, skips = self.joined(serial, joins, shared)
+            if parted:
+                x, lane = self.joined_lanes(parted, paths[len(serial) :], mix, (x, branch), skips, shared)
+            elif branch is not None:
+                x = x + branch
+        for visit in route[len(serial) + len(parted) :]:
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -4130,21 +4939,29 @@ class GPT(nn.Module):
         x = x + self.attention(normed, self.gate_source(normed, x), visit, shared)
         return x + self.mlp(self.normalise(x, visit), visit, shared)
 
-    # Where the kernels are used, the serial visits before all others run as one chain of residual_op.
+    # Where the kernels are used, the serial visits before all others run as one chain of residual_op, and
+    # those with two lanes behind them as one of lanes_op.
 
-    def joins(self, route: tuple[Visit, ...], shared: Shared) -> list[Join]:
-        """How the streams of the leading serial visits come about; none where the plain form has to run."""
+    def fused_visits(self, route: tuple[Visit, ...], shared: Shared) -> tuple[list[Visit], list[Visit]]:
+        """The leading serial visits and those of two lanes behind them; none if the plain form has to run."""
         gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
         if not shared.folded or gates_read_residual:
-            return []
-        visits = list(itertools.takewhile(is_serial, route))
-        if not visits:
-            return []
+            return [], []
+        serial = list(itertools.takewhile(is_serial, route))
+        return serial, list(itertools.takewhile(is_two_lane, route[len(serial) :])) if serial else []
+
+    def joins(
+        self,
+        route: tuple[Visit, ...],
+        visits: list[Visit],
+        paths: list[Tensor],
+        gains: tuple[Tensor, Tensor, Tensor],
+    ) -> list[Join]:
+        """How the streams of the leading serial visits come about, with their `gains`."""
         half = sum(visit.pushes_skip for visit in route)
-        keep, again, share = self.gains(visits)
-        paths = spread_op(shared.x0, again)
+        keep, again, share = gains
         joins = []
-        for visit, path in zip(visits, paths, strict=True):
+        for visit in visits:
             index = visit.index
             # What the last visit of the first half leaves is merged at once, by the gain of the stream.
             remembers = 0 < index < half
@@ -4153,7 +4970,7 @@ class GPT(nn.Module):
                 Join(
                     keep=keep[index] if index else None,
                     again=again[index],
-                    path=path,
+                    path=paths[index],
                     share=share[index - half] if index > half and visit.skip_row is not None else None,
                     late=share[merger - half] if remembers and merger < len(visits) else None,
                     remembers=remembers,
@@ -4183,13 +5000,20 @@ class GPT(nn.Module):
         keep = torch.cat((keep[:start], through[:1] + share[:1], through[1:], keep[stop:]))
         return keep, again, share
 
-    def joined(
-        self, visits: tuple[Visit, ...], joins: list[Join], shared: Shared
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(x, the outputs remembered for later) after the leading serial visits, as `serial` has them."""
-        gate_width = self.config.gate_width
+    def gate_read(self) -> int:
+        """How many channels the gates read of what a join gives apart; 0 if none does."""
+        width = self.config.gate_width
         compact = self.config.head_gate != "none" and self.config.gate_attn_src == "proj"
-        read = gate_width if compact and gate_width <= MOST_READ else 0
+        return width if compact and width <= MOST_READ else 0
+
+    def joined(
+        self, visits: list[Visit], joins: list[Join], shared: Shared
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """(x, what is to be added to it, the outputs remembered for later) after the leading serial visits.
+
+        As `serial` has them.
+        """
+        read = self.gate_read()
         carried: dict[str, Tensor] = {}
         skips: list[Tensor] = []
         for visit, join in zip(visits, joins, strict=True):
@@ -4221,10 +5045,65 @@ class GPT(nn.Module):
             written = Stream(*residual_op(*mixed[:3], attended, after=after, remembers=ends, scale=scale))
             branch = self.mlp(written.normed, visit, shared, after)
             carried = dict(zip(("normed", "size", "path", "branch"), (*written[:3], branch), strict=True))
-        x = written.whole + branch
         if visits[-1].pushes_skip:
-            skips.append(x)
-        return x, skips
+            skips.append(written.whole + branch)
+            return skips[-1], None, skips
+        return written.whole, branch, skips
+
+    def joined_lanes(
+        self,
+        visits: list[Visit],
+        paths: list[Tensor],
+        mix: Tensor,
+        start: tuple[Tensor, Tensor | None],
+        skips: list[Tensor],
+        shared: Shared,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, lane) after visits with two lanes, as `two_lane` has them.
+
+        They `start` from the sum of two; `mix` (V, 2, D) are the gains of what attention reads.
+        """
+        read = self.gate_read()
+        x, transformed = start
+        lane = size = path = attended = weights = None
+        for visit, embedding_path, (keep, again) in zip(visits, paths, mix.unbind(0), strict=True):
+            skip = through = share = None
+            if visit.skip_row is not None:
+                skip = skips.pop()
+                share = self.skip_weights[visit.skip_row]
+            if visit.skip_row is not None and self.config.skip_gates_enabled:
+                through = torch.sigmoid(self.skip_gates[visit.skip_row])
+                share = share * (1 - through)
+            x, normed, _, source, lane, size, path, whole = lanes_op(
+                x,
+                lane,
+                size,
+                path,
+                attended,
+                transformed,
+                weights,
+                skip,
+                through,
+                share,
+                shared.x0,
+                embedding_path,
+                keep,
+                again,
+                late=weights is None and self.config.parallel_first_skip == "both",
+                ends=visit is visits[-1],
+                read=read,
+                scale=self.norm_scale(visit),
+            )
+            source = source if read else self.gate_source(normed, None)
+            attended = self.attention(normed, source, visit, shared)
+            transformed = self.mlp(lane, visit, shared)
+            own = self.parallel_resid_lambdas[visit.layer]
+            weights = torch.cat((own[:, None], self.parallel_post_lambdas[visit.layer].T), 1)
+        x, lane = (
+            row[0] * stream + row[1] * attended + row[2] * transformed
+            for row, stream in zip(weights, (x, whole), strict=True)
+        )
+        return x, lane
 
     def gptj(self, x: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """Attention and MLP read the same, as in GPT-J; both write to the mixed stream."""
@@ -4336,8 +5215,9 @@ class GPT(nn.Module):
         self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention compares them: see rotated_heads_reference."""
-        act = rotated_heads_op if self.fused else rotated_heads_reference
-        return act(q, k, gain, *rotation)
+        if self.fused:
+            return rotated_heads_op(q, k, gain, *rotation)[:2]
+        return rotated_heads_reference(q, k, gain, *rotation)
 
     def finish_heads(
         self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
@@ -5719,6 +6599,20 @@ class Tally:
         self.validation = validation
         self.nats = torch.zeros(len(validation.tokens), device=run.device)
         self.times = torch.zeros(len(validation.tokens), dtype=torch.int32, device=run.device)
+        self.mask: TokenMask | None = None  # of every place of the text
+        if run.config.canonical_mask and run.canonical is None:
+            raise Stop("CANONICAL_MASK=1: a score without its mask: a bug, open_canonical comes first")
+        if run.canonical is not None:
+            rows = torch.from_numpy(run.canonical.rows(validation.tokens))
+            self.mask = to_device(TokenMask(rows, torch.from_numpy(run.canonical.table)), run)
+
+    def masked(self, batch: Batch, chosen: Tensor, places: Tensor) -> Batch:
+        """`batch` with the mask of the targets at `places` (N,), `chosen` (N,) being theirs in the batch."""
+        if self.mask is None:
+            return batch
+        rows = torch.zeros(batch.inputs.numel(), dtype=torch.int32, device=self.run.device)
+        rows[chosen] = self.mask.rows[places - 1]
+        return batch._replace(mask=self.mask._replace(rows=rows.view_as(batch.inputs)))
 
     def add(self, losses: Tensor, places: Tensor) -> None:
         """Enter the losses (N,) of the targets at `places` (N,)."""
@@ -5829,6 +6723,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         # Which losses are scored is found on the host: a mask on the device would have it wait for a count.
         chosen = scored.flatten().nonzero()[:, 0]
         batch, chosen, places = to_device((batch, chosen, places), run)
+        batch = tally.masked(batch, chosen, places)
         tally.add(forward(batch).flatten()[chosen], places)
 
 
@@ -6123,6 +7018,7 @@ def adapt_documents(
         # All of it is prepared on the host: nothing here waits for the device.
         prepared = chunk_batch(tally.validation.tokens, plans, chunk, rows)
         batch, chosen, places, weight = to_device(prepared, run)
+        batch = tally.masked(batch, chosen, places)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
             with torch.set_grad_enabled(learning):
@@ -6317,6 +7213,494 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
     finally:
         run.config = config
     run.log(f"rehearsal: done in {run.now() - began:.1f}s, {compiled_graphs()} graphs are compiled")
+
+
+# === PAIRS ===
+# In: the tokenizer's model file, nothing else. Out: its `Vocabulary`, and which tokens can be neighbours
+# (`pair_table`), exactly. BPE joins the two symbols with the highest score first, the leftmost of equals, in
+# the whole text. If a and b are neighbours in the result, no merge has crossed the outer borders of the two,
+# so all merges inside happened in the order that they have when the text of a and b is encoded alone: the
+# pair occurs exactly if that gives [a, b] back. Both orders of merges are known, so they are played together,
+# and the pair is refused if a merge across the border comes before one of theirs.
+
+BPE = 2  # SentencePiece's number for the kind of model
+
+
+class Vocabulary(NamedTuple):
+    """What a SentencePiece BPE model says of its V tokens, by id.
+
+    `texts` of pieces, "" where a token stands for none; `types`, by SentencePiece's names; `scores` of the
+    pieces that merges make; the byte (V,) of a byte piece, else -1. The normaliser puts a space before the
+    text (`dummy_prefix`), and joins spaces and drops those at the ends (`joins_spaces`).
+    """
+
+    texts: list[str]
+    types: list[str]
+    scores: dict[str, float]
+    bytes: np.ndarray
+    dummy_prefix: bool
+    joins_spaces: bool
+
+    def where(self, holds: Callable[[str], Any]) -> np.ndarray:
+        """(V,) bool: whether a token has a text for which `holds`."""
+        return np.array([bool(text and holds(text)) for text in self.texts])
+
+    def of_type(self, *types: str) -> np.ndarray:
+        """(V,) bool: whether a token is of one of the types."""
+        return np.isin(self.types, types)
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The Vocabulary of a model file; Stop if it is none, or one for which the mask would not be exact."""
+    from google.protobuf.message import DecodeError  # as in load_tokenizer
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except (DecodeError, OSError) as error:
+        raise Stop(f"{path}: not a SentencePiece model ({error}); give the .model of a tokenizer") from None
+    trainer = model.trainer_spec
+    normaliser = model.normalizer_spec
+    names = {number: name for name, number in model.SentencePiece.Type.items()}
+    types = [names[piece.type] for piece in model.pieces]
+    texts = ["" for _ in model.pieces]
+    scores = {}
+    values = np.full(len(types), -1)
+    for token, piece in enumerate(model.pieces):
+        if types[token] in ("NORMAL", "USER_DEFINED"):
+            texts[token] = piece.piece
+        if types[token] == "NORMAL":
+            scores[piece.piece] = piece.score
+        if types[token] == "BYTE":
+            values[token] = int(piece.piece[3:5], 16)  # as in <0x0A>
+    marked = [text for text, kind in zip(texts, types, strict=True) if kind == "USER_DEFINED"]
+    reason = ""
+    if trainer.model_type != BPE:
+        reason = "is no BPE model"
+    elif "UNUSED" in types:
+        reason = "has unused pieces, which are split again"
+    elif trainer.treat_whitespace_as_suffix or not normaliser.escape_whitespaces:
+        reason = f"does not write a space as {WORD_START} before the word"
+    elif any(WORD_START in text or " " in text for text in marked):
+        reason = "has user-defined symbols with spaces"
+    elif types[BOS : BOS + 1] != ["CONTROL"]:
+        reason = f"has no control token {BOS} to begin a document with"
+    if reason:
+        raise Stop(f"{path}: {reason}, so the mask is not exact; set CANONICAL_MASK=0 or TOKENIZER_PATH")
+    # Other normalisers leave spaces of another kind, and U+2581 of the text, as they are.
+    joins = normaliser.remove_extra_whitespaces and normaliser.name.startswith("nmt_nfkc")
+    return Vocabulary(texts, types, scores, values, normaliser.add_dummy_prefix, joins)
+
+
+class Merges(NamedTuple):
+    """How a token comes about from its text: the score of each merge in order, and the symbols at the left
+    and the right end before the first merge and after each.
+    """
+
+    scores: list[float]
+    left: list[str]
+    right: list[str]
+
+
+def find_merges(text: str, scores: Mapping[str, float]) -> Merges | None:
+    """The merges that BPE makes of `text`, or None if they do not end in one symbol."""
+    symbols = list(text)
+    found = Merges([], [symbols[0]], [symbols[-1]])
+    while len(symbols) > 1:
+        joined = [scores.get(first + second, -math.inf) for first, second in itertools.pairwise(symbols)]
+        highest = max(joined)
+        if highest == -math.inf:
+            return None
+        place = joined.index(highest)
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        found.scores.append(highest)
+        found.left.append(symbols[0])
+        found.right.append(symbols[-1])
+    return found
+
+
+class MergeTable(NamedTuple):
+    """The Merges of all tokens as arrays; symbols are numbered, those on the left and on the right apart.
+
+    `counts` (V,) of merges; `scores`, `left` and `right` (V, most + 1) as in Merges, a score of -inf behind
+    the last merge. The symbols that right symbol r can be joined with are partners[starts[r]:starts[r + 1]],
+    with `gains` as scores; the tokens with left symbol l are users[firsts[l]:firsts[l + 1]].
+    """
+
+    counts: np.ndarray
+    scores: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    starts: np.ndarray
+    partners: np.ndarray
+    gains: np.ndarray
+    firsts: np.ndarray
+    users: np.ndarray
+
+
+def grouped(rows: Iterable[tuple], columns: int, groups: int) -> tuple[np.ndarray, ...]:
+    """(where each of `groups` starts, and the end; the columns) of `rows`: a group and `columns` numbers."""
+    table = np.array(sorted(rows), np.float64).reshape(-1, 1 + columns)
+    return np.searchsorted(table[:, 0], np.arange(groups + 1)), *table[:, 1:].T
+
+
+def numbered(symbols: Iterable[str]) -> dict[str, int]:
+    """A number for each different symbol."""
+    return {symbol: number for number, symbol in enumerate(sorted(set(symbols)))}
+
+
+def tabulate(found: Mapping[int, Merges], scores: Mapping[str, float], size: int) -> MergeTable:
+    """The MergeTable of `size` tokens, of which those in `found` have Merges."""
+    lefts = numbered(symbol for merges in found.values() for symbol in merges.left)
+    rights = numbered(symbol for merges in found.values() for symbol in merges.right)
+    most = max((len(merges.scores) for merges in found.values()), default=0)
+    counts = np.zeros(size, np.int64)
+    values = np.full((size, most + 1), -np.inf, np.float32)
+    left, right = np.zeros((2, size, most + 1), np.int64)
+    for token, merges in found.items():
+        count = counts[token] = len(merges.scores)
+        values[token, :count] = merges.scores
+        left[token, : count + 1] = [lefts[symbol] for symbol in merges.left]
+        right[token, : count + 1] = [rights[symbol] for symbol in merges.right]
+    joins = [
+        (rights[text[:cut]], lefts[text[cut:]], score)
+        for text, score in scores.items()
+        for cut in range(1, len(text))
+        if text[:cut] in rights and text[cut:] in lefts
+    ]
+    uses = {(lefts[symbol], token) for token, merges in found.items() for symbol in merges.left}
+    starts, partners, gains = grouped(joins, 2, len(rights))
+    firsts, users = grouped(uses, 1, len(lefts))
+    return MergeTable(
+        counts,
+        values,
+        left,
+        right,
+        starts,
+        partners.astype(np.int64),
+        gains.astype(np.float32),
+        firsts,
+        users.astype(np.int64),
+    )
+
+
+@numba_jit
+def refuse_pairs(tokens, table, counts, scores, left, right, starts, partners, gains, firsts, users):
+    """Clear table[a, b // 8] >> b % 8 & 1 for each a of `tokens` and each b that BPE joins with it.
+
+    The arrays after `table` are those of a MergeTable.
+    """
+    across = np.full((scores.shape[1], len(firsts)), -np.inf, np.float32)  # by merges of a, left symbol of b
+    asked = np.full(len(table), -1, np.int64)  # the token for which it was last looked at
+    for first in tokens:
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                across[i, partners[k]] = gains[k]
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                for use in range(firsts[partners[k]], firsts[partners[k] + 1]):
+                    second = users[use]
+                    if asked[second] != first:
+                        asked[second] = first
+                        if is_joined(scores[first], scores[second], left[second], across):
+                            table[first, second >> 3] &= ~np.uint8(1 << (second & 7))
+        for i in range(counts[first] + 1):
+            for k in range(starts[right[first, i]], starts[right[first, i] + 1]):
+                across[i, partners[k]] = -np.inf
+
+
+@numba_inline
+def is_joined(of_first, of_second, left_of_second, across):
+    """Whether a merge across the border of two tokens comes before all of theirs are made.
+
+    Of both the scores of the merges, -inf behind the last; `across` as in refuse_pairs.
+    """
+    i = 0
+    j = 0
+    while True:
+        over = across[i, left_of_second[j]]
+        # A merge within the first token is further left, and so goes before its equals.
+        if over > of_first[i] and over >= of_second[j]:
+            return True
+        if of_first[i] == -np.inf and of_second[j] == -np.inf:
+            return False
+        if of_first[i] >= of_second[j]:
+            i += 1
+        else:
+            j += 1
+
+
+def pair_table(vocabulary: Vocabulary) -> np.ndarray:
+    """(V, V / 8) uint8: for each last token the ones that BPE does not join with it."""
+    size = len(vocabulary.texts)
+    found = {}
+    for token in vocabulary.of_type("NORMAL").nonzero()[0].tolist():
+        merges = find_merges(vocabulary.texts[token], vocabulary.scores)
+        if merges is not None:
+            found[token] = merges
+    occurs = vocabulary.of_type("BYTE", "UNKNOWN", "USER_DEFINED")
+    occurs[[BOS, *found]] = True
+    table = np.tile(pack_bits(occurs), (size, 1))
+    merges = tabulate(found, vocabulary.scores, size)
+    tokens = np.array(sorted(found), np.int64)
+    parts = np.array_split(tokens, usable_cores())
+    parallel_map(lambda part: refuse_pairs(part, table, *merges), parts)
+    return table
+
+
+# === CANONICAL ===
+# In: as PAIRS. Out: `Canonical`, which says for every place of a text what token can come next. A tokenizer
+# writes one of many spellings of a text, so after some tokens others never come: those that it would have
+# joined otherwise, half a character, a case operator without its word. With CANONICAL_MASK=1 their logits get
+# lost before the softmax, in every score (`refuse`). What is refused follows from the tokens before, and all
+# that remains sums to 1.
+#
+# It is exact: no rule refuses what the tokenizer can write, whatever the text. `find_refused` proves it on
+# shards, and a run does so on training tokens before it starts. A rule that most texts keep and some do not
+# is no rule: where one is added to `grammar`, all that the normaliser makes of a text has to be thought of.
+
+REFUSED_LOGIT = -1e4  # its softcap is -LOGIT_SOFTCAP: no share of the sum, and still a finite loss
+PROOF_TOKENS = 1 << 24  # of training, in which a run looks for what is refused
+TITLE, ALLCAPS, CAPNEXT, ESC, LOWER = "\ue001\ue002\ue003\ue004\ue005"  # the case operators
+# What the normaliser may make of that after which LOWER stands: the end of a sentence, a quote or a bracket.
+SENTENCE_TAILS = tuple(".!?\"')]\u2019\u201d")
+
+
+def refuse(logits: Tensor, mask: TokenMask) -> Tensor:
+    """`logits` (N, V) with REFUSED_LOGIT in place of those of the tokens that cannot come."""
+    packed = mask.table[mask.rows.flatten()]
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
+    return torch.where(bits.flatten(1)[:, : logits.size(1)] > 0, logits, REFUSED_LOGIT)
+
+
+# States. After most tokens what may come depends on the last one alone. Not so inside a character that is
+# spelled in bytes, and after an operator that stands in the text itself, behind ESC. Their states are found
+# from left to right, and have rows of their own.
+
+
+class ByteState(NamedTuple):
+    """A character that lacks `missing` bytes; `prefix` are those so far, or none if the next may be any."""
+
+    prefix: bytes
+    missing: int
+
+
+def next_bytes(state: ByteState, spelled: set[bytes]) -> dict[int, ByteState | None]:
+    """The bytes that may come in `state`, and the state after each, None where the character is complete.
+
+    Characters that are `spelled` by a piece are not written in bytes.
+    """
+    found: dict[int, ByteState | None] = {}
+    for byte in range(0x80, 0xC0):
+        text = state.prefix + bytes([byte])
+        if state.prefix and not is_utf8(text + b"\x80" * (state.missing - 1)):
+            continue  # too long a form of a short character, or half a surrogate pair
+        if state.missing > 1:
+            known = state.prefix and any(other.startswith(text) for other in spelled)
+            found[byte] = ByteState(text if known else b"", state.missing - 1)
+        elif text not in spelled:
+            found[byte] = None
+    return found
+
+
+def is_utf8(text: bytes) -> bool:
+    """Whether `text` is well-formed UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def first_bytes(spelled: set[bytes]) -> dict[int, ByteState | None]:
+    """As next_bytes at the start of a character."""
+    found: dict[int, ByteState | None] = {byte: None for byte in range(0x80) if bytes([byte]) not in spelled}
+    for byte in range(0xC2, 0xF5):
+        found[byte] = ByteState(bytes([byte]), 1 + (byte >= 0xE0) + (byte >= 0xF0))
+    return found
+
+
+def byte_states(spelled: set[bytes]) -> list[dict[int, int]]:
+    """By state, the bytes that may come and the number of the state after each; 0 is no character begun."""
+    numbers: dict[ByteState | None, int] = {None: 0}
+    moves = [first_bytes(spelled)]
+    for found in moves:
+        for state in found.values():
+            if state not in numbers:
+                numbers[state] = len(numbers)
+                moves.append(next_bytes(state, spelled))
+    return [{byte: numbers[state] for byte, state in found.items()} for found in moves]
+
+
+# The kinds of token that move a state: other ones, ESC, other operators, and the byte pieces by their value.
+PLAIN, ESCAPES, OPERATES, BYTES = 0, 1, 2, 3
+# The states: none, behind ESC, behind what it escapes, and the unfinished characters.
+NOWHERE, ESCAPING, ESCAPED, SPELLING = 0, 1, 2, 3
+
+
+def state_steps(moves: list[dict[int, int]]) -> np.ndarray:
+    """The state (states, kinds) after a token of each kind, `moves` being those of byte_states."""
+    steps = np.zeros((SPELLING - 1 + len(moves), BYTES + 256), np.int64)
+    for state in range(len(steps)):
+        found = moves[0] | (moves[state - SPELLING + 1] if state >= SPELLING else {})
+        for byte, number in found.items():
+            steps[state, BYTES + byte] = number and number + SPELLING - 1
+    steps[:, ESCAPES] = ESCAPING
+    steps[ESCAPING, [ESCAPES, OPERATES]] = ESCAPED
+    return steps
+
+
+@numba_jit
+def fill_rows(tokens, row, kinds, steps, rows):
+    """Enter the row of the table after each of `tokens`, which come in `row`: a token's own, or a state's."""
+    size = len(kinds)
+    state = max(0, row - size + 1)
+    for place in range(len(tokens)):
+        state = steps[state, kinds[tokens[place]]]
+        rows[place] = size + state - 1 if state else tokens[place]
+
+
+# Rules for single tokens: spaces, and the case operators, which stand before letters. `grammar` has them all.
+
+
+def begins_word(text: str) -> bool:
+    """Whether `text` may follow an operator: spaces, and a letter if there is more.
+
+    The normaliser joins a letter and the accents behind it, and the operator is of the letter.
+    """
+    word = text.lstrip(WORD_START)
+    return not word or is_letter(word[0])
+
+
+def is_letter(character: str) -> bool:
+    """Whether it is an ASCII letter, with or without accents."""
+    return unicodedata.normalize("NFD", character)[0] in string.ascii_letters
+
+
+def case_version(vocabulary: Vocabulary) -> int:
+    """The version of CaseOps (lossless_caps.py) whose operators the tokenizer has, 0 if it has none."""
+    marked = vocabulary.of_type("USER_DEFINED").nonzero()[0]
+    operators = {vocabulary.texts[token] for token in marked}
+    if not operators.issuperset((TITLE, ALLCAPS, CAPNEXT, ESC)):
+        return 0
+    return 3 if LOWER in operators else 1
+
+
+def grammar(vocabulary: Vocabulary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(last tokens, tokens that cannot come after them), both (V,) bool, of every rule.
+
+    Tokens without a text (bytes, what is unknown, BOS) are refused by none.
+    """
+    where = vocabulary.where
+    begins = np.arange(len(vocabulary.texts)) == BOS
+    spaced = where(lambda text: text.startswith(WORD_START))
+    if vocabulary.dummy_prefix:
+        yield begins, where(bool) & ~spaced
+    elif vocabulary.joins_spaces:
+        yield begins, spaced
+    if vocabulary.joins_spaces:
+        yield where(lambda text: text.endswith(WORD_START)), spaced
+
+    version = case_version(vocabulary)
+    if version and vocabulary.joins_spaces:
+        no_letter = where(lambda text: not is_letter(text[0]))
+        no_word = where(lambda text: not begins_word(text))
+        # Version 1 has its operators behind the space.
+        yield where(lambda text: text in (TITLE, ALLCAPS)), no_word if version == 3 else no_letter
+        yield where(lambda text: text == CAPNEXT), no_letter
+    if version == 3 and vocabulary.joins_spaces:
+        yield where(lambda text: text == LOWER), no_word
+        within = where(lambda text: not text.endswith((*SENTENCE_TAILS, WORD_START)))
+        yield within, where(lambda text: text == LOWER)
+        yield where(lambda text: not is_letter(text[-1])), where(lambda text: text == CAPNEXT)
+
+
+def pack_bits(columns: np.ndarray) -> np.ndarray:
+    """bool (..., V) as uint8 (..., V / 8), the first in the lowest bit."""
+    return np.packbits(columns, axis=-1, bitorder="little")
+
+
+class Canonical:
+    """Which tokens can come at every place of a text, from the tokenizer in `path` alone; Stop as
+    read_vocabulary.
+
+    `table` (V + states - 1, V / 8) uint8 has a row of bits for each last token and behind these for each
+    state. Byte pieces, the unknown token, user-defined symbols and BOS may come after all that can, unless a
+    state or a rule says otherwise; other control tokens, and pieces that no text is encoded to, nowhere. BOS
+    may come in every state: a text may be cut.
+    """
+
+    def __init__(self, path: Path):
+        vocabulary = read_vocabulary(path)
+        size = len(vocabulary.texts)
+        self.vocabulary = vocabulary
+        self.kinds = vocabulary.bytes + BYTES
+        self.kinds[vocabulary.bytes < 0] = PLAIN
+        if case_version(vocabulary):
+            self.kinds[vocabulary.where(lambda text: text in (TITLE, ALLCAPS, CAPNEXT, LOWER))] = OPERATES
+            self.kinds[vocabulary.where(lambda text: text == ESC)] = ESCAPES
+        spelled = {text.encode() for text in vocabulary.texts if len(text) == 1}
+        moves = byte_states(spelled)
+        self.steps = state_steps(moves)
+
+        self.begins = np.arange(size) == BOS
+        table = pair_table(vocabulary)
+        self.table = np.concatenate([table, self.state_rows(moves, table[BOS])])
+        never = (vocabulary.bytes >= 0) & ~np.isin(vocabulary.bytes, list(moves[0]))
+        self.table[: size + SPELLING - 1] &= ~pack_bits(never)
+        for last, refused in grammar(vocabulary):
+            self.table[:size][last] &= ~pack_bits(refused)
+
+    def state_rows(self, moves: list[dict[int, int]], everything: np.ndarray) -> np.ndarray:
+        """The rows of the states but NOWHERE; `everything` (V / 8,) has all tokens that occur."""
+        rows = np.tile(everything, (len(self.steps) - 1, 1))
+        if case_version(self.vocabulary) == 3:
+            rows[ESCAPING - 1] = pack_bits(self.begins | (self.kinds == ESCAPES) | (self.kinds == OPERATES))
+        for number, found in enumerate(moves[1:]):
+            rows[SPELLING - 1 + number] = pack_bits(self.begins | np.isin(self.vocabulary.bytes, list(found)))
+        return rows
+
+    def rows(self, tokens: np.ndarray, row: int = BOS) -> np.ndarray:
+        """By place of a text (N,) that comes in `row`, the row that says what can come next, (N,) int32."""
+        rows = np.empty(len(tokens), np.int32)
+        fill_rows(tokens.astype(np.int32), row, self.kinds, self.steps, rows)
+        return rows
+
+    def find_refused(self, tokens: np.ndarray, row: int = BOS) -> tuple[int, int, int]:
+        """(how many of `tokens`, which come in `row`, are refused, the place of the first, the last row)."""
+        rows = np.append(np.int32(row), self.rows(tokens, row))
+        bits = self.table[rows[:-1], tokens >> 3] >> (tokens & 7) & 1
+        wrong = np.flatnonzero(bits == 0)
+        return len(wrong), int(wrong[0]) if len(wrong) else -1, int(rows[-1])
+
+
+def open_canonical(run: Run, data: Dataset) -> None:
+    """Make the mask of a run that has CANONICAL_MASK=1 and none yet; Stop if training tokens are refused.
+
+    No validation token is looked at: that none is refused follows from how the mask is made.
+    """
+    if not run.config.canonical_mask or run.canonical is not None:
+        return
+    began = run.now()
+    canonical = Canonical(data.tokenizer)
+    built = run.now() - began
+    size = len(canonical.kinds)
+    share = 1 - np.bitwise_count(canonical.table[:size]).sum() / size**2
+    seen = 0
+    row = BOS
+    for path, tokens in zip(data.train_files, data.train, strict=True):
+        part = data.check_ids(tokens[: PROOF_TOKENS - seen], path)
+        refused, place, row = canonical.find_refused(part, row)
+        if refused:
+            raise Stop(
+                f"{path}: {refused} of {len(part)} tokens, the first at {place}, cannot be what "
+                f"{data.tokenizer} has written; set CANONICAL_MASK=0, or {AGAIN}"
+            )
+        seen += len(part)
+    proof = f"none of {seen} training tokens is refused" if seen else "no training shards here to prove it on"
+    run.log(f"canonical mask: {share:.1%} of all pairs cannot occur, {proof} (built in {built:.1f}s)")
+    run.canonical = canonical
 
 
 # === MIXTURE ===
@@ -6711,6 +8095,7 @@ class Mixture:
         plan = plan_positions(self.stages, longest_document(documents))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
+            chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
             losses, past = self.run_chunk(chunk, stage)
             scores = self.mixer.mix(-losses.detach().double(), chunk)
             self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
@@ -6729,6 +8114,7 @@ class Mixture:
             batch.targets.repeat_interleave(count, 0),
             past=past,
             guesses=batch.guesses.repeat_interleave(count, 1),
+            mask=batch.mask and batch.mask._replace(rows=batch.mask.rows.repeat_interleave(count, 0)),
         )
         return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
 
@@ -7849,6 +9235,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     check_tensors(path, model.table, tensors)
+    open_canonical(run, data)
     modes = evaluation_modes(run, built)
     model.looped = manifest["looped"]
     if config.ttt_enabled and config.hash_embed_enabled:
@@ -8195,6 +9582,7 @@ def run_stages(run: Run) -> None:
     run.on_main_rank(lambda: preflight(run))
     check_launcher(run)
     log_header(run, data)
+    open_canonical(run, data)
     inspect_machine(run, whole=False)
     content = json.dumps(settings, indent=1).encode()
     run.on_main_rank(lambda: write_atomically(run.folder / "config.json", content))

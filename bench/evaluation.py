@@ -96,6 +96,7 @@ class Subject:
     def read(self, validation: bool) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and bytes; of training tokens the mean, as shards of training have no sidecar."""
         data = t.Dataset(self.config, need_training=not validation)
+        self.canonical = t.Canonical(data.tokenizer) if self.config.canonical_mask else None
         if validation:
             found = t.load_validation(data)
             return found.tokens, found.bytes.astype(float)
@@ -144,6 +145,7 @@ def score(subject: Subject, seen: list[Seen] | None = None, early: bool = True, 
     """The documents with some settings changed; `early` false: all chunks have TTT_CHUNK_SIZE targets."""
     config = dataclasses.replace(subject.config, **changes)
     run = t.Run(config)
+    run.canonical = subject.canonical
     shapes = set()
     passes = 0
 
