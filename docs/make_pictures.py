@@ -124,12 +124,13 @@ def draw_session(session: str) -> str:
     height = ROW * len(lines) + 28
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="ui-monospace,DejaVu Sans Mono,monospace" xml:space="preserve">',
+        f'height="{height}" font-family="ui-monospace,DejaVu Sans Mono,monospace">',
         f'<rect width="{width}" height="{height}" rx="8" fill="{SCREEN}"/>',
     ]
     for number, line in enumerate(lines):
         colour = TYPED if line.startswith("$ ") else SHOWN
-        parts.append(text(16, 26 + ROW * number, line, "start", colour, 12))
+        kept = line.replace(" ", "\u00a0")  # else a browser draws one for several
+        parts.append(text(16, 26 + ROW * number, kept, "start", colour, 12))
     return "\n".join([*parts, "</svg>\n"])
 
 
