@@ -5242,8 +5242,9 @@ def pose_problems(
 
     def pose(matrix: Matrix) -> RoundingProblem:
         weight = matrix_weight(weights, matrix)
-        dampings = config.gptq_dampening, config.output_dampening
-        return rounding_problem(weight, *moments[matrix.key], dampings[0], powers, dampings[1])
+        # Not that of the head: the probabilities of tokens differ, and are known.
+        outputs = config.output_dampening if matrix.quantizer != "embed" else 0.0
+        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers, outputs)
 
     try:
         posed = parallel_map(pose, matrices)

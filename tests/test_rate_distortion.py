@@ -132,13 +132,13 @@ def test_errors_fed_to_later_rows_cost_less_under_both_moments(states, most):
     weight, inputs = random_matrix(96, 64)
     outputs = random_matrix(1, 96, seed=5)[1]
     found = []
-    for given in (outputs.diagonal(), outputs):
-        problem = t.rounding_problem(weight, inputs, given, 0.01, (1, 1, 1), 0.05)
+    for known in (outputs.diagonal(), outputs):
+        problem = t.rounding_problem(weight, inputs, known, 0.01, (1, 1, 1), 0.05)
         delta = t.guess_delta({"": problem}, 3 * weight.numel() / 8, states)
         step_size = t.step_sizes(problem.row_exponents, problem.column_exponents, delta)
         integers = t.round_matrix(problem, step_size, states, 0.5)
         assert states == 0 or is_legal(integers, states)
-        error = weight - torch.from_numpy(integers * step_size)
+        error = weight - torch.from_numpy(integers * step_size).float()
         cost = torch.einsum("ri,rs,sj,ij->", error, outputs, error, inputs)
         bits = 8 * len(t.code_matrices([integers], states)) / weight.numel()
         found.append(float(cost) * 4 ** (bits - 3))
