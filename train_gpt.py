@@ -5334,9 +5334,9 @@ ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly t
 
 def tuning_forwards(config: Config) -> tuple[int, int]:
     """How many forwards a tuning step takes over all ranks, and the tokens of each."""
-    windows = max(1, config.tune_tokens // STREAMS // config.train_seq_len)  # of a stream
-    part = max(1, min(windows, TUNE_FORWARD // config.train_seq_len))
-    return STREAMS * (windows // part), part * config.train_seq_len
+    windows = max(1, config.tune_tokens // config.train_seq_len)
+    part = max(1, min(windows // STREAMS, TUNE_FORWARD // config.train_seq_len))  # 8 ranks share a step
+    return windows // part, part * config.train_seq_len
 
 
 def ignore_product(site: str, layer: int, x: Tensor, y: Tensor) -> None:

@@ -120,3 +120,13 @@ def test_the_reserve_holds_rounding_and_tuning_and_leaves_no_trace(config, monke
     assert reserve >= 1.3 * (1000 + 1)  # a second per step
     assert all(torch.equal(weight, fresh[name]) for name, weight in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_step_is_shared_by_eight_ranks_where_it_has_as_many_windows(config, monkeypatch):
+    def forwards(tokens):
+        return t.tuning_forwards(replace(config, tune_tokens=tokens))
+
+    assert config.train_seq_len == 32
+    assert [forwards(1), forwards(64), forwards(512), forwards(1024)] == [(1, 32), (2, 32), (8, 64), (8, 128)]
+    monkeypatch.setattr(t, "TUNE_FORWARD", 64)
+    assert forwards(1024) == (16, 64)
