@@ -7422,6 +7422,7 @@ def measure_tuning(
         rounded.update(round_sample(run.config, model.table, weights, moments))
         return time.monotonic() - began
 
+    run.on_main_rank(round_once)  # compiles
     seconds = ROUNDING_TRIALS * run.on_main_rank(round_once)
     model.load_state_dict(spread_weights(run, model, rounded))
     tuning = Tuning(run, model, data, weights)
@@ -7528,7 +7529,7 @@ class Training:
         if self.reserve >= limit:
             raise Stop(
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
-                "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
+                "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
         if self.config.val_loss_every:
             self.validation = load_validation(data)
