@@ -7525,7 +7525,8 @@ class Training:
         """From here on every second counts."""
         limit = self.config.max_wallclock_seconds
         how = "measured" if self.config.gptq_reserve_seconds < 0 else "GPTQ_RESERVE_SECONDS"
-        self.run.log(f"calibration: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
+        what = "calibration, rounding and tuning" if self.config.tune_steps else "calibration"
+        self.run.log(f"{what}: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
         if self.reserve >= limit:
             raise Stop(
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
