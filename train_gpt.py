@@ -46,6 +46,7 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import decimal
@@ -296,12 +297,20 @@ class Config:
         "rate_distortion", "sensitivity steps, or clipped rows"
     )
     trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
+    output_feedback: bool = knob(
+        False, "rate_distortion: errors go to later rows too, as the outputs' gradients correlate"
+    )
     artifact_target_bytes: int = knob(0, "rate_distortion: fill this, 0: the cap less the code", not_negative)
     gptq_calibration_batches: int = knob(
         32, "training micro-batches for calibration, over all ranks", positive
     )
     gptq_dampening: float = knob(
         0.01, "added to the inputs' second moments, as a fraction of their mean", positive
+    )
+    output_dampening: float = knob(
+        0.0,
+        "rate_distortion: the same for outputs; 0: a floor of 1 % (OUTPUT_FEEDBACK needs more)",
+        not_negative,
     )
     matrix_bits: int = knob(6, "sdclip: integer width of matrices", bit_width)
     attn_bits: int = knob(0, "sdclip: that of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
@@ -314,6 +323,12 @@ class Config:
     embed_clip_sigmas: float = knob(
         14.0, "sdclip: largest level of the embedding, in deviations of a row", positive
     )
+    tune_steps: int = knob(
+        0, "steps that train the fp16 tensors after rounding, by KL to the unquantised model", not_negative
+    )
+    tune_lr: float = knob(0.005, "Adam step of that training; falls linearly to 0", not_negative)
+    tune_tokens: int = knob(16_384, "training tokens of such a step, over all ranks", positive)
+    tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
     _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
@@ -576,6 +591,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            not config.output_feedback or config.output_dampening > 0,
+            f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
+            "set it to 0.5",
         ),
         (
             config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
@@ -5610,6 +5630,9 @@ STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_P
 SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
 BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
 GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
+# With OUTPUT_FEEDBACK, rows that are decided at once and then feed back, and rows looked at beyond them.
+ROW_BLOCK = 16
+ROW_PREVIEW = 8
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
@@ -5671,9 +5694,10 @@ SAME_INPUT = {"q": "k", "v": "k"}
 class MomentTap:
     """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
 
-    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), by (site, layer);
-    the gradients arrive in the backward. `labels` are replaced by draws from the model once its head is
-    reached, which makes g^2 the Fisher diagonal. Without `sensitive` the gradients and the labels stay alone.
+    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), or g g^T where its
+    place has that shape (R, R), by (site, layer); the gradients arrive in the backward. `labels` are replaced
+    by draws from the model once its head is reached, which makes g^2 the Fisher diagonal. Without `sensitive`
+    the gradients and the labels stay alone.
     """
 
     sums: dict[tuple[str, int], tuple[Tensor, Tensor]]
@@ -5697,7 +5721,11 @@ class MomentTap:
             return
 
         def add_squares(gradient: Tensor) -> None:
-            outputs.add_(gradient.flatten(0, -2).float().square().sum(0))
+            gradient = gradient.flatten(0, -2).float()
+            if outputs.dim() == 2:
+                outputs.addmm_(gradient.T, gradient)
+            else:
+                outputs.add_(gradient.square().sum(0))
 
         y.register_hook(add_squares)
 
@@ -5716,7 +5744,8 @@ def collect_moments(
 
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
     changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
-    diagonal (SDClip needs none: E[g^2] is 0). `forwards`: over all ranks, if not as many as that.
+    diagonal (SDClip needs none: E[g^2] is 0). With OUTPUT_FEEDBACK it is E[g g^T], but for the head, where
+    it gives nothing. `forwards`: over all ranks, if not as many as that.
     """
     config = run.config
     needed, tokens = calibration_forwards(config)
@@ -5730,7 +5759,8 @@ def collect_moments(
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
         source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
         inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
-        sums[key] = inputs, torch.zeros(rows, device=run.device)
+        whole = config.output_feedback and sensitive and key[0] != "head"  # not the vocabulary's square
+        sums[key] = inputs, torch.zeros((rows, rows) if whole else rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
         for index in run.progress("calibration", range(run.rank, forwards, run.world_size)):
@@ -5761,10 +5791,16 @@ class RoundingProblem(NamedTuple):
     feedback: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what a column's error does to others
     row_exponents: np.ndarray  # int32 (R,) of the step sizes
     column_exponents: np.ndarray  # int32 (C,), in the order of `weight`
+    row_feedback: Tensor | None = None  # fp32 (R, R), what a block of rows does to later ones; None: nothing
 
 
 def rounding_problem(
-    weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]
+    weight: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    damping: float,
+    powers: tuple[float, float, float],
+    output_damping: float = 0.0,
 ) -> RoundingProblem:
     """The problem of rounding `weight` (R, C) with E[x x^T] of `inputs` (C, C) and E[g^2] of `outputs` (R,).
 
@@ -5772,18 +5808,17 @@ def rounding_problem(
     mean diagonal added. With H = R R^T, R upper, and U = R^-1, an error e of column j costs (e / U_jj)^2 once
     the later columns have made up for it: GPTQ adds -e U_jk / U_jj to column k. Reverse water-filling wants
     the same distortion everywhere, so step sizes follow outputs_r^(-1/2) U_jj, to the `powers`: the first is
-    for the geometric means of whole matrices, the others for rows and for columns within.
-    torch.linalg.LinAlgError: H is not positive definite.
+    for the geometric means of whole matrices, the others for rows and for columns within. `outputs` (R, R)
+    are E[g g^T], see `feed_rows`; `output_damping` is added to them like `damping` to the inputs.
+    torch.linalg.LinAlgError: H, or E[g g^T], is not positive definite.
     """
     inputs = inputs.double().cpu().clone()
-    outputs = outputs.double().cpu()
+    outputs, row_feedback = feed_rows(outputs.double().cpu(), output_damping)
     weight = weight.float().cpu() * (inputs.diagonal() > 0)  # a column whose input is always 0 costs no bits
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
 
-    # R is a Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
-    root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    _, inverse = upper_root(inputs[order][:, order])
     feedback = (inverse / inverse.diagonal()[:, None]).float()
 
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
@@ -5797,7 +5832,40 @@ def rounding_problem(
         feedback,
         (STEPS_PER_OCTAVE * row_exponents).round().int().numpy(),
         (STEPS_PER_OCTAVE * column_exponents).round().int().numpy(),
+        row_feedback,
     )
+
+
+def upper_root(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, R^-1) with moments = R R^T and R upper triangular; LinAlgError: not positive definite."""
+    # A Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
+    root = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    return root, torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+
+
+def feed_rows(outputs: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
+    """(cost of a squared error by row (R,), what a block of rows does to later rows (R, R)) of `outputs`.
+
+    `damping` times their mean is added first: what was calibrated says little of errors as large as those at
+    low rates, above all in rows that hardly matter, which would get the largest.
+
+    With G = E[g g^T] an error E costs tr(E^T G E H): YAQA's objective (arXiv 2505.22988). With G = S S^T, S
+    upper, and S_b the square of S on block b of ROW_BLOCK rows, E = F^T N (the columns' feedback) for F =
+    diag(S_b) S^-1, which is 1 on every block, and the rounding errors N cost sum_b N_b^T S_b S_b^T N_b. Of
+    these products the diagonal is counted: a trellis cannot wait for single rows. `outputs` (R,): nothing is
+    fed back.
+    """
+    if outputs.dim() == 1:
+        return outputs + damping * outputs.mean(), None
+    outputs = outputs.clone()
+    outputs.diagonal().add_(damping * outputs.diagonal().mean().clamp_min(1e-30))
+    root, inverse = upper_root(outputs)
+    costs = torch.empty(len(root), dtype=root.dtype)
+    for first in range(0, len(root), ROW_BLOCK):
+        block = slice(first, first + ROW_BLOCK)
+        costs[block] = root[block, block].square().sum(1)
+        inverse[block] = root[block, block] @ inverse[block]
+    return costs, inverse.float()
 
 
 def step_sizes(row_exponents: np.ndarray, column_exponents: np.ndarray, delta: float) -> np.ndarray:
@@ -5826,8 +5894,8 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @numba_jit
-def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with least sum of price (goal - m)^2, both fp32 (R,).
+def viterbi(goals, prices, before, start=0):
+    """Integers m (R,) on a trellis path from `start` with least sum of price (goal - m)^2, both fp32 (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -5838,7 +5906,7 @@ def viterbi(goals, prices, before):
     choices = np.empty((rows, states), np.uint8)
     branch = np.empty(4, np.float32)  # cost of a branch by m modulo 4
     cost = np.full(states, 1e30, np.float32)  # of the best path that ends in a state
-    cost[0] = 0
+    cost[start] = 0
     with_0 = np.empty(states, np.float32)  # of that path, continued with bit 0
     with_1 = np.empty(states, np.float32)
     for row in range(rows):
@@ -5867,7 +5935,36 @@ def viterbi(goals, prices, before):
 
 
 @numba_jit
-def round_columns(w, step_size, feedback, bit_prices, before, largest):
+def round_rows(w, taken, step_size, prices, feedback, after, before):
+    """Integers (R,) of one column w (R,) block by block; the errors go to later rows and stay in w.
+
+    `taken` (R,) is what the errors of earlier columns have taken from this one: what later rows make up for
+    is both. The trellis looks ROW_PREVIEW rows beyond a block before this is decided.
+    """
+    rows = len(w)
+    integers = np.empty(rows, np.int32)
+    state = np.int64(0)
+    for first in range(0, rows, ROW_BLOCK):
+        end = min(first + ROW_BLOCK, rows)
+        seen = min(end + ROW_PREVIEW, rows)
+        goals = w[first:seen] / (step_size[first:seen] * prices[first:seen])
+        if before.shape[1]:
+            found = viterbi(goals, prices[first:seen], before, state)
+        else:
+            found = np.rint(goals).astype(np.int32)
+        for row in range(first, end):
+            integer = found[row - first]
+            integers[row] = integer
+            state = np.int64(after[state, integer >> 1 & 1])
+            w[row] -= integer * step_size[row]
+            error = w[row] + taken[row]
+            for later in range(end, rows):
+                w[later] -= feedback[row, later] * error
+    return integers
+
+
+@numba_jit
+def round_columns(w, step_size, feedback, row_feedback, bit_prices, after, before, largest):
     """Integers (C, R) of the columns w (C, R) in turn; the error of each goes to later ones and stays in w.
 
     With s the step size and p the price of an integer's square (R,), a column minimises (w/s - m)^2 + p s^2
@@ -5877,10 +5974,14 @@ def round_columns(w, step_size, feedback, bit_prices, before, largest):
     columns, rows = w.shape
     integers = np.empty(w.shape, np.int32)
     for j in range(columns):
+        given = w[j].copy()
         for i in range(j):
             for row in range(rows):
                 w[j, row] -= feedback[i, j] * w[i, row]
         g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
+        if len(row_feedback):
+            integers[j] = round_rows(w[j], given - w[j], step_size[j], g, row_feedback, after, before)
+            continue
         goals = w[j] / (step_size[j] * g)
         if before.shape[1]:
             integers[j] = viterbi(goals, g, before)
@@ -5899,7 +6000,8 @@ def round_matrix(
 ) -> np.ndarray:
     """Integers int32 (R, C) so that integers * step_size, fp32 (R, C), has little error under the inputs.
 
-    Column by column, the error of one goes to those not yet rounded (GPTQ). `bit_price` is how much of the
+    Column by column, the error of one goes to those not yet rounded (GPTQ), and with `row_feedback` to later
+    rows as well. `bit_price` is how much of the
     price of its bits an integer pays: a bit is worth 2 ln 2 of the distortion D, and a Gaussian integer m has
     log2(e) m^2 / (2 variance) bits, together D m^2 / variance. In units of the squared step size D is 0.26
     with a trellis and 1/12 without. `largest` clips the integers, but only without a trellis.
@@ -5911,8 +6013,12 @@ def round_matrix(
     distortion = np.float32(0.26 if states else 1 / 12)
     bit_prices = bit_price * distortion / np.maximum(np.square(w).mean(0), np.float32(1e-20))
     integers = np.empty(w.shape, np.int32)
+    after, before = trellis(states)
+    row_feedback = (
+        np.empty((0, 0), np.float32) if problem.row_feedback is None else problem.row_feedback.numpy()
+    )
     integers[order] = round_columns(
-        w, step_size, problem.feedback.numpy(), bit_prices, trellis(states)[1], largest
+        w, step_size, problem.feedback.numpy(), row_feedback, bit_prices, after, before, largest
     )
     return np.ascontiguousarray(integers.T)
 
@@ -6009,6 +6115,52 @@ def matrix_weight(weights: dict[str, Tensor], matrix: Matrix) -> Tensor:
     return weight if matrix.index is None else weight[matrix.index]
 
 
+def fp16_tensors(table: dict[str, ParameterSpec], weights: dict[str, Tensor]) -> dict[str, Quantized]:
+    """What the artifact holds in fp16, by name."""
+    return {
+        name: Quantized(weights[name].half().cpu())
+        for name, spec in table.items()
+        if spec.quantizer == "fp16"
+    }
+
+
+def pose_problems(
+    config: Config,
+    table: dict[str, ParameterSpec],
+    weights: dict[str, Tensor],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    powers: tuple[float, float, float],
+) -> dict[str, RoundingProblem]:
+    """The rounding problem of every matrix, in table order; Stop if `moments` are not positive definite."""
+    matrices = list_matrices(table)
+
+    def pose(matrix: Matrix) -> RoundingProblem:
+        weight = matrix_weight(weights, matrix)
+        # Not that of the head: the probabilities of tokens differ, and are known.
+        outputs = config.output_dampening if matrix.quantizer != "embed" else 0.0
+        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers, outputs)
+
+    try:
+        posed = parallel_map(pose, matrices)
+    except torch.linalg.LinAlgError:
+        raise Stop(
+            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs or outputs are "
+            "not positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
+        ) from None
+    return {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+
+
+def clip_matrices(
+    config: Config, table: dict[str, ParameterSpec], problems: dict[str, RoundingProblem]
+) -> dict[str, Quantized]:
+    """Every matrix by SDClip."""
+
+    def clip(matrix: Matrix) -> Quantized:
+        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
+
+    return dict(zip(problems, parallel_map(clip, list_matrices(table)), strict=True))
+
+
 def quantize(
     run: Run,
     table: dict[str, ParameterSpec],
@@ -6019,46 +6171,36 @@ def quantize(
 ) -> dict[str, Quantized]:
     """All `weights` as the artifact holds them, by flat name: matrices in table order, then fp16 tensors.
 
-    rate_distortion makes a file of `goal` bytes. Rank 0 only: the matrices are spread over its threads. Stop
-    if the `moments` of a matrix's inputs are not positive definite.
+    rate_distortion makes a file of `goal` bytes, and where its fp16 tensors are to be tuned, one that stays
+    below whatever becomes of them. Rank 0 only: the matrices are spread over its threads. Stop if the
+    `moments` of a matrix are not positive definite.
     """
     config = run.config
-    matrices = list_matrices(table)
-    small = {
-        name: Quantized(weights[name].half().cpu())
-        for name, spec in table.items()
-        if spec.quantizer == "fp16"
-    }
+    small = fp16_tensors(table, weights)
     powers = SENSITIVITY_POWERS if config.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
-
-    def pose(matrix: Matrix) -> RoundingProblem:
-        weight = matrix_weight(weights, matrix)
-        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers)
-
-    def clip(matrix: Matrix) -> Quantized:
-        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
-
-    try:
-        posed = parallel_map(pose, matrices)
-    except torch.linalg.LinAlgError:
-        raise Stop(
-            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs are not "
-            "positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
-        ) from None
-    problems = {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+    problems = pose_problems(config, table, weights, moments, powers)
     if config.quantizer == "sdclip":
-        return dict(zip(problems, parallel_map(clip, matrices), strict=True)) | small
+        return clip_matrices(config, table, problems) | small
 
     trials: dict[float, dict[str, Quantized]] = {}
+    growth = fp16_growth(config, small) if config.tune_steps else 0
 
     def size_of(delta: float) -> int:
         trials[delta] = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
-        return len(encode_artifact(config, trials[delta], looped))
+        return len(encode_artifact(config, trials[delta], looped)) + growth
 
     count = sum(problem.weight.numel() for problem in problems.values())
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
     guess = guess_delta(problems, goal, config.trellis_states)
     return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
+
+
+def fp16_growth(config: Config, small: dict[str, Quantized]) -> int:
+    """How many bytes the stream of the fp16 tensors may grow by if other values do not compress at all."""
+    values = [tensor.values for tensor in small.values()]
+    raw = sum(value.nbytes for value in values)
+    now = len(code_stream(values, config.compressor, config.trellis_states))
+    return raw + raw // 1000 + 128 - now  # what a compressor adds to noise
 
 
 def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
@@ -6071,6 +6213,141 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
         banked = len(table[name].shape) == 3
         weights[name] = torch.stack(matrices) if banked else matrices[0]
     return weights
+
+
+# === TUNING ===
+# In: the rounded tensors and the unquantised weights. Out: the same integers and step sizes; what the
+# artifact holds in fp16 beside them (scales, gains, mixes, gates) has been trained for TUNE_STEPS steps until
+# the model's distribution comes as near to the unquantised one's as it can: no byte more. It reads training
+# tokens, so rounding and tuning are part of the training budget. A reader may change what is trained
+# (`Tuning.parameters`) or by what (`tuning_loss`).
+
+TUNE_FORWARD = 2**13  # most tokens of a forward: two models' logits are kept
+ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly two or three
+
+
+def tuning_forwards(config: Config) -> tuple[int, int]:
+    """How many forwards a tuning step takes over all ranks, and the tokens of each."""
+    windows = max(1, config.tune_tokens // config.train_seq_len)
+    part = max(1, min(windows // STREAMS, TUNE_FORWARD // config.train_seq_len))  # 8 ranks share a step
+    return windows // part, part * config.train_seq_len
+
+
+def ignore_product(site: str, layer: int, x: Tensor, y: Tensor) -> None:
+    """A tap that sees nothing: with it every product is taken as in calibration, no scale in a matrix."""
+
+
+def log_probabilities(model: GPT, batch: Batch) -> Tensor:
+    """The model's log-probabilities of the token after each of `batch`, fp32 (tokens, V)."""
+    x = model.trunk(batch, Hooks(ignore_product)).flatten(0, 1)
+    cap = model.config.logit_softcap
+    raw = F.linear(x, model.embed.to(model.dtype)).float()
+    return F.log_softmax(cap * torch.tanh(raw / cap), -1)
+
+
+def tuning_loss(teacher: GPT, model: GPT, batch: Batch, share: float) -> Tensor:
+    """KL of the `model` from the `teacher` in nats per token, and `share` times the model's own loss."""
+    with torch.no_grad():
+        wanted = log_probabilities(teacher, batch)
+    found = log_probabilities(model, batch)
+    loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return loss + share * F.nll_loss(found, batch.targets.flatten()) if share else loss
+
+
+class Tuning:
+    """The training after rounding: a model with the rounded weights, and one with those before."""
+
+    def __init__(self, run: Run, model: GPT, data: Dataset, before: dict[str, Tensor]):
+        self.run = run
+        self.config = run.config
+        self.model = model
+        self.teacher = GPT(model.config, model.attend, model.fused, model.dtype, model.feed_forward)
+        self.teacher.to(run.device).requires_grad_(False)
+        self.teacher.looped = model.looped
+        self.teacher.load_state_dict(before)
+        self.parameters = {
+            name: model.get_parameter(name) for name, spec in model.table.items() if spec.quantizer == "fp16"
+        }
+        betas = (self.config.beta1, self.config.beta2)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), self.config.tune_lr, betas)
+        self.forwards, tokens = tuning_forwards(self.config)
+        changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
+        self.loader = ShuffledLoader(dataclasses.replace(self.config, **changes), data)
+
+    def gradient(self, step: int) -> Tensor:
+        """The gradient of all parameters in a row and behind it the loss, the mean over a step's forwards.
+
+        Each forward has a row of its own, which one rank fills; rows are added in order. So the result has
+        the same bits for any number of ranks.
+        """
+        parameters = list(self.parameters.values())
+        size = sum(parameter.numel() for parameter in parameters)
+        rows = torch.zeros(self.forwards, size + 1, device=self.run.device)
+        for forward in range(self.run.rank, self.forwards, self.run.world_size):
+            place = step * self.forwards + forward
+            batch = to_device(self.loader.get(place // STREAMS, place % STREAMS), self.run)
+            loss = tuning_loss(self.teacher, self.model, batch, self.config.tune_loss_weight)
+            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            rows[forward] = torch.cat([part.flatten().float() for part in (*parts, loss.detach())])
+        return self.run.sum_over_ranks(rows).mean(0)
+
+    def step(self, step: int, rate: float) -> Tensor:
+        """One update at `rate` times TUNE_LR; the loss before it (0-d, on the device)."""
+        parameters = self.parameters.values()
+        *parts, loss = self.gradient(step).split([*(parameter.numel() for parameter in parameters), 1])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.tune_lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss[0]
+
+    @contextlib.contextmanager
+    def only_parameters(self) -> Iterator[None]:
+        """Within it nothing but what is tuned has a gradient."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.parameters)
+        try:
+            yield
+        finally:
+            self.model.requires_grad_(True)
+
+
+def spread_weights(run: Run, model: GPT, tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+    """The weights of rank 0's `tensors` on every rank."""
+    if run.is_main:
+        found = assemble_weights(model.table, tensors)
+    else:
+        found = {name: torch.zeros(spec.shape) for name, spec in model.table.items()}
+    return {name: run.sum_over_ranks(found[name].to(run.device)) for name in model.table}
+
+
+def tune(
+    run: Run, model: GPT, data: Dataset, before: dict[str, Tensor], tensors: dict[str, Quantized]
+) -> dict[str, float]:
+    """Train the fp16 tensors in rank 0's `tensors`, in place; returns the facts. Every rank takes part.
+
+    `before` are the weights before rounding. Stop if the loss is not finite.
+    """
+    began = run.now()
+    model.load_state_dict(spread_weights(run, model, tensors))
+    tuning = Tuning(run, model, data, before)
+    steps = run.config.tune_steps
+    losses = []
+    with tuning.only_parameters():
+        for step in run.progress("tuning", range(steps)):
+            losses.append(tuning.step(step, 1 - step / steps))
+    tenth = max(1, steps // 10)
+    first, last = (torch.stack(part).mean().item() for part in (losses[:tenth], losses[-tenth:]))
+    if not math.isfinite(last):
+        raise Stop(f"TUNE_LR={run.config.tune_lr}: the loss of tuning is not finite; lower it")
+    if run.is_main:
+        for name, parameter in tuning.parameters.items():
+            tensors[name] = Quantized(parameter.detach().half().cpu())
+    seconds = run.now() - began
+    run.log(f"tuned {len(tuning.parameters)} tensors in {steps} steps: loss {first:.5f} -> {last:.5f}")
+    return {"tune_seconds": seconds, "tune_loss_first": first, "tune_loss_last": last}
 
 
 # === ARTIFACT ===
@@ -8606,21 +8883,74 @@ def count_cached_files(config: Config) -> int:
 def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
     """Seconds of the budget to keep for calibration: 1.3 times what few forwards per rank suggest, and one.
 
-    The slowest rank decides. The factor and the second are for what a sample cannot show (not measured on a
-    GPU); the first forward, with what is loaded or compiled on first use, is not counted.
+    With TUNE_STEPS also for rounding and tuning. The slowest rank decides. The factor and the second are for
+    what a sample cannot show (not measured on a GPU); the first forward, with what is loaded or compiled on
+    first use, is not counted.
     """
     forwards, _ = calibration_forwards(run.config)
     model.looped = loop_states(run.config)[-1]
     seconds = []
     for count in (1, 1, 3):
         began = run.now()
-        collect_moments(run, model, data, count * run.world_size)
+        moments = collect_moments(run, model, data, count * run.world_size)
         seconds.append(run.now() - began)
+    later = measure_tuning(run, model, data, moments) if run.config.tune_steps else 0.0
     model.looped = False
     _, one, three = seconds
     share = -(-forwards // run.world_size)  # forwards of a rank
-    estimate = one + (share - 1) * max(0.0, three - one) / 2
+    estimate = one + (share - 1) * max(0.0, three - one) / 2 + later
     return run.max_over_ranks(1.3 * estimate + 1.0)[0]
+
+
+def round_sample(
+    config: Config,
+    table: dict[str, ParameterSpec],
+    weights: dict[str, Tensor],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+) -> dict[str, Quantized]:
+    """What `quantize` does for one size, with one step size for all `weights`, for about 3 bits each."""
+    problems = pose_problems(config, table, weights, moments, (0.0, 0.0, 0.0))
+    small = fp16_tensors(table, weights)
+    if config.quantizer == "sdclip":
+        return clip_matrices(config, table, problems) | small
+    count = sum(problem.weight.numel() for problem in problems.values())
+    delta = guess_delta(problems, 3 * count / 8, config.trellis_states)
+    rounded = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
+    encode_artifact(config, rounded, True)
+    return rounded
+
+
+def measure_tuning(
+    run: Run, model: GPT, data: Dataset, moments: dict[tuple[str, int], tuple[Tensor, Tensor]]
+) -> float:
+    """Seconds that rounding (rank 0: ROUNDING_TRIALS sizes) and TUNE_STEPS steps take; all is restored.
+
+    A first weight may be 0, which rounds and codes faster than any other: noise is added for the sample.
+    """
+    fresh = to_cpu(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: w.float() + 0.02 * torch.randn(w.shape, generator=generator) for name, w in fresh.items()
+    }
+    rounded: dict[str, Quantized] = {}
+
+    def round_once() -> float:
+        began = time.monotonic()
+        rounded.update(round_sample(run.config, model.table, weights, moments))
+        return time.monotonic() - began
+
+    run.on_main_rank(round_once)  # compiles
+    seconds = ROUNDING_TRIALS * run.on_main_rank(round_once)
+    model.load_state_dict(spread_weights(run, model, rounded))
+    tuning = Tuning(run, model, data, weights)
+    times = []
+    with tuning.only_parameters():
+        for step in range(3):
+            began = run.now()
+            tuning.step(step, 0.0)
+            times.append(run.now() - began)
+    model.load_state_dict(fresh)
+    return seconds + run.config.tune_steps * sum(times[1:]) / 2
 
 
 def compiled_graphs() -> int:
@@ -8712,11 +9042,12 @@ class Training:
         """From here on every second counts."""
         limit = self.config.max_wallclock_seconds
         how = "measured" if self.config.gptq_reserve_seconds < 0 else "GPTQ_RESERVE_SECONDS"
-        self.run.log(f"calibration: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
+        what = "calibration, rounding and tuning" if self.config.tune_steps else "calibration"
+        self.run.log(f"{what}: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
         if self.reserve >= limit:
             raise Stop(
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
-                "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
+                "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
         if self.config.val_loss_every:
             self.validation = load_validation(data)
@@ -8912,6 +9243,31 @@ def check_compressor(compressor: str) -> None:
         raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
 
 
+def packing_loss(bits: float) -> float:
+    """About how many bits per byte rate_distortion costs the contest's model at so many `bits` a weight.
+
+    A fifth of what public runs lose at 3.5 bits (0.0086, PR #1855), 1.85 times as much per 3/8 bit less.
+    """
+    return 0.0086 / 5 * 1.85 ** ((3.5 - bits) / 0.375)
+
+
+LEAST_BITS = 2.0  # a weight: below it more parameters take more by packing than they give
+
+
+def warn_of_few_bits(run: Run, limit: int) -> None:
+    """Log a warning if an artifact of `limit` bytes leaves the matrices too few bits."""
+    config = run.config
+    specs = parameter_table(config).values()
+    matrices = sum(math.prod(spec.shape) for spec in specs if spec.quantizer != "fp16")
+    small = sum(math.prod(spec.shape) for spec in specs if spec.quantizer == "fp16")
+    bits = 8 * (limit - 2 * small) / matrices
+    if config.quantizer == "rate_distortion" and not config.artifact and bits < LEAST_BITS:
+        run.log(
+            f"warning: {limit} bytes leave {bits:.2f} bits for each of {matrices} weights, which costs about "
+            f"{packing_loss(bits):+.3f} BPB; lower MLP_MULT or MODEL_DIM"
+        )
+
+
 def preflight(run: Run) -> None:
     """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
     config = run.config
@@ -8934,6 +9290,7 @@ def preflight(run: Run) -> None:
             f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
             f"{least:.0f} needed; lower MODEL_DIM"
         )
+    warn_of_few_bits(run, limit)
 
 
 class Finding(NamedTuple):
@@ -9251,48 +9608,63 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         weights = train_on_validation(run, data, built, weights)
     began = run.now()
     moments = collect_moments(run, model, data)
-    calibration_seconds = run.now() - began
-    run.ledger("train_read_last")
-    budgeted = saved["train_seconds"] + calibration_seconds
-    times = {"hessian_seconds": calibration_seconds, "budgeted_seconds": budgeted}
-    facts = run.on_main_rank(lambda: pack_run(run, model, weights, moments, times))
+    times = {"hessian_seconds": run.now() - began}
+    tensors: dict[str, Quantized] = {}  # of rank 0
+
+    def round_weights() -> None:
+        tensors.update(round_run(run, model, weights, moments))
+
+    if not run.config.tune_steps:
+        run.ledger("train_read_last")
+        times["budgeted_seconds"] = saved["train_seconds"] + times["hessian_seconds"]
+    rounding = run.now()
+    run.on_main_rank(round_weights)
+    times["gptq_seconds"] = run.now() - rounding
+    if run.config.tune_steps:
+        times |= tune(run, model, data, weights, tensors)
+        run.ledger("train_read_last")
+        times["budgeted_seconds"] = saved["train_seconds"] + run.now() - began
+    facts = run.on_main_rank(lambda: pack_run(run, model, tensors, times))
     record_stage(run, "quantize", facts)
     run.complete = "quantize"
 
 
-def pack_run(
+def round_run(
     run: Run,
     model: GPT,
     weights: dict[str, Tensor],
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
-    times: dict[str, float],
-) -> dict[str, Any]:
-    """Write the packed script and the artifact that fills what it leaves of the cap.
-
-    Returns the facts of both together with `times`. Rank 0 only.
-    """
+) -> dict[str, Quantized]:
+    """Write the packed script, and round the weights to what it leaves of the cap. Rank 0 only."""
     config = run.config
-    began = run.now()
+    packed, _ = pack_source(Path(__file__).read_bytes())
+    write_atomically(run.folder / "packed_train_gpt.py", packed)
+    left = config.artifact_cap_bytes - len(packed)
+    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    return quantize(run, model.table, weights, goal, model.looped, moments)
+
+
+def pack_run(run: Run, model: GPT, tensors: dict[str, Quantized], times: dict[str, float]) -> dict[str, Any]:
+    """Seal the artifact; returns its facts and those of the packed script with `times`. Rank 0 only."""
+    config = run.config
     packed, how = pack_source(Path(__file__).read_bytes())
     code_bytes = len(packed)
-    write_atomically(run.folder / "packed_train_gpt.py", packed)
-    left = config.artifact_cap_bytes - code_bytes
-    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
-    tensors = quantize(run, model.table, weights, goal, model.looped, moments)
     rounded = run.now()
     artifact_bytes, digest = seal_artifact(run, tensors, model.looped)
     run.ledger("artifact_sealed", sha256=digest)
     sealed = run.now()
     matrices = sum(tensor.scales is not None for tensor in tensors.values())
     calibration = times["hessian_seconds"]
+    rounding = times["gptq_seconds"]
     run.log(
         f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: "
-        f"calibration {calibration:.1f}s, rounding {rounded - began:.1f}s, "
+        f"calibration {calibration:.1f}s, rounding {rounding:.1f}s, "
         f"sealing {sealed - rounded:.1f}s; read back, all equal; code {how}"
     )
     limit = config.max_wallclock_seconds
     budgeted = times["budgeted_seconds"]
-    run.log(f"training and calibration: {budgeted:.1f}s of {limit:g}s")
+    spent = "training, calibration, rounding and tuning" if config.tune_steps else "training and calibration"
+    run.log(f"{spent}: {budgeted:.1f}s of {limit:g}s")
     total = artifact_bytes + code_bytes
     cap = config.artifact_cap_bytes
     run.log(f"artifact bytes:{artifact_bytes} code:{code_bytes} total:{total} cap:{cap} left:{cap - total}")
@@ -9300,7 +9672,6 @@ def pack_run(
         "artifact_bytes": artifact_bytes,
         "code_bytes": code_bytes,
         "artifact_sha256": digest,
-        "gptq_seconds": rounded - began,
         "pack_seconds": sealed - rounded,
         **times,
     }
