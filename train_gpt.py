@@ -235,8 +235,11 @@ class Config:
     )
     logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
     _schedule = Section("Schedule", "training")
-    schedule: Literal["time", "steps"] = knob(
-        "time", "rates and loops follow the clock or (repeatable) the steps"
+    schedule: Literal["time", "steps", "operations"] = knob(
+        "time", "rates and loops follow the clock or (repeatable) the steps or TRAIN_OPERATIONS"
+    )
+    train_operations: float = knob(
+        0.0, "SCHEDULE=operations: floating-point operations of all steps, forward and backward", not_negative
     )
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
     max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
@@ -329,6 +332,9 @@ class Config:
     eval_prequant: bool = knob(True, "also score the unquantised weights, after the artifact is sealed")
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
+    eval_budget_passes: float = knob(
+        0.0, "limit of evaluation in forwards and backwards per validation token; 0: none", not_negative
+    )
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
     ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
@@ -561,6 +567,11 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            (config.schedule == "operations") == (config.train_operations > 0),
+            f"SCHEDULE={config.schedule}, TRAIN_OPERATIONS={config.train_operations:g}: "
+            "SCHEDULE=operations needs TRAIN_OPERATIONS, and no other schedule reads it",
         ),
         (
             config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
@@ -911,6 +922,7 @@ class Run:
         self.metrics: typing.BinaryIO | None = None
         # The last stage that the run folder holds complete: what stops a later one costs no training.
         self.complete: Literal["", "train", "quantize"] = ""
+        self.token_thirds = 0  # see count_tokens
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -973,6 +985,20 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX, group=self.host_group)
         return facts.tolist()
+
+    def sum_on_hosts(self, value: float) -> float:
+        """A number of the host summed over ranks; no GPU has a part in it."""
+        total = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.item()
+
+    def count_tokens(self, tokens: int, learns: bool) -> None:
+        """Enter a forward of `tokens`, empty rows too, in this rank's account; with its backward it is three.
+
+        A backward has two products for each of the forward.
+        """
+        self.token_thirds += tokens * (3 if learns else 1)
 
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
         """`action` on rank 0 alone; the others get its value or its Stop, and wait for it as hosts."""
@@ -1758,10 +1784,21 @@ def share_batch(batch: Batch, part: int, parts: int) -> Batch:
     return Batch(inputs, targets, pad_starts(np.append(0, inside), size), batch.longest)
 
 
+def attention_pairs(batch: Batch) -> int:
+    """Pairs of a query and a key in the attention segments of a batch in host memory.
+
+    Pairs that causality excludes count, as in torch's FlopCounterMode.
+    """
+    if batch.starts is None:
+        return batch.inputs.numel() * batch.inputs.size(1)
+    return int(np.square(np.diff(batch.starts.numpy().astype(np.int64))).sum())
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
-    A thread prepares the next step while the present one computes.
+    A thread prepares the next step while the present one computes. `pairs` are the attention_pairs of the
+    step that `get` gave last.
     """
 
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
@@ -1770,6 +1807,7 @@ class Feed:
         self.worker = ThreadPoolExecutor(1)
         self.next_step: int | None = None
         self.next_batches = None  # a Future of those of next_step
+        self.pairs = 0
 
     def get(self, step: int) -> list[Batch]:
         """The micro-batches of `step` on the device."""
@@ -1779,7 +1817,9 @@ class Feed:
             batches = self.worker.submit(self.load, step)
         self.next_step = step + 1
         self.next_batches = self.worker.submit(self.load, self.next_step)
-        return [to_device(batch, self.run) for batch in batches.result()]
+        loaded = batches.result()
+        self.pairs = sum(map(attention_pairs, loaded))
+        return [to_device(batch, self.run) for batch in loaded]
 
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory.
@@ -3584,6 +3624,27 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "parallel_resid_lambdas": two_lanes,
     }
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
+
+
+# Parameters that are factors of a product: on every visit of their layer, or once for every token.
+VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
+TOKEN_PRODUCTS = ("embed", "smear_w")
+
+
+def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` with so many attention `pairs`.
+
+    Two for each multiply-add of the products that the route makes, and as many again for each of the two
+    gradients of a product: what torch's FlopCounterMode counts where attention keeps its scores. Elementwise
+    work, what is computed twice and the optimisers do not count; the first token of a row counts as smeared.
+    """
+    table = parameter_table(config)
+    visits = len(make_route(config, looped))
+    entries = {name: math.prod(spec.shape) for name, spec in table.items()}
+    by_visit = sum(entries.get(name, 0) for name in VISIT_PRODUCTS) // config.num_layers
+    by_token = sum(entries.get(name, 0) for name in TOKEN_PRODUCTS)
+    attention = 2 * pairs * config.model_dim  # scores, and what they weigh
+    return 6 * (tokens * (visits * by_visit + by_token) + visits * attention)
 
 
 class Matrix(NamedTuple):
@@ -5829,6 +5890,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         # Which losses are scored is found on the host: a mask on the device would have it wait for a count.
         chosen = scored.flatten().nonzero()[:, 0]
         batch, chosen, places = to_device((batch, chosen, places), run)
+        run.count_tokens(batch.inputs.numel(), learns=False)
         tally.add(forward(batch).flatten()[chosen], places)
 
 
@@ -5931,6 +5993,7 @@ class Learner:
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
+            run.count_tokens(batch.inputs.numel(), learns=True)
             losses = self.model(to_device(batch, run)).view(self.rows, length)
             (losses[: len(mine)].sum() / (len(plan) * length)).backward()
         self.step()
@@ -6125,6 +6188,7 @@ def adapt_documents(
         batch, chosen, places, weight = to_device(prepared, run)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
+            run.count_tokens(batch.inputs.numel(), learning)
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
@@ -6711,11 +6775,13 @@ class Mixture:
         plan = plan_positions(self.stages, longest_document(documents))
         for number, (place, stage) in enumerate(plan):
             chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
+            learning = number + 1 < len(plan)
+            self.run.count_tokens(self.count * chunk.batch.inputs.numel(), learning)
             losses, past = self.run_chunk(chunk, stage)
             scores = self.mixer.mix(-losses.detach().double(), chunk)
             self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
             self.cache.keep(past)
-            if number + 1 < len(plan):
+            if learning:
                 (losses[0] * chunk.weight[:, None]).sum().backward()
                 self.learn(optimizer, part)
 
@@ -7175,7 +7241,15 @@ class Training:
         self.seconds_before = 0.0  # on the clock of the processes that this one resumes
         self.elapsed = 0.0
         self.started = 0.0
+        self.operations = 0  # of all steps and ranks
+        # Of a step at most: with the loops, and with every segment as long as it may be.
+        most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
+        self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
         self.graphs_before_clock = 0
+
+    def count_operations(self, looped: bool, pairs: float) -> int:
+        """Those of a step with so many attention pairs over all ranks."""
+        return step_operations(self.config, looped, self.config.train_batch_tokens, int(pairs))
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -7183,6 +7257,7 @@ class Training:
         self.optimizers.load(saved["optimizers"])
         self.average = {name: weight.to(self.run.device) for name, weight in saved["average"].items()}
         self.step = saved["step"]
+        self.operations = saved["operations"]
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
         self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
@@ -7201,6 +7276,9 @@ class Training:
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
                 "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
             )
+        plain = self.count_operations(False, 0)
+        looped = self.count_operations(self.config.num_loops > 0, 0)
+        self.run.log(f"operations of a step: {plain:.4g}, looped {looped:.4g}, without scores of attention")
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -7221,14 +7299,30 @@ class Training:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there are steps and seconds left."""
-        return self.step < self.config.iterations and self.elapsed < self.budget
+        """Whether there are steps, operations and seconds left."""
+        return self.has_work and self.elapsed < self.budget
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are steps left, and operations for the dearest of them if these are the budget."""
+        limit = self.config.train_operations or math.inf
+        return self.step < self.config.iterations and self.operations + self.dearest <= limit
+
+    @property
+    def steps_left(self) -> float:
+        """How many steps the settings leave, if those to come are as dear as the dearest."""
+        left = float(self.config.iterations - self.step)
+        if self.config.train_operations:
+            left = min(left, (self.config.train_operations - self.operations) // self.dearest)
+        return left
 
     @property
     def progress(self) -> float:
         """What the schedules follow: the part of the steps or of the budget that is used, 0 to 1."""
         if self.config.schedule == "steps":
             return self.step / self.config.iterations
+        if self.config.schedule == "operations":
+            return self.operations / self.config.train_operations
         return self.elapsed / self.budget
 
     def take_step(self) -> None:
@@ -7243,7 +7337,8 @@ class Training:
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
-        last = self.step == config.iterations
+        self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
+        last = not self.has_work
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
         self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
         if not_finite:
@@ -7265,7 +7360,7 @@ class Training:
         here = self.run.now() - self.started
         seconds = self.seconds_before + here
         step_seconds = here / (self.step - self.first_step)
-        left = min(step_seconds * (config.iterations - self.step), max(self.budget - seconds, 0.0))
+        left = min(step_seconds * self.steps_left, max(self.budget - seconds, 0.0))
         speed = config.train_batch_tokens / step_seconds
         self.run.log(
             f"step:{self.step}/{config.iterations} train_loss:{mean:.4f} lr:{rate:.3f} "
@@ -7295,6 +7390,7 @@ class Training:
     def content(self, complete: bool, seconds: float) -> dict[str, Any]:
         """What every checkpoint.pt holds besides tensors; `seconds` of training."""
         place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        place["operations"] = self.operations
         return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
@@ -7310,6 +7406,7 @@ class Training:
         step_ms = 1000 * seconds / max(self.step, 1)
         facts = {
             "steps": self.step,
+            "operations": self.operations,
             "train_seconds": seconds,
             "step_ms": step_ms,
             "tokens_per_second": self.step * config.train_batch_tokens / seconds,
@@ -7319,10 +7416,12 @@ class Training:
         }
         warning = "warning: " if inside else ""
         run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
-        limit = "ITERATIONS" if self.step >= config.iterations else "MAX_WALLCLOCK_SECONDS"
+        limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
+        if self.step >= config.iterations:
+            limit = "ITERATIONS"
         run.log(
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
-            f"peak memory {mebibytes} MiB, stopped by {limit}"
+            f"{self.operations:.4g} operations, peak memory {mebibytes} MiB, stopped by {limit}"
         )
         run.on_main_rank(functools.partial(self.save_trained, seconds, facts))
         run.complete = "train"
@@ -7587,15 +7686,6 @@ def inspect_machine(run: Run, whole: bool) -> float:
     return peak
 
 
-def step_flops(config: Config, looped: bool) -> float:
-    """FLOPs of the matrix products of one step, forward and backward, without the scores of attention."""
-    width = config.model_dim
-    grouped = width // config.num_heads * config.num_kv_heads
-    visit = 2 * width * width + 2 * width * grouped + 2 * width * config.mlp_mult * width
-    weights = len(make_route(config, looped)) * visit + width * config.vocab_size
-    return 6 * config.train_batch_tokens * weights
-
-
 def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
     """Steps per second over a whole run, from the seconds of one step by loop state."""
     plain = seconds[False]
@@ -7641,7 +7731,11 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
     budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
-    floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
+    # Without the scores of attention, which depend on the lengths of documents.
+    least = {
+        looped: step_operations(config, looped, config.train_batch_tokens, 0) for looped in (False, True)
+    }
+    floors = {looped: least[looped] / (peak * run.world_size) for looped in loop_states(config)}
     fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
@@ -7859,6 +7953,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         rehearse(run, modes)
     graphs = compiled_graphs()
 
+    run.token_thirds = 0
     began = run.now()
     run.ledger("eval_clock_start")
     run.ledger("validation_read")
@@ -7874,6 +7969,8 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
     seconds = run.now() - began
+    passes = run.sum_on_hosts(run.token_thirds) / 3 / final.tokens
+    run.log(f"evaluation: {passes:.2f} forwards and backwards per token")
 
     late = warn_of_late_graphs(run, graphs)
     if run.is_main and final.losses is not None:
@@ -7888,6 +7985,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         "val_bytes": final.bytes,
         "bpb": bpb,
         "eval_seconds": seconds,
+        "eval_passes": passes,
         "graphs_inside_eval_clock": late,
         "artifact_bytes": path.stat().st_size,
         "artifact_sha256": digest,
@@ -7923,6 +8021,10 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
         "size": (facts["total_bytes"], config.artifact_cap_bytes),
         "eval": (facts["eval_seconds"], config.eval_budget_seconds),
     }
+    if config.eval_budget_passes:
+        limits["passes"] = (facts["eval_passes"], config.eval_budget_passes)
+    if config.train_operations:
+        limits["operations"] = (facts.get("operations"), config.train_operations)
     broken = []
     for name, (value, limit) in limits.items():
         if value is None:
