@@ -5,6 +5,8 @@
     ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one after the other
     ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten combinations
     ./sweep.py --stage evaluate --artifact runs/A/final_model.ptz EVAL_STRIDE=64,32      one frozen artifact
+    ./sweep.py --levers records/levers.txt SEED=1,2,3 --recipe records/recipes/mini.env  changes one by one,
+                                                                 then together, then all but one
 
 The first value of each setting is the baseline that the others are compared with, over the same seeds; on a
 frozen artifact document by document. The caller's environment lies below these settings, --recipe below the
@@ -39,6 +41,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import levers
 import recipes
 from results import (
     Run,
@@ -366,13 +369,20 @@ class Sweep:
             str(self.script),
         ]
 
-    def run(self, runs: list[Settings]) -> None:
-        """Bring every run to its end, several at once; a failure is reported and does not stop the others."""
+    def run(self, runs: list[Settings], finished: Callable[[str], None] | None = None) -> None:
+        """Bring every run to its end, several at once; a failure is reported and does not stop the others.
+
+        `finished` is told the name of each that has ended with a summary, also if that was before.
+        """
         wanted = {name_of(settings): settings for settings in runs}
         pending = [name for name in wanted if not (self.folder / name / "summary.json").exists()]
         done = len(wanted) - len(pending)
         if done:
             print(f"{done} of {len(wanted)} runs are finished already", flush=True)
+        tell = finished or (lambda name: None)
+        for name in wanted:
+            if name not in pending:
+                tell(name)
         going: dict[int, tuple[str, Poll, float]] = {}
         while pending or going:
             for slot in range(self.capacity):
@@ -383,6 +393,7 @@ class Sweep:
                 pending.remove(ready)
                 if (self.folder / ready / "summary.json").exists():
                     done += 1
+                    tell(ready)
                     continue
                 (self.folder / ready).mkdir(exist_ok=True)
                 settings = self.base | wanted[ready] | {"RUN_ID": ready, "OUT_DIR": str(self.folder)}
@@ -397,6 +408,8 @@ class Sweep:
                 outcome = outcome_of(self.folder / name, status)
                 seconds = time.monotonic() - begin
                 print(f"[{done}/{len(wanted)}] {name}: {outcome} ({seconds:.1f}s)", flush=True)
+                if (self.folder / name / "summary.json").exists():
+                    tell(name)
             time.sleep(0.1)
 
 
@@ -510,6 +523,80 @@ def text_table(rows: list[Row], metric: str) -> str:
     return "\n".join(shown)
 
 
+# === LEVERS ===
+
+
+def resolve_levers(options: argparse.Namespace, base: Settings, chosen: list[levers.Lever]) -> list[Settings]:
+    """The effective settings of the base and of each lever; Stop for no setting, and for no change."""
+    every = [levers.Lever(levers.BASE, {}, ""), *chosen]
+    with ThreadPoolExecutor(environment.usable_cores()) as pool:
+        found = list(pool.map(lambda lever: effective(options.script, base | lever.settings), every))
+    for lever, result in zip(every[1:], found[1:], strict=True):
+        if unknown := lever.settings.keys() - result.keys():
+            raise Stop(f"{options.levers}: {lever.name}: {min(unknown)} is not a setting; --help lists them")
+        if result == found[0]:
+            raise Stop(f"{options.levers}: {lever.name}: changes nothing here; drop it")
+    return found
+
+
+class LeverRuns:
+    """The runs of a sweep of levers: which are still to be made, and the record of each when it ends."""
+
+    def __init__(self, sweep: Sweep, contest: levers.Contest, identity: dict[str, Any]):
+        self.sweep = sweep
+        self.contest = contest
+        self.identity = identity
+
+    def bring(self, wanted: list[levers.Lever]) -> None:
+        """Every lever to its end with every seed, lever by lever, and its record into the file."""
+        places: dict[str, tuple[levers.Lever, Settings, str]] = {}
+        runs: list[Settings] = []
+        for lever in wanted:
+            found = effective(self.sweep.script, self.sweep.base | lever.settings)
+            for seed in self.contest.seeds:
+                if not self.contest.is_known(lever, found, seed):
+                    settings = lever.settings | {"SEED": seed}
+                    places[name_of(settings)] = (lever, found, seed)
+                    runs.append(settings)
+
+        def enter(name: str) -> None:
+            self.contest.enter(self.sweep.folder / name, *places[name])
+
+        self.sweep.plan(self.identity, runs)
+        self.sweep.run(runs, enter)
+
+
+def pull_levers(options: argparse.Namespace, base: Settings, seeds: list[str]) -> None:
+    """Run a file of levers to the end, see levers.run_rounds; exit status 1 if a run failed."""
+    chosen = levers.read_levers(options.levers)
+    found = resolve_levers(options, base, chosen)
+    known = found[0].keys()
+    same = {name: value for name, value in found[0].items() if name not in (*OURS, "SEED")}
+    identity = identity_of(options, {}, same) | {"mode": "levers"}
+    recipe = options.recipe.name if options.recipe else "no recipe"
+    source = identity["source_sha256"]
+    options.folder = (options.out / (options.name or f"levers-{Path(recipe).stem}-{source[:6]}")).resolve()
+    contest = levers.Contest(
+        options.records, found[0], effective(options.script, {}), source, recipe, seeds or [found[0]["SEED"]]
+    )
+    with Sweep(options, {name: value for name, value in base.items() if name in known}) as sweep:
+        sweep.plan(identity, [])
+        if options.script.resolve() != sweep.script:
+            shutil.copyfile(options.script, sweep.script)
+        print(f"levers: {os.path.relpath(options.folder)}, records {options.records}", flush=True)
+        levers.run_rounds(contest, chosen, options.metric, LeverRuns(sweep, contest, identity).bring)
+    rows = levers.judge(contest.records(), options.metric)
+    table = levers.text_table(rows)
+    write_atomically(options.folder / "table.txt", table + "\n")
+    write_atomically(options.folder / "levers.svg", levers.draw(rows, f"{recipe}: levers against the base"))
+    print(table)
+    lacking = [row.name for row in rows if row.seeds < len(contest.seeds)]
+    missing = {levers.BASE, *(lever.name for lever in chosen)} - {row.name for row in rows}
+    if lacking or missing:
+        print("not finished: " + ", ".join([*lacking, *sorted(missing)]))
+        raise SystemExit(1)
+
+
 # === COMMAND LINE ===
 
 
@@ -538,6 +625,14 @@ def add_what_to_run(add: Callable[..., Any]) -> None:
     add("axes", nargs="*", metavar="NAME=VALUE,VALUE", help="a setting and its values, the baseline's first")
     add("--greedy", action="store_true", help="one setting after the other, each keeping its best value")
     add("--random", type=int, default=0, metavar="N", help="N of the combinations, the baseline among them")
+    add("--levers", type=Path, metavar="FILE", help="a file of levers, as records/levers.txt")
+    add(
+        "--records",
+        type=Path,
+        default=levers.RECORDS,
+        metavar="FILE",
+        help="where runs of levers are recorded, default: records/levers.jsonl",
+    )
     add("--recipe", type=Path, metavar="FILE", help="settings below the environment, as in records/recipes/")
     add(
         "--stage",
@@ -610,6 +705,8 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("random", "jobs"):
         if getattr(options, name) < 0:
             raise Stop(f"--{name} {getattr(options, name)}: must not be negative")
+    if options.levers and (options.greedy or options.random or options.stage != "all" or options.highest):
+        raise Stop("--levers: stands alone; drop --greedy, --random, --stage and --highest")
     if options.gpus_per_run not in (1, 2, 4, 8):
         raise Stop(f"--gpus-per-run {options.gpus_per_run}: must be 1, 2, 4 or 8")
     if options.greedy and (options.random or not options.axes):
@@ -653,6 +750,13 @@ def main(arguments: list[str]) -> None:
     if options.artifact:
         fixed["ARTIFACT"] = str(options.artifact.resolve())
     base = below(options) | {name: value for name, value in os.environ.items() if name not in OURS} | fixed
+    if options.levers:
+        if axes:
+            raise Stop(
+                f"{next(iter(axes))}: --levers takes SEED alone; set it in the environment or the file"
+            )
+        pull_levers(options, base, seeds)
+        return
     with_seeds = lambda settings: (
         [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
     )

@@ -105,6 +105,14 @@ bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
 )
+decay_list = Check(
+    lambda value: re.fullmatch(r"(0?\.\d+:\d*\.?\d+(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs decay:weight separated by commas, as in 0.85:0.4385,0.98:0.5615",
+)
+length_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
+)
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -185,6 +193,9 @@ class Config:
     )
     train_seq_len: int = knob(
         2048, "tokens per window, and the longest document segment when packed", positive
+    )
+    train_seq_schedule: str = knob(
+        "", "length@progress,...: packed segments are no longer until then (#2014); empty: none", length_list
     )
     _model = Section("Model", "training")
     vocab_size: int = knob(8192, "entries of the tokenizer", vocabulary_size)
@@ -269,6 +280,12 @@ class Config:
         1.0, "progress at which MUON_WD starts to fall linearly (#1729: 0.7)", fraction
     )
     wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
+    wd_follows_rate: bool = knob(False, "MUON_WD falls with the learning rate: the decay by its square")
+    muon_mixture: str = knob(
+        "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
+    )
+    muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
+    muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
         False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
@@ -284,12 +301,19 @@ class Config:
         "global", "clip after or before averaging over ranks (#1585)"
     )
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
+    prefix_loss: float = knob(
+        0.0, "weight, at first, of the loss of the longest token that a target begins with", not_negative
+    )
+    prefix_loss_until: float = knob(0.67, "progress at which that weight has fallen to 0", positive)
     _quantizer = Section("Quantizer", "artifact")
     quantizer: Literal["rate_distortion", "sdclip"] = knob(
         "rate_distortion", "sensitivity steps, or clipped rows"
     )
     trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
     artifact_target_bytes: int = knob(0, "rate_distortion: fill this, 0: the cap less the code", not_negative)
+    ema_share: float = knob(
+        1.0, "part of the average in the weights that are quantised; the rest is the last step's", fraction
+    )
     gptq_calibration_batches: int = knob(
         32, "training micro-batches for calibration, over all ranks", positive
     )
@@ -567,6 +591,10 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            not config.train_seq_schedule or config.loader == "packed",
+            f"TRAIN_SEQ_SCHEDULE={config.train_seq_schedule}: needs LOADER=packed, whose segments it cuts",
         ),
         (
             (config.schedule == "operations") == (config.train_operations > 0),
@@ -1794,6 +1822,24 @@ def attention_pairs(batch: Batch) -> int:
     return int(np.square(np.diff(batch.starts.numpy().astype(np.int64))).sum())
 
 
+def longest_segment(config: Config, progress: float) -> int:
+    """The longest document segment of packed rows at `progress`, by TRAIN_SEQ_SCHEDULE and TRAIN_SEQ_LEN."""
+    for pair in filter(None, config.train_seq_schedule.split(",")):
+        length, until = pair.split("@")
+        if progress < float(until):
+            return min(int(length), config.train_seq_len)
+    return config.train_seq_len
+
+
+def shorten_segments(batch: Batch, longest: int) -> Batch:
+    """A packed batch in host memory whose segments are cut where they are longer than `longest`."""
+    if batch.starts is None or longest >= batch.longest:
+        return batch
+    edges = np.unique(batch.starts.numpy())
+    cuts = [np.arange(first, end, longest) for first, end in itertools.pairwise(edges)]
+    return batch._replace(starts=pad_starts(np.concatenate(cuts), int(edges[-1])), longest=longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
@@ -1809,15 +1855,15 @@ class Feed:
         self.next_batches = None  # a Future of those of next_step
         self.pairs = 0
 
-    def get(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` on the device."""
+    def get(self, step: int, longest: int = sys.maxsize) -> list[Batch]:
+        """The micro-batches of `step` on the device; packed segments are cut to `longest` tokens."""
         if step == self.next_step:
             batches = self.next_batches
         else:
             batches = self.worker.submit(self.load, step)
         self.next_step = step + 1
         self.next_batches = self.worker.submit(self.load, self.next_step)
-        loaded = batches.result()
+        loaded = [shorten_segments(batch, longest) for batch in batches.result()]
         self.pairs = sum(map(attention_pairs, loaded))
         return [to_device(batch, self.run) for batch in loaded]
 
@@ -4097,6 +4143,8 @@ class GPT(nn.Module):
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
+        self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
+        self.prefix_weight: Tensor | None = None
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
@@ -4105,6 +4153,7 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
+        plain = plain and self.prefixes is None
         if self.fused and plain and torch.is_grad_enabled():
             losses, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
@@ -4113,6 +4162,8 @@ class GPT(nn.Module):
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
+        if self.prefixes is not None:
+            losses = losses + self.learn_prefixes(losses, logits, targets)
         if batch.guesses is None:
             return losses.view_as(batch.targets)
         # Two tokens of one distribution: their losses differ as their logits do.
@@ -4121,6 +4172,18 @@ class GPT(nn.Module):
         chosen = (self.config.logit_softcap * torch.tanh(raw)).T
         guessed = losses.detach() + chosen[0] - chosen[1:]
         return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
+
+    def learn_prefixes(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """`prefix_weight` times the losses (N,) of `prefixes` of the targets, 0 where there is none.
+
+        The longest token that a target's bytes begin with is nearly right, and costs no product
+        (modded-nanogpt #337): two tokens of one distribution have losses that differ as their logits do.
+        """
+        prefix = self.prefixes[targets]
+        cap = self.config.logit_softcap
+        raw = logits.gather(1, torch.stack((targets, prefix.clamp_min(0)), 1)).float() / cap
+        chosen = cap * torch.tanh(raw)
+        return self.prefix_weight * (prefix >= 0) * (losses + chosen[:, 0] - chosen[:, 1])
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -4532,16 +4595,31 @@ def muon_update(
     dtype: torch.dtype,
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
+    units: int = 1,
+    mixture: Sequence[tuple[Tensor, float, float]] = (),
+    mixed: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
+    With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
+    that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
+    (modded-nanogpt #340, #357).
     """
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
+    for average, decay, _ in mixture:
+        average.lerp_(gradient.to(average), 1 - decay)
+    if mixed:
+        parts = [
+            weight * torch.lerp(gradient.float(), average.float(), decay)
+            for average, decay, weight in mixture
+        ]
+        update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalize(update.to(dtype), coefficients, fused)
+    split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
+    return orthogonalize(split, coefficients, fused).view_as(update)
 
 
 # The same collectives under the names of torch from 2.13 on and before.
@@ -4569,12 +4647,21 @@ class Muon:
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
+        pairs = [pair.split(":") for pair in run.config.muon_mixture.split(",") if pair]
+        self.mixture = [(float(decay), float(weight)) for decay, weight in pairs]
         self.momenta = {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world_size)
-            self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+            shape = (count, *bank.shape[1:])
+            self.momenta[name] = torch.zeros(shape, dtype=self.dtype, device=bank.device)
+            for key in self.average_names(name):  # in fp32: bfloat16 would round a hundredth of itself away
+                self.momenta[key] = torch.zeros(shape, device=bank.device)
         self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
         self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
+
+    def average_names(self, name: str) -> list[str]:
+        """What the averages of MUON_MIXTURE of a bank are called among the momenta."""
+        return [f"{name}/{place}" for place in range(len(self.mixture))]
 
     def reduce(self) -> None:
         """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
@@ -4595,8 +4682,13 @@ class Muon:
             handle, _ = self.pending.pop(name)
             handle.wait()
 
-    def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+    def step(
+        self, rate: float, momentum: float, decay: float, scale: Tensor | None, mixed: bool = False
+    ) -> None:
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients.
+
+        With `mixed` X follows from the averages of MUON_MIXTURE.
+        """
         # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
         mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
         rows = self.run.config.muon_row_normalize
@@ -4606,8 +4698,18 @@ class Muon:
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
+            averages = [self.momenta[key] for key in self.average_names(name)]
             update = self.update(
-                shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused
+                shard,
+                self.momenta[name],
+                mu,
+                rows,
+                self.dtype,
+                self.coefficients,
+                self.fused,
+                self.run.config.num_kv_heads if self.run.config.muon_head_units and name == "kv" else 1,
+                [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
+                mixed and bool(self.mixture),
             )
             gathered = self.gather(update)
             if previous is not None:
@@ -4637,7 +4739,7 @@ class Muon:
         for name, (whole, handle) in gathered.items():
             if handle is not None:
                 handle.wait()
-            state[name] = whole[: len(self.banks[name])].clone()
+            state[name] = whole[: len(self.banks[name.split("/")[0]])].clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -4672,8 +4774,11 @@ class Optimizers:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
         self.rates = [group["lr"] for group in self.adam.param_groups]
 
-    def step(self, rate_scale: float, momentum: float, decay: float) -> None:
-        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices."""
+    def step(self, rate_scale: float, momentum: float, decay: float, mixed: bool = False) -> None:
+        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
+
+        `mixed`: see Muon.step.
+        """
         config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
@@ -4691,7 +4796,7 @@ class Optimizers:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, mixed)
 
         for parameter in self.parameters:
             parameter.grad = None
@@ -4731,6 +4836,17 @@ class Optimizers:
         self.muon.load(state["muon"])
 
 
+def blend_average(config: Config, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a finished training's checkpoint: its average, EMA_SHARE of it, the rest its last step.
+
+    An average lags behind; modded-nanogpt #45 (track 3) and #347 blend it in parts.
+    """
+    average = saved["average"]
+    if config.ema_share == 1:
+        return average
+    return {name: torch.lerp(saved["last"][name], mean, config.ema_share) for name, mean in average.items()}
+
+
 @torch.no_grad()
 def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     """Move the fp32 `average` of all parameters towards the live ones by 1 - decay (#1585)."""
@@ -4749,10 +4865,14 @@ def learning_rate_scale(config: Config, progress: float) -> float:
 
 
 def muon_weight_decay(config: Config, progress: float) -> float:
-    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729).
+
+    With WD_FOLLOWS_RATE times the learning-rate multiplier, as in modded-nanogpt #369.
+    """
     start = config.wd_taper_start_frac
     taper = max(0.0, progress - start) / max(1 - start, 1e-9)
-    return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    decay = config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    return decay * learning_rate_scale(config, progress) if config.wd_follows_rate else decay
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -7010,6 +7130,7 @@ def train_step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
         muon_weight_decay(config, progress),
+        progress >= config.muon_mixture_start,
     )
     return total
 
@@ -7177,6 +7298,19 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def token_prefixes(data: Dataset) -> Tensor:
+    """(V,) int64: the longest other token whose bytes the token's bytes begin with; -1 if there is none."""
+    texts = [data.pieces.id_to_piece(token) for token in range(data.vocab_size)]
+    stands = [data.pieces.is_control, data.pieces.is_unknown, data.pieces.is_unused, data.pieces.is_byte]
+    is_text = [not any(stand(token) for stand in stands) for token in range(data.vocab_size)]
+    known = {text: token for token, text in enumerate(texts) if is_text[token]}
+    found = torch.full((data.vocab_size,), -1)
+    for text, token in known.items():
+        for size in range(1, len(text)):
+            found[token] = known.get(text[:size], found[token])
+    return found
+
+
 class CheckpointWriter:
     """Writes checkpoint.pt in a thread of rank 0 while training goes on, one at a time."""
 
@@ -7230,6 +7364,9 @@ class Training:
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
         self.graphs = learn_graphs(run, self.model, self.forward)
+        if self.config.prefix_loss:
+            self.model.prefixes = token_prefixes(data).to(run.device)
+            self.model.prefix_weight = torch.zeros((), device=run.device)
         warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
@@ -7333,7 +7470,8 @@ class Training:
         if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
-        batches = self.feed.get(self.step)
+        batches = self.feed.get(self.step, longest_segment(config, progress))
+        self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
@@ -7352,6 +7490,12 @@ class Training:
             self.validate(self.validation)
         if saves:
             self.writer.write(self.checkpoint())
+
+    def set_prefix_weight(self, progress: float) -> None:
+        """The weight of PREFIX_LOSS, which falls linearly to 0; on the device, as a graph may read it."""
+        if self.model.prefix_weight is not None:
+            left = max(0.0, 1 - progress / self.config.prefix_loss_until)
+            self.model.prefix_weight.fill_(self.config.prefix_loss * left)
 
     def log_step(self, loss: Tensor, rate: float) -> None:
         """The line and the record of one step; speeds are averages over the steps of this process."""
@@ -7399,6 +7543,8 @@ class Training:
         run = self.run
         seconds = self.seconds_before + run.now() - self.started
         self.writer.wait()
+        self.model.prefixes = None
+        self.model.prefix_weight = None
         mebibytes = peak_memory_mebibytes(run)
         before = self.graphs_before_clock
         late = torch.tensor(compiled_graphs() - before, device=run.device)
@@ -7430,6 +7576,8 @@ class Training:
     def save_trained(self, seconds: float, facts: dict[str, Any]) -> None:
         """Write the averaged weights and facts of the finished training as checkpoint.pt. Rank 0 only."""
         content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        parameters = self.model.named_parameters()
+        content["last"] = {name: parameter.detach().float().cpu() for name, parameter in parameters}
         content["facts"] = facts
         save = functools.partial(torch.save, content)
         write_atomically(self.run.folder / "checkpoint.pt", save)
@@ -7821,7 +7969,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         path = run.folder / "checkpoint.pt"
         raise Stop(f"STAGE=quantize: {path} holds no finished training; run STAGE=train first")
     run.complete = "train"
-    weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
+    weights = {name: weight.to(run.device) for name, weight in blend_average(run.config, saved).items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
     if run.config.prequant_ttt_enabled:
@@ -7969,8 +8117,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
     seconds = run.now() - began
-    passes = run.sum_on_hosts(run.token_thirds) / 3 / final.tokens
-    run.log(f"evaluation: {passes:.2f} forwards and backwards per token")
+    passes = count_passes(run, final.tokens)
 
     late = warn_of_late_graphs(run, graphs)
     if run.is_main and final.losses is not None:
@@ -7994,6 +8141,13 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     run.on_main_rank(lambda: summarize(run, data))
 
 
+def count_passes(run: Run, tokens: float) -> float:
+    """Forwards and backwards, over all ranks, for each of the scored `tokens`."""
+    passes = run.sum_on_hosts(run.token_thirds) / 3 / tokens
+    run.log(f"evaluation: {passes:.2f} forwards and backwards per token")
+    return passes
+
+
 def warn_of_late_graphs(run: Run, before: int) -> int:
     """How many graphs the ranks have compiled since there were `before`; a warning if any."""
     late = int(run.sum_over_ranks(torch.tensor(compiled_graphs() - before, device=run.device)))
@@ -8010,7 +8164,7 @@ def score_unquantized(
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
         return {}
-    load_weights(model, saved["average"])
+    load_weights(model, blend_average(run.config, saved))
     return {"prequant": measure(run, validation, "prequant", how).bpb}
 
 
