@@ -523,6 +523,70 @@ def text_table(rows: list[Row], metric: str) -> str:
     return "\n".join(shown)
 
 
+class Priced(NamedTuple):
+    """A combination against the baseline, seed by seed: (mean, standard error) of each difference."""
+
+    settings: Settings
+    metric: tuple[float, float]
+    percent: tuple[float, float]  # of training seconds
+    priced: tuple[float, float]  # the metric with the seconds at their price
+    pairs: int
+
+
+def mean_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    mean, std = mean_std(values)
+    return mean, std / math.sqrt(len(values))
+
+
+def price_rows(rows: list[Row], metric: str, exchange: float) -> list[Priced]:
+    """Every combination against the first one planned, best price first.
+
+    `exchange` is what one percent of training seconds is worth in the metric. Differences are taken within a
+    seed, whose runs follow each other in an order that turns round from seed to seed: what the machine gains
+    or loses steadily cancels.
+    """
+    seconds = {
+        id(row): {seed: lookup(Run.read(row.runs[seed]).summary, "train_seconds") for seed in row.values}
+        for row in rows
+    }
+    baseline = next(row for row in rows if not row.pairs)
+    found = []
+    for row in rows:
+        seeds = [seed for seed in row.values if seed in baseline.values]
+        if row is baseline or not seeds:
+            continue
+        scores = [row.values[seed] - baseline.values[seed] for seed in seeds]
+        percents = [100 * (seconds[id(row)][s] / seconds[id(baseline)][s] - 1) for s in seeds]
+        priced = [score + exchange * percent for score, percent in zip(scores, percents, strict=True)]
+        found.append(
+            Priced(row.settings, mean_error(scores), mean_error(percents), mean_error(priced), len(seeds))
+        )
+    return sorted(found, key=lambda row: row.priced[0])
+
+
+def price_table(rows: list[Priced], metric: str, exchange: float) -> str:
+    """The prices for people; one percent of seconds costs `exchange`."""
+    lines = [f"interleaved; 1 % of training seconds is priced at {exchange:g} {metric}"]
+    for row in rows:
+        settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
+        cells = [
+            f"{metric} {row.metric[0]:+.6f} ± {row.metric[1]:.6f}",
+            f"seconds {row.percent[0]:+.2f} ± {row.percent[1]:.2f} %",
+            f"priced {row.priced[0]:+.6f} ± {row.priced[1]:.6f}",
+        ]
+        lines.append(f"  {settings}: " + ", ".join(cells) + f" ({row.pairs} pairs)")
+    return "\n".join(lines)
+
+
+def turn_round(seeds: list[str], settings: list[Settings]) -> list[Settings]:
+    """The runs of every seed, those of every second seed in the other order: A B, B A."""
+    runs = []
+    for number, seed in enumerate(seeds):
+        runs += [chosen | {"SEED": seed} for chosen in settings[:: -1 if number % 2 else 1]]
+    return runs
+
+
 # === LEVERS ===
 
 
@@ -625,6 +689,18 @@ def add_what_to_run(add: Callable[..., Any]) -> None:
     add("axes", nargs="*", metavar="NAME=VALUE,VALUE", help="a setting and its values, the baseline's first")
     add("--greedy", action="store_true", help="one setting after the other, each keeping its best value")
     add("--random", type=int, default=0, metavar="N", help="N of the combinations, the baseline among them")
+    add(
+        "--interleave",
+        action="store_true",
+        help="one run at a time in blocks A B B A over the seeds, and seconds priced in the metric",
+    )
+    add(
+        "--exchange",
+        type=float,
+        default=0.0004,
+        metavar="X",
+        help="what 1 %% of training seconds is worth (default %(default)s BPB, by the contest's logs)",
+    )
     add("--levers", type=Path, metavar="FILE", help="a file of levers, as records/levers.txt")
     add(
         "--records",
@@ -707,6 +783,10 @@ def check_options(options: argparse.Namespace) -> None:
             raise Stop(f"--{name} {getattr(options, name)}: must not be negative")
     if options.levers and (options.greedy or options.random or options.stage != "all" or options.highest):
         raise Stop("--levers: stands alone; drop --greedy, --random, --stage and --highest")
+    if options.interleave and (options.greedy or options.stage != "all" or options.launcher != "local"):
+        raise Stop("--interleave: compares trainings on one machine; drop --greedy, --stage and --launcher")
+    if options.interleave and options.jobs > 1:
+        raise Stop(f"--jobs {options.jobs}: --interleave has one run at a time; drop --jobs")
     if options.gpus_per_run not in (1, 2, 4, 8):
         raise Stop(f"--gpus-per-run {options.gpus_per_run}: must be 1, 2, 4 or 8")
     if options.greedy and (options.random or not options.axes):
@@ -757,9 +837,16 @@ def main(arguments: list[str]) -> None:
             )
         pull_levers(options, base, seeds)
         return
-    with_seeds = lambda settings: (
-        [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
-    )
+    if options.interleave:
+        options.jobs = 1
+        if not seeds:
+            raise Stop("--interleave: needs seeds to take turns over; give SEED=1,2,3,4")
+
+    def with_seeds(settings: list[Settings]) -> list[Settings]:
+        if options.interleave:
+            return turn_round(seeds, settings)
+        return [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
+
     first = [{name: value[0] for name, value in axes.items()}]
     single = first + [first[0] | {name: v} for name, values in axes.items() for v in values[1:]]
     settings = single if options.greedy else grid(axes, options.random)
@@ -798,6 +885,10 @@ def main(arguments: list[str]) -> None:
             sweep.run(with_seeds(candidates))
     rows = rows_of(options.folder, options.metric)
     table = text_table(rows, options.metric)
+    if options.interleave:
+        table += "\n" + price_table(
+            price_rows(rows, options.metric, options.exchange), options.metric, options.exchange
+        )
     write_atomically(options.folder / "table.txt", table + "\n")
     print(table)
     if any(row.failed for row in rows):

@@ -155,3 +155,18 @@ def test_a_wrong_file_of_levers_is_refused(tmp_path, text, message):
 
 def test_the_repositorys_levers_can_be_read():
     assert len(levers.read_levers(ROOT / "records" / "levers.txt")) >= 12
+
+
+def test_interleaved_runs_turn_round_and_seconds_have_a_price(tmp_path, capsys):
+    words = ["QK_GAIN_INIT=5,6", "SEED=1,2,3,4", "--interleave", "--exchange", "0.001", "--name", "i"]
+    sweep.main([*words, "--script", str(STAND_IN), "--out", str(tmp_path)])
+    times = {path.parent.name: float(path.read_text().split()[1]) for path in tmp_path.glob("i/*/starts")}
+    order = [name.removeprefix("QK_GAIN_INIT-") for name in sorted(times, key=times.get)]
+    assert order == [f"{gain}_SEED-{seed}" for seed, gain in zip("11223344", "56655665", strict=True)]
+    scores = [[stand_in.score(0.026, gain, seed) for seed in (1, 2, 3, 4)] for gain in (6.0, 5.0)]
+    difference = np.array(scores[0]) - np.array(scores[1])
+    (row,) = sweep.price_rows(sweep.rows_of(tmp_path / "i", "val_bpb"), "val_bpb", 0.001)
+    assert row.metric == pytest.approx((difference.mean(), difference.std(ddof=1) / 2))
+    assert row.percent == pytest.approx((20.0, 0.0), abs=1e-9) and row.pairs == 4  # 120 seconds, not 100
+    assert row.priced[0] == pytest.approx(difference.mean() + 0.02)
+    assert f"priced {row.priced[0]:+.6f}" in capsys.readouterr().out
