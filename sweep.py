@@ -787,6 +787,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise Stop("--interleave: compares trainings on one machine; drop --greedy, --stage and --launcher")
     if options.interleave and options.jobs > 1:
         raise Stop(f"--jobs {options.jobs}: --interleave has one run at a time; drop --jobs")
+    if options.interleave:
+        options.jobs = 1
     if options.gpus_per_run not in (1, 2, 4, 8):
         raise Stop(f"--gpus-per-run {options.gpus_per_run}: must be 1, 2, 4 or 8")
     if options.greedy and (options.random or not options.axes):
@@ -821,6 +823,26 @@ def identity_of(options: argparse.Namespace, axes: dict[str, list[str]], same: S
     }
 
 
+def folder_of(options: argparse.Namespace, axes: dict[str, list[str]], identity: dict[str, Any]) -> Path:
+    """Where the sweep is kept: --name, or the settings' names and a digest of what the command says."""
+    said = [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:6]
+    return (options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")).resolve()
+
+
+def show_rows(options: argparse.Namespace) -> None:
+    """Print what came out and keep it; exit status 1 if a run failed."""
+    rows = rows_of(options.folder, options.metric)
+    table = text_table(rows, options.metric)
+    if options.interleave:
+        priced = price_rows(rows, options.metric, options.exchange)
+        table += "\n" + price_table(priced, options.metric, options.exchange)
+    write_atomically(options.folder / "table.txt", table + "\n")
+    print(table)
+    if any(row.failed for row in rows):
+        raise SystemExit(1)
+
+
 def main(arguments: list[str]) -> None:
     """Run the sweep and print its table; exit status 1 if a run failed."""
     options = parse_arguments(arguments)
@@ -837,10 +859,8 @@ def main(arguments: list[str]) -> None:
             )
         pull_levers(options, base, seeds)
         return
-    if options.interleave:
-        options.jobs = 1
-        if not seeds:
-            raise Stop("--interleave: needs seeds to take turns over; give SEED=1,2,3,4")
+    if options.interleave and not seeds:
+        raise Stop("--interleave: needs seeds to take turns over; give SEED=1,2,3,4")
 
     def with_seeds(settings: list[Settings]) -> list[Settings]:
         if options.interleave:
@@ -855,14 +875,7 @@ def main(arguments: list[str]) -> None:
         name: value for name, value in found[0].items() if name not in (*axes, *OURS, "SEED" if seeds else "")
     }
     identity = identity_of(options, {**axes, "SEED": seeds}, same)
-    digest = hashlib.sha256(
-        json.dumps(
-            [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
-        ).encode()
-    ).hexdigest()[:6]
-    options.folder = (
-        options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")
-    ).resolve()
+    options.folder = folder_of(options, axes, identity)
     known = set(found[0])
     sign = -1 if options.highest else 1
 
@@ -883,16 +896,7 @@ def main(arguments: list[str]) -> None:
                 resolve(options.script, base, candidates)
                 sweep.plan(identity, with_seeds(candidates))
             sweep.run(with_seeds(candidates))
-    rows = rows_of(options.folder, options.metric)
-    table = text_table(rows, options.metric)
-    if options.interleave:
-        table += "\n" + price_table(
-            price_rows(rows, options.metric, options.exchange), options.metric, options.exchange
-        )
-    write_atomically(options.folder / "table.txt", table + "\n")
-    print(table)
-    if any(row.failed for row in rows):
-        raise SystemExit(1)
+    show_rows(options)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,11 @@ class Config:
         "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
     )
     muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
+    muon_metric_until: float = knob(
+        0.0,
+        "progress until which Muon measures the noise of rows and columns for its metric; 0: none",
+        fraction,
+    )
     muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
@@ -4587,6 +4592,15 @@ def orthogonalize(
     return x if wide else x.mT
 
 
+METRIC_DECAY = 0.95  # of the averages from which the metric is made
+
+
+def metric_scale(noise: Tensor) -> Tensor:
+    """The inverse root of a diagonal metric: the root of the noise over its mean, within a factor of 2."""
+    ratio = noise / noise.mean((-2, -1), keepdim=True).clamp_min(1e-30)
+    return ratio.sqrt().clamp(0.5, 2.0).rsqrt()
+
+
 def muon_update(
     gradient: Tensor,
     buffer: Tensor,
@@ -4598,14 +4612,21 @@ def muon_update(
     units: int = 1,
     mixture: Sequence[tuple[Tensor, float, float]] = (),
     mixed: bool = False,
+    metric: Sequence[Tensor] = (),
+    measures: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
     With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
     that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
-    (modded-nanogpt #340, #357).
+    (modded-nanogpt #340, #357). `metric` are the noise of rows (N, R, 1) and columns (N, 1, C), updated if it
+    `measures`; the result has singular values of 1 in that metric (IsoMuon, as we read its description).
     """
+    if measures:
+        noise = (gradient.float() - (1 - momentum) * buffer.float()).square()
+        for average, dim in zip(metric, (-1, -2), strict=True):
+            average.lerp_(noise.mean(dim, keepdim=True), 1 - METRIC_DECAY)
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
     for average, decay, _ in mixture:
@@ -4618,8 +4639,13 @@ def muon_update(
         update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    for average in metric:
+        update = update * metric_scale(average)
     split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
-    return orthogonalize(split, coefficients, fused).view_as(update)
+    update = orthogonalize(split, coefficients, fused).view_as(update)
+    for average in metric:
+        update = update * metric_scale(average).to(dtype)
+    return update
 
 
 # The same collectives under the names of torch from 2.13 on and before.
@@ -4654,14 +4680,23 @@ class Muon:
             count = -(-len(bank) // run.world_size)
             shape = (count, *bank.shape[1:])
             self.momenta[name] = torch.zeros(shape, dtype=self.dtype, device=bank.device)
-            for key in self.average_names(name):  # in fp32: bfloat16 would round a hundredth of itself away
+            # In fp32: bfloat16 would round a hundredth of itself away.
+            for key in self.average_names(name):
                 self.momenta[key] = torch.zeros(shape, device=bank.device)
+            for key in self.metric_names(name):
+                rows, columns = shape[1:] if key.endswith("rows") else (1, shape[2])
+                noise = torch.zeros(count, rows, 1 if key.endswith("rows") else columns, device=bank.device)
+                self.momenta[key] = noise
         self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
         self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
 
     def average_names(self, name: str) -> list[str]:
         """What the averages of MUON_MIXTURE of a bank are called among the momenta."""
         return [f"{name}/{place}" for place in range(len(self.mixture))]
+
+    def metric_names(self, name: str) -> list[str]:
+        """What the noise of rows and columns of a bank is called among the momenta."""
+        return [f"{name}/rows", f"{name}/columns"] if self.run.config.muon_metric_until else []
 
     def reduce(self) -> None:
         """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
@@ -4683,15 +4718,15 @@ class Muon:
             handle.wait()
 
     def step(
-        self, rate: float, momentum: float, decay: float, scale: Tensor | None, mixed: bool = False
+        self, rate: float, momentum: float, decay: float, scale: Tensor | None, progress: float = 0.0
     ) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients.
 
-        With `mixed` X follows from the averages of MUON_MIXTURE.
+        `progress` says whether the averages of MUON_MIXTURE are used and the metric is still measured.
         """
+        config = self.run.config
         # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
         mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
-        rows = self.run.config.muon_row_normalize
         previous = None
         for name, bank in self.banks.items():
             self.wait(name)
@@ -4703,13 +4738,15 @@ class Muon:
                 shard,
                 self.momenta[name],
                 mu,
-                rows,
+                config.muon_row_normalize,
                 self.dtype,
                 self.coefficients,
                 self.fused,
-                self.run.config.num_kv_heads if self.run.config.muon_head_units and name == "kv" else 1,
+                config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
                 [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
-                mixed and bool(self.mixture),
+                bool(averages) and progress >= config.muon_mixture_start,
+                [self.momenta[key] for key in self.metric_names(name)],
+                progress < config.muon_metric_until,
             )
             gathered = self.gather(update)
             if previous is not None:
@@ -4774,10 +4811,10 @@ class Optimizers:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
         self.rates = [group["lr"] for group in self.adam.param_groups]
 
-    def step(self, rate_scale: float, momentum: float, decay: float, mixed: bool = False) -> None:
+    def step(self, rate_scale: float, momentum: float, decay: float, progress: float = 0.0) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
 
-        `mixed`: see Muon.step.
+        `progress`: see Muon.step.
         """
         config = self.run.config
         for parameter in self.parameters:
@@ -4796,7 +4833,7 @@ class Optimizers:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, mixed)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, progress)
 
         for parameter in self.parameters:
             parameter.grad = None
@@ -7130,7 +7167,7 @@ def train_step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
         muon_weight_decay(config, progress),
-        progress >= config.muon_mixture_start,
+        progress,
     )
     return total
 
@@ -8101,10 +8138,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         rehearse(run, modes)
     graphs = compiled_graphs()
 
-    run.token_thirds = 0
-    began = run.now()
-    run.ledger("eval_clock_start")
-    run.ledger("validation_read")
+    began = start_evaluation_clock(run)
     validation = load_validation(data)
     run.log(
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
@@ -8139,6 +8173,15 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     }
     record_stage(run, "evaluate", facts)
     run.on_main_rank(lambda: summarize(run, data))
+
+
+def start_evaluation_clock(run: Run) -> float:
+    """The time from which evaluation counts, with its passes; validation tokens are read from now on."""
+    run.token_thirds = 0
+    began = run.now()
+    run.ledger("eval_clock_start")
+    run.ledger("validation_read")
+    return began
 
 
 def count_passes(run: Run, tokens: float) -> float:

@@ -10,8 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt as t
+from helpers import ROOT
+from helpers.run_folders import original
 from helpers.tensors import tokens
 from helpers.trainer import launch, replace
+from recipes import read as read_recipe
 
 
 def counted(model: t.GPT, batch: t.Batch) -> int:
@@ -44,27 +47,47 @@ def test_a_training_ends_with_its_operations_and_says_what_it_used(settings):
         for state in (False, True)
     )
     budget = 3 * plain + 4 * looped + looped // 2
-    chosen = {
-        "SCHEDULE": "operations",
-        "TRAIN_OPERATIONS": str(budget),
-        "ITERATIONS": "100",
-        "TTT_ENABLED": "0",
-    }
-    chosen |= {"EVAL_BUDGET_PASSES": "0.1", "ENABLE_LOOPING_AT": str(2.5 * plain / budget), "RUN_ID": "a"}
+    chosen = {"SCHEDULE": "operations", "TRAIN_OPERATIONS": str(budget), "ITERATIONS": "100"}
+    chosen |= {"ENABLE_LOOPING_AT": str(2.5 * plain / budget), "RUN_ID": "a", "STAGE": "train"}
     done = launch(settings | chosen)
     assert done.returncode == 0, done.stderr
-    folder = t.Path(settings["OUT_DIR"]) / "a"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["steps"], summary["operations"]) == (7, 3 * plain + 4 * looped)
+    facts = json.loads((t.Path(settings["OUT_DIR"]) / "a" / "stages.json").read_text())["train"]
+    assert (facts["steps"], facts["operations"]) == (7, 3 * plain + 4 * looped)
     assert "stopped by TRAIN_OPERATIONS" in done.stdout and "loops on at step 3" in done.stdout
-    limits = summary["compliance"]["limits"]
-    assert limits["operations"] == [summary["operations"], budget]
-    # Plain scores are a third of a pass each; the windows of the sliding one overlap by three quarters.
-    assert limits["passes"] == [summary["eval_passes"], 0.1] and summary["eval_passes"] > 1 / 3 + 4 / 3
-    assert "passes: " in summary["compliance"]["reason"] and not summary["compliance"]["legal"]
+
+
+def test_passes_of_evaluation_are_counted_and_both_budgets_are_limits(dataset, config):
+    summary = json.loads((original(dataset) / "summary.json").read_text())
+    # A plain score is a third of a pass; the windows of the sliding one overlap by three quarters.
+    assert summary["eval_passes"] > 1 / 3 + 4 / 3 + 1
+    assert {"passes", "operations"}.isdisjoint(summary["compliance"]["limits"])
+    budget = {"eval_budget_passes": 2.0, "schedule": "operations", "train_operations": 1e9}
+    facts = summary | {"operations": 10**8}
+    verdict = t.judge(replace(config, **budget), facts, adapted=False, own_artifact=True)
+    assert verdict["limits"]["operations"] == (10**8, 1e9) and not verdict["legal"]
+    assert verdict["limits"]["passes"] == (summary["eval_passes"], 2.0) and "passes: " in verdict["reason"]
+    facts["eval_passes"] = 1.5
+    assert t.judge(replace(config, **budget), facts, adapted=False, own_artifact=True)["legal"]
 
 
 @pytest.mark.parametrize("chosen", [{"SCHEDULE": "operations"}, {"TRAIN_OPERATIONS": "1e9"}])
 def test_operations_are_a_budget_of_their_own_schedule_alone(chosen):
     with pytest.raises(t.Stop, match="SCHEDULE=operations needs TRAIN_OPERATIONS, and no other"):
         t.Config.from_env(chosen)
+
+
+def test_the_two_recipes_of_the_mini_contest_differ_in_the_packer_alone():
+    ours, public = (read_recipe(ROOT / f"records/recipes/{name}.env") for name in ("mini", "mini_public"))
+    config = t.Config.from_env(ours)
+    differs = {name for name in ours.keys() | public.keys() if ours.get(name) != public.get(name)}
+    assert differs == {
+        "ARTIFACT_TARGET_BYTES",
+        "QUANTIZER",
+        *(f"{n}_CLIP_SIGMAS" for n in ("ATTN", "MLP", "EMBED")),
+    }
+    assert t.Config.from_env(public).train_operations == config.train_operations == 3e12
+    entries = sum(t.math.prod(spec.shape) for spec in t.parameter_table(config).values())
+    assert 500_000 < entries < 510_000
+    # The parts of the contest are all there.
+    assert config.num_loops and config.parallel_residual == "two_lane" and config.smear_gate
+    assert config.head_gate == "sparse" and config.ttt_mode == "doc_lora" and config.eval_budget_passes == 40

@@ -47,8 +47,28 @@ def test_heads_as_units_are_orthogonalised_one_by_one():
         assert torch.allclose(result[:, half], alone, atol=1e-6)
 
 
+def test_a_metric_makes_noisy_rows_and_columns_move_less():
+    torch.manual_seed(0)
+    rows, columns = torch.zeros(1, 6, 1), torch.zeros(1, 1, 10)
+    arguments = (torch.tensor(0.9), False, torch.float32, t.NEWTON_SCHULZ["polar_express"])
+    gradient = torch.randn(1, 6, 10)
+    gradient[:, 0] *= 5
+    result = t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns), measures=True)
+    assert torch.allclose(rows, 0.05 * gradient.square().mean(2, keepdim=True))  # the momentum was zero
+    # Roots of B, that of the noise over its mean, at least 1/2 and at most 2, around a polar factor.
+    scales = [
+        (part / part.mean()).sqrt().clamp(0.5, 2).rsqrt()
+        for part in (gradient.square().mean(2, keepdim=True), gradient.square().mean(1, keepdim=True))
+    ]
+    u, _, v = torch.linalg.svd(scales[0] * gradient * scales[1], full_matrices=False)
+    assert torch.allclose(result, scales[0] * (u @ v) * scales[1], atol=0.15)
+    frozen = rows.clone()
+    t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns))
+    assert torch.equal(rows, frozen)
+
+
 def test_the_averages_of_a_mixture_are_saved_and_the_units_are_those_of_keys_and_values(config):
-    config = replace(config, muon_mixture="0.85:0.4,0.98:0.6", muon_head_units=True)
+    config = replace(config, muon_mixture="0.85:0.4,0.98:0.6", muon_head_units=True, muon_metric_until=0.5)
     run = t.Run(config)
     torch.manual_seed(0)
     model = t.GPT(config)
@@ -59,7 +79,7 @@ def test_the_averages_of_a_mixture_are_saved_and_the_units_are_those_of_keys_and
 
     def advance():
         model(tokens(config)).mean().backward()
-        optimizers.step(1.0, 0.9, 0.1, mixed=True)
+        optimizers.step(1.0, 0.9, 0.1, progress=0.3)
 
     advance()
     weights, state = t.to_cpu(model.state_dict()), t.to_cpu(optimizers.state())
