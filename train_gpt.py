@@ -116,6 +116,14 @@ bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
 )
+decay_list = Check(
+    lambda value: re.fullmatch(r"(0?\.\d+:\d*\.?\d+(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs decay:weight separated by commas, as in 0.85:0.4385,0.98:0.5615",
+)
+length_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
+)
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -197,6 +205,9 @@ class Config:
     train_seq_len: int = knob(
         2048, "tokens per window, and the longest document segment when packed", positive
     )
+    train_seq_schedule: str = knob(
+        "", "length@progress,...: packed segments are no longer until then (#2014); empty: none", length_list
+    )
     _model = Section("Model", "training")
     vocab_size: int = knob(8192, "entries of the tokenizer", vocabulary_size)
     num_layers: int = knob(11, "layers with weights of their own", positive)
@@ -246,8 +257,11 @@ class Config:
     )
     logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
     _schedule = Section("Schedule", "training")
-    schedule: Literal["time", "steps"] = knob(
-        "time", "rates and loops follow the clock or (repeatable) the steps"
+    schedule: Literal["time", "steps", "operations"] = knob(
+        "time", "rates and loops follow the clock or (repeatable) the steps or TRAIN_OPERATIONS"
+    )
+    train_operations: float = knob(
+        0.0, "SCHEDULE=operations: floating-point operations of all steps, forward and backward", not_negative
     )
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
     max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
@@ -277,6 +291,17 @@ class Config:
         1.0, "progress at which MUON_WD starts to fall linearly (#1729: 0.7)", fraction
     )
     wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
+    wd_follows_rate: bool = knob(False, "MUON_WD falls with the learning rate: the decay by its square")
+    muon_mixture: str = knob(
+        "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
+    )
+    muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
+    muon_metric_until: float = knob(
+        0.0,
+        "progress until which Muon measures the noise of rows and columns for its metric; 0: none",
+        fraction,
+    )
+    muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
         False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
@@ -292,6 +317,10 @@ class Config:
         "global", "clip after or before averaging over ranks (#1585)"
     )
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
+    prefix_loss: float = knob(
+        0.0, "weight, at first, of the loss of the longest token that a target begins with", not_negative
+    )
+    prefix_loss_until: float = knob(0.67, "progress at which that weight has fallen to 0", positive)
     _quantizer = Section("Quantizer", "artifact")
     quantizer: Literal["rate_distortion", "sdclip"] = knob(
         "rate_distortion", "sensitivity steps, or clipped rows"
@@ -301,6 +330,9 @@ class Config:
         False, "rate_distortion: errors go to later rows too, as the outputs' gradients correlate"
     )
     artifact_target_bytes: int = knob(0, "rate_distortion: fill this, 0: the cap less the code", not_negative)
+    ema_share: float = knob(
+        1.0, "part of the average in the weights that are quantised; the rest is the last step's", fraction
+    )
     gptq_calibration_batches: int = knob(
         32, "training micro-batches for calibration, over all ranks", positive
     )
@@ -356,6 +388,9 @@ class Config:
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
     canonical_mask: bool = knob(
         False, "refuse in every score what the (BPE) tokenizer cannot write after the tokens before"
+    )
+    eval_budget_passes: float = knob(
+        0.0, "limit of evaluation in forwards and backwards per validation token; 0: none", not_negative
     )
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
@@ -596,6 +631,15 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             not config.output_feedback or config.output_dampening > 0,
             f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
             "set it to 0.5",
+        ),
+        (
+            not config.train_seq_schedule or config.loader == "packed",
+            f"TRAIN_SEQ_SCHEDULE={config.train_seq_schedule}: needs LOADER=packed, whose segments it cuts",
+        ),
+        (
+            (config.schedule == "operations") == (config.train_operations > 0),
+            f"SCHEDULE={config.schedule}, TRAIN_OPERATIONS={config.train_operations:g}: "
+            "SCHEDULE=operations needs TRAIN_OPERATIONS, and no other schedule reads it",
         ),
         (
             config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
@@ -947,6 +991,7 @@ class Run:
         # The last stage that the run folder holds complete: what stops a later one costs no training.
         self.complete: Literal["", "train", "quantize"] = ""
         self.canonical: Canonical | None = None  # what every score refuses, see open_canonical
+        self.token_thirds = 0  # see count_tokens
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -1009,6 +1054,20 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX, group=self.host_group)
         return facts.tolist()
+
+    def sum_on_hosts(self, value: float) -> float:
+        """A number of the host summed over ranks; no GPU has a part in it."""
+        total = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.item()
+
+    def count_tokens(self, tokens: int, learns: bool) -> None:
+        """Enter a forward of `tokens`, empty rows too, in this rank's account; with its backward it is three.
+
+        A backward has two products for each of the forward.
+        """
+        self.token_thirds += tokens * (3 if learns else 1)
 
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
         """`action` on rank 0 alone; the others get its value or its Stop, and wait for it as hosts."""
@@ -1802,10 +1861,39 @@ def share_batch(batch: Batch, part: int, parts: int) -> Batch:
     return Batch(inputs, targets, pad_starts(np.append(0, inside), size), batch.longest)
 
 
+def attention_pairs(batch: Batch) -> int:
+    """Pairs of a query and a key in the attention segments of a batch in host memory.
+
+    Pairs that causality excludes count, as in torch's FlopCounterMode.
+    """
+    if batch.starts is None:
+        return batch.inputs.numel() * batch.inputs.size(1)
+    return int(np.square(np.diff(batch.starts.numpy().astype(np.int64))).sum())
+
+
+def longest_segment(config: Config, progress: float) -> int:
+    """The longest document segment of packed rows at `progress`, by TRAIN_SEQ_SCHEDULE and TRAIN_SEQ_LEN."""
+    for pair in filter(None, config.train_seq_schedule.split(",")):
+        length, until = pair.split("@")
+        if progress < float(until):
+            return min(int(length), config.train_seq_len)
+    return config.train_seq_len
+
+
+def shorten_segments(batch: Batch, longest: int) -> Batch:
+    """A packed batch in host memory whose segments are cut where they are longer than `longest`."""
+    if batch.starts is None or longest >= batch.longest:
+        return batch
+    edges = np.unique(batch.starts.numpy())
+    cuts = [np.arange(first, end, longest) for first, end in itertools.pairwise(edges)]
+    return batch._replace(starts=pad_starts(np.concatenate(cuts), int(edges[-1])), longest=longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
-    A thread prepares the next step while the present one computes.
+    A thread prepares the next step while the present one computes. `pairs` are the attention_pairs of the
+    step that `get` gave last.
     """
 
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
@@ -1814,16 +1902,19 @@ class Feed:
         self.worker = ThreadPoolExecutor(1)
         self.next_step: int | None = None
         self.next_batches = None  # a Future of those of next_step
+        self.pairs = 0
 
-    def get(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` on the device."""
+    def get(self, step: int, longest: int = sys.maxsize) -> list[Batch]:
+        """The micro-batches of `step` on the device; packed segments are cut to `longest` tokens."""
         if step == self.next_step:
             batches = self.next_batches
         else:
             batches = self.worker.submit(self.load, step)
         self.next_step = step + 1
         self.next_batches = self.worker.submit(self.load, self.next_step)
-        return [to_device(batch, self.run) for batch in batches.result()]
+        loaded = [shorten_segments(batch, longest) for batch in batches.result()]
+        self.pairs = sum(map(attention_pairs, loaded))
+        return [to_device(batch, self.run) for batch in loaded]
 
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory.
@@ -4403,6 +4494,27 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
+# Parameters that are factors of a product: on every visit of their layer, or once for every token.
+VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
+TOKEN_PRODUCTS = ("embed", "smear_w")
+
+
+def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` with so many attention `pairs`.
+
+    Two for each multiply-add of the products that the route makes, and as many again for each of the two
+    gradients of a product: what torch's FlopCounterMode counts where attention keeps its scores. Elementwise
+    work, what is computed twice and the optimisers do not count; the first token of a row counts as smeared.
+    """
+    table = parameter_table(config)
+    visits = len(make_route(config, looped))
+    entries = {name: math.prod(spec.shape) for name, spec in table.items()}
+    by_visit = sum(entries.get(name, 0) for name in VISIT_PRODUCTS) // config.num_layers
+    by_token = sum(entries.get(name, 0) for name in TOKEN_PRODUCTS)
+    attention = 2 * pairs * config.model_dim  # scores, and what they weigh
+    return 6 * (tokens * (visits * by_visit + by_token) + visits * attention)
+
+
 class Matrix(NamedTuple):
     """One matrix that is quantised with calibration."""
 
@@ -4860,6 +4972,8 @@ class GPT(nn.Module):
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
+        self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
+        self.prefix_weight: Tensor | None = None
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
@@ -4868,6 +4982,7 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
+        plain = plain and self.prefixes is None
         bounded = self.config.logit_softcap <= LARGEST_CAP and batch.mask is None
         if self.fused and plain and bounded and torch.is_grad_enabled():
             losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
@@ -4884,6 +4999,8 @@ class GPT(nn.Module):
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
+        if self.prefixes is not None:
+            losses = losses + self.learn_prefixes(losses, logits, targets)
         if batch.guesses is None:
             return losses.view_as(batch.targets)
         # Two tokens of one distribution: their losses differ as their logits do.
@@ -4892,6 +5009,18 @@ class GPT(nn.Module):
         chosen = (self.config.logit_softcap * torch.tanh(raw)).T
         guessed = losses.detach() + chosen[0] - chosen[1:]
         return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
+
+    def learn_prefixes(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """`prefix_weight` times the losses (N,) of `prefixes` of the targets, 0 where there is none.
+
+        The longest token that a target's bytes begin with is nearly right, and costs no product
+        (modded-nanogpt #337): two tokens of one distribution have losses that differ as their logits do.
+        """
+        prefix = self.prefixes[targets]
+        cap = self.config.logit_softcap
+        raw = logits.gather(1, torch.stack((targets, prefix.clamp_min(0)), 1)).float() / cap
+        chosen = cap * torch.tanh(raw)
+        return self.prefix_weight * (prefix >= 0) * (losses + chosen[:, 0] - chosen[:, 1])
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -5377,6 +5506,15 @@ def orthogonalize(
     return x if wide else x.mT
 
 
+METRIC_DECAY = 0.95  # of the averages from which the metric is made
+
+
+def metric_scale(noise: Tensor) -> Tensor:
+    """The inverse root of a diagonal metric: the root of the noise over its mean, within a factor of 2."""
+    ratio = noise / noise.mean((-2, -1), keepdim=True).clamp_min(1e-30)
+    return ratio.sqrt().clamp(0.5, 2.0).rsqrt()
+
+
 def muon_update(
     gradient: Tensor,
     buffer: Tensor,
@@ -5385,16 +5523,43 @@ def muon_update(
     dtype: torch.dtype,
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
+    units: int = 1,
+    mixture: Sequence[tuple[Tensor, float, float]] = (),
+    mixed: bool = False,
+    metric: Sequence[Tensor] = (),
+    measures: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
+    With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
+    that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
+    (modded-nanogpt #340, #357). `metric` are the noise of rows (N, R, 1) and columns (N, 1, C), updated if it
+    `measures`; the result has singular values of 1 in that metric (IsoMuon, as we read its description).
     """
+    if measures:
+        noise = (gradient.float() - (1 - momentum) * buffer.float()).square()
+        for average, dim in zip(metric, (-1, -2), strict=True):
+            average.lerp_(noise.mean(dim, keepdim=True), 1 - METRIC_DECAY)
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
+    for average, decay, _ in mixture:
+        average.lerp_(gradient.to(average), 1 - decay)
+    if mixed:
+        parts = [
+            weight * torch.lerp(gradient.float(), average.float(), decay)
+            for average, decay, weight in mixture
+        ]
+        update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalize(update.to(dtype), coefficients, fused)
+    for average in metric:
+        update = update * metric_scale(average)
+    split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
+    update = orthogonalize(split, coefficients, fused).view_as(update)
+    for average in metric:
+        update = update * metric_scale(average).to(dtype)
+    return update
 
 
 # The same collectives under the names of torch from 2.13 on and before.
@@ -5422,12 +5587,30 @@ class Muon:
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
+        pairs = [pair.split(":") for pair in run.config.muon_mixture.split(",") if pair]
+        self.mixture = [(float(decay), float(weight)) for decay, weight in pairs]
         self.momenta = {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world_size)
-            self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+            shape = (count, *bank.shape[1:])
+            self.momenta[name] = torch.zeros(shape, dtype=self.dtype, device=bank.device)
+            # In fp32: bfloat16 would round a hundredth of itself away.
+            for key in self.average_names(name):
+                self.momenta[key] = torch.zeros(shape, device=bank.device)
+            for key in self.metric_names(name):
+                rows, columns = shape[1:] if key.endswith("rows") else (1, shape[2])
+                noise = torch.zeros(count, rows, 1 if key.endswith("rows") else columns, device=bank.device)
+                self.momenta[key] = noise
         self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
         self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
+
+    def average_names(self, name: str) -> list[str]:
+        """What the averages of MUON_MIXTURE of a bank are called among the momenta."""
+        return [f"{name}/{place}" for place in range(len(self.mixture))]
+
+    def metric_names(self, name: str) -> list[str]:
+        """What the noise of rows and columns of a bank is called among the momenta."""
+        return [f"{name}/rows", f"{name}/columns"] if self.run.config.muon_metric_until else []
 
     def reduce(self) -> None:
         """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
@@ -5448,19 +5631,36 @@ class Muon:
             handle, _ = self.pending.pop(name)
             handle.wait()
 
-    def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+    def step(
+        self, rate: float, momentum: float, decay: float, scale: Tensor | None, progress: float = 0.0
+    ) -> None:
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients.
+
+        `progress` says whether the averages of MUON_MIXTURE are used and the metric is still measured.
+        """
+        config = self.run.config
         # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
         mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
-        rows = self.run.config.muon_row_normalize
         previous = None
         for name, bank in self.banks.items():
             self.wait(name)
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
+            averages = [self.momenta[key] for key in self.average_names(name)]
             update = self.update(
-                shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused
+                shard,
+                self.momenta[name],
+                mu,
+                config.muon_row_normalize,
+                self.dtype,
+                self.coefficients,
+                self.fused,
+                config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
+                [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
+                bool(averages) and progress >= config.muon_mixture_start,
+                [self.momenta[key] for key in self.metric_names(name)],
+                progress < config.muon_metric_until,
             )
             gathered = self.gather(update)
             if previous is not None:
@@ -5490,7 +5690,7 @@ class Muon:
         for name, (whole, handle) in gathered.items():
             if handle is not None:
                 handle.wait()
-            state[name] = whole[: len(self.banks[name])].clone()
+            state[name] = whole[: len(self.banks[name.split("/")[0]])].clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -5525,8 +5725,11 @@ class Optimizers:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
         self.rates = [group["lr"] for group in self.adam.param_groups]
 
-    def step(self, rate_scale: float, momentum: float, decay: float) -> None:
-        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices."""
+    def step(self, rate_scale: float, momentum: float, decay: float, progress: float = 0.0) -> None:
+        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
+
+        `progress`: see Muon.step.
+        """
         config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
@@ -5544,7 +5747,7 @@ class Optimizers:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, progress)
 
         for parameter in self.parameters:
             parameter.grad = None
@@ -5584,6 +5787,17 @@ class Optimizers:
         self.muon.load(state["muon"])
 
 
+def blend_average(config: Config, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a finished training's checkpoint: its average, EMA_SHARE of it, the rest its last step.
+
+    An average lags behind; modded-nanogpt #45 (track 3) and #347 blend it in parts.
+    """
+    average = saved["average"]
+    if config.ema_share == 1:
+        return average
+    return {name: torch.lerp(saved["last"][name], mean, config.ema_share) for name, mean in average.items()}
+
+
 @torch.no_grad()
 def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     """Move the fp32 `average` of all parameters towards the live ones by 1 - decay (#1585)."""
@@ -5602,10 +5816,14 @@ def learning_rate_scale(config: Config, progress: float) -> float:
 
 
 def muon_weight_decay(config: Config, progress: float) -> float:
-    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729).
+
+    With WD_FOLLOWS_RATE times the learning-rate multiplier, as in modded-nanogpt #369.
+    """
     start = config.wd_taper_start_frac
     taper = max(0.0, progress - start) / max(1 - start, 1e-9)
-    return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    decay = config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    return decay * learning_rate_scale(config, progress) if config.wd_follows_rate else decay
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -7015,6 +7233,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         chosen = scored.flatten().nonzero()[:, 0]
         batch, chosen, places = to_device((batch, chosen, places), run)
         batch = tally.masked(batch, chosen, places)
+        run.count_tokens(batch.inputs.numel(), learns=False)
         tally.add(forward(batch).flatten()[chosen], places)
 
 
@@ -7117,6 +7336,7 @@ class Learner:
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
+            run.count_tokens(batch.inputs.numel(), learns=True)
             losses = self.model(to_device(batch, run)).view(self.rows, length)
             (losses[: len(mine)].sum() / (len(plan) * length)).backward()
         self.step()
@@ -7312,6 +7532,7 @@ def adapt_documents(
         batch = tally.masked(batch, chosen, places)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
+            run.count_tokens(batch.inputs.numel(), learning)
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
@@ -8499,6 +8720,7 @@ class Mixture:
         chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_mixture_chunk), self.run)
         chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
         self.open(chunk.opens)
+        self.run.count_tokens(self.count * chunk.batch.inputs.numel(), learns=True)
         losses, past = self.run_chunk(chunk, turn.cached)
         scores = self.mixer.mix(-losses.detach().double(), chunk)
         self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
@@ -8738,6 +8960,7 @@ def train_step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
         muon_weight_decay(config, progress),
+        progress,
     )
     return total
 
@@ -8958,6 +9181,19 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def token_prefixes(data: Dataset) -> Tensor:
+    """(V,) int64: the longest other token whose bytes the token's bytes begin with; -1 if there is none."""
+    texts = [data.pieces.id_to_piece(token) for token in range(data.vocab_size)]
+    stands = [data.pieces.is_control, data.pieces.is_unknown, data.pieces.is_unused, data.pieces.is_byte]
+    is_text = [not any(stand(token) for stand in stands) for token in range(data.vocab_size)]
+    known = {text: token for token, text in enumerate(texts) if is_text[token]}
+    found = torch.full((data.vocab_size,), -1)
+    for text, token in known.items():
+        for size in range(1, len(text)):
+            found[token] = known.get(text[:size], found[token])
+    return found
+
+
 class CheckpointWriter:
     """Writes checkpoint.pt in a thread of rank 0 while training goes on, one at a time."""
 
@@ -9011,6 +9247,9 @@ class Training:
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
         self.graphs = learn_graphs(run, self.model, self.forward)
+        if self.config.prefix_loss:
+            self.model.prefixes = token_prefixes(data).to(run.device)
+            self.model.prefix_weight = torch.zeros((), device=run.device)
         warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
@@ -9022,7 +9261,15 @@ class Training:
         self.seconds_before = 0.0  # on the clock of the processes that this one resumes
         self.elapsed = 0.0
         self.started = 0.0
+        self.operations = 0  # of all steps and ranks
+        # Of a step at most: with the loops, and with every segment as long as it may be.
+        most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
+        self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
         self.graphs_before_clock = 0
+
+    def count_operations(self, looped: bool, pairs: float) -> int:
+        """Those of a step with so many attention pairs over all ranks."""
+        return step_operations(self.config, looped, self.config.train_batch_tokens, int(pairs))
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -9030,6 +9277,7 @@ class Training:
         self.optimizers.load(saved["optimizers"])
         self.average = {name: weight.to(self.run.device) for name, weight in saved["average"].items()}
         self.step = saved["step"]
+        self.operations = saved["operations"]
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
         self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
@@ -9049,6 +9297,9 @@ class Training:
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
                 "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
+        plain = self.count_operations(False, 0)
+        looped = self.count_operations(self.config.num_loops > 0, 0)
+        self.run.log(f"operations of a step: {plain:.4g}, looped {looped:.4g}, without scores of attention")
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -9069,14 +9320,30 @@ class Training:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there are steps and seconds left."""
-        return self.step < self.config.iterations and self.elapsed < self.budget
+        """Whether there are steps, operations and seconds left."""
+        return self.has_work and self.elapsed < self.budget
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are steps left, and operations for the dearest of them if these are the budget."""
+        limit = self.config.train_operations or math.inf
+        return self.step < self.config.iterations and self.operations + self.dearest <= limit
+
+    @property
+    def steps_left(self) -> float:
+        """How many steps the settings leave, if those to come are as dear as the dearest."""
+        left = float(self.config.iterations - self.step)
+        if self.config.train_operations:
+            left = min(left, (self.config.train_operations - self.operations) // self.dearest)
+        return left
 
     @property
     def progress(self) -> float:
         """What the schedules follow: the part of the steps or of the budget that is used, 0 to 1."""
         if self.config.schedule == "steps":
             return self.step / self.config.iterations
+        if self.config.schedule == "operations":
+            return self.operations / self.config.train_operations
         return self.elapsed / self.budget
 
     def take_step(self) -> None:
@@ -9087,11 +9354,13 @@ class Training:
         if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
-        batches = self.feed.get(self.step)
+        batches = self.feed.get(self.step, longest_segment(config, progress))
+        self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
-        last = self.step == config.iterations
+        self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
+        last = not self.has_work
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
         self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
         if not_finite:
@@ -9106,6 +9375,12 @@ class Training:
         if saves:
             self.writer.write(self.checkpoint())
 
+    def set_prefix_weight(self, progress: float) -> None:
+        """The weight of PREFIX_LOSS, which falls linearly to 0; on the device, as a graph may read it."""
+        if self.model.prefix_weight is not None:
+            left = max(0.0, 1 - progress / self.config.prefix_loss_until)
+            self.model.prefix_weight.fill_(self.config.prefix_loss * left)
+
     def log_step(self, loss: Tensor, rate: float) -> None:
         """The line and the record of one step; speeds are averages over the steps of this process."""
         config = self.config
@@ -9113,7 +9388,7 @@ class Training:
         here = self.run.now() - self.started
         seconds = self.seconds_before + here
         step_seconds = here / (self.step - self.first_step)
-        left = min(step_seconds * (config.iterations - self.step), max(self.budget - seconds, 0.0))
+        left = min(step_seconds * self.steps_left, max(self.budget - seconds, 0.0))
         speed = config.train_batch_tokens / step_seconds
         self.run.log(
             f"step:{self.step}/{config.iterations} train_loss:{mean:.4f} lr:{rate:.3f} "
@@ -9143,6 +9418,7 @@ class Training:
     def content(self, complete: bool, seconds: float) -> dict[str, Any]:
         """What every checkpoint.pt holds besides tensors; `seconds` of training."""
         place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        place["operations"] = self.operations
         return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
@@ -9151,6 +9427,8 @@ class Training:
         run = self.run
         seconds = self.seconds_before + run.now() - self.started
         self.writer.wait()
+        self.model.prefixes = None
+        self.model.prefix_weight = None
         mebibytes = peak_memory_mebibytes(run)
         before = self.graphs_before_clock
         late = torch.tensor(compiled_graphs() - before, device=run.device)
@@ -9158,6 +9436,7 @@ class Training:
         step_ms = 1000 * seconds / max(self.step, 1)
         facts = {
             "steps": self.step,
+            "operations": self.operations,
             "train_seconds": seconds,
             "step_ms": step_ms,
             "tokens_per_second": self.step * config.train_batch_tokens / seconds,
@@ -9167,10 +9446,12 @@ class Training:
         }
         warning = "warning: " if inside else ""
         run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
-        limit = "ITERATIONS" if self.step >= config.iterations else "MAX_WALLCLOCK_SECONDS"
+        limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
+        if self.step >= config.iterations:
+            limit = "ITERATIONS"
         run.log(
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
-            f"peak memory {mebibytes} MiB, stopped by {limit}"
+            f"{self.operations:.4g} operations, peak memory {mebibytes} MiB, stopped by {limit}"
         )
         run.on_main_rank(functools.partial(self.save_trained, seconds, facts))
         run.complete = "train"
@@ -9179,6 +9460,8 @@ class Training:
     def save_trained(self, seconds: float, facts: dict[str, Any]) -> None:
         """Write the averaged weights and facts of the finished training as checkpoint.pt. Rank 0 only."""
         content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        parameters = self.model.named_parameters()
+        content["last"] = {name: parameter.detach().float().cpu() for name, parameter in parameters}
         content["facts"] = facts
         save = functools.partial(torch.save, content)
         write_atomically(self.run.folder / "checkpoint.pt", save)
@@ -9461,15 +9744,6 @@ def inspect_machine(run: Run, whole: bool) -> float:
     return peak
 
 
-def step_flops(config: Config, looped: bool) -> float:
-    """FLOPs of the matrix products of one step, forward and backward, without the scores of attention."""
-    width = config.model_dim
-    grouped = width // config.num_heads * config.num_kv_heads
-    visit = 2 * width * width + 2 * width * grouped + 2 * width * config.mlp_mult * width
-    weights = len(make_route(config, looped)) * visit + width * config.vocab_size
-    return 6 * config.train_batch_tokens * weights
-
-
 def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
     """Steps per second over a whole run, from the seconds of one step by loop state."""
     plain = seconds[False]
@@ -9515,7 +9789,11 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
     budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
-    floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
+    # Without the scores of attention, which depend on the lengths of documents.
+    least = {
+        looped: step_operations(config, looped, config.train_batch_tokens, 0) for looped in (False, True)
+    }
+    floors = {looped: least[looped] / (peak * run.world_size) for looped in loop_states(config)}
     fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
@@ -9601,7 +9879,7 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         path = run.folder / "checkpoint.pt"
         raise Stop(f"STAGE=quantize: {path} holds no finished training; run STAGE=train first")
     run.complete = "train"
-    weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
+    weights = {name: weight.to(run.device) for name, weight in blend_average(run.config, saved).items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
     if run.config.prequant_ttt_enabled:
@@ -9748,9 +10026,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         rehearse(run, modes)
     graphs = compiled_graphs()
 
-    began = run.now()
-    run.ledger("eval_clock_start")
-    run.ledger("validation_read")
+    began = start_evaluation_clock(run)
     validation = load_validation(data)
     run.log(
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
@@ -9763,6 +10039,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
     seconds = run.now() - began
+    passes = count_passes(run, final.tokens)
 
     late = warn_of_late_graphs(run, graphs)
     if run.is_main and final.losses is not None:
@@ -9777,12 +10054,29 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         "val_bytes": final.bytes,
         "bpb": bpb,
         "eval_seconds": seconds,
+        "eval_passes": passes,
         "graphs_inside_eval_clock": late,
         "artifact_bytes": path.stat().st_size,
         "artifact_sha256": digest,
     }
     record_stage(run, "evaluate", facts)
     run.on_main_rank(lambda: summarize(run, data))
+
+
+def start_evaluation_clock(run: Run) -> float:
+    """The time from which evaluation counts, with its passes; validation tokens are read from now on."""
+    run.token_thirds = 0
+    began = run.now()
+    run.ledger("eval_clock_start")
+    run.ledger("validation_read")
+    return began
+
+
+def count_passes(run: Run, tokens: float) -> float:
+    """Forwards and backwards, over all ranks, for each of the scored `tokens`."""
+    passes = run.sum_on_hosts(run.token_thirds) / 3 / tokens
+    run.log(f"evaluation: {passes:.2f} forwards and backwards per token")
+    return passes
 
 
 def warn_of_late_graphs(run: Run, before: int) -> int:
@@ -9801,7 +10095,7 @@ def score_unquantized(
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
         return {}
-    load_weights(model, saved["average"])
+    load_weights(model, blend_average(run.config, saved))
     return {"prequant": measure(run, validation, "prequant", how).bpb}
 
 
@@ -9812,6 +10106,10 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
         "size": (facts["total_bytes"], config.artifact_cap_bytes),
         "eval": (facts["eval_seconds"], config.eval_budget_seconds),
     }
+    if config.eval_budget_passes:
+        limits["passes"] = (facts["eval_passes"], config.eval_budget_passes)
+    if config.train_operations:
+        limits["operations"] = (facts.get("operations"), config.train_operations)
     broken = []
     for name, (value, limit) in limits.items():
         if value is None:
