@@ -28,6 +28,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     MODEL        the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    TUNING       what stays in fp16 learns from the unquantised model, once the matrices are rounded
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
