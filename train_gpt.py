@@ -25,6 +25,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     MODEL        the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    TUNING       what is kept in fp16 is trained after rounding
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal

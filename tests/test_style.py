@@ -27,6 +27,7 @@ SECTIONS = [
     "MODEL",
     "OPTIMIZERS",
     "QUANTIZE",
+    "TUNING",
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
