@@ -89,9 +89,9 @@ def count_parameters(config: t.Config) -> tuple[int, int]:
 
 def operations(config: t.Config) -> float:
     """Operations of a token's matrix products in training, forward and backward, loops included."""
-    plain, looped = (t.step_flops(config, state) for state in (False, True))
+    plain, looped = (t.step_operations(config, state, 1, 0) for state in (False, True))
     share = config.enable_looping_at
-    return (share * plain + (1 - share) * looped) / config.train_batch_tokens
+    return share * plain + (1 - share) * looped
 
 
 def more_milliseconds(shape: Shape) -> float:

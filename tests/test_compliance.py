@@ -34,7 +34,7 @@ MIXTURE = {
     "PHASED_TTT_NUM_PHASES": 0,
     "TTT_LORA_LR": 0.01,
     "TTT_MIXTURE_RATES": "0,1,4",
-    "TTT_CHUNK_SIZE": 16,
+    "TTT_MIXTURE_CHUNK": 16,
 }
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
 CLOCK = [
@@ -139,25 +139,47 @@ def test_chunk_sgd_passes_every_probe(folder):
 
 
 def test_a_mixture_of_experts_passes_every_probe(folder):
-    report = probed(folder, **MIXTURE)
+    report = probed(folder, **MIXTURE, CANONICAL_MASK=True)
     assert not report.violations and report.legal
     evidence = {f"{row.group}: {row.probe}": row for row in report.rows}
     for probe in (
         "documents apart: ttt: previous document replaced",
         "normalised: ttt: entry of the true token",
+        "causal: ttt: mask from the tokenizer",
     ):
         assert evidence[probe].holds, probe
     assert " 0 updates" not in evidence["score before update: ttt: records and updates"].evidence
 
 
 def test_a_copy_that_has_seen_its_target_is_named(folder, monkeypatch):
-    def find(copies, documents):
-        for first, end in documents:
-            copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
-            copies.lengths[0, first + 1 : end] = 32
+    def find(copies, first, end):
+        copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
+        copies.lengths[0, first + 1 : end] = 32
 
     monkeypatch.setattr(t.Copies, "find", find)
     assert "causal: ttt: token itself replaced" in broken(probed(folder, **MIXTURE))
+
+
+def test_a_mask_made_from_the_validation_text_is_named(folder, monkeypatch):
+    real = t.open_canonical
+
+    def spy(run, data):
+        real(run, data)
+        seen = np.isin(np.arange(data.vocab_size), read_shard(data.val_files[0]))
+        run.canonical.table &= t.pack_bits(seen)
+
+    monkeypatch.setattr(t, "open_canonical", spy)
+    report = probed(folder, CANONICAL_MASK=True, **PLAIN)
+    assert broken(report) == {"causal: quantized: mask from the tokenizer"}
+    assert "1 of 1 tables differ from that of the tokenizer alone" in report.violations[0]
+
+
+def test_a_mask_that_knows_its_target_is_named(folder, monkeypatch):
+    real = t.Canonical.rows
+    monkeypatch.setattr(t.Canonical, "rows", lambda canonical, tokens: np.roll(real(canonical, tokens), -1))
+    assert "causal: quantized: mask from the tokenizer" in broken(
+        probed(folder, CANONICAL_MASK=True, **PLAIN)
+    )
 
 
 def test_weights_that_know_the_target_are_named(folder, monkeypatch):
