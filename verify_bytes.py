@@ -47,7 +47,7 @@ from data.documents import (
 )
 from data.fast_tokenizer import FastTokenizer
 from data.options import Parser, number_option
-from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL
+from data.prepare import JOURNAL, SIDECAR, TOKENIZER, TRAIN, VAL, Progress
 from data.shards import BOS, UNFINISHED, ShardError, checksum, read_json_object, read_shard, sha256_file
 from data.sidecar import (
     MOST_CASE_LOST,
@@ -931,13 +931,17 @@ class Proof:
             job.texts, job.tokens, job.openings = self.raw_hashes, self.val_hashes, self.val_openings
         records = batches(options.documents, options.key, 2_000_000, start)
 
+        progress = Progress("prove", sum(map(stored_size, options.documents)), output=sys.stderr)
+
         def sources() -> Iterator[Source]:
             nonlocal left_out
-            for _, found in run_in_order(job, records, options.workers):
+            for batch, found in run_in_order(job, records, options.workers):
+                progress.update(batch.consumed, sum(source.length for source in found))
                 left_out += sum(source.known for source in found)
                 yield from (source for source in found if not source.known)
 
         total = self._compare("train", sources())
+        progress.close()
         claimed = self.manifest.get("train_bytes")
         if claimed is not None and claimed != total:
             raise Refuted(f"the raw training documents have {total} bytes, the manifest says {claimed}")
@@ -1074,11 +1078,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def prove(options: argparse.Namespace) -> int:
+    """Prove the dataset of `options` (those of parse_arguments) and print the report; the exit code."""
     began = time.monotonic()
     try:
-        options = parse_arguments(arguments)
         proof = Proof(options.dataset, options)
         try:
             proof.run()
@@ -1116,6 +1119,16 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"REFUTED     {report['first_counterexample']}")
         print(f"{options.dataset}: {report['verdict']} in {report['seconds']} s")
     return 0 if report["verdict"] == "proved" else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    try:
+        options = parse_arguments(arguments)
+    except DataError as error:
+        print(f"verify_bytes: {error}", file=sys.stderr)
+        return 2
+    return prove(options)
 
 
 if __name__ == "__main__":

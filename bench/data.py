@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-#!/usr/bin/env python3
 """Speed of the data side against its plain versions, in MB of raw text a second on one core.
 
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
 python bench/data.py --quick    # the same figures from less text, within a minute
 python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3
+python bench/data.py --proof    # verify_bytes.py against documents: processor time, memory, the full scale
 python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
 """
 
@@ -25,44 +25,33 @@ import environment
 environment.enter()
 import argparse
 import json
-import lzma
 import os
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
+from bench.texts import SHARED, TRAINING_MB, documents, embedded_texts, lines_of, size, table_texts
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
-from data.prepare import LONGEST_SENTENCE, Job, Known
+from data.prepare import Job, Known, Settings, prepare
 from data.shards import BOS, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
+from data.superword_training import train_with_superwords
 from helpers import caps_reference
 from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
 
-SHARED = ROOT.parent / "shared" / "data"
 # Tokens per byte of held-out text in spec/TOKENIZER.md.
 PUBLISHED = {"none": 0.26513, "caseops_v1": 0.30917, "caseops_v3": 0.27183}
 
+# Validation and training documents of the contest's export, and their mean length (15,368,808 are 48.17 GB).
+FULL_DOCUMENTS, BYTES_PER_DOCUMENT, FULL_CORES = 8_250_000, 3134, 16
 
-def documents(name: str, megabytes: float) -> list[str]:
-    """Texts from the start of a file of the shared data, about so many MB of UTF-8."""
-    texts, left = [], megabytes * 1e6
-    with lzma.open(SHARED / name, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            texts.append(json.loads(line)["text"])
-            left -= len(texts[-1].encode())
-            if left <= 0:
-                break
-    return texts
-
-
-def size(texts: list[str]) -> int:
-    """UTF-8 bytes of all texts."""
-    return sum(len(text.encode()) for text in texts)
+# One of so many entries of the flagship's vocabulary, as run.sh makes it, is a superword.
+FLAGSHIP_SUPERWORDS = 8
 
 
 class Table:
@@ -235,32 +224,18 @@ def verification(tokens: int) -> dict:
 
 def tokens_per_byte(megabytes: float) -> dict:
     """The table of spec/TOKENIZER.md: three tokenizers trained on the same text, counted on held-out text."""
-    web = documents("web.jsonl.xz", 1000)
-    held_out, left = documents("fineweb_val_head.jsonl.xz", 1000), 4.7e6
-    while left > 0:
-        held_out.append(web.pop())
-        left -= len(held_out[-1].encode())
-    training = web[:]
-    training += documents("prose.jsonl.xz", max(0.1, megabytes - size(web) / 1e6))
+    training, held_out = table_texts(megabytes)
     raw = size(held_out)
     print(f"trained on {size(training) / 1e6:.1f} MB, counted on {raw / 1e6:.2f} MB of held-out text")
     print(
         f"{'transform':<14}{'tokens':>11}{'per byte':>10}{'against v1':>12}{'published':>11}{'operators':>11}"
     )
 
-    def sentences(encode: Callable[[str], str]) -> Iterator[str]:
-        return (
-            line
-            for text in training
-            for line in encode(text).splitlines()
-            if len(line.encode()) <= LONGEST_SENTENCE
-        )
-
     results: dict = {}
     with tempfile.TemporaryDirectory() as name:
         for transform in ("caseops_v1", "none", "caseops_v3"):
             encode, _, operators, _ = TRANSFORMS[transform]
-            model = train_tokenizer(sentences(encode), Path(name) / transform, 8192, operators)
+            model = train_tokenizer(lines_of(training, encode), Path(name) / transform, 8192, operators)
             ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
             marks = int(np.isin(ids, np.arange(4, 4 + len(operators))).sum())
             results[transform] = len(ids)
@@ -276,8 +251,96 @@ def tokens_per_byte(megabytes: float) -> dict:
     }
 
 
+def flagship_tokens_per_byte() -> dict:
+    """Tokens per byte of the flagship's tokenizer, trained here: of the table's text, or where that is not
+    there of the embedded corpus.
+    """
+    training, held_out = table_texts(TRAINING_MB) if SHARED.is_dir() else embedded_texts()
+    with tempfile.TemporaryDirectory() as name:
+        settings = Settings([], Path(name), transform="caseops_v3")
+        encode, _, operators, _ = TRANSFORMS[settings.transform]
+        model = train_with_superwords(
+            lines_of(training, encode),
+            settings.out / "tokenizer",
+            settings.vocab_size,
+            operators,
+            settings.vocab_size // FLAGSHIP_SUPERWORDS,
+            settings.superword_kind,
+            settings.split_digits,
+        )
+        ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
+    ratio = round(len(ids) / size(held_out), 5)
+    text = "the table's text" if SHARED.is_dir() else "the embedded corpus"
+    print(f"flagship's tokenizer: {ratio:.5f} tokens per byte of {text} ({size(held_out) / 1e6:.2f} MB)")
+    return {"tokens_per_byte": ratio, "tokens_per_byte_text": text}
+
+
+MEASURED = """
+import json, resource, sys
+import verify_bytes
+
+status = verify_bytes.main(sys.argv[1:])
+used = {}
+for name, who in (("parent", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN)):
+    found = resource.getrusage(who)
+    used |= {f"{name}_seconds": found.ru_utime + found.ru_stime, f"{name}_mb": found.ru_maxrss / 1024}
+print(json.dumps(used))
+sys.exit(status)
+"""
+
+
+def measured_proof(source: Path, folder: Path) -> dict:
+    """Processor seconds and peak memory of verify_bytes.py with 2 workers, by parent and workers."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(folder), "--documents", str(source), "--workers", "2"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def proof_at_scale(sizes: tuple[float, float]) -> dict:
+    """Datasets of two sizes (MB of text) are proved; what the larger one costs more is extrapolated."""
+    texts = documents("web.jsonl.xz", sizes[1])
+    rows, amounts, tokenizer = [], [], None
+    with tempfile.TemporaryDirectory() as name:
+        for megabytes in sizes:
+            part = texts[: max(1, int(len(texts) * megabytes / sizes[1]))]
+            source, out = Path(name) / f"{megabytes:g}.jsonl", Path(name) / f"{megabytes:g}"
+            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+            settings = Settings([source], out, val_docs=50, transform="caseops_v3", tokenizer=tokenizer)
+            settings.shard_tokens = 500_000
+            settings.superwords = 0 if tokenizer else settings.vocab_size // FLAGSHIP_SUPERWORDS
+            prepare(settings)
+            tokenizer = out / "tokenizer.model"
+            rows.append(measured_proof(source, out))
+            amounts.append(size(part))
+    print(f"{'MB of text':>10}{'parent s':>10}{'workers s':>11}{'parent MB':>11}{'worker MB':>11}")
+    for amount, row in zip(amounts, rows, strict=True):
+        print(
+            f"{amount / 1e6:>10.1f}{row['parent_seconds']:>10.2f}{row['workers_seconds']:>11.2f}"
+            f"{row['parent_mb']:>11.0f}{row['workers_mb']:>11.0f}"
+        )
+    more = amounts[1] - amounts[0]
+    per_byte = {name: (rows[1][name] - rows[0][name]) / more for name in rows[0]}
+    full = FULL_DOCUMENTS * BYTES_PER_DOCUMENT
+    seconds = full * (per_byte["parent_seconds"] + per_byte["workers_seconds"] / FULL_CORES)
+    print(
+        f"{FULL_DOCUMENTS:,} documents ({full / 1e9:.1f} GB) on {FULL_CORES} cores, first parent, then "
+        f"workers: {seconds / 60:.1f} minutes of processor time"
+    )
+    return {
+        "proof_parent_mb_per_s": round(1e-6 / per_byte["parent_seconds"], 2),
+        "proof_workers_mb_per_s": round(1e-6 / per_byte["workers_seconds"], 2),
+        "proof_full_minutes": round(seconds / 60, 2),
+        "proof_memory_mb": [[round(row["parent_mb"]), round(row["workers_mb"])] for row in rows],
+    }
+
+
 def kills(count: int) -> dict:
-    """The test that kills a run and goes on, so many times; the first failure ends it."""
+    """The tests that kill a run, of files and of the hub's stream, and go on, so many times each."""
     command = [
         sys.executable,
         "-m",
@@ -285,6 +348,7 @@ def kills(count: int) -> dict:
         "-q",
         "-x",
         str(ROOT / "tests" / "test_prepare.py"),
+        str(ROOT / "tests" / "test_stream.py"),
         "-k",
         "killed",
     ]
@@ -300,24 +364,25 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="less text, the same figures")
     parser.add_argument("--table", action="store_true", help="tokens per byte instead of speeds")
+    parser.add_argument("--proof", action="store_true", help="verify_bytes.py instead of speeds")
     parser.add_argument(
-        "--mb", type=float, default=53.6, help="training text for --table (default %(default)s)"
+        "--mb", type=float, default=TRAINING_MB, help="training text for --table (default %(default)s)"
     )
     parser.add_argument(
         "--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds"
     )
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        print(
-            f"bench/data.py: {SHARED}: no such folder; it holds the text and the tokenizers", file=sys.stderr
-        )
-        return 2
-    if options.table:
+    if not SHARED.is_dir() and not options.kills:
+        print(f"{SHARED}: no such folder, which holds the text and the tokenizers for everything else")
+        result = flagship_tokens_per_byte()
+    elif options.table:
         result = tokens_per_byte(options.mb if not options.quick else 10)
+    elif options.proof:
+        result = proof_at_scale((2, 5) if options.quick else (8, 24))
     elif options.kills:
         result = kills(options.kills)
     else:
-        result = speeds(options.quick)
+        result = speeds(options.quick) | flagship_tokens_per_byte()
     print("RESULT " + json.dumps(result))
     return 0 if result.get("identical", True) else 1
 

@@ -253,12 +253,6 @@ class Bench:
             return
         tiny, dtype = self.options.tiny, torch.bfloat16 if self.cuda else torch.float32
         config = t.Config.from_env(self.settings("flagship"))
-        d = config.model_dim
-        make: dict[str, Callable[[int], m.Kernel]] = {
-            "cross-entropy": lambda rows: m.cross_entropy(self.device, dtype, rows, config.vocab_size),
-            "mlp": lambda rows: m.mlp(self.device, dtype, rows, d, int(config.mlp_mult * d)),
-            "newton-schulz": lambda rows: m.newton_schulz(config, self.device, dtype),
-        }
         table = Table(
             "Fused kernels against plain PyTorch (ratio: time of the first fused form over this one's; "
             "memory: peak of a forward and backward)",
@@ -279,12 +273,10 @@ class Bench:
             [],
         )
         found = {}
-        for name, kernel_of in make.items():
-            found[name] = self.unit(
-                f"kernels: {name}",
-                25,
-                functools.partial(self.kernel, kernel_of, table, 4 if tiny else 98_304),
-            )
+        for name, make in m.KERNELS.items():
+            kernel_of = functools.partial(make, config, self.device, dtype)
+            work = functools.partial(self.kernel, kernel_of, table, 4 if tiny else 98_304)
+            found[name] = self.unit(f"kernels: {name}", 25, work)
         self.tables.append(table)
         self.results["kernels"] = found
 

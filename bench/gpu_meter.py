@@ -154,12 +154,15 @@ def causal_pairs(batch: t.Batch) -> int:
 
 @dataclasses.dataclass
 class Kernel:
-    """A fused kernel beside its reference: both take the operands; the first `leaves` get gradients."""
+    """A fused kernel beside its reference: both take the operands; the first `leaves` get gradients.
+
+    They return a tensor or several.
+    """
 
     name: str
     shape: str
-    reference: Callable[..., Tensor]
-    fused: dict[str, Callable[..., Tensor]]
+    reference: Callable[..., Tensor | Sequence[Tensor]]
+    fused: dict[str, Callable[..., Tensor | Sequence[Tensor]]]
     missing: dict[str, str]  # fused forms that are not here, and why
     operands: tuple[Any, ...]
     leaves: int
@@ -170,18 +173,37 @@ class Kernel:
         """A call of `function` for evaluation."""
         return torch.no_grad()(lambda: function(*self.operands))
 
-    def both(self, function: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor]]:
-        """A call of `function` and its backward; it returns the result and the gradients."""
+    def both(self, function: Callable[..., Tensor | Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
+        """A call of `function` and its backward; it returns the results and the gradients."""
         leaves = [operand.detach().requires_grad_() for operand in self.operands[: self.leaves]]
         others = self.operands[self.leaves :]
-        out = torch.no_grad()(function)(*self.operands)
-        upstream = random_tensor(out.shape, seed=9, device=out.device, dtype=torch.bfloat16).to(out.dtype)
+        upstreams = [
+            random_tensor(out.shape, seed=9, device=out.device, dtype=torch.bfloat16).to(out.dtype)
+            for out in several(torch.no_grad()(function)(*self.operands))
+        ]
 
         def call() -> Sequence[Tensor]:
-            out = function(*leaves, *others)
-            return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+            outputs = several(function(*leaves, *others))
+            gradients = torch.autograd.grad(outputs, leaves, upstreams)
+            return [*(out.detach() for out in outputs), *gradients]
 
         return call
+
+
+def several(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a function returned, as a list."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def moved(operands: Sequence[Any], leaves: int, results: int) -> tuple[int, int]:
+    """The fewest bytes of a forward and of both passes, for `results` of so many bytes.
+
+    A forward reads the operands and writes the results. A backward reads the results' gradients and the
+    smaller of the two, and writes the gradients of the first `leaves` operands.
+    """
+    sizes = [operand.nbytes if isinstance(operand, Tensor) else 0 for operand in operands]
+    forward = sum(sizes) + results
+    return forward, forward + results + min(sum(sizes), results) + sum(sizes[:leaves])
 
 
 def random_tensor(shape: Sequence[int], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -268,6 +290,189 @@ def newton_schulz(config: t.Config, device: torch.device, dtype: torch.dtype) ->
         (flops, 0),
         (size, 0),
     )
+
+
+def head_loss(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, columns: int, cap: float = 30.0
+) -> Kernel:
+    """The product of the head and its cross-entropy, as training has them."""
+    x = random_tensor((rows, width), 0, device, dtype)
+    weight = random_tensor((columns, width), 1, device, dtype) / width**0.5
+    targets = torch.randint(columns, (rows,), generator=torch.Generator().manual_seed(2)).to(device)
+    slopes = rows * columns * x.element_size()
+    forward, both = moved((x, weight), 2, 4 * rows)
+    product = 2 * rows * width * columns
+
+    def reference(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+        return t.softcapped_ce_reference(x @ weight.T, targets, cap)
+
+    return Kernel(
+        "head and cross-entropy",
+        f"{rows:,} x {width} x {columns:,}",
+        reference,
+        {"triton": lambda *operands: t.head_loss_op(*operands)[0]},
+        {},
+        (x, weight, targets, cap),
+        2,
+        (product, 3 * product),
+        (forward + slopes, both + 3 * slopes),
+    )
+
+
+def heads_of(config: t.Config) -> tuple[int, int, int]:
+    """(query heads, key heads, the size of one)."""
+    return config.num_heads, config.num_kv_heads, config.model_dim // config.num_heads
+
+
+def projection(config: t.Config, device: torch.device, dtype: torch.dtype, rows: int) -> Kernel:
+    """The product that makes queries, keys and values, with norm, gain and rotation."""
+    heads, kv_heads, size = heads_of(config)
+    depth, width = config.model_dim, (heads + 2 * kv_heads) * size
+    x = random_tensor((1, rows, depth), 0, device, dtype)
+    weight = random_tensor((width, depth), 1, device, dtype) / depth**0.5
+    gain = 1 + random_tensor((heads,), 2, device, dtype).abs()
+    angles = 3 * random_tensor((rows, 1, config.rope_dims // 2), 3, device, torch.float32)
+    tables = t.rotation_tables_op(angles, dtype)
+
+    def reference(x: Tensor, weight: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+        raw = torch.nn.functional.linear(x, weight).unflatten(2, (-1, size))
+        q, k, v = raw.split((heads, kv_heads, kv_heads), 2)
+        return *t.rotated_heads_reference(q, k, gain, cos, sin), v
+
+    operands, product = (x, weight, gain, *tables), 2 * rows * depth * width
+    return Kernel(
+        "queries, keys and values",
+        f"{rows:,} x {depth} x {width}",
+        reference,
+        {"triton": lambda *operands: t.attention_inputs_op(*operands, kv_heads)[:3]},
+        {},
+        operands,
+        3,
+        (product, 3 * product),
+        moved(operands, 3, rows * width * x.element_size()),
+    )
+
+
+def attention_output(config: t.Config, device: torch.device, dtype: torch.dtype, rows: int) -> Kernel:
+    """XSA and the gate of the heads behind attention."""
+    heads, kv_heads, size = heads_of(config)
+    read = min(config.gate_width or t.MOST_READ, t.MOST_READ)
+    shapes = ((1, rows, heads, size), (1, rows, kv_heads, size), (1, rows, read), (heads, read))
+    operands = tuple(random_tensor(shape, i, device, dtype) for i, shape in enumerate(shapes))
+    gate = t.Gate(1.0, config.sparse_attn_gate_scale)
+    return Kernel(
+        "XSA and gate",
+        f"{rows:,} x {heads} x {size}",
+        lambda *operands: t.attention_output_reference(*operands, gate),
+        {"triton": lambda y, v, *gates: t.attention_output_op(y, v, None, *gates, *gate)},
+        {},
+        operands,
+        4,
+        (0, 0),
+        moved(operands, 4, operands[0].nbytes),
+    )
+
+
+def residual(config: t.Config, device: torch.device, dtype: torch.dtype, rows: int) -> Kernel:
+    """Two joins of the residual stream: the embedding with its gain, and a branch added to it."""
+    shape = 1, rows, config.model_dim
+    embedding, branch = (random_tensor(shape, i, device, dtype) for i in range(2))
+    again = 1 + random_tensor((1, config.model_dim), 2, device, torch.float32).abs()
+
+    def reference(embedding: Tensor, branch: Tensor, again: Tensor) -> Sequence[Tensor]:
+        stream = again[0].to(embedding.dtype) * embedding
+        return t.rms_norm(stream), t.rms_norm(stream + branch), stream + branch
+
+    def fused(embedding: Tensor, branch: Tensor, again: Tensor) -> Sequence[Tensor]:
+        (path,) = t.spread_op(embedding, again)
+        first = t.residual_op(embedding=embedding, embedding_path=path, again=again[0])
+        second = t.residual_op(*first[:3], branch, remembers=True)
+        return first[0], second[0], second[4]
+
+    return Kernel(
+        "residual stream, two joins",
+        f"{rows:,} x {config.model_dim}",
+        reference,
+        {"triton": fused},
+        {},
+        (embedding, branch, again),
+        3,
+        (0, 0),
+        moved((embedding, branch, again), 3, 3 * embedding.nbytes),
+    )
+
+
+def lanes(config: t.Config, device: torch.device, dtype: torch.dtype, rows: int) -> Kernel:
+    """Two joins of two lanes: where they part, with a skip, and behind the visit that follows."""
+    shape = 1, rows, config.model_dim
+    streams = [random_tensor(shape, i, device, dtype) for i in range(5)]
+    weights = 1 + random_tensor((2, 3), 5, device, torch.float32).abs() / 3
+    gains = 1 + random_tensor((4, config.model_dim), 6, device, torch.float32).abs() / 3
+
+    def reference(*operands: Tensor) -> Sequence[Tensor]:
+        x, attended, transformed, skip, embedding, weights, gains = operands
+        through, share, keep, again = gains.to(x.dtype)
+        merged = through * x + share * skip
+        first = t.rms_norm(keep * merged + again * embedding), t.rms_norm(x)
+        merged, lane = (
+            row[0] * stream + row[1] * attended + row[2] * transformed
+            for row, stream in zip(weights, (merged, x), strict=True)
+        )
+        return *first, t.rms_norm(keep * merged + again * embedding), t.rms_norm(lane), merged, lane
+
+    def fused(*operands: Tensor) -> Sequence[Tensor]:
+        x, attended, transformed, skip, embedding, weights, gains = operands
+        through, share, keep, again = gains
+        paths = t.spread_op(embedding, torch.stack((again, again)))
+        shared = {"keep": keep, "again": again.detach(), "embedding": embedding, "late": False, "read": 0}
+        start = dict.fromkeys(("lane", "lane_size", "lane_path", "attended", "transformed", "weights"))
+        merge = {"skip": skip, "through": through, "share": share}
+        first = t.lanes_op(x, **start, **merge, **shared, embedding_path=paths[0], ends=False, scale=1.0)
+        second = t.lanes_op(
+            first[0],
+            *first[4:7],
+            attended,
+            transformed,
+            weights,
+            *(None, None, None),
+            **shared,
+            embedding_path=paths[1],
+            ends=True,
+            scale=1.0,
+        )
+        return first[1], first[4], second[1], second[4], second[0], second[7]
+
+    operands = (*streams, weights, gains)
+    return Kernel(
+        "two lanes, two joins",
+        f"{rows:,} x {config.model_dim}",
+        reference,
+        {"triton": fused},
+        {},
+        operands,
+        7,
+        (0, 0),
+        moved(operands, 7, 6 * streams[0].nbytes),
+    )
+
+
+# The kernels of one table: name -> a Kernel of so many rows for these settings.
+KERNELS: dict[str, Callable[[t.Config, torch.device, torch.dtype, int], Kernel]] = {
+    "cross-entropy": lambda config, device, dtype, rows: cross_entropy(
+        device, dtype, rows, config.vocab_size
+    ),
+    "head": lambda config, device, dtype, rows: head_loss(
+        device, dtype, rows, config.model_dim, config.vocab_size
+    ),
+    "mlp": lambda config, device, dtype, rows: mlp(
+        device, dtype, rows, config.model_dim, int(config.mlp_mult * config.model_dim)
+    ),
+    "projection": projection,
+    "attention output": attention_output,
+    "residual": residual,
+    "lanes": lanes,
+    "newton-schulz": lambda config, device, dtype, rows: newton_schulz(config, device, dtype),
+}
 
 
 def load_step(path: Path) -> types.ModuleType:

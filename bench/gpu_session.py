@@ -423,6 +423,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for path in inputs:
         if path and not path.exists():
             parser.error(f"{path}: does not exist; name a file or folder that does")
+    if options.data and not (options.data / "manifest.json").is_file():
+        finished = "name a dataset that data/prepare.py or data/download.py has finished"
+        parser.error(f"--data {options.data}: no manifest.json there; {finished}")
     if options.action == "carry" and not (options.files and options.tokenizer and options.val):
         parser.error("carry: TEXT, --tokenizer and --val are needed; name all three")
     if options.action == "record" and not options.files:

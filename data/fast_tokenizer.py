@@ -19,6 +19,8 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from data.superwords import JOINED_OPERATORS, Superwords, learnt_after_words
+
 SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
@@ -167,12 +169,22 @@ class FastTokenizer:
         self.processor, self.model = load_model(path)
         self.vocab_size = self.processor.vocab_size()
         rules = NormalisationRules(self.model.normalizer_spec.precompiled_charsmap)
-        self.refused = refusal(self.model, rules) if fast else "not wanted"
+        model = self.model
+        self._superwords = None
+        if fast and model.trainer_spec.model_type == BPE and learnt_after_words(model):
+            self._superwords = Superwords(model)
+            model = self._superwords.first_stage
+        self.refused = refusal(model, rules) if fast else "not wanted"
         if self.refused:
             return
+        self._pieces = [piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)]
+        # What splits words; the plain path needs the whole model.
+        self._splitter = self.processor
+        if self._superwords is not None:
+            self._splitter = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         self._symbols = self._lone_symbols(rules)
         self._pairs = self._pair_table(space_bytes(rules))
-        self._prefix = len(self.processor.encode("a"))
+        self._prefix = len(self._splitter.encode("a"))
         # Sums of Unigram scores are exact in float32 below 2**24; an
         # unknown character costs 10 more than any piece.
         lowest = min(piece.score for piece in self.model.pieces)
@@ -187,11 +199,11 @@ class FastTokenizer:
         """User-defined symbols of one character that nothing else
         contains, and the byte that stands for each here.
         """
-        everything = "".join(piece.piece for piece in self.model.pieces)
+        everything = "".join(piece.piece for piece in self._pieces)
         symbols = [
             piece.piece.encode()
-            for piece in self.model.pieces
-            if piece.type == USER_DEFINED
+            for piece in self._pieces
+            if (piece.type == USER_DEFINED or piece.piece in JOINED_OPERATORS)
             and len(piece.piece) == 1
             and not piece.piece.isascii()
             and everything.count(piece.piece) == 1
@@ -204,10 +216,7 @@ class FastTokenizer:
         the next byte, 2 = cut, 4 = a segment ends.
         """
         adjacent = {
-            pair
-            for piece in self.model.pieces
-            if piece.type in (NORMAL, USER_DEFINED, UNUSED)
-            for pair in zip(piece.piece[:-1], piece.piece[1:], strict=True)
+            pair for piece in self._pieces for pair in zip(piece.piece[:-1], piece.piece[1:], strict=True)
         }
         table = np.zeros((256, 256), dtype=np.uint8)
         is_space = np.zeros(256, dtype=bool)
@@ -300,6 +309,10 @@ class FastTokenizer:
         # without its space: SentencePiece decides.
         slow.update((np.searchsorted(borders, np.flatnonzero(counts == 0), side="right") - 1).tolist())
         token_borders = ends[borders]
+        if self._superwords is not None:
+            ids, joined, refused = self._superwords.join(ids, np.diff(token_borders))
+            token_borders = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(joined)])
+            slow.update(np.flatnonzero(refused).tolist())
         if self._used > LARGEST_TABLE // 2 or len(self._long) > MOST_LONG_SEGMENTS:
             self._clear()
         if not slow:
@@ -320,7 +333,7 @@ class FastTokenizer:
         ]
         return [
             ids[self._prefix :] if space else ids
-            for ids, space in zip(self.processor.encode(texts, num_threads=1), lead, strict=True)
+            for ids, space in zip(self._splitter.encode(texts, num_threads=1), lead, strict=True)
         ]
 
     def _store(self, encoded: list[list[int]]) -> np.ndarray:

@@ -33,11 +33,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
-from typing import IO
+from typing import IO, TextIO
 
 import numpy as np
 
-from data.card import CARD, FORMAT, MANIFEST, PROOF, write_card
+from data.card import CARD, FORMAT, MANIFEST, PROOF, ProofError, read_proof, write_card
 from data.documents import (
     OPENING_TOKENS,
     Batch,
@@ -70,7 +70,6 @@ from data.shards import (
     read_json_object,
     read_shard,
     sha256_file,
-    train_tokenizer,
     write_json,
 )
 from data.sidecar import (
@@ -82,6 +81,8 @@ from data.sidecar import (
     table_bytes,
     table_problem,
 )
+from data.superword_training import KINDS, WORDS, train_with_superwords
+from data.superwords import crosses_spaces
 from data.workers import run_in_order
 from lossless_caps import TRANSFORMS
 
@@ -104,10 +105,11 @@ MOST_SHARD_TOKENS = 2**31 - 1
 
 
 class Progress:
-    """A bar with rate and time left on a terminal, a line every 10 s elsewhere."""
+    """A bar with rate and time left on a terminal, a line every 10 s elsewhere (on `output`, or stdout)."""
 
-    def __init__(self, stage: str, total: int, start: int = 0):
+    def __init__(self, stage: str, total: int, start: int = 0, output: TextIO | None = None):
         self.stage, self.total, self.start, self.done = stage, max(1, total), start, start
+        self.output = output
         self.began = self.printed = time.monotonic()
         self.text_bytes = 0
         self.bar = None
@@ -134,6 +136,7 @@ class Progress:
             print(
                 f"{self.stage}: {100 * done / self.total:.1f} %, text "
                 f"{self.text_bytes / 1e6 / (now - self.began):.1f} MB/s, {left:.0f} s left",
+                file=self.output,
                 flush=True,
             )
 
@@ -365,10 +368,14 @@ class Settings:
     key: str = "text"
     transform: str = "none"
     tokenizer: Path | None = None
+    tokenizer_sha256: str | None = None
     vocab_size: int = 8192
     tokenizer_docs: int = 0
     tokenizer_mb: float = 100
     tokenizer_unit: str = "line"
+    superwords: int = 0
+    superword_kind: str = WORDS
+    split_digits: bool = True
     shard_tokens: int = STANDARD_SHARD
     name: str = ""
     sidecar: bool = False
@@ -379,6 +386,7 @@ class Settings:
     overwrite: bool = False
     disk_check: bool = True
     max_case_lost: float = MOST_CASE_LOST
+    prove: bool = False
 
 
 def say(text: str) -> None:
@@ -434,7 +442,7 @@ class Preparation:
         # Of a file from the hub: how far a tokenizer was trained on it, and the sha256 of all until there.
         self.sampled: dict | None = None
         self.versions = {"sentencepiece": version("sentencepiece"), "unicode": unicodedata.unidata_version}
-        self.has_sidecar = settings.transform != "none" or settings.sidecar
+        self.has_sidecar = settings.transform != "none" or settings.sidecar or settings.superwords > 0
 
     def run(self) -> dict:
         """Make the dataset, or recognise a finished one; the manifest."""
@@ -472,11 +480,20 @@ class Preparation:
     # Checks before anything is written.
 
     def _check_tokenizer(self) -> None:
-        path = self.settings.tokenizer
+        path, superwords = self.settings.tokenizer, self.settings.superwords
         if path is None:
+            if superwords >= self.settings.vocab_size:
+                raise DataError(
+                    f"--superwords {superwords}: as many as --vocab-size {self.settings.vocab_size} or "
+                    "more; give fewer"
+                )
             return
+        if superwords:
+            raise DataError(
+                f"--superwords {superwords}: are learnt with a tokenizer; leave --tokenizer {path} out"
+            )
         try:
-            processor, _ = load_model(path)
+            processor, model = load_model(path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); give an existing --tokenizer"
@@ -508,6 +525,10 @@ class Preparation:
         problem = table_problem(processor)
         if problem:
             raise DataError(f"{path}: {problem}; use another tokenizer")
+        promised, found = self.settings.tokenizer_sha256, sha256_file(path)
+        if promised not in (None, found):
+            raise DataError(f"{path}: has sha256 {found}, not --tokenizer-sha256 {promised}; get it again")
+        self.has_sidecar |= crosses_spaces(model)
 
     def _read_journal(self) -> dict:
         """The journal of an earlier run; empty if there is none, or none that can be relied on."""
@@ -558,6 +579,9 @@ class Preparation:
                     "documents": settings.tokenizer_docs,
                     "megabytes": settings.tokenizer_mb,
                     "unit": settings.tokenizer_unit,
+                    "superwords": settings.superwords,
+                    "superword_kind": settings.superword_kind if settings.superwords else None,
+                    "split_digits": settings.split_digits,
                     "on": "training documents",
                 }
             }
@@ -765,12 +789,16 @@ class Preparation:
         say(f"training a tokenizer of {self.settings.vocab_size} entries on training documents")
         read = {"documents": 0, "bytes": 0}
         began = time.monotonic()
+        settings = self.settings
         try:
-            trained = train_tokenizer(
+            trained = train_with_superwords(
                 self._training_texts(known, start, read),
                 self.out / "tokenizer",
-                self.settings.vocab_size,
-                TRANSFORMS[self.settings.transform][2],
+                settings.vocab_size,
+                TRANSFORMS[settings.transform].operators,
+                settings.superwords,
+                settings.superword_kind,
+                settings.split_digits,
             )
         except RuntimeError as error:
             if not read["documents"]:
@@ -1063,6 +1091,22 @@ def prepare(settings: Settings) -> dict:
         ) from None
 
 
+def prove(settings: Settings) -> int:
+    """Prove a dataset as `verify_bytes.py --card` does, unless it is proved already; the exit code."""
+    import verify_bytes  # not at the top: it imports this module
+
+    try:
+        read_proof(settings.out)
+        say(f"{settings.out}: already proved ({PROOF})")
+        return 0
+    except ProofError:
+        say(f"{settings.out}: proving it against its documents")
+    options = verify_bytes.parse_arguments([str(settings.out), "--card", "--key", settings.key])
+    options.documents, options.val = settings.sources, settings.val
+    options.workers, options.max_case_lost = settings.workers, settings.max_case_lost
+    return verify_bytes.prove(options)
+
+
 def _lock(file: IO[str], out: Path) -> None:
     try:
         if not environment.lock_file(file):
@@ -1135,6 +1179,7 @@ def _add_validation_options(parser: argparse.ArgumentParser) -> None:
 def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
+    add("--tokenizer-sha256", metavar="HEX", help="refuse any other model than the one with this sha256")
     add(
         "--vocab-size",
         type=number_option(int, 1, 0xFFFF),
@@ -1162,6 +1207,25 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
         help="what SentencePiece takes for one sentence; it skips those above 4,192 bytes, so with "
         "`document`, as the public tokenizers were made, it learns from short documents only and "
         "needs about 1.5 %% more tokens (default %(default)s)",
+    )
+    add(
+        "--superwords",
+        type=number_option(int, 0, 0xFFFF),
+        default=0,
+        metavar="N",
+        help="entries of it that are pieces across spaces, learnt after those of words (default %(default)s)",
+    )
+    add(
+        "--superword-kind",
+        choices=KINDS,
+        default=WORDS,
+        help="what they may join: letters and spaces, any text, or case operators too (default %(default)s)",
+    )
+    add(
+        "--join-digits",
+        dest="split_digits",
+        action="store_false",
+        help="let a piece hold several digits",
     )
 
 
@@ -1196,6 +1260,11 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how often progress is saved for a later run (default %(default)s)",
     )
+    add(
+        "--prove",
+        action="store_true",
+        help="then prove it against the documents, which are read once more, as verify_bytes.py --card does",
+    )
     add("--overwrite", action="store_true", help="replace a dataset or unfinished run in --out")
     add(
         "--no-disk-check",
@@ -1210,7 +1279,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit code 0: complete; 2: cannot be done, with one line that says why and what to do.",
+        epilog="Exit code 0: complete; 1: --prove has refuted it; 2: cannot be done, with one line that says "
+        "why and what to do.",
     )
     _add_source_options(parser)
     _add_validation_options(parser)
@@ -1225,14 +1295,15 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     try:
-        prepare(parse_arguments(arguments))
+        settings = parse_arguments(arguments)
+        prepare(settings)
+        return prove(settings) if settings.prove else 0
     except DataError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; give the same command again to go on", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

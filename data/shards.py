@@ -129,14 +129,19 @@ class _Sentences:
 
 
 def train_tokenizer(
-    texts: Iterable[str], prefix: Path, vocab_size: int, operators: Sequence[str] = ()
+    texts: Iterable[str],
+    prefix: Path,
+    vocab_size: int,
+    operators: Sequence[str] = (),
+    split_digits: bool = True,
 ) -> Path:
     """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
 
     The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte
     fallback, split digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3.
-    `operators` become user-defined symbols (ids 4, 5, ...). A text is one training sentence, NUL replaced by
-    a space, stripped. What `texts` raises is raised here; RuntimeError if SentencePiece itself refuses.
+    With `split_digits=False` a piece may hold several digits. `operators` become user-defined symbols (ids 4,
+    5, ...). A text is one training sentence, NUL replaced by a space, stripped. What `texts` raises is raised
+    here; RuntimeError if SentencePiece itself refuses.
     """
     import sentencepiece
 
@@ -151,7 +156,7 @@ def train_tokenizer(
             vocab_size=vocab_size,
             character_coverage=0.999,
             byte_fallback=True,
-            split_digits=True,
+            split_digits=split_digits,
             normalization_rule_name="nmt_nfkc",
             add_dummy_prefix=False,
             pad_id=PAD,

@@ -183,7 +183,7 @@ def byte_tables(processor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         else:
             piece = processor.id_to_piece(token)
             lead[token] = piece.startswith(SPACE)
-            base[token] = len(piece.removeprefix(SPACE).encode())
+            base[token] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
     return base, lead, boundary
 
 

@@ -229,12 +229,14 @@ def test_carry_takes_from_every_file_in_turn_up_to_the_size(session, tmp_path):
             "--carried nowhere: no train.jsonl.xz there; run carry first or name --data",
         ),
         (["3", "--against", "nothing.py"], "nothing.py: does not exist; name a file or folder that does"),
+        (["2", "--data", "docs"], "--data docs: no manifest.json there; name a dataset that data/prepare.py"),
         (["carry"], "carry: TEXT, --tokenizer and --val are needed; name all three"),
         (["record"], "record: TABLES is missing; name the tables_*.md of the calls"),
         (["1", "--limit", "5"], "argument --limit: 5 must be at least 30"),
     ],
 )
-def test_errors_are_one_line(session, words, message, capsys):
+def test_errors_are_one_line(session, words, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         session.parse(words)
     said = capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_norm_gain_and_rotation(
     angles = 3 * draw(generator, length, 1, rotated // 2)
     cos, sin = t.rotation_tables_op(angles, dtype)
     compare(
-        lambda *inputs: t.rotated_heads_op(*inputs, cos, sin),
+        lambda *inputs: t.rotated_heads_op(*inputs, cos, sin)[:2],
         lambda *inputs: t.rotated_heads_reference(*inputs, cos.double(), sin.double()),
         [q, k, gain],
         [q_upstream, k_upstream],
@@ -108,9 +108,16 @@ def make(config: t.Config, **options) -> t.GPT:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"parallel_start_layer": 2},
         {"head_gate": "attn_out", "gate_attn_src": "residual", "num_loops": 0},
-        {"head_gate": "attn_out", "gate_attn_src": "q", "xsa_last_n": 2},
+        {
+            "head_gate": "attn_out",
+            "gate_attn_src": "q",
+            "xsa_last_n": 2,
+            "parallel_start_layer": 1,
+            "parallel_first_skip": "both",
+            "skip_gates_enabled": False,
+        },
         {"head_gate": "none"},
         {"gate_width": 0, "parallel_residual": "gptj"},
         {"parallel_residual": "none", "skip_gates_enabled": False},

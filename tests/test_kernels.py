@@ -75,7 +75,7 @@ for capability in (90, 100):
         assert built.metadata.shared <= 232_448, built.metadata.shared
         print(capability, kernel.__name__, len(built.asm["ptx"]))
 for kernel in vars(t).values():
-    if isinstance(kernel, triton.JITFunction):
+    if isinstance(kernel, triton.JITFunction) and kernel.__name__.endswith("_kernel"):  # others are inlined
         keys = [parameter.name for parameter in kernel.params if not parameter.do_not_specialize]
         assert not {{"rows", "tokens", "length"}} & set(keys), (kernel.__name__, keys)
 """

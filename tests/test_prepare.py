@@ -199,7 +199,6 @@ def trained(folder: Path, **options) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        {"split_by_whitespace": False},
         {"add_dummy_prefix": True},
         {"byte_fallback": False},
         {"model_type": "unigram"},

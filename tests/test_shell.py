@@ -60,7 +60,14 @@ def copy(tmp_path) -> Path:
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "records" / "recipes", folder / "records" / "recipes")
     (folder / "train_gpt.py").write_text(TRAINER)
-    for name in ("report.py", "compliance.py", "track.py", "data/demo.py", "data/download.py"):
+    for name in (
+        "report.py",
+        "compliance.py",
+        "track.py",
+        "data/demo.py",
+        "data/download.py",
+        "data/prepare.py",
+    ):
         (folder / name).write_text(NOTES)
     return folder
 
@@ -237,6 +244,18 @@ def test_what_is_downloaded_is_what_the_settings_name(copy, tmp_path, variables,
     assert [line for line in calls(copy) if line.startswith("download.py")] == (
         [f"download.py {name}"] if name else []
     )
+
+
+def test_the_flagships_dataset_is_made_until_it_is_proved(copy):
+    folder = "data/datasets/fineweb10B_sp8192_caseops_v3_superwords"
+    made = f"prepare.py hub:docs --out {folder} --transform caseops_v3 --vocab-size 8192"
+    made += " --superwords 1024 --prove"
+    assert start(copy, "records/recipes/flagship.env").returncode == 0
+    assert calls(copy)[0] == made
+    (copy / folder).mkdir(parents=True)
+    (copy / folder / "proof.json").touch()
+    assert start(copy, "records/recipes/flagship.env", RUN_ID="second").returncode == 0
+    assert calls(copy).count(made) == 1
 
 
 def test_a_dataset_without_a_manifest_is_pointed_out(copy, tmp_path):

@@ -19,6 +19,7 @@ from torch._inductor.virtualized import V
 
 from bench.null_gpu.account import Hand, bytes_moved, parse_ledger
 
+SECTOR = 32  # bytes that the memory reads or writes at least
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -43,8 +44,9 @@ class Ledger:
 class Recorder:
     """Watches Inductor's code generation and the launches of hand-written Triton kernels in this process."""
 
-    def __init__(self, source: Path, helpers: frozenset[str]):
+    def __init__(self, source: Path, helpers: frozenset[str], touched: dict[tuple[str, str], int]):
         self.source, self.helpers = source, helpers  # the trainer, and functions too general to name a part
+        self.touched = touched  # (hand-written kernel, argument) -> values it touches in each row of this
         self.generated: dict[str, dict[str, Any]] = {}
         self.built: dict[str, Any] = {}
         self.hand: dict[str, Hand] = {}
@@ -81,7 +83,8 @@ class Recorder:
                 name = kernel.fn.__name__
                 given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
                 before = self.hand.get(name, Hand(0, 0.0, 0.0))
-                one = Hand(1, tensor_bytes(given), product_operations(given))
+                whole, sparse = split_arguments(given, name, self.touched)
+                one = Hand(1, tensor_bytes(whole) + sparse, product_operations(given))
                 self.hand[name] = Hand(*(old + new for old, new in zip(before, one, strict=True)))
             return run(kernel, *arguments, grid=grid, warmup=warmup, **options)
 
@@ -171,10 +174,24 @@ def tensor_bytes(given: dict[str, Any]) -> float:
     return float(sum(distinct.values()))
 
 
+def split_arguments(
+    given: dict[str, Any], kernel: str, touched: dict[tuple[str, str], int]
+) -> tuple[dict[str, Any], float]:
+    """(the arguments that the kernel goes through, the bytes of the others: a sector read and written for
+    each value it touches)."""
+    whole = {name: value for name, value in given.items() if (kernel, name) not in touched}
+    sparse = (
+        2 * SECTOR * touched[kernel, name] * value.numel() // value.size(-1)
+        for name, value in given.items()
+        if name not in whole
+    )
+    return whole, float(sum(sparse))
+
+
 def product_operations(given: dict[str, Any]) -> float:
-    """Operations of a kernel that multiplies `a` (N, M, K) into `out` (N, M, C); 0 for any other. Half of the
-    tiles of a symmetric product are mirrored, which is not subtracted."""
-    a, out = (getattr(given.get(name), "base", given.get(name)) for name in ("a", "out"))
-    if not isinstance(a, torch.Tensor) or not isinstance(out, torch.Tensor) or a.dim() != 3:
+    """Operations of a kernel that multiplies `a` (N, M, K) into so many `columns`; 0 for any other. Half of
+    the tiles of a symmetric product are mirrored, which is not subtracted."""
+    a = getattr(given.get("a"), "base", None)
+    if not isinstance(a, torch.Tensor) or "columns" not in given:
         return 0.0
-    return 2.0 * a.numel() * out.size(-1)
+    return 2.0 * a.numel() * given["columns"]

@@ -14,16 +14,7 @@ from bench import gpu_meter as m
 from cutlass_evt_fusion import bench as cutlass
 from helpers.tensors import distance
 
-FORMS = [("cross-entropy", "triton"), ("mlp", "triton"), ("mlp", "cutlass"), ("newton-schulz", "triton")]
-
-
-def make(name: str, config: t.Config, meter: m.Meter, dtype: torch.dtype, rows: int) -> m.Kernel:
-    """A kernel of bench/gpu.py's table at the sizes of `config`."""
-    if name == "cross-entropy":
-        return m.cross_entropy(meter.device, dtype, rows, config.vocab_size)
-    if name == "mlp":
-        return m.mlp(meter.device, dtype, rows, config.model_dim, int(config.mlp_mult * config.model_dim))
-    return m.newton_schulz(config, meter.device, dtype)
+FORMS = [("mlp", "cutlass"), *((name, "triton") for name in m.KERNELS)]
 
 
 @pytest.mark.parametrize("name, form", FORMS)
@@ -34,17 +25,17 @@ def test_results_and_gradients_are_as_exact_as_the_plain_form(
     if rows > 1 and name == "newton-schulz":
         pytest.skip("its size is that of the model")
     config = t.Config.from_env(environment if dry else {})
-    kernel = make(name, config, meter, dtype, min(rows, 7) if dry else rows)
+    kernel = m.KERNELS[name](config, meter.device, dtype, min(rows, 7) if dry else rows)
     functions = {label: function for label, function in kernel.fused.items() if label.startswith(form)}
     if not functions:  # CUTLASS is optional
         pytest.skip(kernel.missing[form])
     wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
     exact = dataclasses.replace(kernel, operands=tuple(map(wide, kernel.operands)))
-    run = lambda kernel, f: kernel.both(f)() if kernel.leaves else [kernel.forward(f)()]
+    run = lambda kernel, f: kernel.both(f)() if kernel.leaves else m.several(kernel.forward(f)())
     plain, wanted = run(kernel, kernel.reference), run(exact, exact.reference)
     for function in functions.values():
         results = run(kernel, function)
-        assert len(results) == 1 + kernel.leaves
+        assert len(results) == len(plain) > kernel.leaves
         for ours, theirs, best in zip(results, plain, wanted, strict=True):
             assert torch.isfinite(ours).all() and ours.dtype == theirs.dtype
             assert distance(ours, best) <= 1.5 * distance(theirs, best) + 1e-3
