@@ -588,7 +588,7 @@ class Watch:
             return
         self.tables[mask.table.data_ptr()] = mask.table
         told = mask.rows.flatten()[every].view(len(places), -1).cpu().numpy()
-        self.mask_rows[places.cpu()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
+        self.mask_rows[places.cpu().numpy()] = np.where((told == told[:, :1]).all(1), told[:, 0], -2)
 
     def look_closely(self, places: Tensor, rows: Tensor) -> None:
         """Hash the weights; repeat the forward with other targets: its distributions must be the same."""
