@@ -30,6 +30,7 @@ SECTIONS = [
     "MODEL",
     "OPTIMIZERS",
     "QUANTIZE",
+    "TUNING",
     "ARTIFACT",
     "EVALUATE",
     "ADAPTATION",
