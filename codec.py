@@ -1331,11 +1331,15 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def source_of(artifact: Artifact) -> str:
-    """The source of the script that made the artifact: what its packed form has unpacked."""
+    """The source of the script that made the artifact, as transformers can load it.
+
+    There a module's name has dots, which the script's name for its operators must not have.
+    """
     path = artifact.path.parent / SCRIPT
     lines = linecache.getlines("<train_gpt>")  # where it registers itself
     packed = path.read_bytes().startswith(b"# coding: latin-1")
-    return "".join(lines) if packed else path.read_text(encoding="utf-8")
+    source = "".join(lines) if packed else path.read_text(encoding="utf-8")
+    return re.sub(r"__name__(?=\.strip\()", "__name__.replace('.', '_')", source)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
