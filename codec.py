@@ -386,6 +386,7 @@ class Coding:
         self.chunk: tuple | None = None  # the arguments of mixed_chunk, for a mixture
         self.steps: list[Step] = []
         self.heard = Heard()
+        self.histories: dict[int, np.ndarray] = {}  # what a document may copy from, by its first place
         self.seen: dict[int, Tensor] = {}  # the logits that a target was decoded with, by its place
 
     def __enter__(self) -> Coding:
@@ -405,6 +406,13 @@ class Coding:
                 return self.masked(tally, *arguments)
 
             self.stack.enter_context(patched(trainer.Tally, masked=masked))
+        if self.decoder is not None and hasattr(trainer, "Turn"):
+            self.real_find = trainer.Copies.find
+
+            def find(copies: Any, first: int, end: int) -> None:
+                self.first_find(copies, first, end)
+
+            self.stack.enter_context(patched(trainer.Copies, find=find))
         self.heard = self.stack.enter_context(hear(trainer, self.model))
         self.stack.callback(self.model.register_forward_pre_hook(self.before, with_kwargs=True).remove)
         self.stack.callback(self.model.register_forward_hook(self.after).remove)
@@ -595,14 +603,22 @@ class Coding:
         """Look for copies again, in what is known of the documents of the chunk."""
         documents = getattr(self.chunk[1], "documents", self.chunk[1])  # of a turn, or themselves
         for first, end in documents:
-            copies.tokens[:, first + 1 : end] = 0  # its BOS is the last target of the document before
-            copies.lengths[:, first + 1 : end] = 0
             unknown = np.flatnonzero(~self.known[first + 1 : end])
             known_end = first + 2 + int(unknown[0]) if len(unknown) else end
-            if hasattr(copies, "advance"):
-                copies.find(first, known_end)
-            else:  # a script before turns
+            copies.tokens[:, first + 1 : end] = 0  # its BOS is the last target of the document before
+            copies.lengths[:, first + 1 : end] = 0
+            if not hasattr(copies, "advance"):  # a script before turns
                 copies.find(np.array([[first, known_end]]))
+            elif end > first:
+                now = copies.history_table
+                copies.history_table = self.histories[int(first)]
+                self.real_find(copies, first, known_end)
+                copies.history_table = now
+
+    def first_find(self, copies: Any, first: int, end: int) -> None:
+        """The trainer's Copies.find when a document begins: of others it sees those entered by then."""
+        self.histories[int(first)] = copies.history_table.copy()
+        self.real_find(copies, first, end)
 
     def masked(self, tally: Any, batch: Any, chosen: Tensor, places: Tensor) -> Any:
         """The trainer's Tally.masked, and remembered."""
@@ -1331,11 +1347,15 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def source_of(artifact: Artifact) -> str:
-    """The source of the script that made the artifact: what its packed form has unpacked."""
+    """The source of the script that made the artifact, as transformers can load it.
+
+    There a module's name has dots, which the script's name for its operators must not have.
+    """
     path = artifact.path.parent / SCRIPT
     lines = linecache.getlines("<train_gpt>")  # where it registers itself
     packed = path.read_bytes().startswith(b"# coding: latin-1")
-    return "".join(lines) if packed else path.read_text(encoding="utf-8")
+    source = "".join(lines) if packed else path.read_text(encoding="utf-8")
+    return re.sub(r"__name__(?=\.strip\()", "__name__.replace('.', '_')", source)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:

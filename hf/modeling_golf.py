@@ -38,10 +38,10 @@ class GolfForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         """They come from the file."""
 
-    def prepare_inputs_for_generation(self, input_ids, **others):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
         return {"input_ids": input_ids}
 
-    def forward(self, input_ids, attention_mask=None, labels=None, **others):
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         """Logits (B, T, V) of the tokens after `input_ids` (B, T); padding has to be on the right."""
         model = self.golf
         x = model.trunk(Batch(input_ids, input_ids), Hooks())
