@@ -397,13 +397,13 @@ def times(summary: dict[str, Any], run: Run) -> str:
     }
     scoring = {f"val:{stage}": seconds for stage, seconds in last.items()}
     rest = summary.get("eval_seconds", 0) - sum(last.values())
+    training = {"training": summary.get("train_seconds"), "calibration": summary.get("hessian_seconds")}
+    untimed = {"packing": summary.get("pack_seconds")}
+    # Tuning reads training tokens after rounding, so then the clock runs on until both are done.
+    rounding = {"rounding": summary.get("gptq_seconds"), "tuning": summary.get("tune_seconds")}
     groups = [
-        (
-            "training clock",
-            "train",
-            {"training": summary.get("train_seconds"), "calibration": summary.get("hessian_seconds")},
-        ),
-        ("not timed", "", {"GPTQ": summary.get("gptq_seconds"), "packing": summary.get("pack_seconds")}),
+        ("training clock", "train", training | (rounding if "tune_seconds" in summary else {})),
+        ("not timed", "", untimed if "tune_seconds" in summary else rounding | untimed),
         ("evaluation clock", "eval", scoring | {"reading, moving": rest if rest > 0 else None}),
     ]
     rows = []

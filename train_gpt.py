@@ -1612,7 +1612,8 @@ def byte_tables(data: Dataset) -> ByteTables:
     """What the tokenizer's pieces say of bytes; Stop if they cannot say it, as then the sidecar must.
 
     Case operators (private-use code points) are no bytes of the text. Where a lone space is no piece, it
-    becomes the three bytes of its stand-in U+2581, which are not in the text either.
+    becomes the three bytes of its stand-in U+2581, which are not in the text either: a space inside a piece
+    is one byte.
     """
     pieces = data.pieces
     ids = range(data.vocab_size)
@@ -1632,7 +1633,8 @@ def byte_tables(data: Dataset) -> ByteTables:
 
     special = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in ids])
     spaced = np.array([text.startswith(WORD_START) for text in texts]) & ~special
-    lengths = np.array([len(text.removeprefix(WORD_START).encode()) for text in texts])
+    inner = [text.removeprefix(WORD_START).replace(WORD_START, " ") for text in texts]
+    lengths = np.array([len(text.encode()) for text in inner])
     lengths[is_byte] = 1
     lengths[special] = 0
     return ByteTables(lengths, spaced, special)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,3 +193,16 @@ def test_the_feed_gives_every_rank_its_streams_of_the_same_step(config):
         return sorted(out)
 
     assert steps(1) == steps(2) == steps(8)
+
+
+def test_a_space_inside_a_piece_is_one_byte():
+    texts = ["<unk>", "<s>", "\u2581", "\u2581of\u2581the", "a\u2581b", "\u2581\u2581", "\u00e9"]
+    pieces = SimpleNamespace(
+        id_to_piece=texts.__getitem__,
+        is_byte=lambda i: False,
+        is_control=lambda i: i == 1,
+        is_unknown=lambda i: i == 0,
+        is_unused=lambda i: False,
+    )
+    tables = t.byte_tables(SimpleNamespace(pieces=pieces, vocab_size=len(texts), folder="x"))
+    assert (tables.lengths + tables.spaced).tolist() == [0, 0, 1, len(" of the"), 3, 2, 2]
