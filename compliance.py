@@ -3,6 +3,7 @@
 
     ./compliance.py runs/NAME                               every probe; evidence in runs/NAME/compliance.json
     ./compliance.py runs/NAME --tokens 5000 --positions 2   a smaller sample, fewer replaced futures
+    ./compliance.py runs/NAME --decode 3                    and 3 documents decoded from their code
 
 What is probed is the script that the run ships (packed_train_gpt.py), on whole documents from the start of
 the validation set and with the stages that its own evaluation builds. Exit status 1, and one line per
@@ -19,8 +20,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import os
@@ -39,19 +38,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import codec
 import verify_bytes
+from codec import config_of, patched, quiet, settings_of
 from data.documents import DataError
 from data.shards import BOS, ShardError, read_shard, sha256_file, write_shard
 from data.sidecar import VERSIONS, byte_tables
 from lossless_caps import TRANSFORMS, decode_caseops
 from results import (
-    NAMES,
-    PLACES,
     Run,
     Stop,
     check_present,
     check_summary,
-    place_of,
     read_arrays,
     read_json,
     run_tool,
@@ -60,7 +58,7 @@ from results import (
 
 ROOT = Path(__file__).resolve().parent
 CONDITIONS = ("causal", "normalised", "score before update", "single pass")
-GROUPS = (*CONDITIONS, "documents apart", "data", "shipped bytes", "budgets")
+GROUPS = (*CONDITIONS, "decoding", "documents apart", "data", "shipped bytes", "budgets")
 CAP_BYTES = 16_000_000
 BUDGET_SECONDS = 600
 SAMPLE_TOKENS = 20_000
@@ -81,6 +79,12 @@ KNOWN_WRONG = {
     36_562_944: "a validation set built in parallel",
     164_594_398: "case operators charged as bytes",
 }
+# Operations for which the whole validation set is scored twice in a proof by decoding: some minutes.
+WHOLE_WORK = {"cpu": 3e12, "cuda": 1e15}
+DECODE = 3  # documents in submit.py --check
+EXCESS = 0.001  # of the recorded loss that a code may be longer, or
+EXCESS_BYTES = 16  # for each document
+LENGTH_BYTES = 3  # of a document, which the container tells
 USED = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "bpb", "versions.source_sha256")  # of summary.json
 SETTINGS = ("ARTIFACT_CAP_BYTES", "MAX_WALLCLOCK_SECONDS", "EVAL_BUDGET_SECONDS")  # of config.json
 DECODED = 5_000  # documents whose bytes are counted in their text
@@ -192,51 +196,7 @@ class Report:
 
 def load_trainer(folder: Path) -> ModuleType:
     """The script that the run ships, as a module; Stop if it is none or lacks a function that is watched."""
-    path = folder / "packed_train_gpt.py"
-    spec = importlib.util.spec_from_file_location("shipped_train_gpt", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its type hints are looked up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # of any kind: it is a foreign script
-        raise Stop(
-            f"{path}: cannot be loaded ({type(error).__name__}: {error}); repeat STAGE=quantize"
-        ) from None
-    if missing := [name for name in NEEDED if not hasattr(module, name)]:
-        raise Stop(
-            f"{path}: has no {', '.join(missing)}, which the probes watch; it is not a script of this program"
-        )
-    return module
-
-
-@contextlib.contextmanager
-def patched(owner: Any, **values: Any) -> Iterator[None]:
-    """Attributes of `owner` replaced by `values` for a while."""
-    before = {name: getattr(owner, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-def quiet() -> contextlib.redirect_stdout:
-    """Swallow what the trainer says, progress bars too."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-def settings_of(trainer: ModuleType, run: Run, **changes: Any) -> dict[str, str]:
-    """The run's settings as environment variables, with some of them changed."""
-    kept = {name: value for name, value in run.config.items() if name not in NAMES}
-    kept |= {name: place_of(str(kept[name])) for name in PLACES if kept.get(name)}
-    return {name: trainer.format_value(value) for name, value in (kept | changes).items()}
-
-
-def config_of(trainer: ModuleType, run: Run, **changes: Any) -> Any:
-    """The same as the trainer's Config."""
-    return trainer.Config.from_env(settings_of(trainer, run, **changes))
+    return codec.load_trainer(folder, NEEDED)
 
 
 def bytes_of(data: Any, tokens: np.ndarray) -> np.ndarray:
@@ -1420,14 +1380,25 @@ sys.addaudithook(_guard)
 """
 
 
+def start_guard(place: Path) -> dict[str, str]:
+    """The variables under which Python keeps to this machine and writes what it opens to place/opened."""
+    (place / "guard").mkdir(parents=True)
+    (place / "guard" / "sitecustomize.py").write_text(GUARD)
+    return {"PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(place / "opened"), "HF_HUB_OFFLINE": "1"}
+
+
+def guarded_events(place: Path) -> list[str]:
+    """What the guard has seen: `open PATH` and `network EVENT`."""
+    log = place / "opened"
+    return sorted(set(log.read_text(errors="replace").splitlines())) if log.exists() else []
+
+
 def run_alone(
     run: Run, trainer: ModuleType, sample: Sample, changes: dict[str, Any], place: Path
 ) -> tuple[dict[str, Any], str, list[str]]:
     """(summary, error, what it opened elsewhere) of the packed script on the sample in an empty folder."""
-    (place / "guard").mkdir(parents=True)
-    (place / "guard" / "sitecustomize.py").write_text(GUARD)
+    guard = start_guard(place)
     empty = place / "empty"
-    log = place / "opened"
     empty.mkdir()
     shutil.copy(run.folder / "packed_train_gpt.py", empty / "train_gpt.py")
     shutil.copy(run.folder / "final_model.ptz", empty / "model.ptz")
@@ -1443,11 +1414,7 @@ def run_alone(
     }
     settings = settings_of(trainer, run, **changes | where)
     ours = settings.keys() | trainer.ALIASES.keys() | trainer.FIXED.keys() | trainer.REFUSED.keys()
-    variables = (
-        {name: value for name, value in os.environ.items() if name not in ours}
-        | settings
-        | {"PYTHONPATH": str(place / "guard"), "GUARD_LOG": str(log), "HF_HUB_OFFLINE": "1"}
-    )
+    variables = {name: value for name, value in os.environ.items() if name not in ours} | settings | guard
     environment.forget_launcher(variables)
     done = subprocess.run(
         [sys.executable, "train_gpt.py"],
@@ -1463,7 +1430,7 @@ def run_alone(
     error = "" if summary else (done.stderr.strip() or done.stdout.strip() or "no summary").splitlines()[-1]
     python = [str(Path(prefix).resolve()) for prefix in {sys.prefix, sys.base_prefix}]
     foreign = []
-    for line in sorted(set(log.read_text(errors="replace").splitlines()) if log.exists() else ()):
+    for line in guarded_events(place):
         what, _, file = line.partition(" ")
         opened = Path(file).resolve()
         shipped = any(opened.is_relative_to(folder) for folder in [*python, place.resolve()])
@@ -1502,6 +1469,176 @@ def probe_alone(report: Report, run: Run, stages: Stages, changes: dict[str, Any
     )
 
 
+# === PROOF BY DECODING ===
+# Whoever gets the text back from the artifact and so many bytes has proved that the score is causal,
+# normalised, made before it is learnt, and in a single pass: there is no text to look at. The documents are
+# coded by the run's own evaluation (codec.py). Where that is affordable it goes over the whole validation
+# set, of which the decoder is told the other documents one token at a time, each after those before it in the
+# order of scoring: then the bytes are compared with documents.npz, that is with the score itself. Else the
+# documents are a validation set of their own, with chunks and batches as small as they need to be, and the
+# bytes are compared with the loss that the evaluation records of them there.
+
+
+class Choice(NamedTuple):
+    """What is to be decoded: documents (first, end) of the validation set, chosen by the artifact's hash."""
+
+    numbers: list[int]
+    documents: np.ndarray
+    tokens: list[np.ndarray]
+    texts: dict[str, bytes]
+    bytes: np.ndarray  # that are counted for each
+    whole: bool  # whether the rest of the validation set is scored around them
+
+    def named(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The name and the tokens of each."""
+        return zip(self.texts, self.tokens, strict=True)
+
+
+def choose_documents(
+    artifact: codec.Artifact,
+    texts: codec.Texts,
+    config: Any,
+    stream: np.ndarray,
+    sizes: np.ndarray,
+    count: int,
+) -> Choice:
+    """`count` documents of the validation tokens, by a random choice whose seed is the artifact's sha256."""
+    trainer = artifact.trainer
+    documents = trainer.find_documents(stream)
+    random = np.random.default_rng(int.from_bytes(artifact.digest, "little"))
+    numbers = sorted(random.permutation(len(documents))[:count].tolist())
+    chosen = documents[numbers]
+    tokens = []
+    for first, end in chosen:
+        document = stream[first + 1 : end]
+        tokens.append(document[document != trainer.BOS])
+    names = [f"document{number}" for number in numbers]
+    decoded = {name: texts.decode(part) for name, part in zip(names, tokens, strict=True)}
+
+    parameters = sum(math.prod(spec.shape) for spec in trainer.parameter_table(config).values())
+    windows = len(stream) // config.eval_stride + sum(map(len, tokens))
+    work = 2 * parameters * config.eval_seq_len * windows
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A batch of documents would run for every token of the one that is decoded.
+    whole = not codec.needs_lengths(config) and work <= WHOLE_WORK[device]
+    counted = np.array([sizes[first + 1 : end].sum() for first, end in chosen])
+    return Choice(numbers, chosen, tokens, decoded, counted, whole)
+
+
+def pieces_around(choice: Choice, stream: np.ndarray, bos: int) -> list[np.ndarray]:
+    """What is told around the chosen documents: the others, or nothing."""
+    if not choice.whole:
+        return [codec.NOTHING] * (len(choice.tokens) + 1)
+    pieces = []
+    place = 0
+    for (first, _), tokens in zip(choice.documents, choice.tokens, strict=True):
+        pieces.append(stream[place:first])
+        place = first + 1 + len(tokens)
+    return [*pieces, stream[place:]]
+
+
+def decode_alone(run: Run, tokenizer: Path, container: bytes, place: Path) -> tuple[dict[str, bytes], str]:
+    """(the texts, an error) of a fresh process that has the artifact with its script, and the code stream."""
+    folder = run.folder
+    variables = {name: value for name, value in os.environ.items() if name not in run.config}
+    environment.forget_launcher(variables)
+    variables |= start_guard(place)
+    empty = place / "empty"
+    empty.mkdir()
+    for name in ("final_model.ptz", codec.SCRIPT, "config.json"):
+        shutil.copy(folder / name, empty / name)
+    shutil.copy(tokenizer, empty / "tokenizer.model")
+    (empty / "texts.golf").write_bytes(container)
+    words = ["decompress", "final_model.ptz", "texts.golf", "-o", "out"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "codec.py"), *words],
+        cwd=empty,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        return {}, (done.stderr.strip() or "no output").splitlines()[-1]
+    read = [line for line in guarded_events(place) if "fineweb_" in line or line.startswith("network ")]
+    if read:
+        return {}, f"the decoder has looked at {read[0]}"
+    return {path.name: path.read_bytes() for path in (empty / "out").iterdir()}, ""
+
+
+def probe_decode(report: Report, run: Run, trainer: ModuleType, data: Any, count: int, place: Path) -> None:
+    """`count` documents are coded with the run's last stage, and decoded by a fresh process."""
+    stream = np.concatenate([read_shard(path) for path in data.val_files])
+    artifact = codec.open_artifact(run.folder / "final_model.ptz")._replace(trainer=trainer)
+    texts = codec.load_texts(artifact, data.tokenizer)
+    config = codec.coding_config(artifact, {})
+    choice = choose_documents(artifact, texts, config, stream, bytes_of(data, stream), count)
+    around = pieces_around(choice, stream, trainer.BOS)
+    changes: dict[str, Any] = {}
+    if not choice.whole:
+        tokens = codec.lay_out(choice.tokens, around, trainer.BOS).tokens
+        changes = scaled(trainer, config, Sample(tokens, tokens, place))
+        del changes["VAL_BATCH_TOKENS"]  # codec.py's own
+    job = codec.Job("", changes, torch.get_num_threads())
+    parts = {name: codec.Packed("same", document, b"") for name, document in choice.named()}
+    probe = "text from the code"
+    try:
+        container, coded = codec.compress_files(artifact, texts, choice.texts, parts, job, around)
+    except (Stop, trainer.Stop) as stop:
+        report.add("decoding", probe, False, f"cannot be coded: {stop}")
+        return
+    probe_code_length(report, run, data, choice, coded, codec.lay_out(choice.tokens, around, trainer.BOS))
+    decoded, error = decode_alone(run, texts.path, container, place)
+    different = [name for name, text in choice.texts.items() if decoded.get(name) != text]
+    verdict = f"{different[0]} is another text" if different else "every byte is equal"
+    report.add(
+        "decoding",
+        probe,
+        not error and not different,
+        error
+        or f"{', '.join(choice.texts)}, chosen by the artifact's sha256, decoded by a fresh process from the "
+        f"artifact and {len(coded.stream)} bytes: {verdict}",
+    )
+
+
+def probe_code_length(
+    report: Report, run: Run, data: Any, choice: Choice, coded: codec.Coded, layout: codec.Layout
+) -> None:
+    """The bytes of the code against the recorded loss of exactly these documents, and those of the text."""
+    arrays = read_arrays(run.folder) if choice.whole else {}
+    source = "documents.npz" if arrays else "the evaluation of these documents alone"
+    parts = [slice(a + 1, a + len(t) + 2) for a, t in zip(layout.firsts, choice.tokens, strict=True)]
+    nats = (
+        arrays["nats"][choice.numbers] if arrays else np.array([coded.recorded[part].sum() for part in parts])
+    )
+    recorded = nats / math.log(2) / 8
+    cost = np.array([coded.nats[part].sum() for part in parts]) / math.log(2) / 8
+    allowed = np.maximum(EXCESS * recorded, EXCESS_BYTES - LENGTH_BYTES)
+    off = np.abs(cost - recorded)
+    worst = int((off - allowed).argmax())
+    total = float(recorded.sum())
+    size = len(coded.stream)
+    report.add(
+        "decoding",
+        "code length",
+        (off <= allowed).all() and size - total <= allowed.sum(),
+        f"{size} bytes for a loss of {total:.1f} bytes in {source} ({size / total - 1:+.3%}); the worst, "
+        f"{list(choice.texts)[worst]}: {cost[worst]:.1f} for {recorded[worst]:.1f}",
+    )
+    found = np.array([len(text) for text in choice.texts.values()])
+    counted = arrays["bytes"][choice.numbers] if arrays else choice.bytes
+    # A sidecar counts the text before the tokenizer's normaliser, see probe_decoding.
+    near = bool(data.sidecar_files) and abs(counted - found).sum() <= NORMALISED * found.sum()
+    worst = int(abs(counted - found).argmax())
+    report.add(
+        "decoding",
+        "bytes of the text",
+        True if (counted == found).all() else None if near else False,
+        f"{found.sum()} bytes decoded, {counted.sum()} counted; the worst, {list(choice.texts)[worst]}: "
+        f"{found[worst]} decoded, {counted[worst]} counted",
+    )
+
+
 # === MAIN ===
 
 
@@ -1511,8 +1648,12 @@ def check(
     positions: int = POSITIONS,
     trainer: ModuleType | None = None,
     alone: bool = True,
+    decode: int = 0,
 ) -> Report:
-    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: as the hardware can)."""
+    """Every probe of the run in `folder`, on about `tokens` validation tokens (0: as the hardware can).
+
+    And so many documents `decode`d from their code.
+    """
     run = Run.read(folder)
     report = Report(folder)
     for name in ("final_model.ptz", "packed_train_gpt.py", "metrics.jsonl"):
@@ -1555,6 +1696,8 @@ def check(
             probe_stages(report, stages, positions)
             if alone:
                 probe_alone(report, run, stages, changes, place / "alone")
+            if decode:
+                probe_decode(report, run, trainer, data, decode, place / "decoded")
         except trainer.Stop as stop:
             report.add("single pass", "evaluation", False, str(stop))
     return report
@@ -1579,10 +1722,17 @@ def main(arguments: list[str] | None = None) -> int:
         default=POSITIONS,
         help="places per stage whose future is replaced (default %(default)s)",
     )
+    parser.add_argument(
+        "--decode",
+        type=int,
+        default=0,
+        metavar="N",
+        help="documents that a fresh process has to decode from as many bytes as their score says",
+    )
     options = parser.parse_args(arguments)
-    if options.tokens < 0 or options.positions < 1:
-        parser.error("--tokens and --positions must be positive")
-    report = check(options.folder, options.tokens, options.positions)
+    if options.tokens < 0 or options.positions < 1 or options.decode < 0:
+        parser.error("--tokens, --positions and --decode must be positive")
+    report = check(options.folder, options.tokens, options.positions, decode=options.decode)
     write_atomically(options.folder / "compliance.json", json.dumps(report.as_json(), indent=1))
     print(report.table())
     for violation in report.violations:

@@ -482,11 +482,12 @@ def score_again(run: Run) -> str:
 def probe(run: Run, track: str) -> tuple[str, dict[str, Any]]:
     """What compliance.py finds on a sample of the run's documents: in words, and the conditions found.
 
-    Stop at the first violation.
+    Some documents are decoded from their code, too. Stop at the first violation.
     """
     import compliance
 
-    report = compliance.check(run.folder, alone=False)  # score_again has run the packed script on all of them
+    # score_again has run the packed script on all of them
+    report = compliance.check(run.folder, alone=False, decode=compliance.DECODE)
     found = report.as_json()
     write_atomically(run.folder / "compliance.json", json.dumps(found, indent=1))
     for row in report.rows:  # another track may have budgets of its own

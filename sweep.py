@@ -5,6 +5,8 @@
     ./sweep.py --greedy MATRIX_LR=0.026,0.02,0.03 WARMDOWN_FRAC=0.85,0.7 SEED=1,2,3      one after the other
     ./sweep.py --random 10 MATRIX_LR=0.02,0.023,0.026 EMBED_WD=0.05,0.085,0.1            ten combinations
     ./sweep.py --stage evaluate --artifact runs/A/final_model.ptz EVAL_STRIDE=64,32      one frozen artifact
+    ./sweep.py --levers records/levers.txt SEED=1,2,3 --recipe records/recipes/mini.env  changes one by one,
+                                                                 then together, then all but one
 
 The first value of each setting is the baseline that the others are compared with, over the same seeds; on a
 frozen artifact document by document. The caller's environment lies below these settings, --recipe below the
@@ -39,6 +41,7 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import levers
 import recipes
 from results import (
     Run,
@@ -366,13 +369,20 @@ class Sweep:
             str(self.script),
         ]
 
-    def run(self, runs: list[Settings]) -> None:
-        """Bring every run to its end, several at once; a failure is reported and does not stop the others."""
+    def run(self, runs: list[Settings], finished: Callable[[str], None] | None = None) -> None:
+        """Bring every run to its end, several at once; a failure is reported and does not stop the others.
+
+        `finished` is told the name of each that has ended with a summary, also if that was before.
+        """
         wanted = {name_of(settings): settings for settings in runs}
         pending = [name for name in wanted if not (self.folder / name / "summary.json").exists()]
         done = len(wanted) - len(pending)
         if done:
             print(f"{done} of {len(wanted)} runs are finished already", flush=True)
+        tell = finished or (lambda name: None)
+        for name in wanted:
+            if name not in pending:
+                tell(name)
         going: dict[int, tuple[str, Poll, float]] = {}
         while pending or going:
             for slot in range(self.capacity):
@@ -383,6 +393,7 @@ class Sweep:
                 pending.remove(ready)
                 if (self.folder / ready / "summary.json").exists():
                     done += 1
+                    tell(ready)
                     continue
                 (self.folder / ready).mkdir(exist_ok=True)
                 settings = self.base | wanted[ready] | {"RUN_ID": ready, "OUT_DIR": str(self.folder)}
@@ -397,6 +408,8 @@ class Sweep:
                 outcome = outcome_of(self.folder / name, status)
                 seconds = time.monotonic() - begin
                 print(f"[{done}/{len(wanted)}] {name}: {outcome} ({seconds:.1f}s)", flush=True)
+                if (self.folder / name / "summary.json").exists():
+                    tell(name)
             time.sleep(0.1)
 
 
@@ -510,6 +523,144 @@ def text_table(rows: list[Row], metric: str) -> str:
     return "\n".join(shown)
 
 
+class Priced(NamedTuple):
+    """A combination against the baseline, seed by seed: (mean, standard error) of each difference."""
+
+    settings: Settings
+    metric: tuple[float, float]
+    percent: tuple[float, float]  # of training seconds
+    priced: tuple[float, float]  # the metric with the seconds at their price
+    pairs: int
+
+
+def mean_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    mean, std = mean_std(values)
+    return mean, std / math.sqrt(len(values))
+
+
+def price_rows(rows: list[Row], metric: str, exchange: float) -> list[Priced]:
+    """Every combination against the first one planned, best price first.
+
+    `exchange` is what one percent of training seconds is worth in the metric. Differences are taken within a
+    seed, whose runs follow each other in an order that turns round from seed to seed: what the machine gains
+    or loses steadily cancels.
+    """
+    seconds = {
+        id(row): {seed: lookup(Run.read(row.runs[seed]).summary, "train_seconds") for seed in row.values}
+        for row in rows
+    }
+    baseline = next(row for row in rows if not row.pairs)
+    found = []
+    for row in rows:
+        seeds = [seed for seed in row.values if seed in baseline.values]
+        if row is baseline or not seeds:
+            continue
+        scores = [row.values[seed] - baseline.values[seed] for seed in seeds]
+        percents = [100 * (seconds[id(row)][s] / seconds[id(baseline)][s] - 1) for s in seeds]
+        priced = [score + exchange * percent for score, percent in zip(scores, percents, strict=True)]
+        found.append(
+            Priced(row.settings, mean_error(scores), mean_error(percents), mean_error(priced), len(seeds))
+        )
+    return sorted(found, key=lambda row: row.priced[0])
+
+
+def price_table(rows: list[Priced], metric: str, exchange: float) -> str:
+    """The prices for people; one percent of seconds costs `exchange`."""
+    lines = [f"interleaved; 1 % of training seconds is priced at {exchange:g} {metric}"]
+    for row in rows:
+        settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
+        cells = [
+            f"{metric} {row.metric[0]:+.6f} ± {row.metric[1]:.6f}",
+            f"seconds {row.percent[0]:+.2f} ± {row.percent[1]:.2f} %",
+            f"priced {row.priced[0]:+.6f} ± {row.priced[1]:.6f}",
+        ]
+        lines.append(f"  {settings}: " + ", ".join(cells) + f" ({row.pairs} pairs)")
+    return "\n".join(lines)
+
+
+def turn_round(seeds: list[str], settings: list[Settings]) -> list[Settings]:
+    """The runs of every seed, those of every second seed in the other order: A B, B A."""
+    runs = []
+    for number, seed in enumerate(seeds):
+        runs += [chosen | {"SEED": seed} for chosen in settings[:: -1 if number % 2 else 1]]
+    return runs
+
+
+# === LEVERS ===
+
+
+def resolve_levers(options: argparse.Namespace, base: Settings, chosen: list[levers.Lever]) -> list[Settings]:
+    """The effective settings of the base and of each lever; Stop for no setting, and for no change."""
+    every = [levers.Lever(levers.BASE, {}, ""), *chosen]
+    with ThreadPoolExecutor(environment.usable_cores()) as pool:
+        found = list(pool.map(lambda lever: effective(options.script, base | lever.settings), every))
+    for lever, result in zip(every[1:], found[1:], strict=True):
+        if unknown := lever.settings.keys() - result.keys():
+            raise Stop(f"{options.levers}: {lever.name}: {min(unknown)} is not a setting; --help lists them")
+        if result == found[0]:
+            raise Stop(f"{options.levers}: {lever.name}: changes nothing here; drop it")
+    return found
+
+
+class LeverRuns:
+    """The runs of a sweep of levers: which are still to be made, and the record of each when it ends."""
+
+    def __init__(self, sweep: Sweep, contest: levers.Contest, identity: dict[str, Any]):
+        self.sweep = sweep
+        self.contest = contest
+        self.identity = identity
+
+    def bring(self, wanted: list[levers.Lever]) -> None:
+        """Every lever to its end with every seed, lever by lever, and its record into the file."""
+        places: dict[str, tuple[levers.Lever, Settings, str]] = {}
+        runs: list[Settings] = []
+        for lever in wanted:
+            found = effective(self.sweep.script, self.sweep.base | lever.settings)
+            for seed in self.contest.seeds:
+                if not self.contest.is_known(lever, found, seed):
+                    settings = lever.settings | {"SEED": seed}
+                    places[name_of(settings)] = (lever, found, seed)
+                    runs.append(settings)
+
+        def enter(name: str) -> None:
+            self.contest.enter(self.sweep.folder / name, *places[name])
+
+        self.sweep.plan(self.identity, runs)
+        self.sweep.run(runs, enter)
+
+
+def pull_levers(options: argparse.Namespace, base: Settings, seeds: list[str]) -> None:
+    """Run a file of levers to the end, see levers.run_rounds; exit status 1 if a run failed."""
+    chosen = levers.read_levers(options.levers)
+    found = resolve_levers(options, base, chosen)
+    known = found[0].keys()
+    same = {name: value for name, value in found[0].items() if name not in (*OURS, "SEED")}
+    identity = identity_of(options, {}, same) | {"mode": "levers"}
+    recipe = options.recipe.name if options.recipe else "no recipe"
+    source = identity["source_sha256"]
+    options.folder = (options.out / (options.name or f"levers-{Path(recipe).stem}-{source[:6]}")).resolve()
+    contest = levers.Contest(
+        options.records, found[0], effective(options.script, {}), source, recipe, seeds or [found[0]["SEED"]]
+    )
+    with Sweep(options, {name: value for name, value in base.items() if name in known}) as sweep:
+        sweep.plan(identity, [])
+        if options.script.resolve() != sweep.script:
+            shutil.copyfile(options.script, sweep.script)
+        print(f"levers: {os.path.relpath(options.folder)}, records {options.records}", flush=True)
+        levers.run_rounds(contest, chosen, options.metric, LeverRuns(sweep, contest, identity).bring)
+    rows = levers.judge(contest.records(), options.metric)
+    table = levers.text_table(rows)
+    write_atomically(options.folder / "table.txt", table + "\n")
+    write_atomically(options.folder / "levers.svg", levers.draw(rows, f"{recipe}: levers against the base"))
+    print(table)
+    lacking = [row.name for row in rows if row.seeds < len(contest.seeds)]
+    missing = {levers.BASE, *(lever.name for lever in chosen)} - {row.name for row in rows}
+    if lacking or missing:
+        print("not finished: " + ", ".join([*lacking, *sorted(missing)]))
+        raise SystemExit(1)
+
+
 # === COMMAND LINE ===
 
 
@@ -538,6 +689,26 @@ def add_what_to_run(add: Callable[..., Any]) -> None:
     add("axes", nargs="*", metavar="NAME=VALUE,VALUE", help="a setting and its values, the baseline's first")
     add("--greedy", action="store_true", help="one setting after the other, each keeping its best value")
     add("--random", type=int, default=0, metavar="N", help="N of the combinations, the baseline among them")
+    add(
+        "--interleave",
+        action="store_true",
+        help="one run at a time in blocks A B B A over the seeds, and seconds priced in the metric",
+    )
+    add(
+        "--exchange",
+        type=float,
+        default=0.0004,
+        metavar="X",
+        help="what 1 %% of training seconds is worth (default %(default)s BPB, by the contest's logs)",
+    )
+    add("--levers", type=Path, metavar="FILE", help="a file of levers, as records/levers.txt")
+    add(
+        "--records",
+        type=Path,
+        default=levers.RECORDS,
+        metavar="FILE",
+        help="where runs of levers are recorded, default: records/levers.jsonl",
+    )
     add("--recipe", type=Path, metavar="FILE", help="settings below the environment, as in records/recipes/")
     add(
         "--stage",
@@ -610,6 +781,14 @@ def check_options(options: argparse.Namespace) -> None:
     for name in ("random", "jobs"):
         if getattr(options, name) < 0:
             raise Stop(f"--{name} {getattr(options, name)}: must not be negative")
+    if options.levers and (options.greedy or options.random or options.stage != "all" or options.highest):
+        raise Stop("--levers: stands alone; drop --greedy, --random, --stage and --highest")
+    if options.interleave and (options.greedy or options.stage != "all" or options.launcher != "local"):
+        raise Stop("--interleave: compares trainings on one machine; drop --greedy, --stage and --launcher")
+    if options.interleave and options.jobs > 1:
+        raise Stop(f"--jobs {options.jobs}: --interleave has one run at a time; drop --jobs")
+    if options.interleave:
+        options.jobs = 1
     if options.gpus_per_run not in (1, 2, 4, 8):
         raise Stop(f"--gpus-per-run {options.gpus_per_run}: must be 1, 2, 4 or 8")
     if options.greedy and (options.random or not options.axes):
@@ -644,6 +823,26 @@ def identity_of(options: argparse.Namespace, axes: dict[str, list[str]], same: S
     }
 
 
+def folder_of(options: argparse.Namespace, axes: dict[str, list[str]], identity: dict[str, Any]) -> Path:
+    """Where the sweep is kept: --name, or the settings' names and a digest of what the command says."""
+    said = [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:6]
+    return (options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")).resolve()
+
+
+def show_rows(options: argparse.Namespace) -> None:
+    """Print what came out and keep it; exit status 1 if a run failed."""
+    rows = rows_of(options.folder, options.metric)
+    table = text_table(rows, options.metric)
+    if options.interleave:
+        priced = price_rows(rows, options.metric, options.exchange)
+        table += "\n" + price_table(priced, options.metric, options.exchange)
+    write_atomically(options.folder / "table.txt", table + "\n")
+    print(table)
+    if any(row.failed for row in rows):
+        raise SystemExit(1)
+
+
 def main(arguments: list[str]) -> None:
     """Run the sweep and print its table; exit status 1 if a run failed."""
     options = parse_arguments(arguments)
@@ -653,9 +852,21 @@ def main(arguments: list[str]) -> None:
     if options.artifact:
         fixed["ARTIFACT"] = str(options.artifact.resolve())
     base = below(options) | {name: value for name, value in os.environ.items() if name not in OURS} | fixed
-    with_seeds = lambda settings: (
-        [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
-    )
+    if options.levers:
+        if axes:
+            raise Stop(
+                f"{next(iter(axes))}: --levers takes SEED alone; set it in the environment or the file"
+            )
+        pull_levers(options, base, seeds)
+        return
+    if options.interleave and not seeds:
+        raise Stop("--interleave: needs seeds to take turns over; give SEED=1,2,3,4")
+
+    def with_seeds(settings: list[Settings]) -> list[Settings]:
+        if options.interleave:
+            return turn_round(seeds, settings)
+        return [s | {"SEED": seed} for s in settings for seed in seeds] if seeds else settings
+
     first = [{name: value[0] for name, value in axes.items()}]
     single = first + [first[0] | {name: v} for name, values in axes.items() for v in values[1:]]
     settings = single if options.greedy else grid(axes, options.random)
@@ -664,14 +875,7 @@ def main(arguments: list[str]) -> None:
         name: value for name, value in found[0].items() if name not in (*axes, *OURS, "SEED" if seeds else "")
     }
     identity = identity_of(options, {**axes, "SEED": seeds}, same)
-    digest = hashlib.sha256(
-        json.dumps(
-            [identity["axes"], identity["mode"], options.stage, str(options.recipe), str(options.artifact)]
-        ).encode()
-    ).hexdigest()[:6]
-    options.folder = (
-        options.out / (options.name or f"sweep-{'-'.join(axes)[:60] or 'seeds'}-{digest}")
-    ).resolve()
+    options.folder = folder_of(options, axes, identity)
     known = set(found[0])
     sign = -1 if options.highest else 1
 
@@ -692,12 +896,7 @@ def main(arguments: list[str]) -> None:
                 resolve(options.script, base, candidates)
                 sweep.plan(identity, with_seeds(candidates))
             sweep.run(with_seeds(candidates))
-    rows = rows_of(options.folder, options.metric)
-    table = text_table(rows, options.metric)
-    write_atomically(options.folder / "table.txt", table + "\n")
-    print(table)
-    if any(row.failed for row in rows):
-        raise SystemExit(1)
+    show_rows(options)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     MODEL        the one forward
     OPTIMIZERS   Muon on parameter banks, Adam, EMA, schedule
     QUANTIZE     calibration, GPTQ with SDClip or with rate-distortion steps on a trellis
+    TUNING       what stays in fp16 learns from the unquantised model, once the matrices are rounded
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
     PAIRS        which tokens can be neighbours in what a BPE tokenizer writes
     CANONICAL    what can come at every place of a text: the mask of what the tokenizer cannot write
+    SLOTS        documents side by side in slots that never wait: turns, cached keys, the step of the adapters
     MIXTURE      a mixture of causal experts over cached keys and values
     BUILD        the model of a run, what is compiled or captured, one training step
     TRAIN        warm-up, the training loop, checkpoints
@@ -44,6 +46,8 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
 import dataclasses
 import decimal
@@ -52,6 +56,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import importlib.util
 import itertools
 import json
@@ -111,6 +116,14 @@ not_negative_or_measured = Check(lambda value: value == -1 or value >= 0, "must 
 bit_width = Check(lambda value: value in (5, 6, 7, 8), "must be 5, 6, 7 or 8")
 bit_width_or_default = Check(
     lambda value: value in (0, 5, 6, 7, 8), "must be 5, 6, 7 or 8 (or 0: MATRIX_BITS)"
+)
+decay_list = Check(
+    lambda value: re.fullmatch(r"(0?\.\d+:\d*\.?\d+(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs decay:weight separated by commas, as in 0.85:0.4385,0.98:0.5615",
+)
+length_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
 )
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
@@ -193,6 +206,9 @@ class Config:
     train_seq_len: int = knob(
         2048, "tokens per window, and the longest document segment when packed", positive
     )
+    train_seq_schedule: str = knob(
+        "", "length@progress,...: packed segments are no longer until then (#2014); empty: none", length_list
+    )
     _model = Section("Model", "training")
     vocab_size: int = knob(8192, "entries of the tokenizer", vocabulary_size)
     num_layers: int = knob(11, "layers with weights of their own", positive)
@@ -242,8 +258,11 @@ class Config:
     )
     logit_softcap: float = knob(30.0, "c in logits = c tanh(raw/c)", positive)
     _schedule = Section("Schedule", "training")
-    schedule: Literal["time", "steps"] = knob(
-        "time", "rates and loops follow the clock or (repeatable) the steps"
+    schedule: Literal["time", "steps", "operations"] = knob(
+        "time", "rates and loops follow the clock or (repeatable) the steps or TRAIN_OPERATIONS"
+    )
+    train_operations: float = knob(
+        0.0, "SCHEDULE=operations: floating-point operations of all steps, forward and backward", not_negative
     )
     iterations: int = knob(20_000, "most training steps; the schedule's length with SCHEDULE=steps", positive)
     max_wallclock_seconds: float = knob(600.0, "training budget, calibration included", positive)
@@ -273,6 +292,17 @@ class Config:
         1.0, "progress at which MUON_WD starts to fall linearly (#1729: 0.7)", fraction
     )
     wd_taper_final_mult: float = knob(0.5, "MUON_WD at the end, as a fraction of that before", fraction)
+    wd_follows_rate: bool = knob(False, "MUON_WD falls with the learning rate: the decay by its square")
+    muon_mixture: str = knob(
+        "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
+    )
+    muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
+    muon_metric_until: float = knob(
+        0.0,
+        "progress until which Muon measures the noise of rows and columns for its metric; 0: none",
+        fraction,
+    )
+    muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
         False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
@@ -288,17 +318,32 @@ class Config:
         "global", "clip after or before averaging over ranks (#1585)"
     )
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
+    prefix_loss: float = knob(
+        0.0, "weight, at first, of the loss of the longest token that a target begins with", not_negative
+    )
+    prefix_loss_until: float = knob(0.67, "progress at which that weight has fallen to 0", positive)
     _quantizer = Section("Quantizer", "artifact")
     quantizer: Literal["rate_distortion", "sdclip"] = knob(
         "rate_distortion", "sensitivity steps, or clipped rows"
     )
     trellis_states: int = knob(64, "rate_distortion: states of the trellis; 0: scalar rounding", trellis_size)
+    output_feedback: bool = knob(
+        False, "rate_distortion: errors go to later rows too, as the outputs' gradients correlate"
+    )
     artifact_target_bytes: int = knob(0, "rate_distortion: fill this, 0: the cap less the code", not_negative)
+    ema_share: float = knob(
+        1.0, "part of the average in the weights that are quantised; the rest is the last step's", fraction
+    )
     gptq_calibration_batches: int = knob(
         32, "training micro-batches for calibration, over all ranks", positive
     )
     gptq_dampening: float = knob(
         0.01, "added to the inputs' second moments, as a fraction of their mean", positive
+    )
+    output_dampening: float = knob(
+        0.0,
+        "rate_distortion: the same for outputs; 0: a floor of 1 % (OUTPUT_FEEDBACK needs more)",
+        not_negative,
     )
     matrix_bits: int = knob(6, "sdclip: integer width of matrices", bit_width)
     attn_bits: int = knob(0, "sdclip: that of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
@@ -311,6 +356,12 @@ class Config:
     embed_clip_sigmas: float = knob(
         14.0, "sdclip: largest level of the embedding, in deviations of a row", positive
     )
+    tune_steps: int = knob(
+        0, "steps that train the fp16 tensors after rounding, by KL to the unquantised model", not_negative
+    )
+    tune_lr: float = knob(0.005, "Adam step of that training; falls linearly to 0", not_negative)
+    tune_tokens: int = knob(16_384, "training tokens of such a step, over all ranks", positive)
+    tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
     _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
@@ -339,6 +390,9 @@ class Config:
     canonical_mask: bool = knob(
         False, "refuse in every score what the (BPE) tokenizer cannot write after the tokens before"
     )
+    eval_budget_passes: float = knob(
+        0.0, "limit of evaluation in forwards and backwards per validation token; 0: none", not_negative
+    )
     _ttt = Section("Test-time training: score, then learn", "score")
     ttt_enabled: bool = knob(True, "adapt to the validation text already scored; the run's final score")
     ttt_mode: Literal["doc_lora", "mixture", "chunk_sgd"] = knob(
@@ -363,12 +417,12 @@ class Config:
     )
     ttt_grad_clip: float = knob(1.0, "chunk_sgd: largest gradient norm", positive)
     ttt_adamw_wd: float = knob(0.0, "chunk_sgd: weight decay with TTT_OPTIMIZER=adamw", not_negative)
-    ttt_lora_rank: int = knob(80, "doc_lora, mixture: rank of the adapters", positive)
+    ttt_lora_rank: int = knob(80, "doc_lora: rank of the adapters", positive)
     ttt_lora_alpha: float = knob(
         144.0, "doc_lora, mixture: adapters are scaled by this over their rank; 0: by 1", not_negative
     )
     ttt_lora_lr: float = knob(1e-4, "doc_lora, mixture: AdamW step of the adapters", not_negative)
-    ttt_chunk_size: int = knob(48, "doc_lora, mixture: targets scored, then learnt, per document", positive)
+    ttt_chunk_size: int = knob(48, "doc_lora: targets scored, then learnt, per document", positive)
     ttt_eval_seq_len: int = knob(2048, "doc_lora, mixture: most tokens of context", positive)
     ttt_batch_size: int = knob(64, "doc_lora, mixture: documents adapted side by side", positive)
     ttt_grad_steps: int = knob(1, "doc_lora: AdamW steps per chunk", positive)
@@ -405,8 +459,10 @@ class Config:
     global_ttt_grad_clip: float = knob(1.0, "phases: largest gradient norm", positive)
     global_ttt_respect_doc_boundaries: bool = knob(True, "phases: attention stays within documents")
     ttt_mixture_rates: str = knob(
-        "0.5,2,8,32", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
+        "2,16", "mixture: an adapter for each of these multiples of TTT_LORA_LR; 0: none", rate_list
     )
+    ttt_mixture_rank: int = knob(16, "mixture: rank of the adapters", positive)
+    ttt_mixture_chunk: int = knob(24, "mixture: targets scored, then learnt, per document", positive)
     ttt_mixture_share: float = knob(
         0.01, "mixture: part of an expert's weight that goes back to its prior after a chunk", fraction
     )
@@ -414,7 +470,7 @@ class Config:
         "all", "mixture: tokens that followed the longest match, in the document or in all scored before"
     )
     ttt_mixture_carry: float = knob(
-        0.5, "mixture: part of the prior that is replaced by the weights at the end of a batch", fraction
+        0.1, "mixture: part of the prior that is replaced by the weights at the end of a document", fraction
     )
 
     def __post_init__(self) -> None:
@@ -563,14 +619,28 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, tokens would be skipped",
         ),
         (
-            config.ttt_mode != "mixture" or config.ttt_chunk_size < config.ttt_eval_seq_len,
-            f"TTT_CHUNK_SIZE={config.ttt_chunk_size}: must be less than "
-            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len} with TTT_MODE=mixture, there would be no cache",
+            config.ttt_mode != "mixture" or config.ttt_mixture_chunk < config.ttt_eval_seq_len,
+            f"TTT_MIXTURE_CHUNK={config.ttt_mixture_chunk}: must be less than "
+            f"TTT_EVAL_SEQ_LEN={config.ttt_eval_seq_len}, there would be no cache",
         ),
         (
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
+        ),
+        (
+            not config.output_feedback or config.output_dampening > 0,
+            f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
+            "set it to 0.5",
+        ),
+        (
+            not config.train_seq_schedule or config.loader == "packed",
+            f"TRAIN_SEQ_SCHEDULE={config.train_seq_schedule}: needs LOADER=packed, whose segments it cuts",
+        ),
+        (
+            (config.schedule == "operations") == (config.train_operations > 0),
+            f"SCHEDULE={config.schedule}, TRAIN_OPERATIONS={config.train_operations:g}: "
+            "SCHEDULE=operations needs TRAIN_OPERATIONS, and no other schedule reads it",
         ),
         (
             config.ttt_optimizer in TTT_OPTIMIZERS[config.ttt_mode],
@@ -922,6 +992,7 @@ class Run:
         # The last stage that the run folder holds complete: what stops a later one costs no training.
         self.complete: Literal["", "train", "quantize"] = ""
         self.canonical: Canonical | None = None  # what every score refuses, see open_canonical
+        self.token_thirds = 0  # see count_tokens
 
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
@@ -984,6 +1055,20 @@ class Run:
         if self.world_size > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX, group=self.host_group)
         return facts.tolist()
+
+    def sum_on_hosts(self, value: float) -> float:
+        """A number of the host summed over ranks; no GPU has a part in it."""
+        total = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.item()
+
+    def count_tokens(self, tokens: int, learns: bool) -> None:
+        """Enter a forward of `tokens`, empty rows too, in this rank's account; with its backward it is three.
+
+        A backward has two products for each of the forward.
+        """
+        self.token_thirds += tokens * (3 if learns else 1)
 
     def on_main_rank(self, action: Callable[[], Any]) -> Any:
         """`action` on rank 0 alone; the others get its value or its Stop, and wait for it as hosts."""
@@ -1574,9 +1659,9 @@ def count_bytes(data: Dataset, tokens: np.ndarray) -> np.ndarray:
 class Past(NamedTuple):
     """What the rows of a Batch go on from (L places of a cache that is kept by visit) and leave behind.
 
-    Of the `position` () int64 tokens before, which are as many in every row, place p % L holds token p: keys
-    and values (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none.
-    The forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
+    Of the `position` (B,) int64 tokens before in each row, place p % L holds token p: keys and values
+    (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none. The
+    forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
     """
 
     position: Tensor
@@ -1777,10 +1862,39 @@ def share_batch(batch: Batch, part: int, parts: int) -> Batch:
     return Batch(inputs, targets, pad_starts(np.append(0, inside), size), batch.longest)
 
 
+def attention_pairs(batch: Batch) -> int:
+    """Pairs of a query and a key in the attention segments of a batch in host memory.
+
+    Pairs that causality excludes count, as in torch's FlopCounterMode.
+    """
+    if batch.starts is None:
+        return batch.inputs.numel() * batch.inputs.size(1)
+    return int(np.square(np.diff(batch.starts.numpy().astype(np.int64))).sum())
+
+
+def longest_segment(config: Config, progress: float) -> int:
+    """The longest document segment of packed rows at `progress`, by TRAIN_SEQ_SCHEDULE and TRAIN_SEQ_LEN."""
+    for pair in filter(None, config.train_seq_schedule.split(",")):
+        length, until = pair.split("@")
+        if progress < float(until):
+            return min(int(length), config.train_seq_len)
+    return config.train_seq_len
+
+
+def shorten_segments(batch: Batch, longest: int) -> Batch:
+    """A packed batch in host memory whose segments are cut where they are longer than `longest`."""
+    if batch.starts is None or longest >= batch.longest:
+        return batch
+    edges = np.unique(batch.starts.numpy())
+    cuts = [np.arange(first, end, longest) for first, end in itertools.pairwise(edges)]
+    return batch._replace(starts=pad_starts(np.concatenate(cuts), int(edges[-1])), longest=longest)
+
+
 class Feed:
     """The micro-batches of this rank, step by step.
 
-    A thread prepares the next step while the present one computes.
+    A thread prepares the next step while the present one computes. `pairs` are the attention_pairs of the
+    step that `get` gave last.
     """
 
     def __init__(self, run: Run, loader: ShuffledLoader | PackedLoader):
@@ -1789,16 +1903,19 @@ class Feed:
         self.worker = ThreadPoolExecutor(1)
         self.next_step: int | None = None
         self.next_batches = None  # a Future of those of next_step
+        self.pairs = 0
 
-    def get(self, step: int) -> list[Batch]:
-        """The micro-batches of `step` on the device."""
+    def get(self, step: int, longest: int = sys.maxsize) -> list[Batch]:
+        """The micro-batches of `step` on the device; packed segments are cut to `longest` tokens."""
         if step == self.next_step:
             batches = self.next_batches
         else:
             batches = self.worker.submit(self.load, step)
         self.next_step = step + 1
         self.next_batches = self.worker.submit(self.load, self.next_step)
-        return [to_device(batch, self.run) for batch in batches.result()]
+        loaded = [shorten_segments(batch, longest) for batch in batches.result()]
+        self.pairs = sum(map(attention_pairs, loaded))
+        return [to_device(batch, self.run) for batch in loaded]
 
     def load(self, step: int) -> list[Batch]:
         """The micro-batches of `step` in host memory.
@@ -4378,6 +4495,27 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
+# Parameters that are factors of a product: on every visit of their layer, or once for every token.
+VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
+TOKEN_PRODUCTS = ("embed", "smear_w")
+
+
+def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` with so many attention `pairs`.
+
+    Two for each multiply-add of the products that the route makes, and as many again for each of the two
+    gradients of a product: what torch's FlopCounterMode counts where attention keeps its scores. Elementwise
+    work, what is computed twice and the optimisers do not count; the first token of a row counts as smeared.
+    """
+    table = parameter_table(config)
+    visits = len(make_route(config, looped))
+    entries = {name: math.prod(spec.shape) for name, spec in table.items()}
+    by_visit = sum(entries.get(name, 0) for name in VISIT_PRODUCTS) // config.num_layers
+    by_token = sum(entries.get(name, 0) for name in TOKEN_PRODUCTS)
+    attention = 2 * pairs * config.model_dim  # scores, and what they weigh
+    return 6 * (tokens * (visits * by_visit + by_token) + visits * attention)
+
+
 class Matrix(NamedTuple):
     """One matrix that is quantised with calibration."""
 
@@ -4440,10 +4578,11 @@ def attend_past(q: Tensor, k: Tensor, v: Tensor, past: Past, visit: int) -> Tens
 
     place = torch.arange(cached + T, device=q.device)
     own = place - cached <= torch.arange(T, device=q.device)[:, None]
-    visible = own & ((place < past.position) | (place >= cached))
+    visible = own & ((place < past.position[:, None, None]) | (place >= cached))
     # The query heads that share a head of keys stand below each other: repeating the keys would move more.
     queries = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.repeat(groups, 1))
+    mask = visible.repeat(1, groups, 1)[:, None]
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return y.unflatten(2, (groups, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -4683,11 +4822,11 @@ def pick_attention(config: Config, run: Run) -> Attend:
 class LoRA(nn.Module):
     """Low-rank deltas x -> x A^T B^T, one per document, site and visit; the head has one visit (#1530)."""
 
-    def __init__(self, config: Config, documents: int, device: torch.device):
+    def __init__(self, config: Config, documents: int, device: torch.device, rank: int = 0):
         super().__init__()
         width = config.model_dim
         kv_width = config.num_kv_heads * width // config.num_heads
-        rank = config.ttt_lora_rank
+        rank = rank or config.ttt_lora_rank
         visits = len(make_route(config, config.num_loops > 0))
         sites = {  # (visits, outputs, whether it has adapters)
             "q": (visits, width, config.ttt_q_lora),
@@ -4834,6 +4973,8 @@ class GPT(nn.Module):
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
+        self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
+        self.prefix_weight: Tensor | None = None
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
@@ -4842,17 +4983,25 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
+        plain = plain and self.prefixes is None
         bounded = self.config.logit_softcap <= LARGEST_CAP and batch.mask is None
         if self.fused and plain and bounded and torch.is_grad_enabled():
             losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
             return losses.view_as(batch.targets)
         logits = self.matmul("head", head, x, HEAD_VISIT, hooks).flatten(0, 1)
+        return self.losses(logits, batch)
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What `forward` gives, from the logits (B T, V) before the softcap and the mask."""
+        targets = batch.targets.flatten()
         if batch.mask is not None:
             logits = refuse(logits, batch.mask)
         if self.fused:
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
+        if self.prefixes is not None:
+            losses = losses + self.learn_prefixes(losses, logits, targets)
         if batch.guesses is None:
             return losses.view_as(batch.targets)
         # Two tokens of one distribution: their losses differ as their logits do.
@@ -4861,6 +5010,18 @@ class GPT(nn.Module):
         chosen = (self.config.logit_softcap * torch.tanh(raw)).T
         guessed = losses.detach() + chosen[0] - chosen[1:]
         return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
+
+    def learn_prefixes(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """`prefix_weight` times the losses (N,) of `prefixes` of the targets, 0 where there is none.
+
+        The longest token that a target's bytes begin with is nearly right, and costs no product
+        (modded-nanogpt #337): two tokens of one distribution have losses that differ as their logits do.
+        """
+        prefix = self.prefixes[targets]
+        cap = self.config.logit_softcap
+        raw = logits.gather(1, torch.stack((targets, prefix.clamp_min(0)), 1)).float() / cap
+        chosen = cap * torch.tanh(raw)
+        return self.prefix_weight * (prefix >= 0) * (losses + chosen[:, 0] - chosen[:, 1])
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -5168,7 +5329,7 @@ class GPT(nn.Module):
         layer = visit.layer
         B, T, _ = x.shape
         v_path = None
-        if shared.folded and shared.hooks.lora is None and source is not None:
+        if shared.folded and shared.hooks.lora is None and source is not None and shared.batch.past is None:
             gain = banks["q_gain"][layer]
             heads = attention_inputs_op(x, banks["qkv"][layer], gain, *shared.rotation, config.num_kv_heads)
             q, k, v, v_path, _ = heads
@@ -5194,7 +5355,7 @@ class GPT(nn.Module):
         return scale * self.matmul("o", weight, y, visit, shared.hooks, adapt=x)
 
     def rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, 1, ROPE_DIMS/2) of every position."""
+        """cos and sin (T, 1, ROPE_DIMS/2) of every position, (B T, ...) where each row has its own."""
         length = batch.inputs.size(1)
         dims = self.config.rope_dims
         base = self.config.rope_base
@@ -5207,7 +5368,7 @@ class GPT(nn.Module):
         frequencies = base ** -(torch.arange(0, dims, 2, **options) / max(dims, 1))
         positions = torch.arange(length, **options)
         if batch.past is not None:
-            positions = positions + batch.past.position
+            positions = (positions + batch.past.position[:, None]).flatten()
         angles = torch.outer(positions, frequencies)[:, None]
         return rotation_tables_op(angles, self.dtype)
 
@@ -5215,9 +5376,12 @@ class GPT(nn.Module):
         self, q: Tensor, k: Tensor, gain: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as attention compares them: see rotated_heads_reference."""
-        if self.fused:
-            return rotated_heads_op(q, k, gain, *rotation)[:2]
-        return rotated_heads_reference(q, k, gain, *rotation)
+        act = rotated_heads_op if self.fused else rotated_heads_reference
+        if rotation[0].size(0) == q.size(1):
+            return act(q, k, gain, *rotation)[:2]
+        # Rows with positions of their own are one long row with a position for every token.
+        turned = act(q.flatten(0, 1)[None], k.flatten(0, 1)[None], gain, *rotation)
+        return turned[0].view_as(q), turned[1].view_as(k)
 
     def finish_heads(
         self, y: Tensor, v: Tensor, v_path: Tensor | None, source: Tensor, layer: int, banks: Banks
@@ -5299,7 +5463,7 @@ class GPT(nn.Module):
                 shut = shut | opens
             share = share.masked_fill(shut[:, 1:, None], 0)
         if past is not None:
-            share = torch.cat((share[:, :1] * (past.position > 0), share[:, 1:]), 1)
+            share = torch.cat((share[:, :1] * (past.position > 0)[:, None, None], share[:, 1:]), 1)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -5343,6 +5507,15 @@ def orthogonalize(
     return x if wide else x.mT
 
 
+METRIC_DECAY = 0.95  # of the averages from which the metric is made
+
+
+def metric_scale(noise: Tensor) -> Tensor:
+    """The inverse root of a diagonal metric: the root of the noise over its mean, within a factor of 2."""
+    ratio = noise / noise.mean((-2, -1), keepdim=True).clamp_min(1e-30)
+    return ratio.sqrt().clamp(0.5, 2.0).rsqrt()
+
+
 def muon_update(
     gradient: Tensor,
     buffer: Tensor,
@@ -5351,16 +5524,43 @@ def muon_update(
     dtype: torch.dtype,
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
+    units: int = 1,
+    mixture: Sequence[tuple[Tensor, float, float]] = (),
+    mixed: bool = False,
+    metric: Sequence[Tensor] = (),
+    measures: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
+    With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
+    that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
+    (modded-nanogpt #340, #357). `metric` are the noise of rows (N, R, 1) and columns (N, 1, C), updated if it
+    `measures`; the result has singular values of 1 in that metric (IsoMuon, as we read its description).
     """
+    if measures:
+        noise = (gradient.float() - (1 - momentum) * buffer.float()).square()
+        for average, dim in zip(metric, (-1, -2), strict=True):
+            average.lerp_(noise.mean(dim, keepdim=True), 1 - METRIC_DECAY)
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
+    for average, decay, _ in mixture:
+        average.lerp_(gradient.to(average), 1 - decay)
+    if mixed:
+        parts = [
+            weight * torch.lerp(gradient.float(), average.float(), decay)
+            for average, decay, weight in mixture
+        ]
+        update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    return orthogonalize(update.to(dtype), coefficients, fused)
+    for average in metric:
+        update = update * metric_scale(average)
+    split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
+    update = orthogonalize(split, coefficients, fused).view_as(update)
+    for average in metric:
+        update = update * metric_scale(average).to(dtype)
+    return update
 
 
 # The same collectives under the names of torch from 2.13 on and before.
@@ -5388,12 +5588,30 @@ class Muon:
         self.update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
         # Large banks first: their communication hides the most work.
         self.banks = dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
+        pairs = [pair.split(":") for pair in run.config.muon_mixture.split(",") if pair]
+        self.mixture = [(float(decay), float(weight)) for decay, weight in pairs]
         self.momenta = {}
         for name, bank in self.banks.items():
             count = -(-len(bank) // run.world_size)
-            self.momenta[name] = torch.zeros((count, *bank.shape[1:]), dtype=self.dtype, device=bank.device)
+            shape = (count, *bank.shape[1:])
+            self.momenta[name] = torch.zeros(shape, dtype=self.dtype, device=bank.device)
+            # In fp32: bfloat16 would round a hundredth of itself away.
+            for key in self.average_names(name):
+                self.momenta[key] = torch.zeros(shape, device=bank.device)
+            for key in self.metric_names(name):
+                rows, columns = shape[1:] if key.endswith("rows") else (1, shape[2])
+                noise = torch.zeros(count, rows, 1 if key.endswith("rows") else columns, device=bank.device)
+                self.momenta[key] = noise
         self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
         self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
+
+    def average_names(self, name: str) -> list[str]:
+        """What the averages of MUON_MIXTURE of a bank are called among the momenta."""
+        return [f"{name}/{place}" for place in range(len(self.mixture))]
+
+    def metric_names(self, name: str) -> list[str]:
+        """What the noise of rows and columns of a bank is called among the momenta."""
+        return [f"{name}/rows", f"{name}/columns"] if self.run.config.muon_metric_until else []
 
     def reduce(self) -> None:
         """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
@@ -5414,19 +5632,36 @@ class Muon:
             handle, _ = self.pending.pop(name)
             handle.wait()
 
-    def step(self, rate: float, momentum: float, decay: float, scale: Tensor | None) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+    def step(
+        self, rate: float, momentum: float, decay: float, scale: Tensor | None, progress: float = 0.0
+    ) -> None:
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients.
+
+        `progress` says whether the averages of MUON_MIXTURE are used and the metric is still measured.
+        """
+        config = self.run.config
         # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
         mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
-        rows = self.run.config.muon_row_normalize
         previous = None
         for name, bank in self.banks.items():
             self.wait(name)
             shard = self.shards.pop(name)
             if scale is not None:
                 shard.mul_(scale)
+            averages = [self.momenta[key] for key in self.average_names(name)]
             update = self.update(
-                shard, self.momenta[name], mu, rows, self.dtype, self.coefficients, self.fused
+                shard,
+                self.momenta[name],
+                mu,
+                config.muon_row_normalize,
+                self.dtype,
+                self.coefficients,
+                self.fused,
+                config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
+                [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
+                bool(averages) and progress >= config.muon_mixture_start,
+                [self.momenta[key] for key in self.metric_names(name)],
+                progress < config.muon_metric_until,
             )
             gathered = self.gather(update)
             if previous is not None:
@@ -5456,7 +5691,7 @@ class Muon:
         for name, (whole, handle) in gathered.items():
             if handle is not None:
                 handle.wait()
-            state[name] = whole[: len(self.banks[name])].clone()
+            state[name] = whole[: len(self.banks[name.split("/")[0]])].clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -5491,8 +5726,11 @@ class Optimizers:
         self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
         self.rates = [group["lr"] for group in self.adam.param_groups]
 
-    def step(self, rate_scale: float, momentum: float, decay: float) -> None:
-        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices."""
+    def step(self, rate_scale: float, momentum: float, decay: float, progress: float = 0.0) -> None:
+        """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
+
+        `progress`: see Muon.step.
+        """
         config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
@@ -5510,7 +5748,7 @@ class Optimizers:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale)
+        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, progress)
 
         for parameter in self.parameters:
             parameter.grad = None
@@ -5550,6 +5788,17 @@ class Optimizers:
         self.muon.load(state["muon"])
 
 
+def blend_average(config: Config, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a finished training's checkpoint: its average, EMA_SHARE of it, the rest its last step.
+
+    An average lags behind; modded-nanogpt #45 (track 3) and #347 blend it in parts.
+    """
+    average = saved["average"]
+    if config.ema_share == 1:
+        return average
+    return {name: torch.lerp(saved["last"][name], mean, config.ema_share) for name, mean in average.items()}
+
+
 @torch.no_grad()
 def update_ema(average: dict[str, Tensor], model: GPT, decay: float) -> None:
     """Move the fp32 `average` of all parameters towards the live ones by 1 - decay (#1585)."""
@@ -5568,10 +5817,14 @@ def learning_rate_scale(config: Config, progress: float) -> float:
 
 
 def muon_weight_decay(config: Config, progress: float) -> float:
-    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729)."""
+    """Muon weight decay at `progress`: constant, then linear to WD_TAPER_FINAL_MULT of it (#1729).
+
+    With WD_FOLLOWS_RATE times the learning-rate multiplier, as in modded-nanogpt #369.
+    """
     start = config.wd_taper_start_frac
     taper = max(0.0, progress - start) / max(1 - start, 1e-9)
-    return config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    decay = config.muon_wd * (1 - taper * (1 - config.wd_taper_final_mult))
+    return decay * learning_rate_scale(config, progress) if config.wd_follows_rate else decay
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -5596,6 +5849,9 @@ STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_P
 SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
 BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
 GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
+# With OUTPUT_FEEDBACK, rows that are decided at once and then feed back, and rows looked at beyond them.
+ROW_BLOCK = 16
+ROW_PREVIEW = 8
 
 
 def parallel_map(work: Callable, jobs: Iterable, threads: int | None = None) -> list:
@@ -5657,9 +5913,10 @@ SAME_INPUT = {"q": "k", "v": "k"}
 class MomentTap:
     """The tap of one calibration forward; it adds its tokens to the `sums` of every matrix.
 
-    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), by (site, layer);
-    the gradients arrive in the backward. `labels` are replaced by draws from the model once its head is
-    reached, which makes g^2 the Fisher diagonal. Without `sensitive` the gradients and the labels stay alone.
+    These are x x^T of the inputs (C, C) and g^2 of the loss gradients at the outputs (R,), or g g^T where its
+    place has that shape (R, R), by (site, layer); the gradients arrive in the backward. `labels` are replaced
+    by draws from the model once its head is reached, which makes g^2 the Fisher diagonal. Without `sensitive`
+    the gradients and the labels stay alone.
     """
 
     sums: dict[tuple[str, int], tuple[Tensor, Tensor]]
@@ -5683,7 +5940,11 @@ class MomentTap:
             return
 
         def add_squares(gradient: Tensor) -> None:
-            outputs.add_(gradient.flatten(0, -2).float().square().sum(0))
+            gradient = gradient.flatten(0, -2).float()
+            if outputs.dim() == 2:
+                outputs.addmm_(gradient.T, gradient)
+            else:
+                outputs.add_(gradient.square().sum(0))
 
         y.register_hook(add_squares)
 
@@ -5702,7 +5963,8 @@ def collect_moments(
 
     GPTQ_CALIBRATION_BATCHES micro-batches of shuffled training windows are dealt to the ranks, whose number
     changes nothing. A looped layer counts every visit. Labels are drawn from the model, for the Fisher
-    diagonal (SDClip needs none: E[g^2] is 0). `forwards`: over all ranks, if not as many as that.
+    diagonal (SDClip needs none: E[g^2] is 0). With OUTPUT_FEEDBACK it is E[g g^T], but for the head, where
+    it gives nothing. `forwards`: over all ranks, if not as many as that.
     """
     config = run.config
     needed, tokens = calibration_forwards(config)
@@ -5716,7 +5978,8 @@ def collect_moments(
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
         source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
         inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
-        sums[key] = inputs, torch.zeros(rows, device=run.device)
+        whole = config.output_feedback and sensitive and key[0] != "head"  # not the vocabulary's square
+        sums[key] = inputs, torch.zeros((rows, rows) if whole else rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
         for index in run.progress("calibration", range(run.rank, forwards, run.world_size)):
@@ -5747,10 +6010,16 @@ class RoundingProblem(NamedTuple):
     feedback: Tensor  # fp32 (C, C) in that order, upper, unit diagonal: what a column's error does to others
     row_exponents: np.ndarray  # int32 (R,) of the step sizes
     column_exponents: np.ndarray  # int32 (C,), in the order of `weight`
+    row_feedback: Tensor | None = None  # fp32 (R, R), what a block of rows does to later ones; None: nothing
 
 
 def rounding_problem(
-    weight: Tensor, inputs: Tensor, outputs: Tensor, damping: float, powers: tuple[float, float, float]
+    weight: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    damping: float,
+    powers: tuple[float, float, float],
+    output_damping: float = 0.0,
 ) -> RoundingProblem:
     """The problem of rounding `weight` (R, C) with E[x x^T] of `inputs` (C, C) and E[g^2] of `outputs` (R,).
 
@@ -5758,18 +6027,17 @@ def rounding_problem(
     mean diagonal added. With H = R R^T, R upper, and U = R^-1, an error e of column j costs (e / U_jj)^2 once
     the later columns have made up for it: GPTQ adds -e U_jk / U_jj to column k. Reverse water-filling wants
     the same distortion everywhere, so step sizes follow outputs_r^(-1/2) U_jj, to the `powers`: the first is
-    for the geometric means of whole matrices, the others for rows and for columns within.
-    torch.linalg.LinAlgError: H is not positive definite.
+    for the geometric means of whole matrices, the others for rows and for columns within. `outputs` (R, R)
+    are E[g g^T], see `feed_rows`; `output_damping` is added to them like `damping` to the inputs.
+    torch.linalg.LinAlgError: H, or E[g g^T], is not positive definite.
     """
     inputs = inputs.double().cpu().clone()
-    outputs = outputs.double().cpu()
+    outputs, row_feedback = feed_rows(outputs.double().cpu(), output_damping)
     weight = weight.float().cpu() * (inputs.diagonal() > 0)  # a column whose input is always 0 costs no bits
     inputs.diagonal().add_(damping * inputs.diagonal().mean().clamp_min(1e-30))
     order = torch.argsort(inputs.diagonal(), descending=True, stable=True)
 
-    # R is a Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
-    root = torch.linalg.cholesky(inputs[order][:, order].flip(0, 1)).flip(0, 1)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+    _, inverse = upper_root(inputs[order][:, order])
     feedback = (inverse / inverse.diagonal()[:, None]).float()
 
     row = -0.5 * torch.log2(outputs.clamp_min(0.01 * outputs.mean()).clamp_min(1e-30))
@@ -5783,7 +6051,40 @@ def rounding_problem(
         feedback,
         (STEPS_PER_OCTAVE * row_exponents).round().int().numpy(),
         (STEPS_PER_OCTAVE * column_exponents).round().int().numpy(),
+        row_feedback,
     )
+
+
+def upper_root(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, R^-1) with moments = R R^T and R upper triangular; LinAlgError: not positive definite."""
+    # A Cholesky factor from the last column on: that of the matrix turned by 180 degrees, turned back.
+    root = torch.linalg.cholesky(moments.flip(0, 1)).flip(0, 1)
+    return root, torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=root.dtype), upper=True)
+
+
+def feed_rows(outputs: Tensor, damping: float) -> tuple[Tensor, Tensor | None]:
+    """(cost of a squared error by row (R,), what a block of rows does to later rows (R, R)) of `outputs`.
+
+    `damping` times their mean is added first: what was calibrated says little of errors as large as those at
+    low rates, above all in rows that hardly matter, which would get the largest.
+
+    With G = E[g g^T] an error E costs tr(E^T G E H): YAQA's objective (arXiv 2505.22988). With G = S S^T, S
+    upper, and S_b the square of S on block b of ROW_BLOCK rows, E = F^T N (the columns' feedback) for F =
+    diag(S_b) S^-1, which is 1 on every block, and the rounding errors N cost sum_b N_b^T S_b S_b^T N_b. Of
+    these products the diagonal is counted: a trellis cannot wait for single rows. `outputs` (R,): nothing is
+    fed back.
+    """
+    if outputs.dim() == 1:
+        return outputs + damping * outputs.mean(), None
+    outputs = outputs.clone()
+    outputs.diagonal().add_(damping * outputs.diagonal().mean().clamp_min(1e-30))
+    root, inverse = upper_root(outputs)
+    costs = torch.empty(len(root), dtype=root.dtype)
+    for first in range(0, len(root), ROW_BLOCK):
+        block = slice(first, first + ROW_BLOCK)
+        costs[block] = root[block, block].square().sum(1)
+        inverse[block] = root[block, block] @ inverse[block]
+    return costs, inverse.float()
 
 
 def step_sizes(row_exponents: np.ndarray, column_exponents: np.ndarray, delta: float) -> np.ndarray:
@@ -5812,8 +6113,8 @@ def trellis(states: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @numba_jit
-def viterbi(goals, prices, before):
-    """Integers m (R,) on a trellis path from state 0 with least sum of price (goal - m)^2, both fp32 (R,).
+def viterbi(goals, prices, before, start=0):
+    """Integers m (R,) on a trellis path from `start` with least sum of price (goal - m)^2, both fp32 (R,).
 
     A branch fixes m modulo 4 (2 bit + parity of the state), and the nearest such integer is the best. Into
     every state lead two branches, one with each bit: the cheaper one is kept, and at the end the choices are
@@ -5824,7 +6125,7 @@ def viterbi(goals, prices, before):
     choices = np.empty((rows, states), np.uint8)
     branch = np.empty(4, np.float32)  # cost of a branch by m modulo 4
     cost = np.full(states, 1e30, np.float32)  # of the best path that ends in a state
-    cost[0] = 0
+    cost[start] = 0
     with_0 = np.empty(states, np.float32)  # of that path, continued with bit 0
     with_1 = np.empty(states, np.float32)
     for row in range(rows):
@@ -5853,7 +6154,36 @@ def viterbi(goals, prices, before):
 
 
 @numba_jit
-def round_columns(w, step_size, feedback, bit_prices, before, largest):
+def round_rows(w, taken, step_size, prices, feedback, after, before):
+    """Integers (R,) of one column w (R,) block by block; the errors go to later rows and stay in w.
+
+    `taken` (R,) is what the errors of earlier columns have taken from this one: what later rows make up for
+    is both. The trellis looks ROW_PREVIEW rows beyond a block before this is decided.
+    """
+    rows = len(w)
+    integers = np.empty(rows, np.int32)
+    state = np.int64(0)
+    for first in range(0, rows, ROW_BLOCK):
+        end = min(first + ROW_BLOCK, rows)
+        seen = min(end + ROW_PREVIEW, rows)
+        goals = w[first:seen] / (step_size[first:seen] * prices[first:seen])
+        if before.shape[1]:
+            found = viterbi(goals, prices[first:seen], before, state)
+        else:
+            found = np.rint(goals).astype(np.int32)
+        for row in range(first, end):
+            integer = found[row - first]
+            integers[row] = integer
+            state = np.int64(after[state, integer >> 1 & 1])
+            w[row] -= integer * step_size[row]
+            error = w[row] + taken[row]
+            for later in range(end, rows):
+                w[later] -= feedback[row, later] * error
+    return integers
+
+
+@numba_jit
+def round_columns(w, step_size, feedback, row_feedback, bit_prices, after, before, largest):
     """Integers (C, R) of the columns w (C, R) in turn; the error of each goes to later ones and stays in w.
 
     With s the step size and p the price of an integer's square (R,), a column minimises (w/s - m)^2 + p s^2
@@ -5863,10 +6193,14 @@ def round_columns(w, step_size, feedback, bit_prices, before, largest):
     columns, rows = w.shape
     integers = np.empty(w.shape, np.int32)
     for j in range(columns):
+        given = w[j].copy()
         for i in range(j):
             for row in range(rows):
                 w[j, row] -= feedback[i, j] * w[i, row]
         g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
+        if len(row_feedback):
+            integers[j] = round_rows(w[j], given - w[j], step_size[j], g, row_feedback, after, before)
+            continue
         goals = w[j] / (step_size[j] * g)
         if before.shape[1]:
             integers[j] = viterbi(goals, g, before)
@@ -5885,7 +6219,8 @@ def round_matrix(
 ) -> np.ndarray:
     """Integers int32 (R, C) so that integers * step_size, fp32 (R, C), has little error under the inputs.
 
-    Column by column, the error of one goes to those not yet rounded (GPTQ). `bit_price` is how much of the
+    Column by column, the error of one goes to those not yet rounded (GPTQ), and with `row_feedback` to later
+    rows as well. `bit_price` is how much of the
     price of its bits an integer pays: a bit is worth 2 ln 2 of the distortion D, and a Gaussian integer m has
     log2(e) m^2 / (2 variance) bits, together D m^2 / variance. In units of the squared step size D is 0.26
     with a trellis and 1/12 without. `largest` clips the integers, but only without a trellis.
@@ -5897,8 +6232,12 @@ def round_matrix(
     distortion = np.float32(0.26 if states else 1 / 12)
     bit_prices = bit_price * distortion / np.maximum(np.square(w).mean(0), np.float32(1e-20))
     integers = np.empty(w.shape, np.int32)
+    after, before = trellis(states)
+    row_feedback = (
+        np.empty((0, 0), np.float32) if problem.row_feedback is None else problem.row_feedback.numpy()
+    )
     integers[order] = round_columns(
-        w, step_size, problem.feedback.numpy(), bit_prices, trellis(states)[1], largest
+        w, step_size, problem.feedback.numpy(), row_feedback, bit_prices, after, before, largest
     )
     return np.ascontiguousarray(integers.T)
 
@@ -5995,6 +6334,52 @@ def matrix_weight(weights: dict[str, Tensor], matrix: Matrix) -> Tensor:
     return weight if matrix.index is None else weight[matrix.index]
 
 
+def fp16_tensors(table: dict[str, ParameterSpec], weights: dict[str, Tensor]) -> dict[str, Quantized]:
+    """What the artifact holds in fp16, by name."""
+    return {
+        name: Quantized(weights[name].half().cpu())
+        for name, spec in table.items()
+        if spec.quantizer == "fp16"
+    }
+
+
+def pose_problems(
+    config: Config,
+    table: dict[str, ParameterSpec],
+    weights: dict[str, Tensor],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    powers: tuple[float, float, float],
+) -> dict[str, RoundingProblem]:
+    """The rounding problem of every matrix, in table order; Stop if `moments` are not positive definite."""
+    matrices = list_matrices(table)
+
+    def pose(matrix: Matrix) -> RoundingProblem:
+        weight = matrix_weight(weights, matrix)
+        # Not that of the head: the probabilities of tokens differ, and are known.
+        outputs = config.output_dampening if matrix.quantizer != "embed" else 0.0
+        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers, outputs)
+
+    try:
+        posed = parallel_map(pose, matrices)
+    except torch.linalg.LinAlgError:
+        raise Stop(
+            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs or outputs are "
+            "not positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
+        ) from None
+    return {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+
+
+def clip_matrices(
+    config: Config, table: dict[str, ParameterSpec], problems: dict[str, RoundingProblem]
+) -> dict[str, Quantized]:
+    """Every matrix by SDClip."""
+
+    def clip(matrix: Matrix) -> Quantized:
+        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
+
+    return dict(zip(problems, parallel_map(clip, list_matrices(table)), strict=True))
+
+
 def quantize(
     run: Run,
     table: dict[str, ParameterSpec],
@@ -6005,46 +6390,36 @@ def quantize(
 ) -> dict[str, Quantized]:
     """All `weights` as the artifact holds them, by flat name: matrices in table order, then fp16 tensors.
 
-    rate_distortion makes a file of `goal` bytes. Rank 0 only: the matrices are spread over its threads. Stop
-    if the `moments` of a matrix's inputs are not positive definite.
+    rate_distortion makes a file of `goal` bytes, and where its fp16 tensors are to be tuned, one that stays
+    below whatever becomes of them. Rank 0 only: the matrices are spread over its threads. Stop if the
+    `moments` of a matrix are not positive definite.
     """
     config = run.config
-    matrices = list_matrices(table)
-    small = {
-        name: Quantized(weights[name].half().cpu())
-        for name, spec in table.items()
-        if spec.quantizer == "fp16"
-    }
+    small = fp16_tensors(table, weights)
     powers = SENSITIVITY_POWERS if config.quantizer == "rate_distortion" else (0.0, 0.0, 0.0)
-
-    def pose(matrix: Matrix) -> RoundingProblem:
-        weight = matrix_weight(weights, matrix)
-        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers)
-
-    def clip(matrix: Matrix) -> Quantized:
-        return round_clipped(problems[matrix.name], *clip_and_bits(config, matrix.quantizer))
-
-    try:
-        posed = parallel_map(pose, matrices)
-    except torch.linalg.LinAlgError:
-        raise Stop(
-            f"GPTQ_DAMPENING={config.gptq_dampening}: the second moments of a matrix's inputs are not "
-            "positive definite; raise it or GPTQ_CALIBRATION_BATCHES"
-        ) from None
-    problems = {matrix.name: problem for matrix, problem in zip(matrices, posed, strict=True)}
+    problems = pose_problems(config, table, weights, moments, powers)
     if config.quantizer == "sdclip":
-        return dict(zip(problems, parallel_map(clip, matrices), strict=True)) | small
+        return clip_matrices(config, table, problems) | small
 
     trials: dict[float, dict[str, Quantized]] = {}
+    growth = fp16_growth(config, small) if config.tune_steps else 0
 
     def size_of(delta: float) -> int:
         trials[delta] = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
-        return len(encode_artifact(config, trials[delta], looped))
+        return len(encode_artifact(config, trials[delta], looped)) + growth
 
     count = sum(problem.weight.numel() for problem in problems.values())
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
     guess = guess_delta(problems, goal, config.trellis_states)
     return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
+
+
+def fp16_growth(config: Config, small: dict[str, Quantized]) -> int:
+    """How many bytes the stream of the fp16 tensors may grow by if other values do not compress at all."""
+    values = [tensor.values for tensor in small.values()]
+    raw = sum(value.nbytes for value in values)
+    now = len(code_stream(values, config.compressor, config.trellis_states))
+    return raw + raw // 1000 + 128 - now  # what a compressor adds to noise
 
 
 def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantized]) -> dict[str, Tensor]:
@@ -6057,6 +6432,141 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
         banked = len(table[name].shape) == 3
         weights[name] = torch.stack(matrices) if banked else matrices[0]
     return weights
+
+
+# === TUNING ===
+# In: the rounded tensors and the unquantised weights. Out: the same integers and step sizes; what the
+# artifact holds in fp16 beside them (scales, gains, mixes, gates) has been trained for TUNE_STEPS steps until
+# the model's distribution comes as near to the unquantised one's as it can: no byte more. It reads training
+# tokens, so rounding and tuning are part of the training budget. A reader may change what is trained
+# (`Tuning.parameters`) or by what (`tuning_loss`).
+
+TUNE_FORWARD = 2**13  # most tokens of a forward: two models' logits are kept
+ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly two or three
+
+
+def tuning_forwards(config: Config) -> tuple[int, int]:
+    """How many forwards a tuning step takes over all ranks, and the tokens of each."""
+    windows = max(1, config.tune_tokens // config.train_seq_len)
+    part = max(1, min(windows // STREAMS, TUNE_FORWARD // config.train_seq_len))  # 8 ranks share a step
+    return windows // part, part * config.train_seq_len
+
+
+def ignore_product(site: str, layer: int, x: Tensor, y: Tensor) -> None:
+    """A tap that sees nothing: with it every product is taken as in calibration, no scale in a matrix."""
+
+
+def log_probabilities(model: GPT, batch: Batch) -> Tensor:
+    """The model's log-probabilities of the token after each of `batch`, fp32 (tokens, V)."""
+    x = model.trunk(batch, Hooks(ignore_product)).flatten(0, 1)
+    cap = model.config.logit_softcap
+    raw = F.linear(x, model.embed.to(model.dtype)).float()
+    return F.log_softmax(cap * torch.tanh(raw / cap), -1)
+
+
+def tuning_loss(teacher: GPT, model: GPT, batch: Batch, share: float) -> Tensor:
+    """KL of the `model` from the `teacher` in nats per token, and `share` times the model's own loss."""
+    with torch.no_grad():
+        wanted = log_probabilities(teacher, batch)
+    found = log_probabilities(model, batch)
+    loss = F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+    return loss + share * F.nll_loss(found, batch.targets.flatten()) if share else loss
+
+
+class Tuning:
+    """The training after rounding: a model with the rounded weights, and one with those before."""
+
+    def __init__(self, run: Run, model: GPT, data: Dataset, before: dict[str, Tensor]):
+        self.run = run
+        self.config = run.config
+        self.model = model
+        self.teacher = GPT(model.config, model.attend, model.fused, model.dtype, model.feed_forward)
+        self.teacher.to(run.device).requires_grad_(False)
+        self.teacher.looped = model.looped
+        self.teacher.load_state_dict(before)
+        self.parameters = {
+            name: model.get_parameter(name) for name, spec in model.table.items() if spec.quantizer == "fp16"
+        }
+        betas = (self.config.beta1, self.config.beta2)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), self.config.tune_lr, betas)
+        self.forwards, tokens = tuning_forwards(self.config)
+        changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
+        self.loader = ShuffledLoader(dataclasses.replace(self.config, **changes), data)
+
+    def gradient(self, step: int) -> Tensor:
+        """The gradient of all parameters in a row and behind it the loss, the mean over a step's forwards.
+
+        Each forward has a row of its own, which one rank fills; rows are added in order. So the result has
+        the same bits for any number of ranks.
+        """
+        parameters = list(self.parameters.values())
+        size = sum(parameter.numel() for parameter in parameters)
+        rows = torch.zeros(self.forwards, size + 1, device=self.run.device)
+        for forward in range(self.run.rank, self.forwards, self.run.world_size):
+            place = step * self.forwards + forward
+            batch = to_device(self.loader.get(place // STREAMS, place % STREAMS), self.run)
+            loss = tuning_loss(self.teacher, self.model, batch, self.config.tune_loss_weight)
+            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            rows[forward] = torch.cat([part.flatten().float() for part in (*parts, loss.detach())])
+        return self.run.sum_over_ranks(rows).mean(0)
+
+    def step(self, step: int, rate: float) -> Tensor:
+        """One update at `rate` times TUNE_LR; the loss before it (0-d, on the device)."""
+        parameters = self.parameters.values()
+        *parts, loss = self.gradient(step).split([*(parameter.numel() for parameter in parameters), 1])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.tune_lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss[0]
+
+    @contextlib.contextmanager
+    def only_parameters(self) -> Iterator[None]:
+        """Within it nothing but what is tuned has a gradient."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.parameters)
+        try:
+            yield
+        finally:
+            self.model.requires_grad_(True)
+
+
+def spread_weights(run: Run, model: GPT, tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+    """The weights of rank 0's `tensors` on every rank."""
+    if run.is_main:
+        found = assemble_weights(model.table, tensors)
+    else:
+        found = {name: torch.zeros(spec.shape) for name, spec in model.table.items()}
+    return {name: run.sum_over_ranks(found[name].to(run.device)) for name in model.table}
+
+
+def tune(
+    run: Run, model: GPT, data: Dataset, before: dict[str, Tensor], tensors: dict[str, Quantized]
+) -> dict[str, float]:
+    """Train the fp16 tensors in rank 0's `tensors`, in place; returns the facts. Every rank takes part.
+
+    `before` are the weights before rounding. Stop if the loss is not finite.
+    """
+    began = run.now()
+    model.load_state_dict(spread_weights(run, model, tensors))
+    tuning = Tuning(run, model, data, before)
+    steps = run.config.tune_steps
+    losses = []
+    with tuning.only_parameters():
+        for step in run.progress("tuning", range(steps)):
+            losses.append(tuning.step(step, 1 - step / steps))
+    tenth = max(1, steps // 10)
+    first, last = (torch.stack(part).mean().item() for part in (losses[:tenth], losses[-tenth:]))
+    if not math.isfinite(last):
+        raise Stop(f"TUNE_LR={run.config.tune_lr}: the loss of tuning is not finite; lower it")
+    if run.is_main:
+        for name, parameter in tuning.parameters.items():
+            tensors[name] = Quantized(parameter.detach().half().cpu())
+    seconds = run.now() - began
+    run.log(f"tuned {len(tuning.parameters)} tensors in {steps} steps: loss {first:.5f} -> {last:.5f}")
+    return {"tune_seconds": seconds, "tune_loss_first": first, "tune_loss_last": last}
 
 
 # === ARTIFACT ===
@@ -6724,6 +7234,7 @@ def score_windows(run: Run, forward: Callable[[Batch], Tensor], tally: Tally, pl
         chosen = scored.flatten().nonzero()[:, 0]
         batch, chosen, places = to_device((batch, chosen, places), run)
         batch = tally.masked(batch, chosen, places)
+        run.count_tokens(batch.inputs.numel(), learns=False)
         tally.add(forward(batch).flatten()[chosen], places)
 
 
@@ -6826,6 +7337,7 @@ class Learner:
         if len(mine) > 0:  # else this rank only takes part in the sum
             self.rows = max(self.rows, len(mine))
             batch, _, _ = window_batch(tokens, mine, self.rows, length, part if self.packed else 0)
+            run.count_tokens(batch.inputs.numel(), learns=True)
             losses = self.model(to_device(batch, run)).view(self.rows, length)
             (losses[: len(mine)].sum() / (len(plan) * length)).backward()
         self.step()
@@ -7021,6 +7533,7 @@ def adapt_documents(
         batch = tally.masked(batch, chosen, places)
         learning = chunk + 1 < chunks
         for repeat in range(config.ttt_grad_steps if learning else 1):
+            run.count_tokens(batch.inputs.numel(), learning)
             with torch.set_grad_enabled(learning):
                 losses = forward(batch, lora=lora)
             if repeat == 0:
@@ -7703,94 +8216,171 @@ def open_canonical(run: Run, data: Dataset) -> None:
     run.canonical = canonical
 
 
-# === MIXTURE ===
-# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Documents of a batch move
-# side by side from chunk to chunk. Only the tokens of the chunk run; what they attend to comes from a cache
-# of keys and values that were written when earlier chunks were scored. The experts are the network with
-# adapters that learn at several rates, all rows of one forward (a rate of 0 is the network as it is), and
-# copies of what followed the longest match of the last tokens, in the document and in batches before. All
-# weights are Bayes', with a share that goes back to where they start; batches hand on where that is. Nothing
-# here waits for the device. Chunks have few sizes, by their place in the document, and caches few lengths:
-# a `Stage` is one graph.
-#
-# The order of scoring is that of the batches in the plan: a batch may copy from every batch before it. Ranks
-# score their batches side by side, so what they hand on by losses stays within a stream.
+# === SLOTS ===
+# In: the lengths of documents. Out: what the mixture needs to score them side by side in slots that never
+# wait: the plan of turns, the cache of keys and values, an optimiser whose rows begin at any time. Each of
+# eight streams has TTT_BATCH_SIZE slots, and a slot takes the next document as soon as its own ends. Which
+# document is in which slot at which `Turn` follows from lengths alone, so it is the same for any number of
+# ranks. All turns have one shape, but for the length of the cache that they read, of which there are few.
 
-# Up to this place in a document a chunk has so many targets; further on TTT_CHUNK_SIZE, which is larger.
-EARLY_CHUNKS = ((64, 8), (256, 16), (1024, 32))
+CACHE_LENGTHS = 4  # each half the next, the last TTT_EVAL_SEQ_LEN less a chunk
 
 
-class Stage(NamedTuple):
-    """The part up to `end` of every document, in chunks of one size over a cache of `cached` places."""
+def plan_caches(config: Config) -> list[int]:
+    """The lengths of cache that a forward may read, the shortest first; all but the longest in eights."""
+    most = config.ttt_eval_seq_len - config.ttt_mixture_chunk
+    return sorted({min(most, 8 * -(-most >> 3 + halvings)) for halvings in range(CACHE_LENGTHS)})
 
-    end: int
-    chunk: int
+
+class Turn(NamedTuple):
+    """What the slots of a stream do in one forward.
+
+    `documents` (R, 2) are those in the slots, zeros where there is none, `place` (R,) their targets before
+    the chunk, `plan` (R, 3) the windows of the chunk (see plan_windows). `opens` and `ends` (N,) are the
+    slots in which a document begins and ends, `cached` is the length of the cache that is read.
+    """
+
+    documents: np.ndarray
+    place: np.ndarray
+    plan: np.ndarray
+    opens: np.ndarray
+    ends: np.ndarray
     cached: int
 
 
-def plan_stages(config: Config) -> list[Stage]:
-    """The stages of a document; the last has no end and sees TTT_EVAL_SEQ_LEN tokens, its own chunk included.
+def plan_turns(config: Config, documents: np.ndarray) -> Iterator[Turn]:
+    """The turns in which a stream scores `documents` (N, 2) in their order, from their lengths alone."""
+    chunk = config.ttt_mixture_chunk
+    caches = plan_caches(config)
+    held = np.zeros((config.ttt_batch_size, 2), np.int64)
+    place = np.zeros(len(held), np.int64)
+    taken = 0
+    while True:
+        opens = np.flatnonzero(held[:, 1] == 0)[: len(documents) - taken]
+        held[opens] = documents[taken : taken + len(opens)]
+        place[opens] = 0
+        taken += len(opens)
+        if not held.any():
+            return
+        first = held[:, 0] + place
+        plan = np.stack([first, np.minimum(first + chunk + 1, held[:, 1]), first + 1], 1)
+        plan[held[:, 1] == 0] = 0
+        ended = (held[:, 1] > 0) & (plan[:, 1] == held[:, 1])
+        deepest = min(int(place.max()), caches[-1])
+        cached = next(length for length in caches if length >= deepest)
+        yield Turn(held.copy(), place.copy(), plan, opens, np.flatnonzero(ended), cached)
+        place += chunk
+        held[ended] = 0
+        place[held[:, 1] == 0] = 0
 
-    The cache of any other is as long as all that lies before the stage's end.
-    """
-    most = config.ttt_eval_seq_len - config.ttt_chunk_size
-    stages = []
-    begin = 0
-    for end, chunk in EARLY_CHUNKS:
-        chunks = (min(end, most) - begin) // chunk
-        if chunk < config.ttt_chunk_size and chunks > 0:
-            begin += chunks * chunk
-            stages.append(Stage(begin, chunk, begin))
-    return [*stages, Stage(sys.maxsize, config.ttt_chunk_size, most)]
 
-
-def plan_positions(stages: list[Stage], length: int) -> list[tuple[int, Stage]]:
-    """(targets before it, stage) of every chunk of a document of `length` tokens."""
-    plan = []
-    place = 0
-    for stage in stages:
-        while place < min(stage.end, length - 1):
-            plan.append((place, stage))
-            place += stage.chunk
-    return plan
+def deal_documents(documents: np.ndarray) -> list[np.ndarray]:
+    """The `documents` (N, 2) of each stream: one after the other to the stream with the fewest tokens."""
+    work = [(0, stream) for stream in range(STREAMS)]
+    dealt: list[list[int]] = [[] for _ in range(STREAMS)]
+    for number, (first, end) in enumerate(documents):
+        tokens, stream = heapq.heappop(work)
+        dealt[stream].append(number)
+        heapq.heappush(work, (tokens + int(end - first), stream))
+    return [documents[numbers] for numbers in dealt]
 
 
 class KeyCache:
     """The last keys and values of every row, by visit; token p of a document lies at place p % length."""
 
-    def __init__(self, model: GPT, rows: int, stages: list[Stage], device: torch.device):
+    def __init__(self, model: GPT, rows: int, longest: int, chunk: int, device: torch.device):
         config = model.config
         visits = range(len(model.routes[model.looped]))
         heads = (config.num_kv_heads, config.model_dim // config.num_heads)
-        longest = stages[-1].cached
-        chunk = stages[-1].chunk
 
-        def make(places: int) -> list[Tensor]:
-            return [torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits]
+        def make(places: int) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(rows, places, *heads, dtype=model.dtype, device=device) for _ in visits)
 
         self.keys = make(longest)
         self.values = make(longest)
         self.fresh_keys = make(chunk)
         self.fresh_values = make(chunk)
+        self.rows = torch.arange(rows, device=device)[:, None]
+        self.chunk = torch.arange(chunk, device=device)
 
-    def past(self, position: Tensor, previous: Tensor, stage: Stage) -> Past:
-        """What a chunk of `stage` goes on from."""
-        cached = [tuple(full[:, : stage.cached] for full in kind) for kind in (self.keys, self.values)]
-        fresh = [
-            tuple(full[:, : stage.chunk] for full in kind) for kind in (self.fresh_keys, self.fresh_values)
-        ]
-        return Past(position, previous, *cached, *fresh)
+    def past(self, position: Tensor, previous: Tensor, cached: int) -> Past:
+        """What a chunk goes on from that reads `cached` places; see Past."""
+        keys, values = (tuple(full[:, :cached] for full in kind) for kind in (self.keys, self.values))
+        return Past(position, previous, keys, values, self.fresh_keys, self.fresh_values)
 
     def keep(self, past: Past) -> None:
         """Put the keys and values that a forward has left in `past` into the cache."""
-        chunk = past.fresh_keys[0].size(1)
-        places = past.position + torch.arange(chunk, device=past.position.device)
-        places = places % self.keys[0].size(1)
+        places = (past.position[:, None] + self.chunk) % self.keys[0].size(1)
         for full, fresh in zip(
             (*self.keys, *self.values), (*past.fresh_keys, *past.fresh_values), strict=True
         ):
-            full.index_copy_(1, places, fresh)
+            full[self.rows, places] = fresh
 
+
+class RowAdam(torch.optim.Optimizer):
+    """AdamW (see adapter_optimizer) in which each row has a learning rate and an age of its own.
+
+    Rows are along dim 1 of every parameter of `lora`.
+    """
+
+    def __init__(self, config: Config, lora: LoRA, compiled: bool):
+        super().__init__(lora.parameters(), {})
+        self.parameters = list(lora.parameters())
+        self.betas = (config.ttt_beta1, config.ttt_beta2)
+        self.decay = config.ttt_weight_decay
+        self.squares = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.means = [torch.zeros_like(parameter) for parameter in self.parameters if config.ttt_beta1]
+        rows = self.parameters[0].size(1)
+        self.rates = torch.zeros(rows, device=self.parameters[0].device)
+        self.ages = torch.zeros_like(self.rates)
+        self.move = torch.compile(move_rows, dynamic=False, fullgraph=True) if compiled else move_rows
+
+    def open(self, rows: Tensor, rates: Tensor) -> None:
+        """Begin anew in `rows` (N,) at `rates` (N,)."""
+        self.rates[rows] = rates
+        self.ages[rows] = 0
+        for kept in (*self.squares, *self.means):
+            kept.index_fill_(1, rows, 0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of all rows, and no gradients after it."""
+        self.ages += 1
+        first, second = self.betas
+        # The corrections of both moments are part of the rate, but for the eps.
+        rates = self.rates * (1 - second**self.ages).sqrt() / (1 - first**self.ages)
+        rates, keep = (rows.view(1, -1, 1, 1) for rows in (rates, 1 - self.decay * self.rates))
+        gradients = [parameter.grad for parameter in self.parameters]
+        self.move(self.parameters, gradients, self.squares, self.means, rates, keep, first, second)
+        self.zero_grad()
+
+
+def move_rows(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    squares: list[Tensor],
+    means: list[Tensor],
+    rates: Tensor,
+    keep: Tensor,
+    first: float,
+    second: float,
+) -> None:
+    """A step of AdamW in place: `rates` and what to `keep` of weights by row; no means if `first` is 0."""
+    every = zip(parameters, gradients, squares, strict=True)
+    for number, (parameter, gradient, square) in enumerate(every):
+        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        if means:
+            gradient = means[number].mul_(first).add_(gradient, alpha=1 - first)
+        parameter.mul_(keep).sub_(gradient / square.sqrt().add_(1e-10) * rates)
+
+
+# === MIXTURE ===
+# In: as ADAPTATION. Out: every target scored once by a mixture of causal experts. Only the tokens of a turn's
+# chunks run; what they attend to comes from a cache of keys and values that were written when earlier chunks
+# were scored. The experts are the network with adapters that learn at several rates, all rows of one forward,
+# and copies of what followed the longest match of the last tokens, in the document and in those that ended
+# before. All weights are Bayes', with a share that goes back to where they start. What is learnt from losses
+# is handed on within a stream. Nothing here waits for the device.
 
 # A copy is looked for by so many of the last tokens, the most first.
 DOCUMENT_ORDERS = np.array([16, 8, 5, 3, 2, 1])
@@ -7803,6 +8393,7 @@ GUESS_BORDERS = (0.003, 0.02, 0.1, 0.3, 0.6, 0.85)
 TRUSTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)  # how much of the probability a copy may have
 FIRST_DOUBT = 3.0  # before a class of copies is known, a trust weighs exp(-FIRST_DOUBT * trust)
 FARTHEST_SHIFT = math.log(64.0)  # of all rates, either way
+SHIFT_CARRY = 0.3  # how far they move with each document
 TABLE_BITS = 22  # slots of a table of contexts, for each order
 
 
@@ -7870,10 +8461,10 @@ def enter_contexts(tokens, first, end, orders, table):
 
 
 class Copies:
-    """For every target of a batch, what followed the longest match of the tokens before it.
+    """For every target, what followed the longest match of the tokens before it.
 
-    From its document (0) and from the documents of earlier batches (1): `tokens` and `lengths` (2, N), a
-    length of 0 where there is no match. Tokens are all that is needed, so every rank enters every batch.
+    From its document (0) and from those that ended before it began (1): `tokens` and `lengths` (2, N), a
+    length of 0 where there is no match. Tokens are all that is needed, so every rank enters all documents.
     """
 
     def __init__(self, text: np.ndarray, which: str):
@@ -7885,22 +8476,45 @@ class Copies:
         self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
         self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
 
-    def enter(self, batches: list[np.ndarray]) -> None:
-        """Let later batches copy from the documents of `batches`."""
-        if self.which == "all":
-            for first, end in itertools.chain.from_iterable(batches):
-                enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+    def plan(self, plans: list[list[Turn]], mine: Iterable[int]) -> None:
+        """Take in the turns of all streams, of which the documents of `mine` are to be found copies for.
 
-    def find(self, documents: np.ndarray) -> None:
-        """Find the copies of a batch."""
-        for first, end in documents:
-            where = (self.text, first, end)
-            if self.which != "none":
-                found = (self.tokens[0], self.lengths[0])
-                find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
-            if self.which == "all":
-                found = (self.tokens[1], self.lengths[1])
-                find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
+        A document copies from those of any stream that ended at an earlier turn than its first.
+        """
+        events = []
+        for stream, turns in enumerate(plans):
+            for number, turn in enumerate(turns):
+                if stream in mine:
+                    events += [(number, 0, stream, *turn.documents[slot]) for slot in turn.opens]
+                if self.which == "all":
+                    events += [(number, 1, stream, *turn.documents[slot]) for slot in turn.ends]
+        self.events = collections.deque(sorted(events))
+
+    def advance(self, turn: int) -> None:
+        """Find the copies of documents up to those that begin at a `turn`, in the order of all streams.
+
+        Not all at once, so that it happens while the device is busy with the turns before.
+        """
+        while self.events and self.events[0][0] <= turn:
+            _, ended, _, first, end = self.events.popleft()
+            if ended:
+                self.enter(first, end)
+            else:
+                self.find(first, end)
+
+    def enter(self, first: int, end: int) -> None:
+        """Let later documents copy from one that has ended."""
+        enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+
+    def find(self, first: int, end: int) -> None:
+        """Find the copies of a document."""
+        where = (self.text, first, end)
+        if self.which != "none":
+            found = (self.tokens[0], self.lengths[0])
+            find_in_document(*where, DOCUMENT_ORDERS, self.document_table, *found)
+        if self.which == "all":
+            found = (self.tokens[1], self.lengths[1])
+            find_in_history(*where, HISTORY_ORDERS, self.history_table, *found)
 
 
 def mix_experts(log_weights: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -7934,8 +8548,9 @@ def mix_copies(
 class MixedChunk(NamedTuple):
     """A chunk of each of several documents, a row each, in host memory or on the device.
 
-    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` and
-    `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
+    `chosen`, `places` and `weight` are as in ChunkBatch, `scored` (R, T) marks the targets; `position` (R,)
+    and `previous` are those of Past; the guesses of the batch are copies, `match` (2, R, T) their classes.
+    `opens` and `ends` (N,) are the rows whose document begins and ends.
     """
 
     batch: Batch
@@ -7946,19 +8561,17 @@ class MixedChunk(NamedTuple):
     position: Tensor
     previous: Tensor
     match: Tensor
+    opens: Tensor
+    ends: Tensor
 
 
-def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, chunk: int) -> MixedChunk:
-    """`chunk` targets after the first `place` of each of the `documents` (N, 2), in `rows` rows."""
+def mixed_chunk(copies: Copies, turn: Turn, chunk: int) -> MixedChunk:
+    """The chunks of a turn, `chunk` targets wide."""
     tokens = copies.text
-    first = documents[:, 0] + place
-    plan = np.stack([first, np.minimum(first + chunk + 1, documents[:, 1]), first + 1], 1)
-    plan[plan[:, 1] <= plan[:, 2]] = 0  # this document has ended
-    batch, scored, places = window_batch(tokens, plan, rows, chunk, 0)
-    weight = learning_weight(scored, first + chunk + 1 < documents[:, 1])
-    previous = torch.zeros(rows, 1, dtype=torch.int64)
-    if place > 0:
-        previous[: len(plan), 0] = torch.from_numpy(tokens[np.maximum(plan[:, 0] - 1, 0)].astype(np.int64))
+    rows = len(turn.plan)
+    batch, scored, places = window_batch(tokens, turn.plan, rows, chunk, 0)
+    goes_on = turn.plan[:, 1] < turn.documents[:, 1]
+    before = tokens[np.maximum(turn.plan[:, 0] - 1, 0)].astype(np.int64) * (turn.place > 0)
 
     inside = scored.numpy()
     guesses = np.zeros((2, *inside.shape), np.int64)
@@ -7970,10 +8583,12 @@ def mixed_chunk(copies: Copies, documents: np.ndarray, rows: int, place: int, ch
         scored,
         scored.flatten().nonzero()[:, 0],
         places,
-        weight,
-        torch.tensor(place),
-        previous,
+        learning_weight(scored, goes_on),
+        torch.from_numpy(turn.place),
+        torch.from_numpy(before)[:, None],
         torch.from_numpy(match),
+        torch.from_numpy(turn.opens),
+        torch.from_numpy(turn.ends),
     )
 
 
@@ -7994,9 +8609,9 @@ class Weights(NamedTuple):
 
 
 class Mixer:
-    """The weights of adapters and of copies: one batch at a time, handed on within a stream.
+    """The weights of adapters and of copies in the slots of one stream at a time.
 
-    `rates` (K,) fp64 are those of the adapters. All of them move together, batch by batch, to where the
+    `rates` (K,) fp64 are those of the adapters. All of them move together, document by document, to where the
     weights are: their geometric mean goes to the rate that was found best.
     """
 
@@ -8014,11 +8629,22 @@ class Mixer:
         self.trusts = torch.tensor(TRUSTS, dtype=torch.float64, device=device)
         self.first_trust = (-FIRST_DOUBT * self.trusts).log_softmax(0).repeat(2, classes, 1)
         self.streams = [Weights(uniform, self.first_trust, rates.new_zeros(()))] * STREAMS
+        self.within = uniform.repeat(config.ttt_batch_size, 1)
+        self.shifts = rates.new_zeros(config.ttt_batch_size)
 
-    def open(self, stream: int, rows: int) -> None:
-        """Begin a batch of `rows` documents of `stream`."""
+    def take(self, stream: int) -> None:
+        """Go on with the slots of `stream`."""
         self.prior, self.trust, self.shift = self.streams[stream]
-        self.within = self.prior.repeat(rows, 1)
+
+    def leave(self, stream: int) -> None:
+        """Keep what the documents of `stream` have left."""
+        self.streams[stream] = Weights(self.prior, self.trust, self.shift)
+
+    def open(self, slots: Tensor) -> Tensor:
+        """Begin documents in `slots` (N,); the rates (K,) of their adapters."""
+        self.within = self.within.index_copy(0, slots, self.prior.expand(len(slots), -1))
+        self.shifts = self.shifts.index_copy(0, slots, self.shift.expand(len(slots)))
+        return self.rates * self.shift.exp()
 
     def mix(self, log_p: Tensor, chunk: MixedChunk) -> Tensor:
         """Log-probabilities (R, T) of the targets of a chunk; what they teach counts from the next one on.
@@ -8041,74 +8667,86 @@ class Mixer:
         self.within = torch.where(goes_on, give_back(after, self.prior, self.share), after)
         return mixed
 
-    def close(self, stream: int, documents: int) -> None:
-        """End the batch, of which the first rows had `documents`."""
-        ended = self.within[:documents].exp().mean(0)
-        prior = torch.lerp(self.prior.exp(), ended, self.carry).log()
+    def close(self, slots: Tensor) -> None:
+        """End the documents in `slots` (N,): the next ones start from where the weights are."""
+        carry, shift_carry = (1 - (1 - part) ** len(slots) for part in (self.carry, SHIFT_CARRY))
+        ended = self.within[slots].exp().mean(0)
+        self.prior = torch.lerp(self.prior.exp(), ended, carry).log()
         count = self.learns.sum().clamp_min(1)
         found = ended * self.learns
         away = (found * self.log_rates).sum() - found.sum() * (self.learns * self.log_rates).sum() / count
-        shift = (self.shift + self.carry * away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
-        self.streams[stream] = Weights(prior, self.trust, shift)
+        goal = (self.shifts[slots].mean() + away).clamp(-FARTHEST_SHIFT, FARTHEST_SHIFT)
+        self.shift = torch.lerp(self.shift, goal, torch.full_like(goal, shift_carry))
 
 
 class Mixture:
     """The experts of one rank: adapters with their caches, copies, and what mixes them."""
 
-    def __init__(self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally):
+    def __init__(
+        self, run: Run, model: GPT, forward: Callable[..., Tensor], tally: Tally, compiled: bool = False
+    ):
         config = run.config
         self.run = run
         self.forward = forward
         self.tally = tally
         rates = [config.ttt_lora_lr * float(rate) for rate in config.ttt_mixture_rates.split(",")]
         self.count = len(rates)
-        self.rows = config.ttt_batch_size
-        rows = self.rows * self.count
-        self.stages = plan_stages(config)
-        self.lora = LoRA(config, rows, run.device)
-        self.cache = KeyCache(model, rows, self.stages, run.device)
+        rows = config.ttt_batch_size * self.count
+        self.lora = LoRA(config, rows, run.device, config.ttt_mixture_rank)
+        first = LoRA(config, self.count, run.device, config.ttt_mixture_rank)
+        first.reset(0)
+        self.first = [parameter.data for parameter in first.parameters()]  # with which every document begins
+        for parameter, start in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data.copy_(start.repeat(1, config.ttt_batch_size, 1, 1))
+        self.optimizer = RowAdam(config, self.lora, compiled)
+        self.cache = KeyCache(model, rows, plan_caches(config)[-1], config.ttt_mixture_chunk, run.device)
         self.copies = Copies(tally.validation.tokens, config.ttt_mixture_copies)
         self.mixer = Mixer(config, torch.tensor(rates, dtype=torch.float64, device=run.device))
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
-        """Score this rank's share of the `batches` (documents (N, 2) each), in their order."""
-        dealt = deal_batches(self.run.config, list(map(longest_document, batches)))
-        mine = sorted((place, stream) for stream in self.run.streams for place in dealt[stream])
-        entered = 0
-        for place, stream in self.run.progress(f"val:ttt phase {phase + 1}", mine):
-            self.copies.enter(batches[entered:place])
-            entered = place
-            self.copies.find(batches[place])
-            self.mixer.open(stream, self.rows)
-            self.score_batch(batches[place], first_seed + place)
-            self.mixer.close(stream, len(batches[place]))
-        self.copies.enter(batches[entered:])
+        """Score this rank's streams of the `batches` (documents (N, 2) each), in their order."""
+        dealt = deal_documents(np.concatenate(batches))
+        plans = [list(plan_turns(self.run.config, documents)) for documents in dealt]
+        self.copies.plan(plans, self.run.streams)
+        turns = [(stream, number) for stream in self.run.streams for number in range(len(plans[stream]))]
+        for stream, number in self.run.progress(f"val:ttt phase {phase + 1}", turns):
+            self.copies.advance(number)
+            self.mixer.take(stream)
+            self.take_turn(plans[stream][number])
+            self.mixer.leave(stream)
+        self.copies.advance(sys.maxsize)
 
-    def score_batch(self, documents: np.ndarray, seed: int) -> None:
-        """Score `documents` (N, 2) side by side; the experts that learn do so after each chunk."""
-        self.lora.reset(seed)
-        # Each row goes a part of a step at rate 1, see learn. Fused on a CPU too: a step moves more than it
-        # computes.
-        optimizer = adapter_optimizer(self.run.config, self.lora, 1.0, fused=True)
-        rates = self.mixer.rates * self.mixer.shift.exp()
-        part = rates.float().repeat(self.rows).view(1, -1, 1, 1)
-        plan = plan_positions(self.stages, longest_document(documents))
-        for number, (place, stage) in enumerate(plan):
-            chunk = to_device(mixed_chunk(self.copies, documents, self.rows, place, stage.chunk), self.run)
-            chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
-            losses, past = self.run_chunk(chunk, stage)
-            scores = self.mixer.mix(-losses.detach().double(), chunk)
-            self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
-            self.cache.keep(past)
-            if number + 1 < len(plan):
-                (losses[0] * chunk.weight[:, None]).sum().backward()
-                self.learn(optimizer, part)
+    def take_turn(self, turn: Turn) -> None:
+        """Score the chunks of a turn, then learn from them."""
+        chunk = to_device(mixed_chunk(self.copies, turn, self.run.config.ttt_mixture_chunk), self.run)
+        chunk = chunk._replace(batch=self.tally.masked(chunk.batch, chunk.chosen, chunk.places))
+        self.open(chunk.opens)
+        self.run.count_tokens(self.count * chunk.batch.inputs.numel(), learns=True)
+        losses, past = self.run_chunk(chunk, turn.cached)
+        scores = self.mixer.mix(-losses.detach().double(), chunk)
+        self.tally.add(-scores.flatten()[chunk.chosen], chunk.places)
+        self.cache.keep(past)
+        (losses[0] * chunk.weight[:, None]).sum().backward()
+        self.optimizer.step()
+        if len(chunk.ends):
+            self.mixer.close(chunk.ends)
 
-    def run_chunk(self, chunk: MixedChunk, stage: Stage) -> tuple[Tensor, Past]:
+    def open(self, slots: Tensor) -> None:
+        """Begin documents in `slots` (N,)."""
+        if len(slots) == 0:
+            return
+        rates = self.mixer.open(slots).float()
+        rows = (slots[:, None] * self.count + torch.arange(self.count, device=slots.device)).flatten()
+        for parameter, first in zip(self.lora.parameters(), self.first, strict=True):
+            parameter.data[:, rows] = first.repeat(1, len(slots), 1, 1)
+        self.optimizer.open(rows, rates.repeat(len(slots)))
+
+    def run_chunk(self, chunk: MixedChunk, cached: int) -> tuple[Tensor, Past]:
         """The losses (3, R, K, T) of targets and copies for every rate, and what is left for the cache."""
         count = self.count
         batch = chunk.batch
-        past = self.cache.past(chunk.position, chunk.previous.repeat_interleave(count, 0), stage)
+        position = chunk.position.repeat_interleave(count)
+        past = self.cache.past(position, chunk.previous.repeat_interleave(count, 0), cached)
         rows = Batch(
             batch.inputs.repeat_interleave(count, 0),
             batch.targets.repeat_interleave(count, 0),
@@ -8116,25 +8754,18 @@ class Mixture:
             guesses=batch.guesses.repeat_interleave(count, 1),
             mask=batch.mask and batch.mask._replace(rows=batch.mask.rows.repeat_interleave(count, 0)),
         )
-        return self.forward(rows, lora=self.lora).unflatten(1, (self.rows, count)), past
-
-    @torch.no_grad()
-    def learn(self, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
-        """One step of AdamW at rate 1, of which each row goes a part: its rate, `part` (1, R K, 1, 1)."""
-        parameters = list(self.lora.parameters())
-        before = [parameter.clone() for parameter in parameters]
-        optimizer.step()
-        optimizer.zero_grad()
-        for parameter, old in zip(parameters, before, strict=True):
-            parameter.copy_(old.lerp_(parameter, part))
+        losses = self.forward(rows, lora=self.lora)
+        return losses.unflatten(1, (len(chunk.scored), count)), past
 
 
-def score_mixture(run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally) -> None:
+def score_mixture(
+    run: Run, model: nn.Module, forward: Callable[..., Tensor], tally: Tally, compiled: bool = False
+) -> None:
     """Score documents by a mixture of experts; between phases all weights learn as in doc_lora.
 
-    `forward` takes adapters and caches, `model` learns (see Learner).
+    `forward` takes adapters and caches, `model` learns (see Learner); `compiled` is for the adapters' steps.
     """
-    mixture = Mixture(run, model, forward, tally)
+    mixture = Mixture(run, model, forward, tally, compiled)
     score_phases(run, model, tally, mixture.score_phase)
 
 
@@ -8330,6 +8961,7 @@ def train_step(
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
         muon_weight_decay(config, progress),
+        progress,
     )
     return total
 
@@ -8475,26 +9107,92 @@ def count_cached_files(config: Config) -> int:
 def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
     """Seconds of the budget to keep for calibration: 1.3 times what few forwards per rank suggest, and one.
 
-    The slowest rank decides. The factor and the second are for what a sample cannot show (not measured on a
-    GPU); the first forward, with what is loaded or compiled on first use, is not counted.
+    With TUNE_STEPS also for rounding and tuning. The slowest rank decides. The factor and the second are for
+    what a sample cannot show (not measured on a GPU); the first forward, with what is loaded or compiled on
+    first use, is not counted.
     """
     forwards, _ = calibration_forwards(run.config)
     model.looped = loop_states(run.config)[-1]
     seconds = []
     for count in (1, 1, 3):
         began = run.now()
-        collect_moments(run, model, data, count * run.world_size)
+        moments = collect_moments(run, model, data, count * run.world_size)
         seconds.append(run.now() - began)
+    later = measure_tuning(run, model, data, moments) if run.config.tune_steps else 0.0
     model.looped = False
     _, one, three = seconds
     share = -(-forwards // run.world_size)  # forwards of a rank
-    estimate = one + (share - 1) * max(0.0, three - one) / 2
+    estimate = one + (share - 1) * max(0.0, three - one) / 2 + later
     return run.max_over_ranks(1.3 * estimate + 1.0)[0]
+
+
+def round_sample(
+    config: Config,
+    table: dict[str, ParameterSpec],
+    weights: dict[str, Tensor],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+) -> dict[str, Quantized]:
+    """What `quantize` does for one size, with one step size for all `weights`, for about 3 bits each."""
+    problems = pose_problems(config, table, weights, moments, (0.0, 0.0, 0.0))
+    small = fp16_tensors(table, weights)
+    if config.quantizer == "sdclip":
+        return clip_matrices(config, table, problems) | small
+    count = sum(problem.weight.numel() for problem in problems.values())
+    delta = guess_delta(problems, 3 * count / 8, config.trellis_states)
+    rounded = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
+    encode_artifact(config, rounded, True)
+    return rounded
+
+
+def measure_tuning(
+    run: Run, model: GPT, data: Dataset, moments: dict[tuple[str, int], tuple[Tensor, Tensor]]
+) -> float:
+    """Seconds that rounding (rank 0: ROUNDING_TRIALS sizes) and TUNE_STEPS steps take; all is restored.
+
+    A first weight may be 0, which rounds and codes faster than any other: noise is added for the sample.
+    """
+    fresh = to_cpu(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: w.float() + 0.02 * torch.randn(w.shape, generator=generator) for name, w in fresh.items()
+    }
+    rounded: dict[str, Quantized] = {}
+
+    def round_once() -> float:
+        began = time.monotonic()
+        rounded.update(round_sample(run.config, model.table, weights, moments))
+        return time.monotonic() - began
+
+    run.on_main_rank(round_once)  # compiles
+    seconds = ROUNDING_TRIALS * run.on_main_rank(round_once)
+    model.load_state_dict(spread_weights(run, model, rounded))
+    tuning = Tuning(run, model, data, weights)
+    times = []
+    with tuning.only_parameters():
+        for step in range(3):
+            began = run.now()
+            tuning.step(step, 0.0)
+            times.append(run.now() - began)
+    model.load_state_dict(fresh)
+    return seconds + run.config.tune_steps * sum(times[1:]) / 2
 
 
 def compiled_graphs() -> int:
     """How many graphs torch.compile has made in this process: one per shape."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def token_prefixes(data: Dataset) -> Tensor:
+    """(V,) int64: the longest other token whose bytes the token's bytes begin with; -1 if there is none."""
+    texts = [data.pieces.id_to_piece(token) for token in range(data.vocab_size)]
+    stands = [data.pieces.is_control, data.pieces.is_unknown, data.pieces.is_unused, data.pieces.is_byte]
+    is_text = [not any(stand(token) for stand in stands) for token in range(data.vocab_size)]
+    known = {text: token for token, text in enumerate(texts) if is_text[token]}
+    found = torch.full((data.vocab_size,), -1)
+    for text, token in known.items():
+        for size in range(1, len(text)):
+            found[token] = known.get(text[:size], found[token])
+    return found
 
 
 class CheckpointWriter:
@@ -8550,6 +9248,9 @@ class Training:
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
         self.graphs = learn_graphs(run, self.model, self.forward)
+        if self.config.prefix_loss:
+            self.model.prefixes = token_prefixes(data).to(run.device)
+            self.model.prefix_weight = torch.zeros((), device=run.device)
         warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
@@ -8561,7 +9262,15 @@ class Training:
         self.seconds_before = 0.0  # on the clock of the processes that this one resumes
         self.elapsed = 0.0
         self.started = 0.0
+        self.operations = 0  # of all steps and ranks
+        # Of a step at most: with the loops, and with every segment as long as it may be.
+        most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
+        self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
         self.graphs_before_clock = 0
+
+    def count_operations(self, looped: bool, pairs: float) -> int:
+        """Those of a step with so many attention pairs over all ranks."""
+        return step_operations(self.config, looped, self.config.train_batch_tokens, int(pairs))
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -8569,6 +9278,7 @@ class Training:
         self.optimizers.load(saved["optimizers"])
         self.average = {name: weight.to(self.run.device) for name, weight in saved["average"].items()}
         self.step = saved["step"]
+        self.operations = saved["operations"]
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
         self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
@@ -8581,12 +9291,16 @@ class Training:
         """From here on every second counts."""
         limit = self.config.max_wallclock_seconds
         how = "measured" if self.config.gptq_reserve_seconds < 0 else "GPTQ_RESERVE_SECONDS"
-        self.run.log(f"calibration: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
+        what = "calibration, rounding and tuning" if self.config.tune_steps else "calibration"
+        self.run.log(f"{what}: {self.reserve:.1f}s of the {limit:g}s are kept for it ({how})")
         if self.reserve >= limit:
             raise Stop(
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
-                "raise it, lower GPTQ_CALIBRATION_BATCHES or set GPTQ_RESERVE_SECONDS"
+                "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
+        plain = self.count_operations(False, 0)
+        looped = self.count_operations(self.config.num_loops > 0, 0)
+        self.run.log(f"operations of a step: {plain:.4g}, looped {looped:.4g}, without scores of attention")
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -8607,14 +9321,30 @@ class Training:
 
     @property
     def goes_on(self) -> bool:
-        """Whether there are steps and seconds left."""
-        return self.step < self.config.iterations and self.elapsed < self.budget
+        """Whether there are steps, operations and seconds left."""
+        return self.has_work and self.elapsed < self.budget
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are steps left, and operations for the dearest of them if these are the budget."""
+        limit = self.config.train_operations or math.inf
+        return self.step < self.config.iterations and self.operations + self.dearest <= limit
+
+    @property
+    def steps_left(self) -> float:
+        """How many steps the settings leave, if those to come are as dear as the dearest."""
+        left = float(self.config.iterations - self.step)
+        if self.config.train_operations:
+            left = min(left, (self.config.train_operations - self.operations) // self.dearest)
+        return left
 
     @property
     def progress(self) -> float:
         """What the schedules follow: the part of the steps or of the budget that is used, 0 to 1."""
         if self.config.schedule == "steps":
             return self.step / self.config.iterations
+        if self.config.schedule == "operations":
+            return self.operations / self.config.train_operations
         return self.elapsed / self.budget
 
     def take_step(self) -> None:
@@ -8625,11 +9355,13 @@ class Training:
         if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
             self.model.looped = True
             run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
-        batches = self.feed.get(self.step)
+        batches = self.feed.get(self.step, longest_segment(config, progress))
+        self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
-        last = self.step == config.iterations
+        self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
+        last = not self.has_work
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
         self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
         if not_finite:
@@ -8644,6 +9376,12 @@ class Training:
         if saves:
             self.writer.write(self.checkpoint())
 
+    def set_prefix_weight(self, progress: float) -> None:
+        """The weight of PREFIX_LOSS, which falls linearly to 0; on the device, as a graph may read it."""
+        if self.model.prefix_weight is not None:
+            left = max(0.0, 1 - progress / self.config.prefix_loss_until)
+            self.model.prefix_weight.fill_(self.config.prefix_loss * left)
+
     def log_step(self, loss: Tensor, rate: float) -> None:
         """The line and the record of one step; speeds are averages over the steps of this process."""
         config = self.config
@@ -8651,7 +9389,7 @@ class Training:
         here = self.run.now() - self.started
         seconds = self.seconds_before + here
         step_seconds = here / (self.step - self.first_step)
-        left = min(step_seconds * (config.iterations - self.step), max(self.budget - seconds, 0.0))
+        left = min(step_seconds * self.steps_left, max(self.budget - seconds, 0.0))
         speed = config.train_batch_tokens / step_seconds
         self.run.log(
             f"step:{self.step}/{config.iterations} train_loss:{mean:.4f} lr:{rate:.3f} "
@@ -8681,6 +9419,7 @@ class Training:
     def content(self, complete: bool, seconds: float) -> dict[str, Any]:
         """What every checkpoint.pt holds besides tensors; `seconds` of training."""
         place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
+        place["operations"] = self.operations
         return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
@@ -8689,6 +9428,8 @@ class Training:
         run = self.run
         seconds = self.seconds_before + run.now() - self.started
         self.writer.wait()
+        self.model.prefixes = None
+        self.model.prefix_weight = None
         mebibytes = peak_memory_mebibytes(run)
         before = self.graphs_before_clock
         late = torch.tensor(compiled_graphs() - before, device=run.device)
@@ -8696,6 +9437,7 @@ class Training:
         step_ms = 1000 * seconds / max(self.step, 1)
         facts = {
             "steps": self.step,
+            "operations": self.operations,
             "train_seconds": seconds,
             "step_ms": step_ms,
             "tokens_per_second": self.step * config.train_batch_tokens / seconds,
@@ -8705,10 +9447,12 @@ class Training:
         }
         warning = "warning: " if inside else ""
         run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
-        limit = "ITERATIONS" if self.step >= config.iterations else "MAX_WALLCLOCK_SECONDS"
+        limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
+        if self.step >= config.iterations:
+            limit = "ITERATIONS"
         run.log(
             f"train: {self.step} steps in {seconds:.1f}s, {step_ms:.1f}ms per step, "
-            f"peak memory {mebibytes} MiB, stopped by {limit}"
+            f"{self.operations:.4g} operations, peak memory {mebibytes} MiB, stopped by {limit}"
         )
         run.on_main_rank(functools.partial(self.save_trained, seconds, facts))
         run.complete = "train"
@@ -8717,6 +9461,8 @@ class Training:
     def save_trained(self, seconds: float, facts: dict[str, Any]) -> None:
         """Write the averaged weights and facts of the finished training as checkpoint.pt. Rank 0 only."""
         content = {**self.content(complete=True, seconds=seconds), "average": to_cpu(self.average)}
+        parameters = self.model.named_parameters()
+        content["last"] = {name: parameter.detach().float().cpu() for name, parameter in parameters}
         content["facts"] = facts
         save = functools.partial(torch.save, content)
         write_atomically(self.run.folder / "checkpoint.pt", save)
@@ -8781,6 +9527,31 @@ def check_compressor(compressor: str) -> None:
         raise Stop(f"COMPRESSOR={compressor}: does not give back what it packed; set COMPRESSOR=lzma")
 
 
+def packing_loss(bits: float) -> float:
+    """About how many bits per byte rate_distortion costs the contest's model at so many `bits` a weight.
+
+    A fifth of what public runs lose at 3.5 bits (0.0086, PR #1855), 1.85 times as much per 3/8 bit less.
+    """
+    return 0.0086 / 5 * 1.85 ** ((3.5 - bits) / 0.375)
+
+
+LEAST_BITS = 2.0  # a weight: below it more parameters take more by packing than they give
+
+
+def warn_of_few_bits(run: Run, limit: int) -> None:
+    """Log a warning if an artifact of `limit` bytes leaves the matrices too few bits."""
+    config = run.config
+    specs = parameter_table(config).values()
+    matrices = sum(math.prod(spec.shape) for spec in specs if spec.quantizer != "fp16")
+    small = sum(math.prod(spec.shape) for spec in specs if spec.quantizer == "fp16")
+    bits = 8 * (limit - 2 * small) / matrices
+    if config.quantizer == "rate_distortion" and not config.artifact and bits < LEAST_BITS:
+        run.log(
+            f"warning: {limit} bytes leave {bits:.2f} bits for each of {matrices} weights, which costs about "
+            f"{packing_loss(bits):+.3f} BPB; lower MLP_MULT or MODEL_DIM"
+        )
+
+
 def preflight(run: Run) -> None:
     """Find in the first seconds what would otherwise fail at the end: compressor, disk, size. Rank 0 only."""
     config = run.config
@@ -8803,6 +9574,7 @@ def preflight(run: Run) -> None:
             f"ARTIFACT_TARGET_BYTES={config.artifact_target_bytes}: {limit} left with the packed code, "
             f"{least:.0f} needed; lower MODEL_DIM"
         )
+    warn_of_few_bits(run, limit)
 
 
 class Finding(NamedTuple):
@@ -8973,15 +9745,6 @@ def inspect_machine(run: Run, whole: bool) -> float:
     return peak
 
 
-def step_flops(config: Config, looped: bool) -> float:
-    """FLOPs of the matrix products of one step, forward and backward, without the scores of attention."""
-    width = config.model_dim
-    grouped = width // config.num_heads * config.num_kv_heads
-    visit = 2 * width * width + 2 * width * grouped + 2 * width * config.mlp_mult * width
-    weights = len(make_route(config, looped)) * visit + width * config.vocab_size
-    return 6 * config.train_batch_tokens * weights
-
-
 def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
     """Steps per second over a whole run, from the seconds of one step by loop state."""
     plain = seconds[False]
@@ -9027,7 +9790,11 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     """The steps that MAX_WALLCLOCK_SECONDS will give, by a sample, and their share of the matmul peak."""
     config = run.config
     budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
-    floors = {looped: step_flops(config, looped) / (peak * run.world_size) for looped in loop_states(config)}
+    # Without the scores of attention, which depend on the lengths of documents.
+    least = {
+        looped: step_operations(config, looped, config.train_batch_tokens, 0) for looped in (False, True)
+    }
+    floors = {looped: least[looped] / (peak * run.world_size) for looped in loop_states(config)}
     fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
@@ -9113,55 +9880,70 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
         path = run.folder / "checkpoint.pt"
         raise Stop(f"STAGE=quantize: {path} holds no finished training; run STAGE=train first")
     run.complete = "train"
-    weights = {name: weight.to(run.device) for name, weight in saved["average"].items()}
+    weights = {name: weight.to(run.device) for name, weight in blend_average(run.config, saved).items()}
     model.load_state_dict(weights)
     model.looped = saved["looped"]
     if run.config.prequant_ttt_enabled:
         weights = train_on_validation(run, data, built, weights)
     began = run.now()
     moments = collect_moments(run, model, data)
-    calibration_seconds = run.now() - began
-    run.ledger("train_read_last")
-    budgeted = saved["train_seconds"] + calibration_seconds
-    times = {"hessian_seconds": calibration_seconds, "budgeted_seconds": budgeted}
-    facts = run.on_main_rank(lambda: pack_run(run, model, weights, moments, times))
+    times = {"hessian_seconds": run.now() - began}
+    tensors: dict[str, Quantized] = {}  # of rank 0
+
+    def round_weights() -> None:
+        tensors.update(round_run(run, model, weights, moments))
+
+    if not run.config.tune_steps:
+        run.ledger("train_read_last")
+        times["budgeted_seconds"] = saved["train_seconds"] + times["hessian_seconds"]
+    rounding = run.now()
+    run.on_main_rank(round_weights)
+    times["gptq_seconds"] = run.now() - rounding
+    if run.config.tune_steps:
+        times |= tune(run, model, data, weights, tensors)
+        run.ledger("train_read_last")
+        times["budgeted_seconds"] = saved["train_seconds"] + run.now() - began
+    facts = run.on_main_rank(lambda: pack_run(run, model, tensors, times))
     record_stage(run, "quantize", facts)
     run.complete = "quantize"
 
 
-def pack_run(
+def round_run(
     run: Run,
     model: GPT,
     weights: dict[str, Tensor],
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
-    times: dict[str, float],
-) -> dict[str, Any]:
-    """Write the packed script and the artifact that fills what it leaves of the cap.
-
-    Returns the facts of both together with `times`. Rank 0 only.
-    """
+) -> dict[str, Quantized]:
+    """Write the packed script, and round the weights to what it leaves of the cap. Rank 0 only."""
     config = run.config
-    began = run.now()
+    packed, _ = pack_source(Path(__file__).read_bytes())
+    write_atomically(run.folder / "packed_train_gpt.py", packed)
+    left = config.artifact_cap_bytes - len(packed)
+    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
+    return quantize(run, model.table, weights, goal, model.looped, moments)
+
+
+def pack_run(run: Run, model: GPT, tensors: dict[str, Quantized], times: dict[str, float]) -> dict[str, Any]:
+    """Seal the artifact; returns its facts and those of the packed script with `times`. Rank 0 only."""
+    config = run.config
     packed, how = pack_source(Path(__file__).read_bytes())
     code_bytes = len(packed)
-    write_atomically(run.folder / "packed_train_gpt.py", packed)
-    left = config.artifact_cap_bytes - code_bytes
-    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
-    tensors = quantize(run, model.table, weights, goal, model.looped, moments)
     rounded = run.now()
     artifact_bytes, digest = seal_artifact(run, tensors, model.looped)
     run.ledger("artifact_sealed", sha256=digest)
     sealed = run.now()
     matrices = sum(tensor.scales is not None for tensor in tensors.values())
     calibration = times["hessian_seconds"]
+    rounding = times["gptq_seconds"]
     run.log(
         f"quantised {matrices} matrices ({config.quantizer}), {len(tensors) - matrices} tensors in fp16: "
-        f"calibration {calibration:.1f}s, rounding {rounded - began:.1f}s, "
+        f"calibration {calibration:.1f}s, rounding {rounding:.1f}s, "
         f"sealing {sealed - rounded:.1f}s; read back, all equal; code {how}"
     )
     limit = config.max_wallclock_seconds
     budgeted = times["budgeted_seconds"]
-    run.log(f"training and calibration: {budgeted:.1f}s of {limit:g}s")
+    spent = "training, calibration, rounding and tuning" if config.tune_steps else "training and calibration"
+    run.log(f"{spent}: {budgeted:.1f}s of {limit:g}s")
     total = artifact_bytes + code_bytes
     cap = config.artifact_cap_bytes
     run.log(f"artifact bytes:{artifact_bytes} code:{code_bytes} total:{total} cap:{cap} left:{cap - total}")
@@ -9169,7 +9951,6 @@ def pack_run(
         "artifact_bytes": artifact_bytes,
         "code_bytes": code_bytes,
         "artifact_sha256": digest,
-        "gptq_seconds": rounded - began,
         "pack_seconds": sealed - rounded,
         **times,
     }
@@ -9187,7 +9968,7 @@ def evaluation_modes(run: Run, built: Built) -> dict[str, Callable[[Tally], None
     if config.ttt_enabled and config.ttt_mode == "chunk_sgd":
         modes["ttt"] = functools.partial(chunk_sgd, run, forward, forward)
     elif config.ttt_enabled and config.ttt_mode == "mixture":
-        modes["ttt"] = functools.partial(score_mixture, run, forward, forward)
+        modes["ttt"] = functools.partial(score_mixture, run, forward, forward, compiled=compiled)
     elif config.ttt_enabled:
         # The context grows with the documents, so this one graph has dynamic lengths.
         adapted = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
@@ -9246,9 +10027,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         rehearse(run, modes)
     graphs = compiled_graphs()
 
-    began = run.now()
-    run.ledger("eval_clock_start")
-    run.ledger("validation_read")
+    began = start_evaluation_clock(run)
     validation = load_validation(data)
     run.log(
         f"val_tokens:{len(validation.tokens) - 1} val_bytes:{validation.bytes[1:].sum()} "
@@ -9261,6 +10040,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         bpb[mode] = final.bpb
     run.ledger("eval_clock_end")
     seconds = run.now() - began
+    passes = count_passes(run, final.tokens)
 
     late = warn_of_late_graphs(run, graphs)
     if run.is_main and final.losses is not None:
@@ -9275,12 +10055,29 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
         "val_bytes": final.bytes,
         "bpb": bpb,
         "eval_seconds": seconds,
+        "eval_passes": passes,
         "graphs_inside_eval_clock": late,
         "artifact_bytes": path.stat().st_size,
         "artifact_sha256": digest,
     }
     record_stage(run, "evaluate", facts)
     run.on_main_rank(lambda: summarize(run, data))
+
+
+def start_evaluation_clock(run: Run) -> float:
+    """The time from which evaluation counts, with its passes; validation tokens are read from now on."""
+    run.token_thirds = 0
+    began = run.now()
+    run.ledger("eval_clock_start")
+    run.ledger("validation_read")
+    return began
+
+
+def count_passes(run: Run, tokens: float) -> float:
+    """Forwards and backwards, over all ranks, for each of the scored `tokens`."""
+    passes = run.sum_on_hosts(run.token_thirds) / 3 / tokens
+    run.log(f"evaluation: {passes:.2f} forwards and backwards per token")
+    return passes
 
 
 def warn_of_late_graphs(run: Run, before: int) -> int:
@@ -9299,7 +10096,7 @@ def score_unquantized(
     if not saved or not saved["complete"]:
         run.log("val:prequant not measured: the unquantised weights are not here")
         return {}
-    load_weights(model, saved["average"])
+    load_weights(model, blend_average(run.config, saved))
     return {"prequant": measure(run, validation, "prequant", how).bpb}
 
 
@@ -9310,6 +10107,10 @@ def judge(config: Config, facts: dict[str, Any], adapted: bool, own_artifact: bo
         "size": (facts["total_bytes"], config.artifact_cap_bytes),
         "eval": (facts["eval_seconds"], config.eval_budget_seconds),
     }
+    if config.eval_budget_passes:
+        limits["passes"] = (facts["eval_passes"], config.eval_budget_passes)
+    if config.train_operations:
+        limits["operations"] = (facts.get("operations"), config.train_operations)
     broken = []
     for name, (value, limit) in limits.items():
         if value is None:

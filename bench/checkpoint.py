@@ -2,12 +2,13 @@
 """Trains the small model that bench/packing.py quantises: 5 layers of width 384, vocabulary 2,048.
 
     python bench/checkpoint.py DATASET [--out runs/packing] [--minutes 60] [--loops 2] [--context 1024]
-                               [--dtype bfloat16] [--quick]
+                               [--width 128] [--dtype bfloat16] [--quick]
 
 DATASET is a folder made by data/prepare.py with --vocab-size 2048. The training is train_gpt.py's own with
 STAGE=train and the settings below: the contest's model with fewer layers, no loops and short contexts (unless
-asked for); 8.9 M parameters. Few layers that are wide, and a small vocabulary, see the most tokens per second
-on a CPU. bfloat16 is twice as fast on a CPU with AVX512-BF16, and slower on one without.
+asked for); 8.9 M parameters, or 1.2 M with --width 128. Few layers that are wide, and a small vocabulary, see
+the most tokens per second on a CPU. bfloat16 is twice as fast on a CPU with AVX512-BF16, and slower on one
+without.
 --quick: half a minute. A second call with the same arguments does nothing: the finished training is on disk.
 """
 
@@ -31,9 +32,6 @@ SETTINGS = {
     "STAGE": "train",
     "VOCAB_SIZE": "2048",
     "NUM_LAYERS": "5",
-    "MODEL_DIM": "384",
-    "NUM_HEADS": "6",
-    "NUM_KV_HEADS": "3",
     "LOOP_START": "1",
     "LOOP_END": "2",
     "PARALLEL_START_LAYER": "4",
@@ -51,14 +49,20 @@ SETTINGS = {
 }
 
 
+HEAD_CHANNELS = 64
+
+
 def settings(
-    dataset: Path, out: Path, minutes: float, loops: int, context: int, dtype: str
+    dataset: Path, out: Path, minutes: float, loops: int, context: int, dtype: str, width: int
 ) -> dict[str, str]:
     """The environment variables of the training."""
     changes = {
         "MAX_WALLCLOCK_SECONDS": str(60 * minutes),
         "DATASETS_DIR": str(dataset),
         "NUM_LOOPS": str(loops),
+        "MODEL_DIM": str(width),
+        "NUM_HEADS": str(width // HEAD_CHANNELS),
+        "NUM_KV_HEADS": str(width // HEAD_CHANNELS // 2),
         "COMPUTE_DTYPE": dtype,
         "TRAIN_SEQ_LEN": str(context),
         "EVAL_SEQ_LEN": str(context),
@@ -79,12 +83,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="training budget")
     parser.add_argument("--loops", type=int, default=0, help="how often layers 1 and 2 are visited again")
     parser.add_argument("--context", type=int, default=256, help="tokens of a training window (256)")
+    parser.add_argument("--width", type=int, default=384, choices=(128, 256, 384), help="of the model (384)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     parser.add_argument("--quick", action="store_true", help="half a minute of training")
     options = parser.parse_args()
     minutes = 0.5 if options.quick else options.minutes
     dataset = options.dataset.resolve()
-    changes = settings(dataset, options.out, minutes, options.loops, options.context, options.dtype)
+    changes = settings(
+        dataset, options.out, minutes, options.loops, options.context, options.dtype, options.width
+    )
     began = time.monotonic()
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=os.environ | changes, check=True)
     facts = json.loads((options.out / "stages.json").read_text())["train"]

@@ -50,8 +50,8 @@ PUBLISHED = {"none": 0.26513, "caseops_v1": 0.30917, "caseops_v3": 0.27183}
 # Validation and training documents of the contest's export, and their mean length (15,368,808 are 48.17 GB).
 FULL_DOCUMENTS, BYTES_PER_DOCUMENT, FULL_CORES = 8_250_000, 3134, 16
 
-# One of so many entries of the flagship's vocabulary, as run.sh makes it, is a superword.
-FLAGSHIP_SUPERWORDS = 8
+# With superwords, as run.sh makes them, they are one of so many entries.
+SUPERWORDS = 8
 
 
 class Table:
@@ -252,27 +252,27 @@ def tokens_per_byte(megabytes: float) -> dict:
 
 
 def flagship_tokens_per_byte() -> dict:
-    """Tokens per byte of the flagship's tokenizer, trained here: of the table's text, or where that is not
-    there of the embedded corpus.
+    """Tokens per byte of the flagship's tokenizer and of its rival with superwords, both trained here: of the
+    table's text, or where that is not there of the embedded corpus.
     """
     training, held_out = table_texts(TRAINING_MB) if SHARED.is_dir() else embedded_texts()
-    with tempfile.TemporaryDirectory() as name:
-        settings = Settings([], Path(name), transform="caseops_v3")
-        encode, _, operators, _ = TRANSFORMS[settings.transform]
-        model = train_with_superwords(
-            lines_of(training, encode),
-            settings.out / "tokenizer",
-            settings.vocab_size,
-            operators,
-            settings.vocab_size // FLAGSHIP_SUPERWORDS,
-            settings.superword_kind,
-            settings.split_digits,
-        )
-        ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
-    ratio = round(len(ids) / size(held_out), 5)
     text = "the table's text" if SHARED.is_dir() else "the embedded corpus"
-    print(f"flagship's tokenizer: {ratio:.5f} tokens per byte of {text} ({size(held_out) / 1e6:.2f} MB)")
-    return {"tokens_per_byte": ratio, "tokens_per_byte_text": text}
+    figures: dict = {"tokens_per_byte_text": text}
+    encode, _, operators, _ = TRANSFORMS["caseops_v3"]
+    for key, part in (("tokens_per_byte", 0), ("tokens_per_byte_superwords", 1 / SUPERWORDS)):
+        with tempfile.TemporaryDirectory() as name:
+            settings = Settings([], Path(name))
+            model = train_with_superwords(
+                lines_of(training, encode),
+                settings.out / "tokenizer",
+                settings.vocab_size,
+                operators,
+                int(settings.vocab_size * part),
+            )
+            ids, _ = FastTokenizer(model).encode_batch([encode(text) for text in held_out])
+        figures[key] = round(len(ids) / size(held_out), 5)
+        print(f"{key}: {figures[key]:.5f} of {text} ({size(held_out) / 1e6:.2f} MB)", flush=True)
+    return figures
 
 
 MEASURED = """
@@ -312,7 +312,7 @@ def proof_at_scale(sizes: tuple[float, float]) -> dict:
             source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
             settings = Settings([source], out, val_docs=50, transform="caseops_v3", tokenizer=tokenizer)
             settings.shard_tokens = 500_000
-            settings.superwords = 0 if tokenizer else settings.vocab_size // FLAGSHIP_SUPERWORDS
+            settings.superwords = 0 if tokenizer else settings.vocab_size // SUPERWORDS
             prepare(settings)
             tokenizer = out / "tokenizer.model"
             rows.append(measured_proof(source, out))

@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
 """The mixture of experts (TTT_MODE=mixture) beside recomputed document adapters, on one frozen artifact.
 
-    python bench/evaluation.py runs/NAME [--documents 48] [--dataset FOLDER] [--quick]
+    python bench/evaluation.py runs/NAME --dataset FOLDER [--documents 451] [--rates 1,3,9,27] [--quick]
 
-The documents are cut from the end of the run's training shards, where constants may be chosen; --dataset
-takes the validation documents of a prepared dataset with the same tokenizer instead. Both ways score the same
-documents without phases of SGD. The rate of the recomputed adapters is the best of --rates, in hindsight. The
-mixture runs once, with an adapter for every rate; what it scores with fewer experts is mixed again from the
-recorded losses, which is the same as long as no expert learns from the mixture. Differences are paired by
-document, with their standard error; seconds are processor time. --quick: a tiny model is trained first.
+The recomputed adapters have the settings of PR #2135, and the rate of --rates that is the best on --tune
+documents cut from the end of the training shards. The documents that are scored are the validation documents
+of --dataset, a prepared dataset with the run's tokenizer; without it, training documents before those. The
+mixture scores them stream by stream. What learns within a document only is scored in small parts of a
+stream's documents, so that the slow ways need not be run on all of them: figures are of the documents that
+all ways have scored. Every finished piece of work is kept in --work: the same command goes on where it was
+stopped, and --pieces says how many to do before the table is printed. What the mixture scores with fewer
+experts is mixed again from the recorded losses. Phases of SGD are off. Differences are paired by document,
+with their standard error; seconds are processor time, per target. A stream of the contest has 6,250
+documents: with few, --streams 1 or 2 shows better what is handed on from one to the next.
+
+--quick: a tiny model is trained first; few documents.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import environment
 environment.enter()
 import argparse
 import dataclasses
-import functools
+import hashlib
 import json
 import math
 import os
@@ -41,85 +47,144 @@ from torch import Tensor
 
 import train_gpt as t
 
-SHORTEST, LONGEST = 64, 4096  # tokens of a document
+SHORTEST, LONGEST = 64, 4096  # tokens of a document; longer ones are cut
+LONG = 2048  # tokens of context and of the documents that the time with long contexts is measured on
+PART = 8  # documents of a piece of work where documents are on their own
+PLACES = {
+    "stage",
+    "out_dir",
+    "run_id",
+    "datasets_dir",
+    "data_dir",
+    "tokenizer_path",
+}  # settings that only say where
+PUBLISHED = {  # of PR #2135, but for the phases
+    "ttt_mode": "doc_lora",
+    "ttt_batch_size": 1,  # side by side they would be padded to the longest
+    "ttt_lora_rank": 80,
+    "ttt_chunk_size": 48,
+    "ttt_k_lora": False,
+    "ttt_weight_decay": 2.0,
+    "ttt_warm_start_a": True,
+}
 QUICK = {
-    "DATASETS_DIR": "data/demo",
-    "VOCAB_SIZE": "1024",
+    "VOCAB_SIZE": "512",
     "MODEL_DIM": "64",
     "NUM_LAYERS": "4",
     "LOOP_START": "1",
     "LOOP_END": "2",
     "PARALLEL_START_LAYER": "3",
-    "ITERATIONS": "30",
+    "ITERATIONS": "60",
     "TTT_ENABLED": "0",
     "SLIDING_WINDOW_ENABLED": "0",
     "EVAL_PREQUANT": "0",
     "TRELLIS_STATES": "0",
     "GPTQ_CALIBRATION_BATCHES": "8",
     "ARTIFACT_TARGET_BYTES": "0",
-    "TTT_LORA_RANK": "8",
     "TTT_EVAL_SEQ_LEN": "128",
 }
 
 
-class Subject:
-    """The weights of a run's artifact, and documents one behind the other with the bytes of each."""
+class Frozen:
+    """The weights of a run's artifact."""
 
-    def __init__(self, folder: Path, dataset: Path | None, count: int, changes: dict[str, str]):
+    def __init__(self, folder: Path, changes: dict[str, str]):
         settings = json.loads((folder / "config.json").read_text())
-        known = set(t.Config.variables())
+        # How the run was evaluated is no part of its artifact: all ways start from the defaults.
+        known = {name for name in t.Config.variables() if "TTT" not in name}
         settings = {name: t.format_value(value) for name, value in settings.items() if name in known}
-        fixed = {"STAGE": "evaluate", "TTT_ENABLED": "1", "PHASED_TTT_NUM_PHASES": "0"}
+        fixed = {"STAGE": "evaluate", "TTT_ENABLED": "1", "PHASED_TTT_NUM_PHASES": "0", "TTT_BATCH_SIZE": "4"}
         self.config = t.Config.from_env(settings | fixed | changes)
-        manifest, tensors, _ = t.decode_artifact(folder / "final_model.ptz")
-        self.model = t.GPT(self.config)
+        manifest, tensors, self.digest = t.decode_artifact(folder / "final_model.ptz")
+        self.model = t.GPT(self.config, dtype=t.choose_dtype(self.config, False))
         self.model.load_state_dict(t.assemble_weights(self.model.table, tensors))
         self.model.looped = manifest["looped"]
-        if dataset:
-            self.config = dataclasses.replace(self.config, datasets_dir=str(dataset))
-        text, sizes = self.read(dataset is not None)
-        documents = t.find_documents(text)
-        lengths = documents[:, 1] - documents[:, 0]
-        fit = documents[(lengths >= SHORTEST) & (lengths <= LONGEST)]
-        if dataset:
-            fit = fit[np.sort(np.random.default_rng(0).permutation(len(fit))[:count])]
-        else:
-            fit = fit[-count:]
-        # The last target of a document is the first token of the next, so each keeps its own.
-        pieces = [text[first : end - 1] for first, end in fit]
+        self.model.requires_grad_(False)
+
+
+class Text:
+    """Documents one behind the other, with the bytes of each; `canonical` is the mask of scores, if any."""
+
+    canonical: t.Canonical | None = None
+
+    def __init__(self, pieces: list[np.ndarray], sizes: list[np.ndarray]):
         self.tokens = np.append(np.concatenate(pieces), t.BOS).astype("<u2")
-        weights = [sizes[first : end - 1] for first, end in fit]
-        self.validation = t.Validation(self.tokens, np.append(np.concatenate(weights), 0), "bench")
-        self.documents = t.find_documents(self.tokens)
-        self.bytes = float(np.concatenate(weights).sum())
+        bytes_of = np.append(np.concatenate(sizes), 0)
+        self.validation = t.Validation(self.tokens, bytes_of, "bench")
+        documents = t.find_documents(self.tokens)
+        self.targets = documents[:, 1] - documents[:, 0] - 1
+        self.bytes = np.add.reduceat(bytes_of[1:].astype(float), documents[:, 0])
+        self.documents = documents
+        # Longest first, as schedule_documents has them, and the streams that they are dealt to.
+        self.order = np.argsort(-self.targets, kind="stable")
+        numbers = {tuple(document): number for number, document in enumerate(documents)}
+        dealt = t.deal_documents(documents[self.order])
+        self.streams = [[numbers[tuple(document)] for document in stream] for stream in dealt]
 
-    def read(self, validation: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and bytes; of training tokens the mean, as shards of training have no sidecar."""
-        data = t.Dataset(self.config, need_training=not validation)
-        self.canonical = t.Canonical(data.tokenizer) if self.config.canonical_mask else None
-        if validation:
-            found = t.load_validation(data)
-            return found.tokens, found.bytes.astype(float)
+    @property
+    def digest(self) -> str:
+        """Names the text."""
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+
+def read_text(
+    config: t.Config, dataset: Path | None, keep: Callable[[np.ndarray], np.ndarray], longest: int = LONGEST
+) -> Text:
+    """The documents that `keep` chooses by their lengths (N,): of `dataset`, or of the training shards.
+
+    The tokens of training shards have the mean number of bytes, as they have no sidecar.
+    """
+    folder = str(dataset) if dataset else config.datasets_dir
+    data = t.Dataset(dataclasses.replace(config, datasets_dir=folder), need_training=not dataset)
+    if dataset:
+        found = t.load_validation(data)
+        tokens, sizes = found.tokens, found.bytes.astype(float)
+    else:
+        tokens = np.asarray(data.train[-1][-2_000_000:])
         mean = data.manifest.get("val_bytes", 1) / data.manifest.get("val_tokens", 1)
-        text = np.asarray(data.train[-1][-2_000_000:])
-        return text, np.full(len(text), mean)
+        sizes = np.full(len(tokens), mean)
+    documents = t.find_documents(tokens)
+    chosen = documents[keep(documents[:, 1] - documents[:, 0])]
+    # The last target of a document is the first token of the next, so each keeps its own.
+    ends = [(first, min(end - 1, first + longest)) for first, end in chosen]
+    text = Text([tokens[first:end] for first, end in ends], [sizes[first:end] for first, end in ends])
+    text.canonical = t.Canonical(data.tokenizer) if config.canonical_mask else None
+    return text
 
-    def sums(self, losses: np.ndarray) -> np.ndarray:
-        """Nats by document."""
-        return np.add.reduceat(losses[1:], self.documents[:, 0])
+
+def choose(count: int, shortest: int = SHORTEST, longest: int = sys.maxsize, last: int = 0) -> Callable:
+    """What read_text keeps: `count` documents of the right length at random, or the ones up to the `last`."""
+
+    def keep(lengths: np.ndarray) -> np.ndarray:
+        fit = np.flatnonzero((lengths >= shortest) & (lengths <= longest))
+        if last:
+            return fit[-last : len(fit) - last + count]
+        return np.sort(np.random.default_rng(0).permutation(fit)[:count])
+
+    return keep
 
 
-class Outcome(NamedTuple):
-    """Nats by document, processor seconds, tokens run per target, shapes of forwards."""
+class Way(NamedTuple):
+    """How documents are scored: settings, and whether by whole streams."""
 
+    name: str
+    settings: dict[str, Any]
+    streams: bool = False
+
+
+class Piece(NamedTuple):
+    """Nats by document, processor seconds, tokens run, shapes of forwards; nats of other mixtures by name."""
+
+    numbers: np.ndarray
     nats: np.ndarray
     seconds: float
-    passes: float
+    run: int
     shapes: int
+    others: dict[str, np.ndarray]
 
 
 class Seen(NamedTuple):
-    """What a mixer was told: its name, and its arguments."""
+    """What a mixer was told: the method, and its arguments."""
 
     what: str
     arguments: tuple
@@ -136,45 +201,81 @@ def recorded(seen: list[Seen]) -> Iterator[None]:
 
         return call
 
-    methods = {name: wrapped(name, getattr(t.Mixer, name)) for name in ("open", "mix", "close")}
-    with patch.multiple(t.Mixer, **methods):
+    names = ("take", "open", "mix", "close", "leave")
+    with patch.multiple(t.Mixer, **{name: wrapped(name, getattr(t.Mixer, name)) for name in names}):
         yield
 
 
-def score(subject: Subject, seen: list[Seen] | None = None, early: bool = True, **changes: Any) -> Outcome:
-    """The documents with some settings changed; `early` false: all chunks have TTT_CHUNK_SIZE targets."""
-    config = dataclasses.replace(subject.config, **changes)
+def sums(text: Text, losses: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Nats of some documents."""
+    return np.add.reduceat(losses[1:].astype(float), text.documents[:, 0])[numbers]
+
+
+def score(frozen: Frozen, text: Text, way: Way, numbers: np.ndarray, stream: int) -> Piece:
+    """Some documents in one way; by streams, those of one."""
+    config = dataclasses.replace(frozen.config, **way.settings)
     run = t.Run(config)
-    run.canonical = subject.canonical
+    run.canonical = text.canonical
     shapes = set()
-    passes = 0
+    tokens = 0
 
     def forward(batch: t.Batch, lora: Any = None) -> Tensor:
-        nonlocal passes
-        cached = 0 if batch.past is None else batch.past.keys[0].size(1)
-        shapes.add((*batch.inputs.shape, cached))
-        passes += batch.inputs.numel()
-        return subject.model(batch, lora=lora)
+        nonlocal tokens
+        shapes.add((*batch.inputs.shape, 0 if batch.past is None else batch.past.keys[0].size(1)))
+        tokens += batch.inputs.numel()
+        return frozen.model(batch, lora=lora)
 
-    tally = t.Tally(run, subject.validation)
-    mode = t.score_mixture if config.ttt_mode == "mixture" else t.doc_lora
-    stages = t.EARLY_CHUNKS if early else ()
+    tally = t.Tally(run, text.validation)
+    seen: list[Seen] = []
     began = time.process_time()
-    with patch.object(t, "EARLY_CHUNKS", stages), recorded([] if seen is None else seen):
-        mode(run, subject.model, forward, tally)
+    with recorded(seen):
+        if way.streams:
+            run.streams = range(stream, stream + 1)
+            t.Mixture(run, frozen.model, forward, tally).score_phase([text.documents[text.order]], 0, 0)
+        elif config.ttt_mode == "mixture":
+            with patch.object(t, "STREAMS", 1):
+                run.streams = range(1)
+                t.Mixture(run, frozen.model, forward, tally).score_phase([text.documents[numbers]], 0, 0)
+        else:
+            batches = [
+                numbers[place : place + config.ttt_batch_size]
+                for place in range(0, len(numbers), config.ttt_batch_size)
+            ]
+            lora = t.LoRA(config, config.ttt_batch_size, run.device)
+            t.adapt_phase(run, forward, tally, [text.documents[batch] for batch in batches], 0, 0, lora)
     seconds = time.process_time() - began
-    tally.total("bench")
-    nats = subject.sums(tally.nats.double().numpy())
-    return Outcome(nats, seconds, passes / (len(subject.tokens) - 1), len(shapes))
+    nats = tally.nats.double().numpy()
+    inside = np.concatenate([np.arange(*text.documents[number])[1:] for number in numbers])
+    if (tally.times.numpy()[inside] != 1).any():
+        raise SystemExit(f"{way.name}: a target of stream {stream} was not scored exactly once: a bug")
+    others = {}
+    if way.streams and way.name == "mixture":
+        others = mix_others(text, seen, config, numbers)
+    return Piece(numbers, sums(text, nats, numbers), seconds, tokens, len(shapes), others)
 
 
-def mix_again(
-    subject: Subject, seen: list[Seen], config: t.Config, rates: list[int], sources: str
-) -> np.ndarray:
-    """Nats by document of a mixture of some of the recorded experts: adapters by number, copies by source."""
+def mix_others(text: Text, seen: list[Seen], config: t.Config, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Nats by document of the mixture with some of its experts."""
+    rates = config.ttt_mixture_rates.split(",")
+    everyone = list(range(len(rates)))
+    others = {}
+    for place, rate in enumerate(rates):
+        rest = [other for other in everyone if other != place]
+        others[f"without rate {rate}"] = mix_again(text, seen, config, rest, "all")
+        others[f"rate {rate} alone"] = mix_again(text, seen, config, [place], "none")
+    for sources in ("none", "document", "history"):
+        others[f"copies {sources}"] = mix_again(text, seen, config, everyone, sources)
+    return {name: sums(text, losses, numbers) for name, losses in others.items()}
+
+
+def mix_again(text: Text, seen: list[Seen], config: t.Config, rates: list[int], sources: str) -> np.ndarray:
+    """The losses of a mixture of some of the recorded experts: adapters by number, copies by source.
+
+    The rates are those that all experts together found.
+    """
     mixer = t.Mixer(config, torch.ones(len(rates), dtype=torch.float64))
-    losses = np.zeros(len(subject.tokens))
-    allowed = {"none": (0, 0), "document": (1, 0), "all": (1, 1)}[sources]
+    losses = np.zeros(len(text.tokens))
+    allowed = {"none": (0, 0), "document": (1, 0), "history": (0, 1), "all": (1, 1)}[sources]
     for what, arguments in seen:
         if what == "mix":
             log_p, chunk = arguments
@@ -183,122 +284,284 @@ def mix_again(
             losses[chunk.places.numpy()] = -scores.flatten()[chunk.chosen].numpy()
         else:
             getattr(mixer, what)(*arguments)
-    return subject.sums(losses)
+    return losses
+
+
+class Work:
+    """Pieces of work, kept in a folder by what they depend on; `left` of them are still to be done.
+
+    With a `share` (i, n) those whose number leaves i when divided by n: n processes share a folder.
+    """
+
+    def __init__(self, frozen: Frozen, folder: Path, left: int, share: tuple[int, int]):
+        self.frozen = frozen
+        self.folder = folder
+        self.left = left
+        self.share = share
+        self.asked = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def piece(self, text: Text, way: Way, stream: int, part: int = 0) -> Piece | None:
+        """A piece, from the folder or done now; None where no more is to be done."""
+        first, step = self.share
+        number = self.asked
+        self.asked += 1
+        config = dataclasses.replace(self.frozen.config, **way.settings)
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACES}
+        facts = [settings, text.digest, self.frozen.digest, PART, t.STREAMS]
+        said = json.dumps(facts, default=str)
+        name = f"{way.name}-{stream}-{part}-{hashlib.sha256(said.encode()).hexdigest()[:12]}.npz"
+        path = self.folder / name
+        if path.exists():
+            with np.load(path) as kept:
+                others = {key[6:]: kept[key] for key in kept if key.startswith("other ")}
+                facts = (
+                    kept["numbers"],
+                    kept["nats"],
+                    float(kept["seconds"]),
+                    int(kept["run"]),
+                    int(kept["shapes"]),
+                )
+                return Piece(*facts, others)
+        if self.left == 0 or number % step != first:
+            return None
+        self.left -= 1
+        numbers = np.array(text.streams[stream], np.int64)
+        if not way.streams:
+            parts = -(-len(numbers) // PART)
+            numbers = numbers[part::parts]
+        found = score(self.frozen, text, way, numbers, stream)
+        others = {f"other {key}": value for key, value in found.others.items()}
+        kept = {key: value for key, value in found._asdict().items() if key != "others"} | others
+        t.write_atomically(path, lambda file: np.savez(file, **kept))
+        targets = int(text.targets[numbers].sum())
+        print(f"  {name}: {len(numbers)} documents, {targets} targets, {found.seconds:.1f} s", flush=True)
+        return found
+
+
+class Result:
+    """What one way made of the documents: nats (N,), NaN where it has not scored them, and its cost."""
+
+    def __init__(self, text: Text, pieces: list[Piece]):
+        self.nats = np.full(len(text.documents), np.nan)
+        self.others: dict[str, np.ndarray] = {}
+        for piece in pieces:
+            self.nats[piece.numbers] = piece.nats
+            for name, nats in piece.others.items():
+                self.others.setdefault(name, np.full(len(self.nats), np.nan))[piece.numbers] = nats
+        targets = max(1, text.targets[np.isfinite(self.nats)].sum())
+        self.seconds = sum(piece.seconds for piece in pieces) / targets
+        self.passes = sum(piece.run for piece in pieces) / targets
+        self.shapes = max((piece.shapes for piece in pieces), default=0)
+
+
+def do_work(work: Work, text: Text, ways: list[Way]) -> dict[str, Result]:
+    """All pieces of all ways, stream by stream, as far as work is to be done."""
+    done: dict[str, list[Piece]] = {way.name: [] for way in ways}
+    for stream, numbers in enumerate(text.streams):
+        parts = -(-len(numbers) // PART)
+        # First the streams' own ways and one part of the others, so that early figures are of all.
+        turns = [(way, 0) for way in ways] + [
+            (way, part) for part in range(1, parts) for way in ways if not way.streams
+        ]
+        for way, part in turns if len(numbers) else []:
+            piece = work.piece(text, way, stream, part)
+            if piece is not None:
+                done[way.name].append(piece)
+    return {name: Result(text, pieces) for name, pieces in done.items()}
 
 
 class Report:
-    """Rows of the table: a score, and its paired difference from another."""
+    """Rows of the table, about the documents that all of some results have scored."""
 
-    def __init__(self, subject: Subject):
-        self.subject = subject
-        self.tokens = subject.documents[:, 1] - subject.documents[:, 0] - 1
+    def __init__(self, text: Text, nats: list[np.ndarray]):
+        self.text = text
+        self.shared = np.isfinite(nats).all(0)
+        self.bytes = text.bytes[self.shared].sum()
 
     def bpb(self, nats: np.ndarray) -> float:
         """Bits per byte."""
-        return float(nats.sum()) / math.log(2) / self.subject.bytes
+        return float(nats[self.shared].sum()) / math.log(2) / self.bytes
 
     def row(self, name: str, nats: np.ndarray, base: np.ndarray, more: str = "") -> float:
         """Print one row; its difference from `base` in bits per byte."""
-        difference = (nats - base) / math.log(2)
-        mean = difference.sum() / self.tokens.sum()
-        error = math.sqrt(np.square(difference - mean * self.tokens).sum()) / self.subject.bytes
+        targets = self.text.targets[self.shared]
+        difference = (nats - base)[self.shared] / math.log(2)
+        mean = difference.sum() / targets.sum()
+        error = math.sqrt(np.square(difference - mean * targets).sum()) / self.bytes
         change = self.bpb(nats) - self.bpb(base)
         print(f"{name:<58}{self.bpb(nats):9.5f} {change:+9.5f} ± {error:.5f}  {more}", flush=True)
         return change
 
 
-def describe(outcome: Outcome, base: Outcome) -> str:
-    """Cost of an outcome beside another's."""
-    share = outcome.seconds / base.seconds
-    passes = f"{outcome.passes:6.2f} tokens run per target"
-    return f"{passes}, {outcome.seconds:7.1f} s (x{share:.2f}), {outcome.shapes} shapes"
+def describe(result: Result, base: Result) -> str:
+    """Cost of a result beside another's."""
+    share = result.seconds / base.seconds
+    return f"{result.passes:6.2f} tokens run and {1000 * result.seconds:7.2f} ms per target (x{share:.3f})"
 
 
-def compare(subject: Subject, rates: list[float], only_mixture: bool) -> dict[str, Any]:
-    """All rows; the figures of RESULT."""
-    config = subject.config
-    report = Report(subject)
-    print(
-        f"{len(subject.documents)} documents, {len(subject.tokens) - 1} targets; differences in bits per byte"
-    )
-    text = ",".join(f"{rate:g}" for rate in [0.0, *rates])
-    seen: list[Seen] = []
-    mixture = functools.partial(score, subject, ttt_mode="mixture")
-    with patch.object(t, "FARTHEST_SHIFT", 0.0):  # each row keeps its rate
-        mixture(seen, ttt_mixture_rates=text, ttt_mixture_copies="all")
-    mixed = functools.partial(mix_again, subject, seen, config)
-    everyone = list(range(len(rates) + 1))
-    none = mixed([0], "none")
-    report.row("no adaptation, cached", none, none)
-    for place in everyone[1:]:
-        report.row(f"adapters at {rates[place - 1]:g} x rate, cached", mixed([place], "none"), none)
-    singles = [mixed([place], "none").sum() for place in everyone]
-    adapters = mixed(everyone, "none")
-    report.row("mixture of the adapters", adapters, none)
-    best = int(np.argmin(singles))
-    experts = {
-        "mixture of rates against the best of them": report.bpb(adapters) - report.bpb(mixed([best], "none"))
-    }
-    for place in everyone:
-        rest = [other for other in everyone if other != place]
-        name = "no adaptation" if place == 0 else f"rate {rates[place - 1]:g}"
-        experts[name] = report.bpb(adapters) - report.bpb(mixed(rest, "none"))
-    with_document = mixed(everyone, "document")
-    with_all = mixed(everyone, "all")
-    report.row("mixture of the adapters, copies from the document", with_document, none)
-    report.row("mixture of the adapters, copies from all", with_all, none)
-    report.row("no adaptation, copies from all", mixed([0], "all"), none)
-    experts["copies from the document"] = report.bpb(with_document) - report.bpb(adapters)
-    experts["copies from documents before"] = report.bpb(with_all) - report.bpb(with_document)
-    for name, value in experts.items():
-        print(f"  contribution of {name}: {value:+.5f}")
-    result: dict[str, Any] = {"experts": {name: round(value, 6) for name, value in experts.items()}}
-    return result if only_mixture else result | against_recomputed(subject, report, none, rates, mixture)
-
-
-def against_recomputed(
-    subject: Subject, report: Report, none: np.ndarray, rates: list[float], mixture: Callable[..., Outcome]
-) -> dict[str, Any]:
-    """The rows that compare with recomputed windows; the other figures of RESULT."""
-    rate = subject.config.ttt_lora_lr
-    recomputed = {}
+def tuned_rate(work: Work, text: Text, rates: list[float]) -> float:
+    """The multiple of TTT_LORA_LR at which recomputed adapters are the best on training documents."""
+    rate = work.frozen.config.ttt_lora_lr
+    totals = {}
     for multiple in rates:
-        recomputed[multiple] = score(subject, ttt_mode="doc_lora", ttt_lora_lr=rate * multiple)
-        outcome = recomputed[multiple]
-        report.row(f"recomputed windows, {multiple:g} x rate", outcome.nats, none, describe(outcome, outcome))
-    tuned = min(rates, key=lambda multiple: recomputed[multiple].nats.sum())
-    base = recomputed[tuned]
-    still = score(subject, ttt_mode="doc_lora", ttt_lora_lr=0.0)
-    gain = report.bpb(still.nats) - report.bpb(base.nats)
-    print(f"best rate of the recomputed adapters: {tuned:g} x {rate:g}, gain {gain:.5f}")
-    equal = mixture(None, False, ttt_mixture_rates=f"{tuned:g}", ttt_mixture_copies="none")
-    report.row("cached at the same settings", equal.nats, base.nats, describe(equal, base))
-    ours = mixture()
-    gained = -report.row("mixture with its own settings", ours.nats, none, describe(ours, base))
+        way = Way(f"tune{multiple:g}", PUBLISHED | {"ttt_lora_lr": rate * multiple})
+        pieces = [work.piece(text, way, stream) for stream, numbers in enumerate(text.streams) if numbers]
+        if None in pieces:
+            raise SystemExit(
+                "the rate of the recomputed adapters is not known: more --pieces, or the other --share"
+            )
+        totals[multiple] = sum(piece.nats.sum() for piece in pieces)
+        bpb = totals[multiple] / math.log(2) / text.bytes.sum()
+        print(
+            f"recomputed windows on {len(text.documents)} training documents, {multiple:g} x rate: {bpb:.5f}"
+        )
+    return min(totals, key=totals.get)
+
+
+def ways_to_score(config: t.Config, multiple: float) -> list[Way]:
+    """Every row of the table."""
+    rate = config.ttt_lora_lr
+    alone = {
+        "ttt_mode": "mixture",
+        "ttt_batch_size": 2,
+        "ttt_mixture_copies": "none",
+        "ttt_mixture_carry": 0.0,
+    }
+    same = (
+        PUBLISHED | alone | {"ttt_mixture_rank": 80, "ttt_mixture_chunk": 48, "ttt_lora_lr": rate * multiple}
+    )
+    mixture = {"ttt_mode": "mixture"}
+    return [
+        Way("mixture", mixture, streams=True),
+        Way("none", alone | {"ttt_mixture_rates": "0"}),
+        Way("recomputed", PUBLISHED | {"ttt_lora_lr": rate * multiple}),
+        Way("cached", same | {"ttt_mixture_rates": "1"}),
+        Way("low", mixture | {"ttt_lora_lr": rate / 8}, streams=True),
+        Way("high", mixture | {"ttt_lora_lr": rate * 8}, streams=True),
+    ]
+
+
+def compare(text: Text, results: dict[str, Result]) -> dict[str, Any]:
+    """Print the table; the figures of RESULT."""
+    report = Report(text, [result.nats for result in results.values()])
+    count = int(report.shared.sum())
+    if count == 0:
+        return {"documents": 0}
+    targets = int(text.targets[report.shared].sum())
+    print(f"{count} documents that all ways have scored, {targets} targets; differences in bits per byte")
+    none, base, ours = (results[name] for name in ("none", "recomputed", "mixture"))
+    report.row("no adaptation", none.nats, none.nats, describe(none, base))
+    gain = -report.row("recomputed windows, the rate tuned", base.nats, none.nats, describe(base, base))
+    cached = results["cached"]
+    kept = -report.row("cached, the same settings", cached.nats, none.nats, describe(cached, base))
+    report.row("the same against recomputed windows", cached.nats, base.nats)
+    gained = -report.row("mixture", ours.nats, none.nats, describe(ours, base))
     report.row("the same against recomputed windows", ours.nats, base.nats)
-    missed = [mixture(ttt_lora_lr=rate * factor).nats for factor in (1 / 8, 8)]
-    for factor, nats in zip(("1/8", "8"), missed, strict=True):
-        report.row(f"the same with the rate x {factor}", nats, none)
-    worst = max(report.bpb(nats) for nats in missed) - report.bpb(ours.nats)
+    missed = [
+        -report.row(f"mixture, rates x {factor}", results[name].nats, none.nats)
+        for name, factor in (("low", "1/8"), ("high", "8"))
+    ]
     return {
+        "documents": count,
+        "gain": round(gain, 6),
         "gain_ratio": round(gained / gain, 4),
         "time_ratio": round(ours.seconds / base.seconds, 4),
-        "cached_gain_share": round((report.bpb(none) - report.bpb(equal.nats)) / gain, 4),
-        "cached_time_ratio": round(equal.seconds / base.seconds, 4),
-        "misset_share": round(worst / gained, 4),
-        "graphs": ours.shapes,
+        "cached_gain_share": round(kept / gain, 4),
+        "cached_time_ratio": round(cached.seconds / base.seconds, 4),
+        "misset_share": round((gained - min(missed)) / gained, 4),
+        "graphs": ours.shapes + 1,  # and the adapters' step
     }
+
+
+def contributions(text: Text, ours: Result) -> dict[str, float]:
+    """What each expert takes from the score of the mixture, over all documents that it has scored."""
+    report = Report(text, [ours.nats])
+    if not report.shared.any():
+        return {}
+    print(f"mixture on {int(report.shared.sum())} documents: {report.bpb(ours.nats):.5f}")
+    for name, nats in ours.others.items():
+        report.row(f"mixed again: {name}", nats, ours.nats)
+    total = report.bpb(ours.nats)
+    others = {name: report.bpb(nats) for name, nats in ours.others.items()}
+    alone = [value for name, value in others.items() if name.endswith("alone")]
+    experts = {
+        name.removeprefix("without "): total - value
+        for name, value in others.items()
+        if name.startswith("without")
+    }
+    experts["mixture of rates against the best of them"] = others["copies none"] - min(alone)
+    experts["copies from the document"] = total - others["copies history"]
+    experts["copies from documents before"] = total - others["copies document"]
+    for name, value in experts.items():
+        print(f"  contribution of {name}: {value:+.5f}")
+    return {name: round(value, 6) for name, value in experts.items()}
+
+
+def time_long(work: Work, dataset: Path | None, count: int, multiple: float) -> dict[str, float]:
+    """Recomputed against cached on documents as long as LONG tokens of context."""
+    changes = {"ttt_eval_seq_len": LONG}
+    text = read_text(work.frozen.config, dataset, choose(count, shortest=LONG), LONG)
+    results = {}
+    for way in ways_to_score(work.frozen.config, multiple):
+        if way.name in ("recomputed", "cached"):
+            long = way._replace(name=f"long-{way.name}", settings=way.settings | changes)
+            pieces = [
+                work.piece(text, long, stream) for stream, numbers in enumerate(text.streams) if numbers
+            ]
+            if None in pieces:
+                return {}
+            results[way.name] = Result(text, pieces)
+    ratio = results["cached"].seconds / results["recomputed"].seconds
+    count = len(text.documents)
+    print(f"{count} documents of {LONG} tokens: cached takes {ratio:.3f} of the time of recomputed")
+    return {"cached_time_ratio": round(ratio, 4)}
+
+
+def make_dataset(folder: Path) -> None:
+    """A small dataset: this repository's texts in documents of a page each."""
+    import sentencepiece
+
+    from data.shards import BOS, train_tokenizer, write_shard
+
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.py")])
+    texts = [path.read_text() for path in paths]
+    pages = [text[place : place + 1500] for text in texts for place in range(0, len(text), 1500)]
+    folder.mkdir()
+    train_tokenizer(pages[::4], folder / "tokenizer", int(QUICK["VOCAB_SIZE"]))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for name, part in (("train", pages[20:]), ("val", pages[:20])):
+        ids = [token for page in part for token in [BOS, *pieces.encode(page)]]
+        write_shard(folder / f"fineweb_{name}_000000.bin", np.array(ids, "<u2"))
 
 
 def train_tiny(folder: Path) -> Path:
-    """A run folder with the artifact of half a minute."""
-    subprocess.run([sys.executable, str(ROOT / "data" / "demo.py"), "--vocab-size", "1024"], check=True)
+    """A run folder with the artifact of half a minute, beside the dataset that it was trained on."""
+    make_dataset(folder / "data")
     recipe = (ROOT / "records" / "recipes" / "cpu_demo.env").read_text()
     settings = dict(line.split("=", 1) for line in recipe.splitlines() if line[:1].isalpha())
-    places = {"OUT_DIR": str(folder), "RUN_ID": "tiny", "DATASETS_DIR": str(ROOT / "data" / "demo")}
+    places = {"OUT_DIR": str(folder), "RUN_ID": "tiny", "DATASETS_DIR": str(folder / "data")}
     variables = os.environ | settings | QUICK | places
     subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=variables, check=True, cwd=ROOT)
     return folder / "tiny"
+
+
+def evaluate(options: argparse.Namespace, changes: dict[str, str]) -> dict[str, Any]:
+    """All figures of one artifact."""
+    frozen = Frozen(options.run, changes)
+    share = tuple(map(int, options.share.split("/")))
+    work = Work(frozen, options.work or options.run / "evaluation", options.pieces, share)
+    rates = [float(rate) for rate in options.rates.split(",")]
+    tuning = read_text(frozen.config, None, choose(options.tune, longest=1024, last=options.tune))
+    multiple = rates[0] if len(rates) == 1 else tuned_rate(work, tuning, rates)
+    print(f"rate of the recomputed adapters: {multiple:g} x {frozen.config.ttt_lora_lr:g}")
+    last = 0 if options.dataset else options.tune + options.documents
+    text = read_text(frozen.config, options.dataset, choose(options.documents, last=last))
+    results = do_work(work, text, ways_to_score(frozen.config, multiple))
+    figures = compare(text, results)
+    if options.long:
+        figures |= time_long(work, options.dataset, options.long, multiple)
+    return figures | {"experts": contributions(text, results["mixture"])}
 
 
 def main() -> None:
@@ -308,9 +571,14 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, nargs="?", help="run folder with final_model.ptz")
     parser.add_argument("--dataset", type=Path, help="score the validation documents of this dataset")
-    parser.add_argument("--documents", type=int, default=48, help="how many documents")
+    parser.add_argument("--documents", type=int, default=451, help="how many documents (451)")
     parser.add_argument("--rates", default="1,3,9,27", help="multiples of TTT_LORA_LR that are tried")
-    parser.add_argument("--only-mixture", action="store_true", help="do not run recomputed windows")
+    parser.add_argument("--tune", type=int, default=4, help="training documents that choose the rate (4)")
+    parser.add_argument("--long", type=int, default=0, help="documents of 2,048 tokens that are timed (none)")
+    parser.add_argument("--streams", type=int, default=t.STREAMS, help="they share the documents (8)")
+    parser.add_argument("--work", type=Path, help="folder of finished pieces (RUN/evaluation)")
+    parser.add_argument("--pieces", type=int, default=-1, help="how many pieces to do now (all)")
+    parser.add_argument("--share", default="0/1", help="0/2 and 1/2: two processes do half of it each (0/1)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting")
     parser.add_argument("--quick", action="store_true", help="train a tiny model; few documents and rates")
     options = parser.parse_args()
@@ -319,15 +587,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
             options.run = train_tiny(Path(folder))
-            options.documents, options.rates = 8, "3,27"
+            options.documents, options.rates, options.tune, options.streams = 8, "3,27", 2, 1
             changes = QUICK | {"TTT_BATCH_SIZE": "4", "TTT_ENABLED": "1"} | changes
-            changes["DATASETS_DIR"] = str(ROOT / "data" / "demo")
+            changes["DATASETS_DIR"] = str(options.run.parent / "data")
         if options.run is None or not (options.run / "final_model.ptz").exists():
             parser.error(f"run {options.run}: no final_model.ptz there; give a finished run, or --quick")
-        subject = Subject(options.run, options.dataset, options.documents, changes)
-        rates = [float(rate) for rate in options.rates.split(",")]
-        result = compare(subject, rates, options.only_mixture)
-    print("RESULT " + json.dumps(result))
+        with patch.object(t, "STREAMS", options.streams):
+            figures = evaluate(options, changes)
+    print("RESULT " + json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
+                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-steps 60] [--context 256]
 
 The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
 equally many trials at about 3.3 bit per weight, and reported on others; the figures of RESULT are those of
@@ -10,8 +11,11 @@ the small streams); ours with each part switched on in turn. Every file is decod
 the decoded weights. The rows that show single parts are judged on --part-tokens, the others on --tokens and
 (last column) on the same as these. Time and memory of the full shape come from random weights of the
 contest's 36 M.
+The curve at --rates bits a weight has the public packer, ours as shipped and all of ours: errors fed back
+across rows too (OUTPUT_FEEDBACK), then --tune-steps of training of the fp16 tensors. kl_ratio_2_75 and the
+like are all of it against ours as shipped, at equal bytes. --only-rates: nothing but that curve.
 --quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
-same keys.
+same keys. Without a checkpoint it trains a tiny model on the demo's text first.
 """
 
 from __future__ import annotations
@@ -47,20 +51,36 @@ from torch import Tensor
 
 import train_gpt as t
 
-CONTEXT, ROWS, CHUNK = 256, 16, 4096
+CHUNK = 4096  # validation tokens that are judged at once
+RATES = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.3, 3.6)
+TINY = {  # of --quick without a checkpoint
+    "STAGE": "train",
+    "MODEL_DIM": "64",
+    "NUM_LAYERS": "4",
+    "LOOP_START": "1",
+    "LOOP_END": "2",
+    "PARALLEL_START_LAYER": "3",
+    "ITERATIONS": "30",
+}
 Row = dict[str, Any]
 
 
 class Subject:
     """The trained model, its matrices and training data, and the divergence of other weights from its own."""
 
-    def __init__(self, folder: Path, tuning: int, tokens: int, compressor: str):
+    def __init__(
+        self, folder: Path, tuning: int, tokens: int, compressor: str, changes: dict[str, str] | None = None
+    ):
         settings = json.loads((folder / "config.json").read_text())
         known = {field.name.upper() for field in dataclasses.fields(t.Config)}
         settings = {name: t.format_value(value) for name, value in settings.items() if name in known}
-        self.config = t.Config.from_env(settings | {"STAGE": "quantize", "COMPRESSOR": compressor})
+        fixed = {"STAGE": "quantize", "COMPRESSOR": compressor}
+        fixed |= {"COMPUTE_DTYPE": "float32", "EVAL_SEQ_LEN": "256"}
+        self.config = t.Config.from_env(settings | fixed | (changes or {}))
+        # What is judged are weights in fp32, whatever the products are taken in.
+        self.config = dataclasses.replace(self.config, embed_master_fp32=True)
         self.run, self.data = t.Run(self.config), t.Dataset(self.config)
-        self.model = t.GPT(self.config)
+        self.model = t.GPT(self.config, dtype=self.run.dtype)
         saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         self.weights = {name: weight.float() for name, weight in saved["average"].items()}
         self.model.load_state_dict(self.weights)
@@ -71,13 +91,14 @@ class Subject:
         self.tuning = tuning // CHUNK
         chunks = min(tuning + tokens, len(validation.tokens) - 1) // CHUNK
         ids = torch.from_numpy(validation.tokens[: chunks * CHUNK + 1].astype(np.int64))
-        self.inputs, self.targets = ids[:-1].view(chunks, ROWS, CONTEXT), ids[1:].view(chunks, ROWS, CONTEXT)
+        shape = (chunks, -1, self.config.eval_seq_len)
+        self.inputs, self.targets = ids[:-1].view(shape), ids[1:].view(shape)
         self.bytes = validation.bytes[1 : chunks * CHUNK + 1].reshape(chunks, CHUNK).sum(1)
         self.hidden = [self.trunk(chunk) for chunk in range(chunks)]
 
     @torch.no_grad()
     def trunk(self, chunk: int) -> Tensor:
-        """Input of the head for 16 windows of 256 tokens."""
+        """Input of the head for CHUNK tokens, in windows of EVAL_SEQ_LEN."""
         return self.model.trunk(t.Batch(self.inputs[chunk], self.targets[chunk]), t.Hooks()).flatten(0, 1)
 
     def weight(self, m: t.Matrix) -> Tensor:
@@ -94,13 +115,22 @@ class Subject:
     def divergence(self, weights: dict[str, Tensor], chunks: range) -> tuple[np.ndarray, float]:
         """(KL in nats per token of the model from the one with `weights`, by chunk; more bits per byte)."""
         cap, worse, head, found = self.config.logit_softcap, 0.0, self.weights["embed"], []
-        chances = lambda hidden, matrix: F.log_softmax(cap * torch.tanh(hidden @ matrix.T / cap), -1)
+
+        def chances(hidden: Tensor, matrix: Tensor) -> Tensor:
+            raw = F.linear(hidden, matrix.to(hidden.dtype)).float()
+            return F.log_softmax(cap * torch.tanh(raw / cap), -1)
+
         self.model.load_state_dict(weights)
         for chunk in chunks:
             p, q = chances(self.hidden[chunk], head), chances(self.trunk(chunk), weights["embed"])
             worse += float((p - q).gather(1, self.targets[chunk].view(-1, 1)).double().sum())
             found.append(float(F.kl_div(q, p, reduction="sum", log_target=True)) / CHUNK)
         return np.array(found), worse / math.log(2) / self.bytes[list(chunks)].sum()
+
+    def tune(self, tensors: dict[str, t.Quantized]) -> None:
+        """Train the fp16 tensors among `tensors` as the settings say."""
+        self.run.config = self.config
+        t.tune(self.run, self.model, self.data, self.weights, tensors)
 
     def small(self) -> dict[str, t.Quantized]:
         """The tensors that are not quantised."""
@@ -171,6 +201,11 @@ class Form(NamedTuple):
     rows: float = t.SENSITIVITY_POWERS[1]  # of rows
     columns: float = t.SENSITIVITY_POWERS[2]  # and of columns
     rate: float = t.BIT_PRICE  # weight of the rate term
+    feedback: bool = False  # across rows as well
+    damping: float = 0.0  # of the outputs' moments
+
+
+ALL = Form(feedback=True, damping=0.5)
 
 
 class Packers:
@@ -179,6 +214,11 @@ class Packers:
     def __init__(self, subject: Subject, calibration: int):
         self.subject = subject
         self.moments = subject.moments(calibration)
+        self.whole: dict[tuple[str, int], Tensor] = {}  # E[g g^T] of those that have it
+        for key, (inputs, outputs) in self.moments.items():
+            if outputs.dim() == 2:
+                self.whole[key] = outputs
+                self.moments[key] = inputs, outputs.diagonal()
         self.flat = self.problems(Form(rows=0, columns=0, between=0))
 
     def sdclip(self, c: Clip, factor: float = 1.0) -> dict[str, t.Quantized]:
@@ -196,7 +236,11 @@ class Packers:
         powers = (form.between, form.rows, form.columns)
 
         def pose(m: t.Matrix) -> tuple[str, t.RoundingProblem]:
-            return m.name, t.rounding_problem(self.subject.weight(m), *self.moments[m.key], 0.01, powers)
+            inputs, outputs = self.moments[m.key]
+            if form.feedback and m.key in self.whole:
+                outputs = self.whole[m.key]
+            damping = form.damping if m.quantizer != "embed" else 0.0
+            return m.name, t.rounding_problem(self.subject.weight(m), inputs, outputs, 0.01, powers, damping)
 
         return dict(t.parallel_map(pose, self.subject.todo))
 
@@ -299,8 +343,10 @@ class Report:
                 rows.append(self.show(row))
         return rows
 
-    def ours(self, name: str, form: Form, goals: list[int], whole: bool) -> list[Row]:
-        """Our packer at each goal in bytes, decoded again from its file."""
+    def ours(self, name: str, form: Form, goals: list[int], whole: bool, tuned: bool = False) -> list[Row]:
+        """Our packer at each goal in bytes, decoded again from its file; with `tuned`, also tuned."""
+        small = self.subject.small()
+        room = t.fp16_growth(self.subject.config, small) if tuned else 0
         problems = self.packers.problems(form)
         rows = []
         for goal in goals:
@@ -310,11 +356,16 @@ class Report:
                 began = time.perf_counter()
                 tensors, data = self.packers.trellised(problems, form, delta)
                 files[delta] = tensors, data, time.perf_counter() - began
-                return len(data)
+                return len(data) + room
 
             guess = t.guess_delta(problems, goal, form.states)
             delta = t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
             tensors, data, seconds = files[delta]
+            tune_seconds = time.process_time()
+            if tuned:
+                self.subject.tune(tensors)
+                data = self.packers.write(tensors, form.states)
+            tune_seconds = time.process_time() - tune_seconds
             began = time.perf_counter()
             weights = self.packers.read(data)
             back = time.perf_counter() - began
@@ -322,9 +373,57 @@ class Report:
             assert all(torch.equal(weights[name], exact[name]) for name in exact)
             result = self.judge(weights, whole)
             row = {"scheme": name, "setting": f"{len(files)} tries", "bytes": len(data), "encode": seconds}
-            more = {"decode": back, "off": len(data) / goal - 1, "tensors": tensors}
+            more = {"decode": back, "off": len(data) / goal - 1, "tensors": tensors, "tune": tune_seconds}
             rows.append(self.show(row | more | result))
         return rows
+
+
+def clip_factor(packers: Packers, clip: Clip, bits: float) -> float:
+    """The factor on the clips with which SDClip's integers have about `bits` of entropy a weight."""
+    octaves = 0.0
+    for _ in range(6):
+        found = symbol_bits(packers.sdclip(clip, 2**octaves)) / packers.subject.count
+        octaves += found - bits
+        if abs(found - bits) < 0.01:
+            break
+    return 2**octaves
+
+
+def low_rates(report: Report, rates: list[float]) -> dict[str, Any]:
+    """The curve at `rates` bits a weight; the figures of RESULT."""
+    count = report.subject.count
+    goals = [int(rate * count / 8) for rate in rates]
+    factors = [clip_factor(report.packers, Clip(), rate) for rate in rates]
+    report.public("SDClip untuned", Clip(), factors)
+    plain = report.ours("ours, as shipped", Form(), goals, True)
+    rounded = report.ours("+ feedback across rows", ALL, goals, True)
+    tuned = report.ours("+ tuning: all of it", ALL, goals, True, tuned=True)
+    result: dict[str, Any] = {"rates": rates}
+    for rate in (2.75, 2.25):
+        place = rates.index(rate) if rate in rates else None
+        name = str(rate).replace(".", "_")
+        result[f"kl_ratio_{name}"] = result[f"delta_bpb_{name}"] = None
+        if place is not None:
+            result[f"kl_ratio_{name}"] = round(tuned[place]["kl"] / plain[place]["kl"], 4)
+            result[f"delta_bpb_{name}"] = round(tuned[place]["delta_bpb"], 5)
+    result["kl_plain"] = [round(row["kl"], 6) for row in plain]
+    result["kl_feedback"] = [round(row["kl"], 6) for row in rounded]
+    result["kl_all"] = [round(row["kl"], 6) for row in tuned]
+    result["delta_bpb_plain"] = [round(row["delta_bpb"], 5) for row in plain]
+    result["delta_bpb_all"] = [round(row["delta_bpb"], 5) for row in tuned]
+    result["tune_seconds"] = round(sum(row["tune"] for row in tuned) / len(tuned), 1)
+    return result
+
+
+def train_tiny(folder: Path) -> Path:
+    """A run folder with the checkpoint of half a minute on the demo's text, which is made if need be."""
+    subprocess.run([sys.executable, str(ROOT / "data" / "demo.py"), "--vocab-size", "1024"], check=True)
+    recipe = (ROOT / "records" / "recipes" / "cpu_demo.env").read_text()
+    settings = dict(line.split("=", 1) for line in recipe.splitlines() if line[:1].isalpha())
+    places = {"OUT_DIR": str(folder), "RUN_ID": "tiny", "DATASETS_DIR": str(ROOT / "data" / "demo")}
+    variables = os.environ | settings | TINY | places
+    subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=variables, check=True, cwd=ROOT)
+    return folder / "tiny"
 
 
 @numba.njit(nogil=True)
@@ -428,42 +527,10 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}
 
 
-def main() -> None:
-    """Tune, print the table and the RESULT line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py"
-    )
-    parser.add_argument("--lrzip", default=shutil.which("lrzip"), help="lrzip program; without: brotli only")
-    parser.add_argument("--tokens", type=int, default=204_800, help="validation tokens of the report")
-    parser.add_argument(
-        "--part-tokens", type=int, default=40_960, help="of these, for the rows of single parts"
-    )
-    parser.add_argument(
-        "--tuning", type=int, default=16_384, help="validation tokens before these, for tuning"
-    )
-    parser.add_argument("--trials", type=int, default=18, help="settings that each packer may try")
-    parser.add_argument(
-        "--calibration", type=int, default=65_536, help="training tokens of the sensitivities"
-    )
-    parser.add_argument("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
-    parser.add_argument("--quick", action="store_true", help="few tokens, few trials, two sizes")
-    options = parser.parse_args()
-    if not (options.run / "checkpoint.pt").exists():
-        parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
-    if options.quick:
-        options.tokens, options.part_tokens, options.tuning, options.trials = 8192, 4096, 4096, 2
-        options.calibration, options.lrzip = 4096, None
-    coder = "lzma" if options.quick else "brotli"
-    subject = Subject(options.run, options.tuning, options.tokens, coder)
-    packers = Packers(subject, options.calibration)
+def compare(report: Report, options: argparse.Namespace) -> dict[str, Any]:
+    """Both packers tuned, then at equal bytes, and ours part by part; the figures of RESULT."""
+    packers, subject = report.packers, report.subject
     tuning, goal = range(subject.tuning), 3.3
-    tokens = CHUNK * (len(subject.hidden) - subject.tuning)
-    print(
-        f"{subject.count} weights; {CHUNK * subject.tuning} tokens for tuning, {tokens} others for the report"
-    )
 
     def at_goal(weights: dict[str, Tensor], bits: float) -> float:
         """log2 of the KL on the tuning part, moved to the goal: 6 dB a bit."""
@@ -499,7 +566,6 @@ def main() -> None:
     }
     form = tune(Form(options.states), powers, options.trials, score_ours, "ours")
 
-    report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
     score_public(clip)
     factors = [2 ** (shift["SDClip"] + more) for more in ((0, 0.4) if options.quick else (-0.4, 0, 0.4))]
     if not options.quick:
@@ -530,7 +596,7 @@ def main() -> None:
     extra = [overhead(row["tensors"], options.states) for row in final]
     shape = full_shape(form, 1 if options.quick else 11)
     print("36 M shape: " + ", ".join(f"{name} {value:.1f}" for name, value in shape.items()))
-    result = {
+    return {
         "kl_ratio_equal_bytes": round(ratio[middle], 4),
         "bytes_saved_equal_kl": round(saved, 4),
         "entropy_overhead": round(max(extra), 5),
@@ -538,13 +604,67 @@ def main() -> None:
         "decode_seconds_36m": round(shape["decode"], 1),
         "kl_ratios": [round(r, 4) for r in ratio],
         "bits": [round(8 * size / subject.count, 3) for size in goals],
-        "tokens": tokens,
         "public": best,
         "worst_size_error": max(abs(row["off"]) for row in final),
         "shipped": Form(options.states)._asdict(),
         "tuned": form._asdict(),
-        "quick": options.quick,
     }
+
+
+def parse_options() -> argparse.Namespace:
+    """The options of the command line; a --run without a checkpoint ends the program, but for --quick."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--run", type=Path, default=ROOT / "runs" / "packing", help="run folder of bench/checkpoint.py")
+    add("--lrzip", default=shutil.which("lrzip"), help="lrzip program; without: brotli only")
+    add("--tokens", type=int, default=204_800, help="validation tokens of the report")
+    add("--part-tokens", type=int, default=40_960, help="of these, for the rows of single parts")
+    add("--tuning", type=int, default=16_384, help="validation tokens before these, for tuning")
+    add("--trials", type=int, default=18, help="settings that each packer may try")
+    add("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
+    add("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
+    add("--rates", type=float, nargs="+", default=RATES, help="bits a weight of the curve at low rates")
+    add("--only-rates", action="store_true", help="nothing but that curve")
+    add("--tune-steps", type=int, default=60, help="TUNE_STEPS of that curve")
+    add("--tune-tokens", type=int, default=8192, help="TUNE_TOKENS of that curve")
+    add("--context", type=int, default=256, help="tokens of a window")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
+    add("--quick", action="store_true", help="few tokens and sizes; trains a tiny model if need be")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.part_tokens, options.tuning, options.trials = 8192, 4096, 4096, 2
+        options.calibration, options.lrzip, options.rates, options.tune_steps = 4096, None, [2.25, 2.75], 4
+    elif not (options.run / "checkpoint.pt").exists():
+        parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
+    return options
+
+
+def main() -> None:
+    """Print the tables and the RESULT line."""
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as folder:
+        if not (options.run / "checkpoint.pt").exists():
+            options.run = train_tiny(Path(folder))
+        changes = {
+            "OUTPUT_FEEDBACK": "1",
+            "OUTPUT_DAMPENING": str(ALL.damping),
+            "TUNE_STEPS": str(options.tune_steps),
+            "TUNE_TOKENS": str(options.tune_tokens),
+            "COMPUTE_DTYPE": options.dtype,
+            "EVAL_SEQ_LEN": str(options.context),
+        }
+        coder = "lzma" if options.quick else "brotli"
+        subject = Subject(options.run, options.tuning, options.tokens, coder, changes)
+        packers = Packers(subject, options.calibration)
+        tokens = CHUNK * (len(subject.hidden) - subject.tuning)
+        others = f"{CHUNK * subject.tuning} tokens for tuning, {tokens} others for the report"
+        print(f"{subject.count} weights; {others}")
+        report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
+        result = {} if options.only_rates else compare(report, options)
+        result |= low_rates(report, list(options.rates))
+    result |= {"tokens": tokens, "tune_steps": options.tune_steps, "quick": options.quick}
     print("RESULT " + json.dumps(result))
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Draw the pictures of the README.
 
-    ./docs/make_pictures.py                        docs/packing_curve.svg from docs/packing_curve.json
+    ./docs/make_pictures.py                        docs/packing_curve.svg from docs/packing_curve.json,
+                                                   docs/codec_session.svg from docs/codec_session.txt
     ./docs/make_pictures.py --report runs/NAME     docs/report.png as well: the top of the run's report.html
 
 The second needs Chromium (Debian: apt install chromium); pngquant, if it is there, makes the file smaller.
@@ -28,6 +29,8 @@ NAMES = {
     "SDClip, published constants": "public packer, published constants",
 }
 INK, SOFT, LINE, PAPER = "#1b1b1a", "#65645f", "#dfded9", "#fdfdfc"
+SCREEN, TYPED, SHOWN = "#1e2227", "#ffffff", "#b9c0c8"  # of a terminal
+GLYPH, ROW = 7.25, 18  # pixels of a character at 12 pixels
 REPORT_SIZE = (1240, 2090)  # pixels: the page down to the map of the artifact's bytes
 
 
@@ -114,6 +117,23 @@ def draw_curve(facts: dict) -> str:
     return "\n".join([head, paper, *parts, "</svg>\n"])
 
 
+def draw_session(session: str) -> str:
+    """A recorded terminal session as one SVG; lines that were typed begin with `$ `."""
+    lines = session.rstrip("\n").split("\n")
+    width = math.ceil(GLYPH * max(map(len, lines))) + 32
+    height = ROW * len(lines) + 28
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="ui-monospace,DejaVu Sans Mono,monospace">',
+        f'<rect width="{width}" height="{height}" rx="8" fill="{SCREEN}"/>',
+    ]
+    for number, line in enumerate(lines):
+        colour = TYPED if line.startswith("$ ") else SHOWN
+        kept = line.replace(" ", "\u00a0")  # else a browser draws one for several
+        parts.append(text(16, 26 + ROW * number, kept, "start", colour, 12))
+    return "\n".join([*parts, "</svg>\n"])
+
+
 def photograph(page: Path, picture: Path) -> None:
     """The top of an HTML page as a PNG; SystemExit if there is no Chromium."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -148,6 +168,9 @@ def main() -> None:
     facts = json.loads((FOLDER / "packing_curve.json").read_text(encoding="utf-8"))
     (FOLDER / "packing_curve.svg").write_text(draw_curve(facts), encoding="utf-8")
     print(FOLDER / "packing_curve.svg")
+    session = (FOLDER / "codec_session.txt").read_text(encoding="utf-8")
+    (FOLDER / "codec_session.svg").write_text(draw_session(session), encoding="utf-8")
+    print(FOLDER / "codec_session.svg")
     if options.report:
         page = options.report / "report.html"
         if not page.exists():

@@ -34,7 +34,7 @@ MIXTURE = {
     "PHASED_TTT_NUM_PHASES": 0,
     "TTT_LORA_LR": 0.01,
     "TTT_MIXTURE_RATES": "0,1,4",
-    "TTT_CHUNK_SIZE": 16,
+    "TTT_MIXTURE_CHUNK": 16,
 }
 DOCUMENTS = {"SLIDING_WINDOW_ENABLED": False, "PHASED_TTT_NUM_PHASES": 0, "TTT_CHUNK_SIZE": 32}
 CLOCK = [
@@ -152,10 +152,9 @@ def test_a_mixture_of_experts_passes_every_probe(folder):
 
 
 def test_a_copy_that_has_seen_its_target_is_named(folder, monkeypatch):
-    def find(copies, documents):
-        for first, end in documents:
-            copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
-            copies.lengths[0, first + 1 : end] = 32
+    def find(copies, first, end):
+        copies.tokens[0, first + 1 : end] = copies.text[first + 1 : end]
+        copies.lengths[0, first + 1 : end] = 32
 
     monkeypatch.setattr(t.Copies, "find", find)
     assert "causal: ttt: token itself replaced" in broken(probed(folder, **MIXTURE))

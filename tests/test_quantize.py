@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -153,6 +155,25 @@ def test_a_model_that_cannot_fit_is_refused_before_training(config, tmp_path):
                 t.Stop, match=r"ARTIFACT_TARGET_BYTES=\d+: -?\d+ left .*, \d+ needed; lower MODEL_DIM"
             ):
                 t.preflight(run)
+
+
+def test_too_few_bits_a_weight_are_told_in_the_first_second(config, tmp_path, capsys):
+    matrices = sum(p.numel() for p in t.GPT(config).parameters() if p.dim() > 2 or p.shape[0] > 100)
+    for bits, warned in [(1.9, True), (2.6, False)]:
+        run = t.Run(replace(config, artifact_target_bytes=int(bits / 8 * matrices)))
+        run.folder = tmp_path
+        t.preflight(run)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert bool(lines) == warned
+        if warned:
+            assert len(lines) == 1
+            size = int(bits / 8 * matrices)
+            left = re.fullmatch(
+                rf"warning: {size} bytes leave (1\.\d\d) bits for each of \d+ weights, which costs about "
+                r"\+(0\.\d+) BPB; lower MLP_MULT or MODEL_DIM",
+                lines[0],
+            )
+            assert float(left[2]) == pytest.approx(t.packing_loss(float(left[1])), abs=1e-3)
 
 
 def test_each_class_has_its_own_width_and_clip():

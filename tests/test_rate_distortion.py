@@ -126,6 +126,39 @@ def test_error_under_the_inputs_falls_with_each_part():
     assert cost(t.round_matrix(flat, half, 64), half) < 0.9 * scalar
 
 
+@pytest.mark.parametrize("states, most", [(0, 0.85), (64, 0.92)])
+def test_errors_fed_to_later_rows_cost_less_under_both_moments(states, most):
+    """YAQA's objective on a matrix whose outputs' gradients correlate, at equal bits."""
+    weight, inputs = random_matrix(96, 64)
+    outputs = random_matrix(1, 96, seed=5)[1]
+    found = []
+    for known in (outputs.diagonal(), outputs):
+        problem = t.rounding_problem(weight, inputs, known, 0.01, (1, 1, 1), 0.05)
+        delta = t.guess_delta({"": problem}, 3 * weight.numel() / 8, states)
+        step_size = t.step_sizes(problem.row_exponents, problem.column_exponents, delta)
+        integers = t.round_matrix(problem, step_size, states, 0.5)
+        assert states == 0 or is_legal(integers, states)
+        error = weight - torch.from_numpy(integers * step_size).float()
+        cost = torch.einsum("ri,rs,sj,ij->", error, outputs, error, inputs)
+        bits = 8 * len(t.code_matrices([integers], states)) / weight.numel()
+        found.append(float(cost) * 4 ** (bits - 3))
+    assert found[1] < most * found[0]
+
+
+def test_row_feedback_leaves_blocks_alone_and_undoes_the_root():
+    outputs = random_matrix(1, 40, seed=3)[1]
+    costs, feedback = t.feed_rows(outputs.double(), 0.1)
+    damped = outputs.double() + 0.1 * outputs.diagonal().double().mean() * torch.eye(40)
+    for first in range(0, 40, t.ROW_BLOCK):
+        block = slice(first, first + t.ROW_BLOCK)
+        assert torch.allclose(feedback[block, block], torch.eye(len(feedback[block])), atol=1e-5)
+        assert (feedback[block, :first] == 0).all()
+    # The cost of E = F^T N is that of N block by block.
+    within = feedback.double() @ damped @ feedback.double().T
+    assert torch.allclose(within.diagonal(), costs, rtol=1e-4)
+    assert within[: t.ROW_BLOCK, t.ROW_BLOCK :].abs().max() < 1e-4 * within.abs().max()
+
+
 def test_scales_are_powers_of_two_and_eight_constants():
     exponents = np.arange(-400, 400, dtype=np.int32)
     scale = t.step_sizes(np.zeros(1, np.int32), exponents, 1.0)[0]

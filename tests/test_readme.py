@@ -194,5 +194,7 @@ def test_the_pictures_are_those_of_their_data():
     facts = json.loads(text_of("docs/packing_curve.json"))
     drawn = module_of("docs/make_pictures.py").draw_curve(facts)
     assert text_of("docs/packing_curve.svg") == drawn, "run ./docs/make_pictures.py"
+    drawn = module_of("docs/make_pictures.py").draw_session(text_of("docs/codec_session.txt"))
+    assert text_of("docs/codec_session.svg") == drawn, "run ./docs/make_pictures.py"
     assert (ROOT / "docs/report.png").read_bytes().startswith(b"\x89PNG")
     assert (ROOT / "docs/report.png").stat().st_size < 300_000

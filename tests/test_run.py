@@ -41,11 +41,15 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     assert all(word in lines[0] for word in words), lines[0]
 
 
+# Both parts of the packer that are off by default.
+PACKER = {"OUTPUT_FEEDBACK": "1", "OUTPUT_DAMPENING": "0.5", "TUNE_STEPS": "2", "TUNE_TOKENS": "256"}
+
+
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
     """(settings, folder) of one finished run, shared by the tests that only look at it."""
     out = tmp_path_factory.mktemp("finished")
-    settings = tiny_settings(dataset, out) | {"RUN_ID": "a"}
+    settings = tiny_settings(dataset, out) | PACKER | {"RUN_ID": "a"}
     result = launch(settings, processes=1)
     assert result.returncode == 0, result.stderr
     (out / "a" / "stdout").write_text(result.stdout)
@@ -83,8 +87,15 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert summary["artifact_sha256"] == artifact_hash(folder) and summary["steps"] == 8
     assert summary["compliance"]["legal"] is True
     assert summary["overrides"]["NUM_LAYERS"] == 4 and "MATRIX_LR" not in summary["overrides"]
+    # Rounding and tuning read training data: they are in the budget, and the last read is behind them.
+    spent = [summary[name] for name in ("train_seconds", "hessian_seconds", "gptq_seconds", "tune_seconds")]
+    assert summary["budgeted_seconds"] >= sum(spent)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = {record["event"]: record["clock"] for record in records if record["kind"] == "ledger"}
+    assert events["train_read_last"] - events["train_clock_start"] >= sum(spent)
+    assert events["train_read_last"] <= events["artifact_sealed"]
     log = (folder / "train.log").read_text()
-    assert log.strip() == "\n".join(line for line in log.splitlines() if line.strip())
+    assert "tuned 1" in log and log.strip() == "\n".join(line for line in log.splitlines() if line.strip())
     assert (folder / "stdout").read_text().splitlines()[-1].startswith("final val_loss:")
     assert log.index("sha256:" + artifact_hash(folder)) < log.index("val_tokens:")
     assert len(losses(folder)) == 8 and losses(folder)[-1] < losses(folder)[0]

@@ -352,7 +352,7 @@ def test_a_broken_compliance_probe_stops_the_submission(runs, monkeypatch):
     report = compliance.Report(runs[0])
     report.add("causal", "future replaced", True, "")
     report.add("budgets", "evaluation clock", False, "700 of 600 s")
-    monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
+    monkeypatch.setattr(compliance, "check", lambda folder, alone, decode: report)
     words, measured = submit.probe(run, "demo")  # another track has budgets of its own
     assert "1 of 2 compliance probes hold" in words and measured["causal"]["holds"] is True
     with pytest.raises(results.Stop, match="budgets: evaluation clock: 700 of 600 s"):
@@ -370,7 +370,7 @@ def test_after_check_the_readme_has_the_measured_conditions(runs, tmp_path, monk
     report = compliance.Report(runs[0])
     for group in compliance.CONDITIONS:
         report.add(group, "a probe", True, "evidence")
-    monkeypatch.setattr(compliance, "check", lambda folder, alone: report)
+    monkeypatch.setattr(compliance, "check", lambda folder, alone, decode: report)
     monkeypatch.setattr(submit, "score_again", lambda run: f"{run.folder.name}: scored again")
     folder = call(runs, tmp_path, "--check")
     text = (folder / "README.md").read_text()

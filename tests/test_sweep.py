@@ -228,6 +228,8 @@ def test_an_edit_of_the_script_changes_no_run_and_is_noticed(tmp_path):
         (["SEED=1", "--gpus-per-run", "3"], "--gpus-per-run 3"),
         (["SEED=1", "--recipe", "nothing.env"], "nothing.env"),
         (["SEED=1", "--stage", "evaluate"], "--artifact FILE"),
+        (["MATRIX_LR=0.02,0.03", "--interleave"], "--interleave: needs seeds"),
+        (["SEED=1", "--interleave", "--jobs", "2"], "--jobs 2: --interleave has one run"),
         (["SEED=1", "--stage", "evaluate", "--artifact", "nothing.ptz"], "nothing.ptz: no such file"),
     ],
 )
@@ -237,7 +239,7 @@ def test_what_is_wrong_is_refused_before_anything_starts(tmp_path, words, messag
 
 def test_a_metric_that_no_summary_holds_is_named_after_the_runs(tmp_path):
     with pytest.raises(
-        results.Stop, match="bpb.ttt: .*there are: val_bpb, steps, bpb.quantized, bpb.sliding"
+        results.Stop, match="bpb.ttt: .*there are: val_bpb, steps, train_seconds, bpb.quantized, bpb.sliding"
     ):
         call(tmp_path, "SEED=1", "--metric", "bpb.ttt")
     assert sweep.rows_of(call(tmp_path, "SEED=1"), "val_bpb")[0].values

@@ -86,6 +86,7 @@ def main() -> None:
         "val_bpb": bpb,
         "bpb": {"quantized": bpb, "sliding": bpb - 0.001},
         "steps": 10,
+        "train_seconds": 20 * gain,
         "overrides": {},
         "compliance": {"legal": True, "limits": {}},
     }

@@ -1,0 +1,147 @@
+"""Levers of training that are off by default: each against a plain form of what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train_gpt as t
+from helpers.tensors import perturbed, tokens
+from helpers.trainer import replace
+
+CLASSIC = t.NEWTON_SCHULZ["classic"] * 5
+
+
+def test_a_mixture_of_momenta_is_each_averages_nesterov_step_in_its_part():
+    torch.manual_seed(0)
+    gradients = torch.randn(3, 2, 6, 10)
+    pairs = [(0.85, 0.4385), (0.98, 0.5615)]
+    buffer, averages = torch.zeros(2, 6, 10), [torch.zeros(2, 6, 10) for _ in pairs]
+    plain_buffer = buffer.clone()
+    expected = [torch.zeros(2, 6, 10) for _ in pairs]
+    for step, gradient in enumerate(gradients):
+        mixture = [(average, *pair) for average, pair in zip(averages, pairs, strict=True)]
+        arguments = (torch.tensor(0.9), True, torch.float32, CLASSIC)
+        plain = t.muon_update(gradient, plain_buffer, *arguments)
+        result = t.muon_update(gradient, buffer, *arguments, mixture=mixture, mixed=step == 2)
+        if step < 2:  # they are only kept up to date
+            assert torch.equal(result, plain)
+        expected = [d * e + (1 - d) * gradient for e, (d, _) in zip(expected, pairs, strict=True)]
+    parts = [w * ((1 - d) * gradient + d * e) for e, (d, w) in zip(expected, pairs, strict=True)]
+    update = sum(parts)
+    update = update / update.norm(dim=-1, keepdim=True)
+    assert torch.allclose(result, t.orthogonalize(update, CLASSIC), atol=1e-5)
+
+
+def test_heads_as_units_are_orthogonalised_one_by_one():
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 8, 10)
+    arguments = (torch.tensor(0.9), False, torch.float32, CLASSIC)
+    result = t.muon_update(gradient, torch.zeros(2, 8, 10), *arguments, units=2)
+    for half in (slice(0, 4), slice(4, 8)):
+        alone = t.muon_update(gradient[:, half], torch.zeros(2, 4, 10), *arguments)
+        assert torch.allclose(result[:, half], alone, atol=1e-6)
+
+
+def test_a_metric_makes_noisy_rows_and_columns_move_less():
+    torch.manual_seed(0)
+    rows, columns = torch.zeros(1, 6, 1), torch.zeros(1, 1, 10)
+    arguments = (torch.tensor(0.9), False, torch.float32, t.NEWTON_SCHULZ["polar_express"])
+    gradient = torch.randn(1, 6, 10)
+    gradient[:, 0] *= 5
+    result = t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns), measures=True)
+    assert torch.allclose(rows, 0.05 * gradient.square().mean(2, keepdim=True))  # the momentum was zero
+    # Roots of B, that of the noise over its mean, at least 1/2 and at most 2, around a polar factor.
+    scales = [
+        (part / part.mean()).sqrt().clamp(0.5, 2).rsqrt()
+        for part in (gradient.square().mean(2, keepdim=True), gradient.square().mean(1, keepdim=True))
+    ]
+    u, _, v = torch.linalg.svd(scales[0] * gradient * scales[1], full_matrices=False)
+    assert torch.allclose(result, scales[0] * (u @ v) * scales[1], atol=0.15)
+    frozen = rows.clone()
+    t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns))
+    assert torch.equal(rows, frozen)
+
+
+def test_the_averages_of_a_mixture_are_saved_and_the_units_are_those_of_keys_and_values(config):
+    config = replace(config, muon_mixture="0.85:0.4,0.98:0.6", muon_head_units=True, muon_metric_until=0.5)
+    run = t.Run(config)
+    torch.manual_seed(0)
+    model = t.GPT(config)
+    optimizers = t.Optimizers(run, model, compiled=False)
+    units = []
+    real = optimizers.muon.update
+    optimizers.muon.update = lambda *a: units.append(a[7]) or real(*a)
+
+    def advance():
+        model(tokens(config)).mean().backward()
+        optimizers.step(1.0, 0.9, 0.1, progress=0.3)
+
+    advance()
+    weights, state = t.to_cpu(model.state_dict()), t.to_cpu(optimizers.state())
+    assert set(units) == {1, config.num_kv_heads} and "kv/1" in state["muon"]
+    advance()
+    expected = t.to_cpu(model.state_dict())
+    model.load_state_dict(weights)
+    optimizers.load(state)
+    advance()
+    assert all(torch.equal(expected[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_decay_may_follow_the_rate_and_weights_are_a_blend():
+    c = t.Config(warmdown_frac=0.5, min_lr=0.1, muon_wd=0.2, wd_follows_rate=True)
+    assert [t.muon_weight_decay(c, f) for f in (0, 0.75, 1.0)] == pytest.approx([0.2, 0.1, 0.02])
+    saved = {"average": {"a": torch.tensor([1.0])}, "last": {"a": torch.tensor([2.0])}}
+    assert t.blend_average(c, saved) is saved["average"]
+    blended = t.blend_average(dataclasses.replace(c, ema_share=0.6), saved)
+    assert blended["a"].item() == pytest.approx(1.4)
+
+
+def test_segments_grow_with_the_schedule():
+    c = t.Config(train_seq_len=64, train_seq_schedule="16@0.1,32@0.7")
+    assert [t.longest_segment(c, p) for p in (0, 0.1, 0.69, 0.7, 1)] == [16, 32, 32, 64, 64]
+    ids = np.full(100, 5)
+    ids[[0, 70]] = t.BOS
+    inputs = torch.from_numpy(ids[None])
+    batch = t.Batch(inputs, inputs, t.segment_starts(ids, 64), 64)
+    cut = t.shorten_segments(batch, 32)
+    assert torch.equal(cut.starts, t.segment_starts(ids, 32)) and cut.longest == 32
+    assert t.attention_pairs(cut) == 32**2 * 2 + 6**2 + 30**2
+    assert t.shorten_segments(batch, 64) is batch
+    with pytest.raises(t.Stop, match="TRAIN_SEQ_SCHEDULE=16@0.5: needs LOADER=packed"):
+        t.Config(train_seq_schedule="16@0.5", loader="shuffled")
+    with pytest.raises(t.Stop, match="must be pairs length@progress"):
+        t.Config(train_seq_schedule="16@")
+    with pytest.raises(t.Stop, match="must be pairs decay:weight"):
+        t.Config(muon_mixture="0.9")
+
+
+def test_the_loss_of_prefixes_is_that_of_their_tokens(config):
+    config = replace(config, prefix_loss=0.25, prefix_loss_until=0.5)
+    data = t.Dataset(config)
+    prefixes = t.token_prefixes(data)
+    texts = [data.pieces.id_to_piece(token) for token in range(config.vocab_size)]
+    pairs = [(texts[token], texts[found]) for token, found in enumerate(prefixes.tolist()) if found >= 0]
+    assert len(pairs) > 20 and all(long.startswith(short) and long != short for long, short in pairs)
+    known = set(texts)
+    assert not any(long[:size] in known for long, short in pairs for size in range(len(short) + 1, len(long)))
+
+    torch.manual_seed(0)
+    model = perturbed(t.GPT(config), 0.05)
+    batch = tokens(config)
+    plain = model(batch)
+    hidden = model.trunk(batch, t.Hooks())
+    logits = 30 * torch.tanh(F.linear(hidden, model.embed) / 30)
+    aims = prefixes[batch.targets]
+    extra = F.cross_entropy(logits.flatten(0, 1), aims.flatten().clamp_min(0), reduction="none")
+    expected = plain + 0.25 * (aims >= 0) * extra.view_as(plain)
+    model.prefixes = prefixes
+    model.prefix_weight = torch.tensor(0.25)
+    result = model(batch)
+    assert torch.allclose(result, expected, atol=1e-5) and (aims >= 0).any() and (aims < 0).any()
+    gradients = [torch.autograd.grad(loss.mean(), model.up)[0] for loss in (result, expected)]
+    assert torch.allclose(*gradients, atol=1e-6)

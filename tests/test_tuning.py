@@ -1,0 +1,132 @@
+"""Tuning after rounding: what it trains, that it pays for itself, and that ranks change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train_gpt as t
+from helpers.tensors import perturbed
+from helpers.trainer import replace, tiny_settings
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def shared(dataset, tmp_path_factory):
+    """(config, weights, tensors, goal): a perturbed model, rounded to 2.5 bits a weight."""
+    config = t.Config.from_env(tiny_settings(dataset, tmp_path_factory.mktemp("runs")))
+    config = replace(config, tune_steps=STEPS, tune_tokens=512, tune_lr=0.02, compressor="lzma")
+    run = t.Run(config)
+    torch.manual_seed(0)
+    model = perturbed(t.GPT(config), 0.1)
+    model.looped = True
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = t.collect_moments(run, model, t.Dataset(config))
+    goal = int(2.5 / 8 * sum(weight.numel() for weight in weights.values()))
+    return config, weights, t.quantize(run, model.table, weights, goal, True, moments), goal
+
+
+@pytest.fixture
+def rounded(shared):
+    """(run, model, data, weights, tensors, goal), to be changed."""
+    config, weights, tensors, goal = shared
+    model = t.GPT(config)
+    model.looped = True
+    return t.Run(config), model, t.Dataset(config), weights, dict(tensors), goal
+
+
+def divergence(model, data, before, after):
+    """KL in nats per token between two sets of weights on tokens that tuning does not read."""
+    teacher = t.GPT(model.config)
+    teacher.looped = True
+    teacher.load_state_dict(before)
+    model.load_state_dict(after)
+    loader = t.ShuffledLoader(model.config, data)
+    with torch.no_grad():
+        losses = [t.tuning_loss(teacher, model, loader.get(30, stream), 0.0) for stream in range(8)]
+    return float(torch.stack(losses).mean())
+
+
+def test_tuning_changes_no_integer_and_lowers_the_divergence_for_no_byte(rounded):
+    run, model, data, weights, tensors, goal = rounded
+    kept = dict(tensors)
+    table = model.table
+    before = divergence(model, data, weights, t.assemble_weights(table, tensors))
+    facts = t.tune(run, model, data, weights, tensors)
+    assert divergence(model, data, weights, t.assemble_weights(table, tensors)) < 0.9 * before
+    assert facts["tune_loss_last"] < facts["tune_loss_first"]
+    for name, tensor in tensors.items():
+        if tensor.scales is None:
+            assert tensor.values.dtype == torch.float16
+        else:
+            assert tensor is kept[name]
+    assert any(not torch.equal(tensors[name].values, kept[name].values) for name in tensors)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    # Room was kept for values that do not compress.
+    noise = {
+        name: t.Quantized(torch.randint(0, 30_000, tensor.values.shape, dtype=torch.int16).view(torch.half))
+        for name, tensor in tensors.items()
+        if tensor.scales is None
+    }
+    assert len(t.encode_artifact(run.config, tensors | noise, True)) <= goal
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_tuning_step_has_the_same_bits_for_any_number_of_ranks(rounded, world):
+    run, model, data, weights, tensors, _goal = rounded
+    model.load_state_dict(t.spread_weights(run, model, tensors))
+    tuning = t.Tuning(run, model, data, weights)
+    with tuning.only_parameters():
+        alone = tuning.gradient(3)
+        rows = []
+
+        def keep(found):
+            rows.append(found.clone())
+            return found
+
+        run.sum_over_ranks, run.world_size = keep, world
+        for run.rank in range(world):
+            tuning.gradient(3)
+    assert torch.equal(torch.stack(rows).sum(0).mean(0), alone) and alone.abs().max() > 0
+    assert torch.equal(sum(rows).mean(0), alone)
+
+
+def test_the_training_loss_can_be_a_part_of_what_is_tuned(rounded):
+    run, model, data, weights, tensors, _goal = rounded
+    model.load_state_dict(t.spread_weights(run, model, tensors))
+    teacher = t.Tuning(run, model, data, weights).teacher
+    batch = t.ShuffledLoader(run.config, data).get(0, 0)
+    with torch.no_grad():
+        found = t.tuning_loss(teacher, model, batch, 0.5) - t.tuning_loss(teacher, model, batch, 0.0)
+        assert found == pytest.approx(0.5 * float(model(batch).mean()), rel=1e-4)
+
+
+def test_a_tuning_that_diverges_is_refused(rounded):
+    run, model, data, weights, tensors, _goal = rounded
+    run.config = replace(run.config, tune_steps=2, tune_lr=1e30)
+    with pytest.raises(t.Stop, match="TUNE_LR=1e\\+30: the loss of tuning is not finite; lower it"):
+        t.tune(run, model, data, weights, tensors)
+
+
+def test_the_reserve_holds_rounding_and_tuning_and_leaves_no_trace(config, monkeypatch):
+    config = replace(config, tune_steps=1000, tune_tokens=256, gptq_calibration_batches=1)
+    run, data = t.Run(config), t.Dataset(config)
+    model = t.GPT(config)
+    fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
+    clock = iter(range(10_000))
+    monkeypatch.setattr(run, "now", lambda: float(next(clock)))  # a second between two looks
+    reserve = t.measure_reserve(run, model, data)
+    assert reserve >= 1.3 * (1000 + 1)  # a second per step
+    assert all(torch.equal(weight, fresh[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_step_is_shared_by_eight_ranks_where_it_has_as_many_windows(config, monkeypatch):
+    def forwards(tokens):
+        return t.tuning_forwards(replace(config, tune_tokens=tokens))
+
+    assert config.train_seq_len == 32
+    assert [forwards(1), forwards(64), forwards(512), forwards(1024)] == [(1, 32), (2, 32), (8, 64), (8, 128)]
+    monkeypatch.setattr(t, "TUNE_FORWARD", 64)
+    assert forwards(1024) == (16, 64)
