@@ -8465,8 +8465,9 @@ def enter_contexts(tokens, first, end, orders, table):
 class Copies:
     """For every target, what followed the longest match of the tokens before it.
 
-    From its document (0) and from those that ended before it began (1): `tokens` and `lengths` (2, N), a
-    length of 0 where there is no match. Tokens are all that is needed, so every rank enters all documents.
+    From its document (0) and from those scored before it began (1): `tokens` and `lengths` (2, N), a length
+    of 0 where there is no match. Scored before it are all documents of earlier phases, and those of its
+    stream that ended at an earlier turn: streams run side by side, none waits for another within a phase.
     """
 
     def __init__(self, text: np.ndarray, which: str):
@@ -8476,37 +8477,46 @@ class Copies:
         self.lengths = np.zeros((2, len(text)), np.uint8)
         bits = min(TABLE_BITS, len(text).bit_length() + 1)
         self.document_table = np.zeros((len(DOCUMENT_ORDERS), 1 << min(bits, 16)), np.int64)
-        self.history_table = np.zeros((len(HISTORY_ORDERS), 1 << bits), np.int64)
+        self.phases_table = np.zeros(
+            (len(HISTORY_ORDERS), 1 << bits), np.int64
+        )  # of the phases that are over
+        self.history_table = self.phases_table.copy()  # and of the stream that is being scored
+        self.events: collections.deque[tuple[int, int, int, int]] = collections.deque()
 
-    def plan(self, plans: list[list[Turn]], mine: Iterable[int]) -> None:
-        """Take in the turns of all streams, of which the documents of `mine` are to be found copies for.
-
-        A document copies from those of any stream that ended at an earlier turn than its first.
-        """
+    def begin(self, turns: list[Turn]) -> None:
+        """Begin a phase of one stream with its `turns`."""
+        self.history_table[:] = self.phases_table
         events = []
-        for stream, turns in enumerate(plans):
-            for number, turn in enumerate(turns):
-                if stream in mine:
-                    events += [(number, 0, stream, *turn.documents[slot]) for slot in turn.opens]
-                if self.which == "all":
-                    events += [(number, 1, stream, *turn.documents[slot]) for slot in turn.ends]
+        for number, turn in enumerate(turns):
+            events += [(number, 1, *turn.documents[slot]) for slot in turn.opens]
+            if self.which == "all":
+                events += [(number + 1, 0, *turn.documents[slot]) for slot in turn.ends]
         self.events = collections.deque(sorted(events))
 
     def advance(self, turn: int) -> None:
-        """Find the copies of documents up to those that begin at a `turn`, in the order of all streams.
+        """Find the copies of documents up to those that begin at a `turn`, when all turns before are scored.
 
         Not all at once, so that it happens while the device is busy with the turns before.
         """
         while self.events and self.events[0][0] <= turn:
-            _, ended, _, first, end = self.events.popleft()
-            if ended:
-                self.enter(first, end)
-            else:
+            _, opens, first, end = self.events.popleft()
+            if opens:
                 self.find(first, end)
+            else:
+                self.enter(first, end, self.history_table)
 
-    def enter(self, first: int, end: int) -> None:
+    def finish(self, documents: np.ndarray) -> None:
+        """End a phase that has scored `documents` (N, 2), of all streams: every rank enters all of them.
+
+        Tokens are all that is needed, so nothing is sent from rank to rank.
+        """
+        if self.which == "all":
+            for first, end in documents:
+                self.enter(first, end, self.phases_table)
+
+    def enter(self, first: int, end: int, table: np.ndarray) -> None:
         """Let later documents copy from one that has ended."""
-        enter_contexts(self.text, first, end, HISTORY_ORDERS, self.history_table)
+        enter_contexts(self.text, first, end, HISTORY_ORDERS, table)
 
     def find(self, first: int, end: int) -> None:
         """Find the copies of a document."""
@@ -8707,16 +8717,18 @@ class Mixture:
 
     def score_phase(self, batches: list[np.ndarray], phase: int, first_seed: int) -> None:
         """Score this rank's streams of the `batches` (documents (N, 2) each), in their order."""
-        dealt = deal_documents(np.concatenate(batches))
-        plans = [list(plan_turns(self.run.config, documents)) for documents in dealt]
-        self.copies.plan(plans, self.run.streams)
-        turns = [(stream, number) for stream in self.run.streams for number in range(len(plans[stream]))]
+        documents = np.concatenate(batches)
+        dealt = deal_documents(documents)
+        plans = {stream: list(plan_turns(self.run.config, dealt[stream])) for stream in self.run.streams}
+        turns = [(stream, number) for stream, plan in plans.items() for number in range(len(plan))]
         for stream, number in self.run.progress(f"val:ttt phase {phase + 1}", turns):
+            if number == 0:
+                self.copies.begin(plans[stream])
             self.copies.advance(number)
             self.mixer.take(stream)
             self.take_turn(plans[stream][number])
             self.mixer.leave(stream)
-        self.copies.advance(sys.maxsize)
+        self.copies.finish(documents)
 
     def take_turn(self, turn: Turn) -> None:
         """Score the chunks of a turn, then learn from them."""

@@ -249,7 +249,7 @@ def test_copies_follow_the_longest_match_of_what_is_known():
     text[[0, 150, 300]] = t.BOS
     documents = np.array([[0, 151], [150, 301], [300, 400]])
     copies = t.Copies(text, "all")
-    copies.enter(*documents[2])
+    copies.enter(*documents[2], copies.history_table)
     for first, end in documents[:2]:
         copies.find(first, end)
     for first, end in documents[:2]:
@@ -268,31 +268,32 @@ def test_copies_follow_the_longest_match_of_what_is_known():
     assert not t.Copies(text, "all").lengths.any()
 
 
-def test_documents_copy_from_what_ended_before_they_began(tiny, monkeypatch):
-    """In turns, across streams."""
+def test_documents_copy_from_what_was_scored_before_they_began(tiny, monkeypatch):
+    """Of their stream what ended at earlier turns, of all streams the phases before."""
     tokens = stream(tiny)
-    dealt = t.deal_documents(t.find_documents(tokens))
-    plans = [list(t.plan_turns(tiny, documents)) for documents in dealt]
-    known: list[tuple[int, int]] = []
+    documents = t.find_documents(tokens)
+    earlier, documents = documents[:3], documents[3:]
+    plans = [list(t.plan_turns(tiny, dealt)) for dealt in t.deal_documents(documents)]
     seen = {}
-    monkeypatch.setattr(t.Copies, "enter", lambda copies, *document: known.append(document))
+    monkeypatch.setattr(t, "enter_contexts", lambda tokens, first, end, orders, table: table[0].put(first, 1))
     monkeypatch.setattr(
-        t.Copies, "find", lambda copies, *document: seen.setdefault(document, list(known)) and None
+        t.Copies,
+        "find",
+        lambda copies, first, end: seen.setdefault((first, end), set(copies.history_table[0].nonzero()[0])),
     )
     copies = t.Copies(tokens, "all")
-    copies.plan(plans, [1])
-    copies.advance(0)
-    assert set(seen) == {tuple(plans[1][0].documents[slot]) for slot in plans[1][0].opens}
-    copies.advance(1000)
-    begins, ends = {}, {}
+    copies.finish(earlier)
     for plan in plans:
+        copies.begin(plan)
+        scored = set(earlier[:, 0])
         for number, turn in enumerate(plan):
-            begins |= {tuple(turn.documents[slot]): number for slot in turn.opens}
-            ends |= {tuple(turn.documents[slot]): number for slot in turn.ends}
-    assert sorted(seen) == sorted(map(tuple, dealt[1])) and len(known) == len(TARGETS)
-    for document, before in seen.items():
-        assert sorted(before) == sorted(other for other in ends if ends[other] < begins[document])
-    assert any(seen.values())
+            copies.advance(number)
+            for slot in turn.opens:
+                assert seen.pop(tuple(turn.documents[slot])) == scored
+            assert not seen
+            scored |= {turn.documents[slot][0] for slot in turn.ends}
+    copies.finish(documents)
+    assert set(copies.phases_table[0].nonzero()[0]) == {*earlier[:, 0], *documents[:, 0]}
 
 
 def test_adapters_of_all_rates_learn_as_alone(tiny, monkeypatch):
