@@ -137,13 +137,16 @@ def ratio(one: float | None, other: float | None) -> float | None:
 
 
 def recipes() -> dict[str, dict[str, str]]:
-    """Settings by name: the flagship (the defaults, unless a recipe says more) and the published systems."""
+    """Settings by name: the flagship (the defaults, unless a recipe says more) and the published systems.
+
+    Not those of the embedded corpus: they are of a CPU's size.
+    """
     found = {"flagship": {}}
     for path in sorted((ROOT / "records" / "recipes").glob("*.env")):
-        found[path.stem] = read_recipe(path)
-    return {
-        name: found[name] for name in sorted(found, key=lambda name: name != "flagship") if name != "cpu_demo"
-    }
+        settings = read_recipe(path)
+        if settings.get("DATASETS_DIR") != "data/demo":
+            found[path.stem] = settings
+    return {name: found[name] for name in sorted(found, key=lambda name: name != "flagship")}
 
 
 class Bench:

@@ -548,7 +548,7 @@ def test_a_violation_is_one_line_and_exit_status_1(folder, capsys, monkeypatch):
     report = compliance.Report(folder)
     report.add("normalised", "ttt: sums to 1", False, "sums to 1.3")
     report.add("causal", "ttt: future replaced", True, "0")
-    monkeypatch.setattr(compliance, "check", lambda *given: report)
+    monkeypatch.setattr(compliance, "check", lambda *given, decode: report)
     assert compliance.main([str(folder)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == "VIOLATION normalised: ttt: sums to 1: sums to 1.3" and "NOT LEGAL" in lines[-1]

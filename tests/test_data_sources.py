@@ -24,10 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import verify_bytes
-from data import demo, documents, prepare, shards
+from data import demo, documents, prepare, shards, sidecar
 from data.compressed import CompressedStream, StreamError
 from data.shards import read_json_object, sha256_file, train_tokenizer
-from data.sidecar import CaseCheck, standard_normaliser, table_bytes, table_problem
+from data.sidecar import CaseCheck, byte_tables, standard_normaliser, table_bytes, table_problem
 from data.workers import run_in_order
 from helpers import ROOT
 from helpers.data_side import content, refused, refuted, run_prepare, verify
@@ -353,8 +353,8 @@ def test_a_tokenizer_without_a_lone_space_is_refused(tmp_path, tokenizer, capsys
     assert "no piece for a lone space" in refuted(capsys, out)
 
 
-def test_tables_are_compared_with_the_decoded_text(tmp_path, capsys):
-    """A piece with an inner space is worth two bytes too many to the tables: 0.5 % went unseen."""
+def test_tables_are_compared_with_the_decoded_text(tmp_path, capsys, monkeypatch):
+    """A piece with an inner space is worth its bytes, and tables that count two too many (0.5 %) are seen."""
     source, out = tmp_path / "all.jsonl", tmp_path / "out"
     texts = [f"{number} of the " + "river house " * 40 for number in range(60)]
     source.write_bytes(lines([text.strip() for text in texts]))
@@ -373,10 +373,22 @@ def test_tables_are_compared_with_the_decoded_text(tmp_path, capsys):
         user_defined_symbols=["of\u2581the"],
         minloglevel=2,
     )
-    assert run_prepare(source, "--out", out, "--val-docs", 20, "--tokenizer", tmp_path / "wide.model") == 0
+    made_from = (source, "--val-docs", 20, "--tokenizer", tmp_path / "wide.model")
+    assert run_prepare(*made_from, "--out", out) == 0
     manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["val_lut_bytes"] == manifest["val_bytes"]
+
+    def wrong_tables(processor):
+        base, lead, boundary = byte_tables(processor)
+        base[processor.piece_to_id("of\u2581the")] += 2
+        return base, lead, boundary
+
+    monkeypatch.setattr(sidecar, "byte_tables", wrong_tables)
+    wrong = tmp_path / "wrong"
+    assert run_prepare(*made_from, "--out", wrong) == 0
+    manifest = json.loads((wrong / "manifest.json").read_text())
     assert 0 < manifest["val_lut_bytes"] / manifest["val_bytes"] - 1 < 0.01
-    assert "its tokens decode to" in refuted(capsys, out)
+    assert "its tokens decode to" in refuted(capsys, wrong)
 
 
 # === ERRORS OF OTHERS ===

@@ -89,6 +89,7 @@ def play_rank(run, rank, world):
 def alone(monkeypatch):
     """No other rank is there: nothing is summed, and what the others score is not missed."""
     monkeypatch.setattr(t.Run, "sum_over_ranks", lambda run, tensor: tensor)
+    monkeypatch.setattr(t.Run, "sum_on_hosts", lambda run, value: value)
     monkeypatch.setattr(t.Run, "on_main_rank", lambda run, action: action())
     monkeypatch.setattr(t.Tally, "require", lambda *_: None)
     monkeypatch.setattr(t.Tally, "total", lambda tally, stage: t.Score(1.0, 1, 1, tally.nats))
