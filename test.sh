@@ -8,5 +8,4 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"  # as in run.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one test per core instead
 "$python" -m ruff format --check .
 "$python" -m ruff check .
-# One worker more than there are cores: a quarter of the time a test waits for other processes.
-exec "$python" -m pytest --ignore=tests/gpu --numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist worksteal "$@"
+exec "$python" -m pytest --ignore=tests/gpu --numprocesses auto --maxprocesses 8 --dist worksteal "$@"
