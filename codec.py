@@ -50,7 +50,18 @@ from tqdm import tqdm
 
 from data.sidecar import VERSIONS
 from lossless_caps import OPERATORS, TRANSFORMS, decode_caseops
-from results import NAMES, PLACES, Run, Stop, place_of, place_of_data, read_json, run_tool, warn
+from results import (
+    NAMES,
+    PLACES,
+    Run,
+    Stop,
+    place_of,
+    place_of_data,
+    read_json,
+    run_tool,
+    warn,
+    write_atomically,
+)
 
 # === THE SHIPPED SCRIPT ===
 # In: an artifact, and beside it the script that made it and its settings. Out: that script as a module, whose
@@ -1162,15 +1173,8 @@ def compress(options: argparse.Namespace) -> None:
     began = time.monotonic()
     container, coded = compress_files(artifact, texts, contents, parts, job)
     seconds = time.monotonic() - began
-    write_bytes(options.out, container)
+    write_atomically(options.out, container)
     print(describe_compression(contents, len(container), coded, seconds))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one go: a kill leaves none or all of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def decompress(options: argparse.Namespace) -> None:
@@ -1190,7 +1194,7 @@ def decompress(options: argparse.Namespace) -> None:
     seconds = time.monotonic() - began
     options.out.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
-        write_bytes(options.out / name, data)
+        write_atomically(options.out / name, data)
     total = sum(map(len, contents.values()))
     print(f"{len(contents)} files, {total:,} bytes in {options.out}: as they were; {seconds:.1f} s")
 
@@ -1369,7 +1373,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     values = b"".join(tensor.float().contiguous().numpy().tobytes() for tensor in tensors.values())
-    write_bytes(path, struct.pack("<Q", len(text)) + text + values)
+    write_atomically(path, struct.pack("<Q", len(text)) + text + values)
 
 
 def model_card(artifact: Artifact, digest: str) -> str:
@@ -1458,7 +1462,7 @@ def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
     shutil.copy(ROOT / "lossless_caps.py", folder / "golf_transforms.py")
     (folder / "golf_trainer.py").write_text(source_of(artifact), encoding="utf-8")
     (folder / "README.md").write_text(model_card(artifact, texts.digest), encoding="utf-8")
-    write_bytes(folder / "tokenizer.model", texts.path.read_bytes())
+    write_atomically(folder / "tokenizer.model", texts.path.read_bytes())
 
 
 def export(options: argparse.Namespace) -> None:

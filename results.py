@@ -84,15 +84,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_atomically(path: Path, text: str, lasting: bool = True) -> None:
+def write_atomically(path: Path, content: str | bytes, lasting: bool = True) -> None:
     """Replace the file so that a kill at any moment leaves the old one or the new one.
 
-    If it is `lasting`, so does a machine that goes down: file systems may keep the name without the text.
+    If it is `lasting`, so does a machine that goes down: file systems may keep the name without the content.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, "w" if isinstance(content, str) else "wb") as file:
+            file.write(content)
             if lasting:
                 file.flush()
                 os.fsync(file.fileno())

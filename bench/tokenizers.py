@@ -22,7 +22,6 @@ import environment
 environment.enter()
 import argparse
 import importlib.util
-import io
 import json
 import resource
 import statistics
@@ -32,8 +31,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-
-import sentencepiece
 
 from bench.texts import SHARED, TRAINING_MB, embedded_texts, lines_of, size, table_texts
 from bench.transforms import train
@@ -87,29 +84,6 @@ VARIANTS = {
 
 
 # === TRAINERS ===
-
-
-def train_sentencepiece(lines: Iterable[str], path: Path, variant: Variant) -> None:
-    """What train_tokenizer does, with the options that it does not have."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type=variant.trainer,
-        vocab_size=variant.entries,
-        split_by_whitespace=not variant.cross_whitespace,
-        character_coverage=0.999,
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        user_defined_symbols=list(TRANSFORMS[TRANSFORM].operators),
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
 
 
 def train_huggingface(lines: Iterable[str], path: Path, variant: Variant) -> None:
@@ -169,7 +143,15 @@ def make_model(variant: Variant, training: list[str], path: Path) -> None:
     if variant.trainer == "huggingface":
         train_huggingface(lines, path, variant)
     elif variant.trainer != "bpe" or variant.cross_whitespace:
-        train_sentencepiece(lines, path, variant)
+        train_tokenizer(
+            lines,
+            path.with_suffix(""),
+            variant.entries,
+            operators,
+            split_digits=variant.split_digits,
+            model_type=variant.trainer,
+            split_by_whitespace=not variant.cross_whitespace,
+        )
     else:
         train_with_superwords(
             lines,

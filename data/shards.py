@@ -134,12 +134,15 @@ def train_tokenizer(
     vocab_size: int,
     operators: Sequence[str] = (),
     split_digits: bool = True,
+    model_type: str = "bpe",
+    split_by_whitespace: bool = True,
 ) -> Path:
     """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
 
     The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte
     fallback, split digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3.
-    With `split_digits=False` a piece may hold several digits. `operators` become user-defined symbols (ids 4,
+    With `split_digits=False` a piece may hold several digits, with `split_by_whitespace=False` several words.
+    `operators` become user-defined symbols (ids 4,
     5, ...). A text is one training sentence, NUL replaced by a space, stripped. What `texts` raises is raised
     here; RuntimeError if SentencePiece itself refuses.
     """
@@ -152,8 +155,9 @@ def train_tokenizer(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=vocab_size,
+            split_by_whitespace=split_by_whitespace,
             character_coverage=0.999,
             byte_fallback=True,
             split_digits=split_digits,

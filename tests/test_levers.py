@@ -16,6 +16,7 @@ import levers
 import results
 import sweep
 from helpers import ROOT, STAND_IN, stand_in
+from helpers.sweeps import run_sweep
 
 FILE = """
 # name | settings | evidence
@@ -31,14 +32,8 @@ def call(tmp_path: Path, *words: str, seeds: str = "1,2,3", status: int = 0) -> 
     if not (tmp_path / "levers.txt").exists():
         (tmp_path / "levers.txt").write_text(FILE)
     records = tmp_path / "records" / "levers.jsonl"
-    arguments = ["--levers", str(tmp_path / "levers.txt"), f"SEED={seeds}", "--script", str(STAND_IN)]
-    arguments += ["--out", str(tmp_path / "runs"), "--name", "s", "--records", str(records), *words]
-    if status:
-        with pytest.raises(SystemExit) as stop:
-            sweep.main(arguments)
-        assert stop.value.code == status
-    else:
-        sweep.main(arguments)
+    words = ("--levers", str(tmp_path / "levers.txt"), f"SEED={seeds}", "--records", str(records), *words)
+    run_sweep(tmp_path / "runs", *words, status=status)
     return records
 
 

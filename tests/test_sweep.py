@@ -21,19 +21,13 @@ import results
 import sweep
 from helpers import ROOT, STAND_IN, stand_in
 from helpers.run_folders import original
+from helpers.sweeps import run_sweep
 from helpers.trainer import launch
 
 
 def call(tmp_path: Path, *words: str, status: int = 0) -> Path:
     """Run a sweep of the stand-in in this process; returns its folder."""
-    arguments = [*words, "--script", str(STAND_IN), "--out", str(tmp_path / "runs"), "--name", "s"]
-    if status:
-        with pytest.raises(SystemExit) as stop:
-            sweep.main(arguments)
-        assert stop.value.code == status
-    else:
-        sweep.main(arguments)
-    return tmp_path / "runs" / "s"
+    return run_sweep(tmp_path / "runs", *words, status=status)
 
 
 def refused(tmp_path: Path, *words: str) -> str:
