@@ -4921,14 +4921,14 @@ class Shared(NamedTuple):
 # holds them together.
 
 
-def is_serial(visit: Visit) -> bool:
-    """Whether attention and MLP follow each other in this visit."""
-    return visit.residual == "serial"
-
-
-def is_two_lane(visit: Visit) -> bool:
-    """Whether attention and MLP have a residual stream each in this visit."""
-    return visit.residual == "two_lane"
+def leading(route: tuple[Visit, ...], residual: str) -> list[Visit]:
+    """The visits of `route` before the first whose residual stream is another."""
+    found = []
+    for visit in route:
+        if visit.residual != residual:
+            break
+        found.append(visit)
+    return found
 
 
 def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
@@ -5110,8 +5110,8 @@ class GPT(nn.Module):
         gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
         if not shared.folded or gates_read_residual:
             return [], []
-        serial = list(itertools.takewhile(is_serial, route))
-        return serial, list(itertools.takewhile(is_two_lane, route[len(serial) :])) if serial else []
+        serial = leading(route, "serial")
+        return serial, leading(route[len(serial) :], "two_lane") if serial else []
 
     def joins(
         self,
@@ -8828,10 +8828,19 @@ def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
     run.log("cuda graphs: on (forward and backward of each micro-batch)")
 
 
+def operator_name(target: Any, *operands: Any) -> str:
+    """How an operator is described where its operands are not to be."""
+    return f"target: {target}"
+
+
 def set_compiler_options() -> None:
     """What torch.compile must know of this program, whatever it compiles."""
     import torch._inductor.config as inductor
+    import torch._inductor.exc as inductor_errors
 
+    # Inductor describes an operator that it cannot lower by its operands, and these by theirs: a text that
+    # doubles with each addition in between. Before torch 2.13 every operator of ours is described once.
+    inductor_errors.OperatorIssue.operator_str = staticmethod(operator_name)
     torch._dynamo.config.recompile_limit = 64  # graphs of one function: by shape, loop state, gradients
     # Else a graph of dynamic lengths makes symbols of FlashAttention's float defaults, and fails at layer 2.
     torch._dynamo.config.specialize_float = True

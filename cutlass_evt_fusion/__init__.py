@@ -35,13 +35,14 @@ def available(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = 
             "torch.cuda.is_available() is False; "
             "the kernels need an H100 or H200, its driver and torch for CUDA"
         )
-    if problem := device_problem(torch.cuda.current_device() if device.index is None else device.index):
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if problem := device_problem(index):
         return problem
     try:
         load_library()
     except RuntimeError as error:
         return str(error)
-    return ""
+    return trial_problem(index)
 
 
 @functools.cache
@@ -83,6 +84,20 @@ def load_library() -> ctypes.CDLL:
             pointer,
         ]
     return library
+
+
+@functools.cache
+def trial_problem(index: int) -> str:
+    """Why a launch of either kernel fails on a GPU (its driver may be older than the library), or ""."""
+    side = 128
+    a, b, *others = torch.zeros(4, side, side, dtype=torch.bfloat16, device=f"cuda:{index}")
+    try:
+        for kernel in (FORWARD, BACKWARD):
+            start(kernel, a, b, (others[0], others[1]), side)
+        torch.cuda.synchronize(index)
+    except RuntimeError as error:
+        return f"a trial failed: {error}"
+    return ""
 
 
 def check_layout(op: str, **tensors: Tensor) -> None:
@@ -127,8 +142,12 @@ def launch(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], col
     """Queue a kernel on the current stream: a (M, K), b; aux and out or act and slope, all (M, `columns`)."""
     if reason := available(a.dtype, a.device):
         raise RuntimeError(f"cutlass_evt_fusion: {reason}")
-    if not a.numel():
-        return
+    if a.numel():
+        start(kernel, a, b, others, columns)
+
+
+def start(kernel: int, a: Tensor, b: Tensor, others: tuple[Tensor, Tensor], columns: int) -> None:
+    """As `launch`, of operands that are known to fit; RuntimeError if the kernel is refused."""
     library, extents = load_library(), (a.size(0), columns, a.size(1))
     function = (
         library.cutlass_evt_gemm_mul if kernel == BACKWARD else library.cutlass_evt_gemm_leaky_relu_squared
