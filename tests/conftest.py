@@ -6,7 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-if "--dry" in sys.argv or not any("tests/gpu" in word for word in sys.argv[1:] if not word.startswith("-")):
+on_gpu = any("tests/gpu" in word for word in sys.argv[1:] if not word.startswith("-"))
+# A worker of pytest-xdist has another command line, and from its parent what that decided.
+if "PYTEST_XDIST_WORKER" not in os.environ and ("--dry" in sys.argv or not on_gpu):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded: kernels run on the CPU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

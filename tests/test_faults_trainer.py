@@ -373,6 +373,18 @@ def test_f_strings_with_strings_inside_are_found_and_not_minified(source, lines)
     assert (text == source) == bool(lines)
 
 
+def test_making_the_short_form_leaves_nothing_on_the_nodes_that_all_syntax_trees_share():
+    """Triton copies the target of a += with all that hangs on it."""
+    assert t.minify("x = 1\nx += len('ab') if not x else -x\n")[1] == "minified"
+    for node in ast.walk(ast.parse("x = 1\nx += len('ab') if not x else -x\n")):
+        assert set(vars(node)) <= {*node._fields, *node._attributes}, ast.dump(node)
+
+
+def test_a_minifier_that_fails_is_told(monkeypatch):
+    monkeypatch.setattr(t, "MINIFY", "raise SystemExit('no such thing')")
+    assert t.minify("x = 1\n") == ("x = 1\n", "not minified (python-minifier: no such thing)")
+
+
 def test_syntax_that_python_3_10_lacks_is_refused():
     with pytest.raises(t.Stop, match="has to run on Python 3.10"):
         t.minify("try:\n    pass\nexcept* ValueError:\n    pass\n")

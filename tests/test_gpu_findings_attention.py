@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import types
 
@@ -255,6 +256,48 @@ def test_a_tensor_that_is_passed_twice_cannot_be_traced(hopper, monkeypatch):
     assert t.try_attention(attend, hopper.config, hopper) == ""
     with pytest.raises(torch._dynamo.exc.Unsupported, match="duplicate"):
         t.try_attention(attend, replace(hopper.config, compile="on"), hopper)
+
+
+class RoundedAttention(torch.autograd.Function):
+    """Causal attention that rounds where FlashAttention does, heads first; sums are in fp32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, factor):
+        T, D = q.shape[-2:]
+        scores = (q.float() @ k.float().mT) / D**0.5
+        p = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        output = (factor * (p.to(q.dtype).float() @ v.float())).to(q.dtype)
+        ctx.save_for_backward(q, k, v, p, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, upstream):
+        q, k, v, p, output = ctx.saved_tensors
+        scale = q.size(-1) ** -0.5
+        up = upstream.float()
+        slopes = p * (up @ v.float().mT - (up * output.float()).sum(-1, keepdim=True))
+        slopes = slopes.to(q.dtype).float() * scale
+        gradients = slopes @ k.float(), slopes.mT @ q.float(), p.to(q.dtype).float().mT @ up
+        return *(gradient.to(q.dtype) for gradient in gradients), None
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1.0, ""), (1.03, "gives other dense results")])
+def test_the_trial_takes_what_bfloat16_alone_makes_inexact_and_no_more(hopper, factor, said):
+    def attend(q, k, v, starts, longest):
+        def dense(q, k, v):
+            copies = q.size(2) // k.size(2)
+            k, v = (x.repeat_interleave(copies, 2) for x in (k, v))
+            return RoundedAttention.apply(*(x.transpose(1, 2) for x in (q, k, v)), factor).transpose(1, 2)
+
+        if starts is None:
+            return dense(q, k, v)
+        edges = torch.unique(starts).tolist()
+        spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        return torch.cat([dense(*(x[:, span] for x in (q, k, v))) for span in spans], 1)
+
+    for config in (hopper.config, replace(hopper.config, model_dim=512, num_heads=8, num_kv_heads=4)):
+        assert t.try_attention(attend, config, hopper).startswith(said)
+        assert bool(t.try_attention(attend, config, hopper)) == bool(said)
 
 
 def test_the_hub_gives_its_version_or_one_line(hopper, monkeypatch):
