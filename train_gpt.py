@@ -9113,12 +9113,15 @@ def warm_up(
     if compiled and config.loader == "packed" and config.warmup_steps > 0:
         padded = padded_batches(config, feed, run.device)
     for looped in loop_states(config):
+        state_began = time.monotonic()
         model.looped = looped
         for batch in padded:
             work(batch, len(feed.get(0)))
         for step in range(config.warmup_steps):
             momentum_is_final = config.muon_momentum_warmup_steps
             train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
+        if compiled:  # minutes if nothing is in the cache: show that it goes on
+            run.log(f"warm-up: loops {'on' if looped else 'off'} after {time.monotonic() - state_began:.1f}s")
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
