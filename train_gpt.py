@@ -1716,14 +1716,14 @@ def segment_starts(tokens: np.ndarray, longest: int, breaks: np.ndarray | None =
     return pad_starts(np.repeat(starts, pieces) + within * longest, len(tokens))
 
 
-# Segment starts are padded to a multiple of this: each size is a graph, and FineWeb has at most about 200
-# documents in a micro-batch and 320 segments in a batch of sliding windows. That the empty segments at the
-# end cost a flash kernel nothing is not measured.
-STARTS_BLOCK = 512
+# Segment starts are padded to a multiple of this, for few CUDA graphs; a compiled graph holds any number (see
+# open_starts). The empty segments at the end are not free: of 512 instead of 192 for 105 documents of 98,304
+# tokens, PyTorch's varlen kernel takes a tenth longer (H200, records/gpu_checks.md).
+STARTS_BLOCK = 64
 
 
 def pad_starts(starts: np.ndarray, total: int) -> Tensor:
-    """`starts` in int32, padded with `total` (at least once) to STARTS_BLOCK, for few shapes (#1530)."""
+    """`starts` in int32, padded with `total` (at least once) to STARTS_BLOCK (#1530)."""
     padded = np.full(-(-(len(starts) + 1) // STARTS_BLOCK) * STARTS_BLOCK, total, dtype=np.int32)
     padded[: len(starts)] = starts
     return torch.from_numpy(padded)
@@ -8878,8 +8878,19 @@ def build(run: Run) -> Built:
         run.log(f"route{kind}: {show_route(model.routes[looped])}")
     count = sum(parameter.numel() for parameter in model.parameters())
     run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+    forward = open_starts(torch.compile(model, dynamic=False, fullgraph=True)) if compiled else model
     return Built(model, forward, compiled)
+
+
+def open_starts(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`compiled` with one graph for every number of segment starts, whatever else is constant."""
+
+    def forward(batch: Batch, *more: Any) -> Tensor:
+        if batch.starts is not None:
+            torch._dynamo.maybe_mark_dynamic(batch.starts, 0)
+        return compiled(batch, *more)
+
+    return forward
 
 
 def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:
@@ -9082,7 +9093,7 @@ def to_cpu(state: Any) -> Any:
 
 
 def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Batch]:
-    """A packed batch with every number of segment starts that training may meet: shapes to be compiled.
+    """A packed batch with every padded number of segment starts that training may meet: graphs to be made.
 
     From the fewest that a batch can have to half as many again as the first WARMUP_STEPS steps have.
     """

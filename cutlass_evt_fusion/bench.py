@@ -13,10 +13,11 @@ taking turns; +- is half the distance of the quartiles. The last line is RESULT 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ def distance(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> float
     return float(((got.float() - wanted.float()).abs() / allowed).nan_to_num(nan=float("inf")).max())
 
 
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Without TF32, which the trainer allows, for products that others are measured against."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_products()
 def parity(tokens: int, width: int, hidden: int) -> dict[str, float]:
     """Errors of both kernels against fp32, of the MLP's gradients against autograd, over the tolerance."""
     t = operands(tokens, width, hidden)
@@ -152,7 +165,6 @@ def main() -> int:
     if reason := fusion.available():
         print(f"cutlass_evt_fusion: {reason}", file=sys.stderr)
         return 1
-    torch.backends.cuda.matmul.allow_tf32 = False
     tokens, repeats = (options.tokens // 8, 8) if options.quick else (options.tokens, options.repeats)
     shape = tokens, options.width, options.hidden
     record = fusion.build.read_record()
