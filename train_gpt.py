@@ -9596,6 +9596,7 @@ class Training:
         if self.graphs:
             before = self.recorded_before_clock
             inside = self.recorded - before
+            facts["recorded_inside_clock"] = inside
             warning = "warning: " if inside else ""
             run.log(f"{warning}cuda graphs: {before} recorded before the clock, {inside} inside it")
         limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
