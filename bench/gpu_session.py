@@ -14,7 +14,7 @@ which needs no network: there, data/prepare.py makes a dataset of it; --data FOL
 writes its parts' logs and what is done into --work, its tables into --out. A part whose time does not suffice
 is left for the next run of the same call, which repeats nothing that succeeded. Status 0: all done, 1: a part
 failed, 3: a part is left. --dry: the whole plan at tiny shapes on the CPU; shows that the plan works, not
-what a GPU does. Neither the plan's times nor anything else here was measured on a GPU.
+what a GPU does. How long the parts take on one is not measured: --limit is what there is of time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ from typing import Any, NamedTuple
 from data.options import Parser, number_option
 
 RECORDS = ROOT / "records" / "gpu_checks.md"
-NONE_MEASURED = "No GPU has been measured so far: the table is empty."
 KILL_AFTER = 5.0  # seconds that a part gets to end by itself
 SHOWN = 60  # lines of a log in the tables
 FAILED = 20  # and of that of a part that failed
@@ -372,7 +371,7 @@ def section(
 def append_records(tables: list[Path], records: Path) -> None:
     """Append the sections of finished calls to the records, which stop saying that there are none."""
     before = records.read_text() if records.exists() else "# GPU checks\n"
-    kept = before.replace(NONE_MEASURED + "\n", "").rstrip("\n")
+    kept = before.rstrip("\n")
     sections = [path.read_text().strip("\n") for path in tables]
     written = records.with_suffix(".new")
     written.write_text("\n\n".join([kept, *sections]) + "\n")
