@@ -9222,7 +9222,8 @@ def warm_up(
             batches = feed.get(step, longest_segment(config, progress))
             train_step(run, forward, optimizers, batches, progress, momentum_is_final, graphs)
         if compiled:  # minutes if nothing is in the cache: show that it goes on
-            run.log(f"warm-up: loops {'on' if looped else 'off'} after {time.monotonic() - state_began:.1f}s")
+            state = "on" if looped else "off"
+            run.log(f"warm-up: loops {state} after {time.monotonic() - state_began:.1f}s")
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
