@@ -54,6 +54,14 @@ TINY = {
 }
 TRAINER = ROOT / "train_gpt.py"
 RANK = "import os, train_gpt as t; t.main(t.Config.from_env(os.environ))"  # what the script does at last
+# The same in a new interpreter, which takes the short form of the script from the others.
+FRESH_RANK = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from helpers.shared import share_short_form
+share_short_form()
+{RANK}
+"""
 WORDS = (
     "the a model of language that reads and writes one token after another while loss falls with every step "
     "we take in space Time 42 kernel matrix bank shard byte café naïve"
