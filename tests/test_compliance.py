@@ -71,6 +71,9 @@ def legal(caseops, tmp_path_factory) -> Path:
     changes = {
         "LOADER": "packed",
         "NUM_LOOPS": "0",
+        "NUM_LAYERS": "2",
+        "XSA_LAST_N": "2",
+        "PARALLEL_START_LAYER": "1",
         "ITERATIONS": "4",
         "TTT_LORA_LR": "0.01",
         "RUN_ID": "legal",
