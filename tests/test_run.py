@@ -295,7 +295,7 @@ def test_the_wall_clock_stops_a_run(settings):
     capped = settings | {
         "ITERATIONS": "100000",
         "SCHEDULE": "time",
-        "MAX_WALLCLOCK_SECONDS": "5",
+        "MAX_WALLCLOCK_SECONDS": "3.5",
         "STAGE": "train",
         "GPTQ_RESERVE_SECONDS": "2",
         "RUN_ID": "capped",
@@ -307,7 +307,7 @@ def test_the_wall_clock_stops_a_run(settings):
         and "loops on" in result.stdout
     )
     stages = json.loads((Path(settings["OUT_DIR"]) / "capped" / "stages.json").read_text())
-    assert 3.0 <= stages["train"]["train_seconds"] < 10
+    assert 1.5 <= stages["train"]["train_seconds"] < 8.5
 
 
 @pytest.mark.parametrize("loader, steps", [("shuffled", 1), ("packed", 1), ("packed", 0)])
