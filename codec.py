@@ -96,7 +96,8 @@ def load_trainer(folder: Path, needed: Sequence[str] = NEEDED) -> ModuleType:
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
         raise Stop(
-            f"{path}: has no {', '.join(missing)}, which this tool uses; it is not a script of this program"
+            f"{path}: has no {', '.join(missing)}, which this tool uses; make the artifact again with this "
+            "version's STAGE=quantize"
         )
     return module
 
