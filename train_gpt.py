@@ -8878,19 +8878,18 @@ def build(run: Run) -> Built:
         run.log(f"route{kind}: {show_route(model.routes[looped])}")
     count = sum(parameter.numel() for parameter in model.parameters())
     run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
-    forward = open_starts(torch.compile(model, dynamic=False, fullgraph=True)) if compiled else model
+    if not compiled:
+        return Built(model, model, compiled)
+    forward = torch.compile(model, dynamic=False, fullgraph=True)
+    forward.register_forward_pre_hook(open_starts)
     return Built(model, forward, compiled)
 
 
-def open_starts(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`compiled` with one graph for every number of segment starts, whatever else is constant."""
-
-    def forward(batch: Batch, *more: Any) -> Tensor:
-        if batch.starts is not None:
-            torch._dynamo.maybe_mark_dynamic(batch.starts, 0)
-        return compiled(batch, *more)
-
-    return forward
+def open_starts(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before a compiled forward of a Batch: let one graph hold every number of segment starts."""
+    starts = inputs[0].starts
+    if starts is not None:
+        torch._dynamo.maybe_mark_dynamic(starts, 0)
 
 
 def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tensor:

@@ -60,7 +60,6 @@ RANKS, BUS = (
 )  # of the estimate: ranks, and bytes per second that each sends (assumed; NVLink's limit is 450e9)
 RESERVED = {"optimiser": 20, "evaluate": 60}  # seconds that recipes other than the flagship leave
 REFERENCE = {"KERNELS": "reference", "MLP_KERNEL": "reference"}  # no fused kernel at all
-NONE_MEASURED = "No GPU has been measured so far: the table is empty."
 TINY = {  # a shape that a CPU goes through in seconds
     "VOCAB_SIZE": "320",
     "TRAIN_SEQ_LEN": "64",
@@ -890,7 +889,7 @@ def record(path: Path, bench: Bench, facts: dict[str, str], command: str) -> Non
         *([""] if notes else []),
         *notes,
     ]
-    kept = before.replace(NONE_MEASURED + "\n", "").rstrip("\n")
+    kept = before.rstrip("\n")
     t.write_atomically(path, (kept + "\n\n" + "\n".join(section) + "\n").encode())
 
 
