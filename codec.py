@@ -1294,8 +1294,15 @@ def stream_text(
     return count
 
 
+def check_prompt(prompt: str) -> None:
+    """Stop if a prompt has bytes that are no UTF-8, which Python reads as halves of surrogate pairs."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise Stop(f"--prompt {prompt!a}: not UTF-8; give text in UTF-8")
+
+
 def sample(options: argparse.Namespace) -> None:
     """The command."""
+    check_prompt(options.prompt)
     artifact = open_artifact(options.artifact)
     text_codec = load_texts(artifact, options.tokenizer)
     changes: dict[str, Any] = {"TTT_ENABLED": False}
@@ -1306,6 +1313,7 @@ def sample(options: argparse.Namespace) -> None:
         print(text, end="", flush=True)
 
     def answer(prompt: str) -> None:
+        check_prompt(prompt)
         tokens = text_codec.encode(prompt)
         write(prompt)
         began = time.monotonic()
@@ -1320,6 +1328,7 @@ def sample(options: argparse.Namespace) -> None:
         answer(options.prompt)
         return
     print("a line is a prompt; an empty one, or the end of the input, ends this", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")  # see check_prompt
     for line in sys.stdin:
         if not line.strip():
             break

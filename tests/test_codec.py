@@ -215,6 +215,7 @@ WRONG_USES = {
     "compress ARTIFACT ARTIFACT -o a.golf --threads 0": "--threads 0: give a number from 1 to 1024",
     "sample ARTIFACT --tokenizer ARTIFACT": "final_model.ptz: not a SentencePiece model of 320 entries; give",
     "sample ARTIFACT --tokenizer lacking.model": "lacking.model: no such file; give the tokenizer of the run",
+    "sample ARTIFACT --prompt caf\udce9": r"--prompt 'caf\\udce9': not UTF-8; give text in UTF-8",
     "sample ARTIFACT --top-p 0": "--top-p 0.0: give a number from 1e-06 to 1",
     "sample ARTIFACT --temperature nan": "--temperature nan: give a number from 0 to 100",
     "export ARTIFACT --to hf ARTIFACT": "final_model.ptz: is not an empty folder; give a new one",
