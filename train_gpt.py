@@ -180,7 +180,7 @@ class Config:
     )
     compile: Literal["auto", "on", "off"] = knob("auto", "torch.compile; auto: if there is a GPU")
     cuda_graphs: bool = knob(
-        False, "replay a micro-batch's forward and backward as one CUDA graph (not measured)"
+        False, "replay a step as CUDA graphs: one per micro-batch, one for the update (not measured)"
     )
     compile_cache: str = knob("", "folder that keeps compiled code for the next start; empty: torch's own")
     compute_dtype: Literal["auto", "bfloat16", "float32"] = knob(
@@ -5573,6 +5573,13 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class MuonPhase(NamedTuple):
+    """What an update does that changes at some progress; all else that changes is in tensors."""
+
+    mixed: bool  # the averages of MUON_MIXTURE move the matrices
+    measures: bool  # the metric is still measured
+
+
 class Muon:
     """MuonEq-R on banks of matrices: each rank averages, orthogonalises and gives back its share of each."""
 
@@ -5607,6 +5614,11 @@ class Muon:
                 rows, columns = shape[1:] if key.endswith("rows") else (1, shape[2])
                 noise = torch.zeros(count, rows, 1 if key.endswith("rows") else columns, device=bank.device)
                 self.momenta[key] = noise
+        # The numbers of a step, filled by `set_rates`: a graph of CUDA would freeze those of the host.
+        number = functools.partial(torch.zeros, (), device=run.device)
+        self.momentum = number()
+        self.kept = number()  # the part of a matrix that weight decay leaves
+        self.rates = {self.aspect(bank): number() for bank in self.banks.values()}
         self.shards = {}  # this rank's part of each averaged gradient, from `reduce` to `step`
         self.pending = {}  # (handle, what is sent) of each reduce-scatter under way
 
@@ -5637,16 +5649,27 @@ class Muon:
             handle, _ = self.pending.pop(name)
             handle.wait()
 
-    def step(
-        self, rate: float, momentum: float, decay: float, scale: Tensor | None, progress: float = 0.0
-    ) -> None:
-        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients.
+    @staticmethod
+    def aspect(bank: nn.Parameter) -> float:
+        """sqrt(max(1, R/C)) of the matrices of a bank."""
+        return math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
 
-        `progress` says whether the averages of MUON_MIXTURE are used and the metric is still measured.
-        """
+    def phase(self, progress: float) -> MuonPhase:
+        """The phase of an update at `progress`."""
         config = self.run.config
-        # Filled on the device: a tensor made on the host would be copied there, and the host would wait.
-        mu = torch.full((), momentum, dtype=torch.float32, device=self.run.device)
+        mixed = bool(self.mixture) and progress >= config.muon_mixture_start
+        return MuonPhase(mixed, progress < config.muon_metric_until)
+
+    def set_rates(self, rate: float, momentum: float, decay: float) -> None:
+        """The numbers of the steps to come; on the device, without waiting for it."""
+        self.momentum.fill_(momentum)
+        self.kept.fill_(1 - rate * decay)
+        for aspect, tensor in self.rates.items():
+            tensor.fill_(-rate * aspect)
+
+    def step(self, scale: Tensor | None, phase: MuonPhase) -> None:
+        """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
+        config = self.run.config
         previous = None
         for name, bank in self.banks.items():
             self.wait(name)
@@ -5657,22 +5680,22 @@ class Muon:
             update = self.update(
                 shard,
                 self.momenta[name],
-                mu,
+                self.momentum,
                 config.muon_row_normalize,
                 self.dtype,
                 self.coefficients,
                 self.fused,
                 config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
                 [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
-                bool(averages) and progress >= config.muon_mixture_start,
+                phase.mixed,
                 [self.momenta[key] for key in self.metric_names(name)],
-                progress < config.muon_metric_until,
+                phase.measures,
             )
             gathered = self.gather(update)
             if previous is not None:
-                self.apply(*previous, rate, decay)
+                self.apply(*previous)
             previous = (bank, *gathered)
-        self.apply(*previous, rate, decay)
+        self.apply(*previous)
 
     def gather(self, shard: Tensor) -> tuple[Tensor, Any]:
         """The shards of all ranks as one tensor, and what to wait for before reading it (one rank: None)."""
@@ -5681,13 +5704,13 @@ class Muon:
         whole = shard.new_empty((len(shard) * self.run.world_size, *shard.shape[1:]))
         return whole, all_gather(whole, shard.contiguous(), async_op=True)
 
-    @staticmethod
-    def apply(bank: nn.Parameter, gathered: Tensor, handle: Any, rate: float, decay: float) -> None:
+    def apply(self, bank: nn.Parameter, gathered: Tensor, handle: Any) -> None:
         """Move one bank by its gathered update."""
         if handle is not None:
             handle.wait()
-        scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
-        bank.data.mul_(1 - rate * decay).add_(gathered[: len(bank)].to(bank.dtype), alpha=-rate * scale)
+        rate = self.rates[self.aspect(bank)]
+        # Rounded once, like a sum with a factor (alpha) that is a number.
+        bank.data.mul_(self.kept).addcmul_(gathered[: len(bank)].to(bank.dtype), rate)
 
     def state(self) -> dict[str, Tensor]:
         """The whole momentum of each bank, whatever the number of ranks."""
@@ -5708,10 +5731,16 @@ class Muon:
 
 
 class Optimizers:
-    """Muon for the banks, AdamW for the embedding and everything small, one gradient clip for all of it."""
+    """Muon for the banks, AdamW for the embedding and everything small, one gradient clip for all of it.
 
-    def __init__(self, run: Run, model: GPT, compiled: bool):
+    All that a step reads and writes stays where it is, `load` copies into it, and the numbers that change are
+    tensors: so a step can be recorded as a CUDA graph (`StepGraphs`). With an `average` it moves that, too.
+    """
+
+    def __init__(self, run: Run, model: GPT, compiled: bool, average: dict[str, Tensor] | None = None):
         self.run = run
+        self.model = model
+        self.average = average
         config = run.config
 
         def moved_by(optimizer: str) -> dict[str, nn.Parameter]:
@@ -5727,15 +5756,38 @@ class Optimizers:
             {"params": embed, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
             {"params": scalar, "lr": config.scalar_lr, "weight_decay": config.adam_wd},
         ]
-        betas = (config.beta1, config.beta2)
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=run.is_cuda)
+        self.adam = torch.optim.AdamW(
+            groups,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            fused=run.is_cuda,
+            capturable=run.is_cuda,
+        )
         self.rates = [group["lr"] for group in self.adam.param_groups]
+        # The fused kernel of a GPU reads an fp32; on a CPU it is a number of the host, and rounded later.
+        dtype = torch.float32 if run.is_cuda else torch.float64
+        for group in self.adam.param_groups:
+            group["lr"] = torch.zeros((), dtype=dtype, device=run.device)
+        for parameter in self.replicated:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[parameter] = {"step": torch.zeros((), device=run.device), **moments}
 
     def step(self, rate_scale: float, momentum: float, decay: float, progress: float = 0.0) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
 
-        `progress`: see Muon.step.
+        `progress`: see Muon.phase.
         """
+        self.set_rates(rate_scale, momentum, decay)
+        self.update(self.muon.phase(progress))
+
+    def set_rates(self, rate_scale: float, momentum: float, decay: float) -> None:
+        """The numbers of the updates to come; on the device, without waiting for it."""
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"].fill_(rate * rate_scale)
+        self.muon.set_rates(self.run.config.matrix_lr * rate_scale, momentum, decay)
+
+    def update(self, phase: MuonPhase) -> None:
+        """The step itself: reads no number of the host that changes, and waits for no GPU."""
         config = self.run.config
         for parameter in self.parameters:
             if parameter.grad is None:  # the route of this step visits no layer that uses it
@@ -5750,10 +5802,10 @@ class Optimizers:
             scale = self.global_clip_scale()
             torch._foreach_mul_([parameter.grad for parameter in self.replicated], scale)
 
-        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * rate_scale
         self.adam.step()
-        self.muon.step(config.matrix_lr * rate_scale, momentum, decay, scale, progress)
+        self.muon.step(scale, phase)
+        if self.average is not None:
+            update_ema(self.average, self.model, config.ema_decay)
 
         for parameter in self.parameters:
             parameter.grad = None
@@ -5789,8 +5841,17 @@ class Optimizers:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore a `state`."""
-        self.adam.load_state_dict(state["adam"])
+        saved = state["adam"]["state"]
+        for place, parameter in enumerate(self.replicated):
+            for name, tensor in self.adam.state[parameter].items():
+                tensor.copy_(saved[place][name])
         self.muon.load(state["muon"])
+
+    @torch.no_grad()
+    def restart_average(self) -> None:
+        """Let the average, if there is one, begin with the weights of now."""
+        for name, tensor in (self.average or {}).items():
+            tensor.copy_(self.model.get_parameter(name))
 
 
 def blend_average(config: Config, saved: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -5974,7 +6035,7 @@ def collect_moments(
     config = run.config
     needed, tokens = calibration_forwards(config)
     forwards = forwards or needed
-    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
+    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens, "train_seq_schedule": ""}
     loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
     sensitive = config.quantizer == "rate_distortion"
     parameters = {matrix.key: matrix.parameter for matrix in list_matrices(model.table)}
@@ -8797,7 +8858,7 @@ def score_mixture(
 # === BUILD ===
 # In: the settings. Out: `Built`, the model with its first weights and its forward, compiled where that pays,
 # and `train_step`, what happens in one step of training. A reader may change what is compiled
-# (`choose_compile`) or captured as a CUDA graph (`LearnGraphs`).
+# (`choose_compile`) or captured as a CUDA graph (`StepGraphs`).
 
 
 class Built(NamedTuple):
@@ -8836,7 +8897,7 @@ def check_cuda_graphs(config: Config, run: Run, compiled: bool) -> None:
         raise Stop("CUDA_GRAPHS=1: there is no GPU; unset CUDA_GRAPHS")
     if not compiled:
         raise Stop("CUDA_GRAPHS=1: the forward is not compiled, as the log says; set COMPILE=on or unset it")
-    run.log("cuda graphs: on (forward and backward of each micro-batch)")
+    run.log("cuda graphs: on (forward and backward of each micro-batch, and the update of the weights)")
 
 
 def operator_name(target: Any, *operands: Any) -> str:
@@ -8899,88 +8960,97 @@ def learn(forward: Callable[[Batch], Tensor], batch: Batch, count: int) -> Tenso
     return loss.detach()
 
 
-class LearnGraph:
-    """`learn` for micro-batches of one shape as a CUDA graph, with the tensors that it reads and writes.
+class StepGraphs:
+    """A step as replays of CUDA graphs: one for each micro-batch, then one for the update of all weights.
 
-    Its memory is its own: a batch is copied in, loss and gradients are copied out. Weights are read where
-    they are, so they may change, but not move.
+    The host copies batches in, fills the numbers of the step and launches: no guard of torch.compile is
+    looked at, no kernel is launched alone. There is a graph for each loop state and shape of micro-batch and
+    for each phase of the optimiser (its collectives, clipping and average included). Each is recorded where
+    it is first met: in warm-up, which goes through all that is foreseen. That work runs as ever the first
+    time, so that what is loaded, tuned or allocated then is no part of it, and is recorded after, which
+    computes nothing. That nothing in it waits for the GPU is proved by the recording, which fails otherwise.
+
+    Weights, states, gradients and what else one graph leaves for another lie outside of the memory that all
+    graphs share: they may change, but not move. Gradients add up in tensors that the update clears; no
+    parameter has one between the graphs. Nothing in `learn` is random or talks to other ranks. Not measured
+    on a GPU.
     """
 
     def __init__(
-        self,
-        work: Callable[[Batch], Tensor],
-        parameters: list[nn.Parameter],
-        batch: Batch,
-        stream: torch.cuda.Stream,
-        pool: Any,
-    ):
-        self.batch = tree_map_only(Tensor, torch.clone, batch)
-        self.graph = torch.cuda.CUDAGraph()
-        before = [parameter.grad for parameter in parameters]  # of the micro-batches before this one
-        # Once unrecorded: what is loaded, tuned or allocated at first use is no part of the work.
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for parameter in parameters:
-                parameter.grad = None
-            work(self.batch)
-            for parameter in parameters:
-                parameter.grad = None
-        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.loss = work(self.batch)
-        self.gradients = [(parameter, parameter.grad) for parameter in parameters]
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
-
-    def replay(self, batch: Batch) -> Tensor:
-        """What `learn` does for `batch`."""
-        for place, given in zip(self.batch, batch, strict=True):
-            if isinstance(given, Tensor):
-                place.copy_(given)
-        self.graph.replay()
-        for parameter, gradient in self.gradients:
-            if gradient is None:  # the route visits no layer that uses it
-                continue
-            if parameter.grad is None:
-                parameter.grad = gradient.clone()
-            else:
-                parameter.grad.add_(gradient)
-        return self.loss.clone()
-
-
-class LearnGraphs:
-    """A LearnGraph for each loop state and shape of micro-batch, recorded where it is first met: in warm-up.
-
-    A replay costs the host one launch instead of some 700, and no guard of torch.compile is looked at. That
-    nothing in forward and backward waits for the GPU is proved by the recording, which fails otherwise. All
-    graphs share their memory, as only one runs at a time. Nothing in `learn` is random or talks to other
-    ranks. The update of the weights is not recorded: its rates are numbers of the host, which a graph would
-    freeze, its collectives are waited for one by one, and its 200 launches are queued while the GPU works on
-    the backward. Gradients are copied once more per micro-batch (0.1 ms of the full model's, by their bytes).
-    Not measured on a GPU.
-    """
-
-    def __init__(self, run: Run, model: GPT, forward: Callable[[Batch], Tensor]):
+        self, run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers
+    ) -> None:
         self.model = model
         self.forward = forward
-        self.parameters = list(model.parameters())
+        self.optimizers = optimizers
+        self.gradients = [(parameter, torch.zeros_like(parameter)) for parameter in model.parameters()]
+        self.loss = torch.zeros((), device=run.device)
         self.stream = torch.cuda.Stream(run.device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[Any, LearnGraph] = {}
+        self.batches: dict[Any, Batch] = {}
+        self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
 
-    def learn(self, batch: Batch, count: int) -> Tensor:
-        """`learn` by replay."""
+    def step(self, batches: list[Batch], rates: tuple[float, float, float], progress: float) -> Tensor:
+        """What `train_step` does; `rates` as for Optimizers.set_rates."""
+        self.loss.zero_()
+        for batch in batches:
+            self.learn(batch, len(batches))
+        self.optimizers.set_rates(*rates)
+        phase = self.optimizers.muon.phase(progress)
+        self.replay(phase, functools.partial(self.update, phase))
+        return self.loss.clone()
+
+    def learn(self, batch: Batch, count: int) -> None:
+        """`learn`, its loss and gradients added to those of the step."""
         shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
         key = (self.model.looped, count, shapes)
-        if key not in self.graphs:
-            work = functools.partial(learn, self.forward, count=count)
-            self.graphs[key] = LearnGraph(work, self.parameters, batch, self.stream, self.pool)
-        return self.graphs[key].replay(batch)
+        if key not in self.batches:
+            self.batches[key] = tree_map_only(Tensor, torch.clone, batch)
+        own = self.batches[key]
+        for place, given in zip(own, batch, strict=True):
+            if isinstance(given, Tensor):
+                place.copy_(given)
+        self.replay(key, functools.partial(self.add_gradients, own, count))
+
+    def add_gradients(self, batch: Batch, count: int) -> None:
+        """The work of a micro-batch's graph."""
+        self.give_gradients()
+        self.loss.add_(learn(self.forward, batch, count))
+        for parameter, _ in self.gradients:
+            parameter.grad = None
+
+    def update(self, phase: MuonPhase) -> None:
+        """The work of an update's graph."""
+        self.give_gradients()
+        self.optimizers.update(phase)
+        torch._foreach_zero_([gradient for _, gradient in self.gradients])
+
+    def give_gradients(self) -> None:
+        """Let each parameter have its gradient, to which autograd adds in place."""
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+    def replay(self, key: Any, work: Callable[[], None]) -> None:
+        """Do `work`: itself the first time, which is recorded then, by replay ever after."""
+        if key in self.graphs:
+            self.graphs[key].replay()
+            return
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            work()
+        here.wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on meanwhile: that of the Feed pins memory, that of NCCL asks for events.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        self.graphs[key] = graph
 
 
-def learn_graphs(run: Run, model: GPT, forward: Callable[[Batch], Tensor]) -> LearnGraphs | None:
+def step_graphs(
+    run: Run, model: GPT, forward: Callable[[Batch], Tensor], optimizers: Optimizers
+) -> StepGraphs | None:
     """The graphs of a training that CUDA_GRAPHS=1 asks for, or None."""
-    return LearnGraphs(run, model, forward) if run.config.cuda_graphs else None
+    return StepGraphs(run, model, forward, optimizers) if run.config.cuda_graphs else None
 
 
 def train_step(
@@ -8990,23 +9060,24 @@ def train_step(
     batches: list[Batch],
     progress: float,
     step: int,
-    graphs: LearnGraphs | None = None,
+    graphs: StepGraphs | None = None,
 ) -> Tensor:
     """Forward, backward and update over this rank's micro-batches; their mean loss (0-d, on the device).
 
-    With `graphs`, forward and backward are replayed.
+    With `graphs`, all of it is replayed.
     """
     config = run.config
-    work = functools.partial(learn, forward) if graphs is None else graphs.learn
-    total = torch.zeros((), device=run.device)
-    for batch in batches:
-        total += work(batch, len(batches))
-    optimizers.step(
+    rates = (
         learning_rate_scale(config, progress),
         muon_momentum(config, step),
         muon_weight_decay(config, progress),
-        progress,
     )
+    if graphs is not None:
+        return graphs.step(batches, rates, progress)
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        total += learn(forward, batch, len(batches))
+    optimizers.step(*rates, progress)
     return total
 
 
@@ -9108,8 +9179,23 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
+def stages(config: Config, looped: bool) -> list[float]:
+    """Where, in this loop state, a step begins to be compiled otherwise: values of progress, its first on."""
+    begin, end = 0.0, 1.0
+    if looped:
+        begin = config.enable_looping_at
+    elif config.num_loops:
+        end = config.enable_looping_at
+    switches = [float(pair.split("@")[1]) for pair in config.train_seq_schedule.split(",") if pair]
+    if config.muon_mixture:
+        switches.append(config.muon_mixture_start)
+    if config.muon_metric_until:
+        switches.append(config.muon_metric_until)
+    return [begin, *sorted({switch for switch in switches if begin < switch < end})]
+
+
 def warm_up(
-    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: LearnGraphs | None = None
+    run: Run, built: Built, optimizers: Optimizers, feed: Feed, graphs: StepGraphs | None = None
 ) -> None:
     """Compile and allocate before the clock: WARMUP_STEPS steps per loop state; then restore all state."""
     began = time.monotonic()
@@ -9122,19 +9208,26 @@ def warm_up(
     padded = []
     if compiled and config.loader == "packed" and config.warmup_steps > 0:
         padded = padded_batches(config, feed, run.device)
+    momentum_is_final = config.muon_momentum_warmup_steps
     for looped in loop_states(config):
         state_began = time.monotonic()
         model.looped = looped
         for batch in padded:
             work(batch, len(feed.get(0)))
-        for step in range(config.warmup_steps):
-            momentum_is_final = config.muon_momentum_warmup_steps
-            train_step(run, forward, optimizers, feed.get(step), 0.0, momentum_is_final, graphs)
+        first, *later = stages(config, looped)
+        steps = [(step, first) for step in range(config.warmup_steps)]
+        if steps:
+            steps += [(0, progress) for progress in later]
+        for step, progress in steps:
+            batches = feed.get(step, longest_segment(config, progress))
+            train_step(run, forward, optimizers, batches, progress, momentum_is_final, graphs)
         if compiled:  # minutes if nothing is in the cache: show that it goes on
-            run.log(f"warm-up: loops {'on' if looped else 'off'} after {time.monotonic() - state_began:.1f}s")
+            state = "on" if looped else "off"
+            run.log(f"warm-up: loops {state} after {time.monotonic() - state_began:.1f}s")
     model.looped = False
     model.load_state_dict(weights)
     optimizers.load(fresh)
+    optimizers.restart_average()
     seconds = time.monotonic() - began
     line = (
         f"warm-up: {config.warmup_steps} steps per loop state in {seconds:.1f}s, untimed; all state restored"
@@ -9288,13 +9381,15 @@ class Training:
         self.run = run
         self.config = run.config
         self.model, self.forward, compiled = built
-        self.optimizers = Optimizers(run, self.model, compiled)
+        parameters = self.model.named_parameters()
+        self.average = {name: parameter.detach().float().clone() for name, parameter in parameters}
+        self.optimizers = Optimizers(run, self.model, compiled, self.average)
         self.feed = Feed(run, LOADERS[run.config.loader](run.config, data))
         self.identity = {"settings": run.config.chosen("training"), "data": data.training_digest}
         self.validation: Validation | None = None
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
-        self.graphs = learn_graphs(run, self.model, self.forward)
+        self.graphs = step_graphs(run, self.model, self.forward, self.optimizers)
         if self.config.prefix_loss:
             self.model.prefixes = token_prefixes(data).to(run.device)
             self.model.prefix_weight = torch.zeros((), device=run.device)
@@ -9302,8 +9397,6 @@ class Training:
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
             self.reserve = measure_reserve(run, self.model, data)
-        parameters = self.model.named_parameters()
-        self.average = {name: parameter.detach().float().clone() for name, parameter in parameters}
         self.step = 0
         self.first_step = 0  # of this process
         self.seconds_before = 0.0  # on the clock of the processes that this one resumes
@@ -9314,6 +9407,12 @@ class Training:
         most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
         self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
         self.graphs_before_clock = 0
+        self.recorded_before_clock = 0
+
+    @property
+    def recorded(self) -> int:
+        """How many CUDA graphs there are."""
+        return len(self.graphs.graphs) if self.graphs else 0
 
     def count_operations(self, looped: bool, pairs: float) -> int:
         """Those of a step with so many attention pairs over all ranks."""
@@ -9323,7 +9422,8 @@ class Training:
         """Go on from a checkpoint."""
         self.model.load_state_dict(saved["model"])
         self.optimizers.load(saved["optimizers"])
-        self.average = {name: weight.to(self.run.device) for name, weight in saved["average"].items()}
+        for name, weight in saved["average"].items():
+            self.average[name].copy_(weight)  # not in its place: a CUDA graph moves this tensor
         self.step = saved["step"]
         self.operations = saved["operations"]
         self.first_step = self.step
@@ -9353,6 +9453,7 @@ class Training:
         self.elapsed = self.seconds_before
         self.started = self.run.now()
         self.graphs_before_clock = compiled_graphs()
+        self.recorded_before_clock = self.recorded
         self.run.ledger("train_clock_start", seconds=self.seconds_before)
         if self.validation:
             self.run.ledger("validation_read")
@@ -9405,7 +9506,6 @@ class Training:
         batches = self.feed.get(self.step, longest_segment(config, progress))
         self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
-        update_ema(self.average, self.model, config.ema_decay)
         self.step += 1
         self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
         last = not self.has_work
@@ -9494,6 +9594,12 @@ class Training:
         }
         warning = "warning: " if inside else ""
         run.log(f"{warning}compile: {before} graphs before the clock, {inside} inside it")
+        if self.graphs:
+            before = self.recorded_before_clock
+            inside = self.recorded - before
+            facts["recorded_inside_clock"] = inside
+            warning = "warning: " if inside else ""
+            run.log(f"{warning}cuda graphs: {before} recorded before the clock, {inside} inside it")
         limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
         if self.step >= config.iterations:
             limit = "ITERATIONS"
@@ -9811,7 +9917,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     built = build(run)
     optimizers = Optimizers(run, built.model, built.compiled)
     feed = Feed(run, LOADERS[config.loader](config, data))
-    graphs = learn_graphs(run, built.model, built.forward)
+    graphs = step_graphs(run, built.model, built.forward, optimizers)
     warm_up(run, built, optimizers, feed, graphs)
     reserve = config.gptq_reserve_seconds
     if reserve < 0:

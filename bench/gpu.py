@@ -616,7 +616,8 @@ class Bench:
             for name, bank in step.optimizers.muon.banks.items():
                 bank.grad = gradients[name]
             step.optimizers.muon.reduce()
-            step.optimizers.muon.step(c.matrix_lr, c.muon_momentum, c.muon_wd, None)
+            step.optimizers.muon.set_rates(c.matrix_lr, c.muon_momentum, c.muon_wd)
+            step.optimizers.muon.step(None, step.optimizers.muon.phase(0.0))
 
         alone = total(self.meter.classes(muon))
         for parameter in step.model.parameters():
@@ -650,7 +651,8 @@ class Bench:
         def muon(which: t.Muon, values: dict) -> None:
             give(values)
             which.reduce()
-            which.step(config.matrix_lr, config.muon_momentum, config.muon_wd, None)
+            which.set_rates(config.matrix_lr, config.muon_momentum, config.muon_wd)
+            which.step(None, which.phase(0.0))
 
         banks = {bank: gradients[bank] for bank in whole.muon.banks.values()}
         calls = {

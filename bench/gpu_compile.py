@@ -22,9 +22,9 @@ Parts (a process each)
     shapes      which changes of shape or flag compile again in training
     evaluation  every way of scoring after its rehearsal: no graph while the clock runs
     training    one micro-batch of the flagship with loops on, and the update of its weights: the table
-    variants    at a short depth: no loops, windows, scoring, adapters, the optimisers, a CUDA graph
-    run         python train_gpt.py from start to last score at a small shape, alone and as two ranks; and its
-                training by CUDA graphs
+    variants    at a short depth: no loops, windows, scoring, adapters, the optimisers, a step by CUDA graphs
+    run         python train_gpt.py from start to last score at a small shape, alone and as two ranks; and the
+                training of two by CUDA graphs
 Exit status 1 if a check fails. The last line is RESULT and a JSON object; what no part measured is null.
 """
 
@@ -35,9 +35,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,6 +75,39 @@ RESULT_KEYS = (
 def fail(message: str) -> NoReturn:
     """End with one line."""
     raise SystemExit(f"bench/gpu_compile.py: {message}")
+
+
+class Children:
+    """The processes of the parts, each with all that it starts: they end when this one is told to.
+
+    Each leads a group of its own, which a signal from the terminal does not reach.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a second signal may interrupt the first one's handler
+        self.running: list[subprocess.Popen] = []
+        self.stopped = False
+
+    def start(self, command: list[str], **options: Any) -> subprocess.Popen:
+        """The process of `command`; SystemExit once all are stopped."""
+        with self.lock:
+            if self.stopped:
+                raise SystemExit("stopped")
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self.running = [*(one for one in self.running if one.poll() is None), process]
+        return process
+
+    def stop(self, number: int, frame: Any) -> NoReturn:
+        """Handle a signal: end all groups, and this process with the status of one that it ended."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        raise SystemExit(128 + number)
+
+
+CHILDREN = Children()
 
 
 def kept_file(name: str, arguments: argparse.Namespace) -> Path:
@@ -122,7 +157,7 @@ def start_part(name: str, arguments: argparse.Namespace, library: Path) -> dict[
 def follow(command: list[str], environment: dict[str, str], name: str) -> tuple[int, str]:
     """(Exit status, last line of the errors) of `command`; shows its checks and notes as they come."""
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(
+        with CHILDREN.start(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process:
             for line in process.stdout:
@@ -236,6 +271,8 @@ def main() -> None:
     if reason:
         fail(reason)
     library = build.build(Path(arguments.cache))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, CHILDREN.stop)
     found = run_parts(arguments.parts, arguments, library)
     facts = result(found)
     for name in ("training", "variants"):

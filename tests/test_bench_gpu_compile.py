@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 
+import train_gpt as t
 from bench.null_gpu import account, build
 from helpers import ROOT
 
@@ -135,6 +138,33 @@ def test_what_was_refused_is_found():
     assert account.refused(ledger) == ["launch of x"]
 
 
+def test_what_a_kernel_touches_sparsely_counts_by_sectors():
+    slopes, logits = torch.zeros(4, 3, 100), torch.zeros(4, 3, 100)
+    touched = {("finish", "slopes"): 2, ("other", "logits"): 5}
+    whole, sparse = account.split_arguments({"slopes": slopes, "logits": logits}, "finish", touched)
+    assert list(whole) == ["logits"] and whole["logits"] is logits
+    assert sparse == 4 * 3 * 2 * 2 * account.SECTOR  # rows, values in each, read and written
+    assert account.split_arguments({"logits": logits}, "finish", touched) == ({"logits": logits}, 0.0)
+
+
+def test_every_sparse_argument_is_one_of_the_trainers_kernels():
+    source = ast.parse((ROOT / "bench" / "null_gpu" / "parts.py").read_text())  # to import it takes a second
+    tables = {
+        ast.unparse(node.targets[0]): node.value for node in source.body if isinstance(node, ast.Assign)
+    }
+    touched = ast.literal_eval(tables["TOUCHED"])
+    assert touched and all(argument in getattr(t, kernel).arg_names for kernel, argument in touched)
+
+
+def test_launches_are_told_from_what_is_recorded():
+    text = (
+        "3\ttriton:a\n2\tcopy:host-to-device\n1\tgraph\n9\tdescriptor:x\n4\trecorded:triton:a\n1\trefused:b\n"
+    )
+    ledger = account.parse_ledger(text)
+    assert account.launches(ledger) == {"triton:a": 3, "copy:host-to-device": 2, "graph": 1}
+    assert account.launches(ledger, recorded=True) == {"triton:a": 4}
+
+
 def test_the_result_has_all_keys_whatever_ran(script):
     part = {"checks": [[True, "fine"]], "graph_breaks": 0, "recompiles": 2, "spills": None}
     facts = script.result({"shapes": part})
@@ -176,6 +206,29 @@ def test_a_part_that_held_is_not_repeated_until_something_changes(script, tmp_pa
     assert run("shapes", again=True) == 1 and run("shapes", again=False) == 0
     checks[0][0] = False
     assert run("shapes", flash_attn="/x") == 1 and run("shapes") == 1  # what failed is tried again
+
+
+def test_a_signal_ends_the_parts_with_all_that_they_have_started(script, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(script, "parse_arguments", lambda: argparse.Namespace(cache="/nowhere", parts=[]))
+    monkeypatch.setattr(script.build, "missing", lambda: "")
+    monkeypatch.setattr(script.build, "build", lambda cache: cache)
+    monkeypatch.setattr(script.signal, "signal", handlers.__setitem__)
+    command = ["sh", "-c", "sleep 100 & echo begun; wait"]
+
+    def killed(*_) -> None:
+        with script.CHILDREN.start(command, stdout=subprocess.PIPE, text=True) as part:
+            assert part.stdout.readline() == "begun\n"
+            with pytest.raises(SystemExit) as ended:
+                handlers[signal.SIGTERM](signal.SIGTERM, None)
+            assert ended.value.code == 128 + signal.SIGTERM
+            assert part.stdout.read() == ""  # nobody is left who could write
+        script.CHILDREN.start(command)
+
+    monkeypatch.setattr(script, "run_parts", killed)
+    with pytest.raises(SystemExit, match="stopped"):
+        script.main()
+    assert handlers.keys() == {signal.SIGTERM, signal.SIGINT}
 
 
 # --- the library ---

@@ -1,117 +1,27 @@
-"""CUDA_GRAPHS=1: forward and backward by replay; a stand-in records and repeats operations of the CPU.
-
-What it records it spoils, as a GPU does not run what it records; what would wait for the GPU it refuses.
-"""
+"""CUDA_GRAPHS=1: a whole step by replay; a stand-in records and repeats operations of the CPU."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_gpt as t
+from helpers import ROOT, cuda_graphs
 from helpers.trainer import launch, replace
 
-WAITS = ("_local_scalar_dense", "nonzero", "_unique2")
 
-
-def tensors(values) -> list[torch.Tensor]:
-    """All tensors in a nest."""
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps every operation with the tensors that it reads and writes."""
-
-    def __init__(self, operations: list):
-        super().__init__()
-        self.operations = operations
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        if operation.overloadpacket.__name__ in WAITS:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        result = operation(*arguments, **(options or {}))
-        self.operations.append((operation, arguments, options or {}, result))
-        return result
-
-
-class Graph:
-    """In place of torch.cuda.CUDAGraph."""
-
-    def __init__(self):
-        self.operations = []
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        """Repeat what was recorded on the same tensors."""
-        EVENTS.append("replay")
-        for operation, arguments, options, result in self.operations:
-            again = tensors(operation(*arguments, **options))
-            for old, new in zip(tensors(result), again, strict=True):
-                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
-                    old.detach().copy_(new)
-
-    def spoil(self) -> None:
-        """Make all floating-point results NaN that have memory of their own."""
-        read = set()
-        for _, arguments, options, result in self.operations:
-            read |= {tensor.untyped_storage().data_ptr() for tensor in tensors((arguments, options))}
-            for tensor in tensors(result):
-                if tensor.untyped_storage().data_ptr() not in read and tensor.is_floating_point():
-                    tensor.detach().fill_(float("nan"))
-
-
-class Stream:
-    """In place of torch.cuda.Stream."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def wait_stream(self, other) -> None:
-        """All has happened already."""
-        EVENTS.append("wait")
-
-
-@contextlib.contextmanager
-def use_stream(stream) -> Iterator[None]:
-    """In place of torch.cuda.stream."""
-    assert isinstance(stream, Stream)
-    EVENTS.append("unrecorded")
-    yield
-
-
-@contextlib.contextmanager
-def record(graph, pool, stream, capture_error_mode) -> Iterator[None]:
-    """In place of torch.cuda.graph."""
-    assert pool == "pool" and isinstance(stream, Stream) and capture_error_mode == "thread_local"
-    EVENTS.append("record")
-    with Recorder(graph.operations):
-        yield
-    graph.spoil()
-
-
-EVENTS: list[str] = []
+@pytest.fixture
+def config(config: t.Config) -> t.Config:
+    """That of a run that packs."""
+    return replace(config, loader="packed")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """The stand-ins; the events, from none on."""
-    for name, stand_in in (
-        ("CUDAGraph", Graph),
-        ("Stream", Stream),
-        ("stream", use_stream),
-        ("graph", record),
-        ("graph_pool_handle", lambda: "pool"),
-        ("current_stream", lambda: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    EVENTS.clear()
-    return EVENTS
+    return cuda_graphs.install(monkeypatch)
 
 
 def attend_masked(q, k, v, starts, longest):
@@ -133,97 +43,188 @@ def packed(config: t.Config, seed: int, total: int = 64) -> t.Batch:
     return t.Batch(ids[:, :-1], ids[:, 1:], starts, config.train_seq_len)
 
 
-def learnt(model: t.GPT, batches: list[t.Batch], work) -> tuple[list[float], dict[str, torch.Tensor | None]]:
-    """Losses and summed gradients of `batches`, which are freed."""
-    parts = [work(batch, len(batches)) for batch in batches]
-    losses = [part.item() for part in parts]  # after all of them: a later replay must not change one
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
-    return losses, gradients
+class Steps:
+    """A tiny model that packs, with its optimisers and average, by replay or as ever."""
+
+    def __init__(self, run: t.Run, replayed: bool, attend: t.Attend = attend_masked):
+        self.run = run
+        torch.manual_seed(0)
+        self.model = t.GPT(run.config, attend=attend)
+        average = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.optimizers = t.Optimizers(self.run, self.model, compiled=False, average=average)
+        graphs = t.StepGraphs(self.run, self.model, self.model, self.optimizers) if replayed else None
+        self.graphs = graphs
+
+    def __call__(self, batches: list[t.Batch], progress: float, step: int) -> torch.Tensor:
+        """The loss of one step."""
+        return t.train_step(self.run, self.model, self.optimizers, batches, progress, step, self.graphs)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights, average and the optimisers' states."""
+        state = self.optimizers.state()
+        moments = {
+            f"{place}/{name}": one
+            for place, each in state["adam"]["state"].items()
+            for name, one in each.items()
+        }
+        average = {f"average/{name}": one for name, one in self.optimizers.average.items()}
+        return self.model.state_dict() | average | moments | state["muon"]
 
 
-def plain(model: t.GPT, batches: list[t.Batch]):
-    """The same without graphs."""
-    return learnt(model, batches, lambda batch, count: t.learn(model, batch, count))
+def assert_same(one: Steps, other: Steps) -> None:
+    """Equal to the bit; no gradient is left."""
+    others = other.tensors()
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, others[name]), name
+    assert all(weight.grad is None for weight in one.model.parameters())
 
 
-def assert_same(found, wanted) -> None:
-    """Equal losses and gradients, to the bit; no memory in common."""
-    assert found[0] == wanted[0]
-    for name, gradient in wanted[1].items():
-        assert (gradient is None) == (found[1][name] is None), name
-        assert gradient is None or torch.equal(found[1][name], gradient), name
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_replayed_steps_follow_batches_rates_and_weights_of_now(gpu, config, scope):
+    changing = replace(
+        config, warmdown_frac=0.9, wd_taper_start_frac=0.1, grad_clip_norm=0.1, grad_clip_scope=scope
+    )
+    plain, replayed = (Steps(t.Run(changing), replayed) for replayed in (False, True))
+    losses = []
+    for step in range(3):
+        batches = [
+            packed(config, 10 * step),
+            packed(config, 10 * step + 1),
+            packed(config, 10 * step + 2, 96),
+        ]
+        wanted = plain(batches, 0.3 * step, step)
+        losses.append((wanted, replayed(batches, 0.3 * step, step)))
+        for batch in batches:
+            batch.inputs.fill_(-1)  # whoever reads it again fails
+    assert all(torch.equal(*pair) for pair in losses)  # at the end: no later step has changed one
+    assert_same(plain, replayed)
+    # Two shapes and the update, each run once and recorded; then two of the first shape count as one.
+    assert gpu.count("unrecorded") == gpu.count("record") == 3
+    assert gpu.count("replay") == 1 + 2 * 4 and gpu[:4] == ["wait", "unrecorded", "wait", "record"]
 
 
-@pytest.fixture
-def model(config) -> t.GPT:
-    """A tiny model that packs."""
-    torch.manual_seed(0)
-    return t.GPT(replace(config, loader="packed"), attend=attend_masked)
-
-
-def test_a_replay_reads_the_batch_and_the_weights_of_now(gpu, config, model):
-    graphs = t.LearnGraphs(t.Run(config), model, model)
-    first, second, third = ([packed(config, seed)] for seed in range(3))
-    wanted = plain(model, first)
-    assert_same(learnt(model, first, graphs.learn), wanted)
-    assert gpu == ["wait", "unrecorded", "record", "replay"]
-    first[0].inputs.fill_(-1)  # whoever reads it again fails
-    first[0].starts.fill_(-1)
-    wanted = plain(model, second)
-    found = learnt(model, second, graphs.learn)
-    assert_same(found, wanted)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    wanted_later = plain(model, third)
-    assert_same(learnt(model, third, graphs.learn), wanted_later)
-    assert_same(found, wanted)  # what a replay has given stays
-    assert gpu[4:] == ["replay", "replay"]
-
-
-def test_each_loop_state_and_shape_has_its_graph_once(gpu, config, model):
-    graphs = t.LearnGraphs(t.Run(config), model, model)
-    cases = [(False, 64), (True, 64), (False, 64), (True, 96), (True, 64)]
-    for seed, (looped, total) in enumerate(cases):
-        model.looped = looped
-        batches = [packed(config, seed, total)]
-        assert_same(learnt(model, batches, graphs.learn), plain(model, batches))
-    assert gpu.count("record") == len(graphs.graphs) == 3 and gpu.count("replay") == 5
-
-
-def test_gradients_of_micro_batches_add_up_though_one_is_recorded_among_them(gpu, config, model):
-    graphs = t.LearnGraphs(t.Run(config), model, model)
-    batches = [packed(config, 0), packed(config, 1), packed(config, 2, 96), packed(config, 3)]
-    assert_same(learnt(model, batches, graphs.learn), plain(model, batches))
-    assert gpu.count("record") == 2 and gpu.count("replay") == 4
+def test_each_loop_state_shape_and_phase_has_its_graph_once(gpu, config):
+    levers = replace(config, muon_mixture="0.9:0.5,0.99:0.5", muon_mixture_start=0.5, muon_metric_until=0.3)
+    plain, replayed = (Steps(t.Run(levers), replayed) for replayed in (False, True))
+    cases = [(False, 64, 0.0), (True, 64, 0.2), (False, 64, 0.4), (True, 96, 0.6), (True, 64, 0.7)]
+    for step, (looped, total, progress) in enumerate(cases):
+        plain.model.looped = replayed.model.looped = looped
+        batches = [packed(config, step, total)]
+        assert torch.equal(plain(batches, progress, step), replayed(batches, progress, step))
+    assert_same(plain, replayed)
+    assert len(replayed.graphs.batches) == 3 and len(replayed.graphs.graphs) == 3 + 3
+    assert gpu.count("record") == 6 and gpu.count("replay") == 10 - 6
 
 
 def test_what_waits_for_the_gpu_cannot_be_recorded(gpu, config):
-    model = t.GPT(config, attend=t.attend_sdpa)  # it asks where segments end
-    graphs = t.LearnGraphs(t.Run(config), model, model)
+    steps = Steps(t.Run(config), replayed=True, attend=t.attend_sdpa)  # it asks where segments end
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        graphs.learn(packed(config, 0), 1)
+        steps([packed(config, 0)], 0.0, 0)
 
 
-def test_a_training_has_the_same_losses_and_weights(gpu, config, tmp_path):
-    config = replace(config, micro_batch_tokens=128, checkpoint_every=0, train_log_every=1, warmup_steps=1)
-    kept = []
-    for graphs in (False, True):
-        run, data = t.Run(config), t.Dataset(config)
-        run.folder = run.open(tmp_path / str(graphs))
-        built = t.build(run)
-        run.config = replace(config, cuda_graphs=graphs)
-        t.train(run, data, built)
-        run.close()
-        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-        losses = [record.get("train_loss") for record in map(json.loads, lines) if record["kind"] == "train"]
-        kept.append((losses, torch.load(run.folder / "checkpoint.pt", weights_only=True)["average"]))
-    (losses, weights), (replayed, others) = kept
-    assert len([loss for loss in losses if loss]) == config.iterations and replayed == losses
+def test_states_of_before_are_copied_into_the_tensors_that_replays_move(gpu, config):
+    plain, replayed = (Steps(t.Run(config), replayed) for replayed in (False, True))
+    batches = [packed(config, 0)]
+    saved = []
+    for steps in (plain, replayed):
+        steps(batches, 0.0, 0)
+        saved.append(t.to_cpu((steps.model.state_dict(), steps.optimizers.state())))
+        steps(batches, 0.1, 1)
+    for steps, (weights, state) in zip((plain, replayed), saved, strict=True):
+        steps.model.load_state_dict(weights)
+        steps.optimizers.load(state)
+        steps.optimizers.restart_average()
+        steps([packed(config, 1)], 0.2, 2)
+    assert_same(plain, replayed)
+    assert gpu.count("record") == 2 and gpu.count("replay") == 4
+
+
+class Killed(Exception):
+    """The end of a run that comes too early."""
+
+
+def trained(config: t.Config, folder, graphs: bool, killed_at: int = -1):
+    """(losses by step, averaged weights) of a training; with `killed_at` it stops there and is resumed."""
+    run, data = t.Run(replace(config, cuda_graphs=graphs)), t.Dataset(config)
+    run.folder = run.open(folder)
+    built = t.build(run)
+    take_step = t.Training.take_step
+
+    def killed(training: t.Training) -> None:
+        if training.step == killed_at:
+            raise Killed
+        take_step(training)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Training, "take_step", killed)
+        if killed_at >= 0:
+            with pytest.raises(Killed):
+                t.train(run, data, built)
+            built = t.build(run)
+    t.train(run, data, built)
+    run.close()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {record["step"]: record["train_loss"] for record in records if "train_loss" in record}
+    return losses, torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
+
+
+def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(t, "pick_attention", lambda config, run: attend_masked)
+    monkeypatch.setattr(t, "check_cuda_graphs", lambda config, run, compiled: None)  # there is no GPU
+    config = replace(
+        config,
+        train_batch_tokens=256,
+        micro_batch_tokens=128,
+        iterations=6,
+        train_log_every=1,
+        train_seq_schedule="16@0.6",
+        muon_metric_until=0.3,
+        gptq_reserve_seconds=1.0,
+    )
+    losses, weights = trained(config, tmp_path / "plain", graphs=False)
+    capfd.readouterr()
+    replayed, others = trained(config, tmp_path / "replayed", graphs=True, killed_at=4)
+    assert len(losses) == config.iterations and replayed == losses
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-    # Two loop states, each recorded in warm-up; 4 micro-batches a step, in warm-up as well.
-    assert gpu.count("record") == 2 and gpu.count("replay") == 4 * (config.iterations + 2)
+    # Short segments without loops, then with, then long ones; and two phases of Muon.
+    said = [line for line in capfd.readouterr().out.splitlines() if "cuda graphs:" in line]
+    assert len(said) == 1 and said[0].endswith("cuda graphs: 5 recorded before the clock, 0 inside it")
+    assert "warning" not in said[0]
+
+
+def test_the_stages_of_a_training_are_those_that_compile_something_else():
+    config = t.Config(enable_looping_at=0.35)
+    assert [t.stages(config, looped) for looped in (False, True)] == [[0.0], [0.35]]
+    levers = {"muon_mixture": "0.9:1", "muon_mixture_start": 0.5, "muon_metric_until": 0.1}
+    config = replace(config, train_seq_schedule="512@0.1,1024@0.5", **levers)
+    assert [t.stages(config, looped) for looped in (False, True)] == [[0.0, 0.1], [0.35, 0.5]]
+    assert t.stages(replace(config, num_loops=0), False) == [0.0, 0.1, 0.5]
+
+
+TWO_RANKS = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import pytest, torch, train_gpt as t
+from helpers import cuda_graphs
+from test_gpu_findings_graphs import Steps, assert_same, packed
+config = t.Config.from_env(os.environ)
+with pytest.MonkeyPatch.context() as patch:
+    events = cuda_graphs.install(patch)
+    run = t.Run(config)
+    plain, replayed = Steps(run, False), Steps(run, True)
+    for step in range(3):
+        batches = [packed(config, 10 * step + run.rank)]
+        assert torch.equal(plain(batches, 0.3 * step, step), replayed(batches, 0.3 * step, step))
+    assert_same(plain, replayed)
+assert events.count("record") == 2 and events.count("replay") == 4
+"""
+
+
+def test_collectives_of_two_ranks_are_replayed_with_the_update(settings, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT)))
+    done = launch(settings | {"LOADER": "packed"}, 2, script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_gpu_or_compilation_it_is_refused_in_one_line(config, settings):

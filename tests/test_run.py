@@ -336,16 +336,18 @@ def test_warm_up_leaves_no_trace(config, loader, steps):
     config = dataclasses.replace(config, loader=loader, warmup_steps=steps)
     run, data = t.Run(config), t.Dataset(config)
     model, _, _ = built = t.build(run)._replace(compiled=True)  # the shapes that would be compiled are run
-    optimizers, feed = t.Optimizers(run, model, False), t.Feed(run, t.LOADERS[loader](config, data))
+    average = {name: torch.full_like(weight, 9.0) for name, weight in model.state_dict().items()}
+    optimizers, feed = t.Optimizers(run, model, False, average), t.Feed(run, t.LOADERS[loader](config, data))
     before = t.to_cpu({"model": model.state_dict(), "optimizers": optimizers.state()})
     t.warm_up(run, built, optimizers, feed)
     after = {"model": model.state_dict(), "optimizers": optimizers.state()}
     assert model.looped is False and all(parameter.grad is None for parameter in model.parameters())
     for name, weight in before["model"].items():
-        assert torch.equal(weight, after["model"][name])
+        assert torch.equal(weight, after["model"][name]) and torch.equal(weight, average[name])
     for name, buffer in after["optimizers"]["muon"].items():
         assert (buffer == 0).all(), name
-    assert after["optimizers"]["adam"]["state"] == {} == before["optimizers"]["adam"]["state"]
+    moments = list(after["optimizers"]["adam"]["state"].values())
+    assert moments and not any(tensor.any() for each in moments for tensor in each.values())
 
 
 def test_packed_documents_train_and_score_too(settings):

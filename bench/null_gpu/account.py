@@ -6,12 +6,15 @@ products reach: the time below which no program can bring the same traffic and a
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BANDWIDTH = 3.35e12  # bytes per second
+SECTOR = 32  # bytes that the memory reads or writes at least
 OPERATIONS = 790e12  # per second
 PRODUCT = re.compile(r"gemm:\w\w m=(\d+) n=(\d+) k=(\d+) batch=(\d+) type=(\d+)")
+LAUNCHED = ("triton", "gemm", "aten", "nccl", "copy", "memset", "graph")
 TYPE_BYTES = {0: 4, 2: 2, 14: 2}  # of cudaDataType: fp32, fp16, bf16
 
 
@@ -61,6 +64,20 @@ def bytes_moved(accesses: Mapping[str, Mapping[str, tuple[int, int]]]) -> int:
     return total
 
 
+def split_arguments(
+    given: dict[str, Any], kernel: str, touched: dict[tuple[str, str], int]
+) -> tuple[dict[str, Any], float]:
+    """(the arguments that the kernel goes through, the bytes of the others: a sector read and written for
+    each value it touches)."""
+    whole = {name: value for name, value in given.items() if (kernel, name) not in touched}
+    sparse = (
+        2 * SECTOR * touched[kernel, name] * value.numel() // value.size(-1)
+        for name, value in given.items()
+        if name not in whole
+    )
+    return whole, float(sum(sparse))
+
+
 def product(name: str, calls: int) -> tuple[float, float] | None:
     """(bytes, operations) of `calls` products written as the ledger does; None if `name` is none."""
     found = PRODUCT.match(name)
@@ -105,6 +122,16 @@ def rows_of(
             known = hand.get(name, Hand(calls, 0.0, 0.0))
             rows.append(Work(phase, name, "hand-written", calls, known.bytes, known.operations))
     return merge(rows)
+
+
+def launches(ledger: Mapping[str, int], recorded: bool = False) -> Counter[str]:
+    """What was launched, kernels, copies and whole CUDA graphs, or what was only `recorded`: by name."""
+    found: Counter[str] = Counter()
+    for what, calls in ledger.items():
+        source, _, name = what.partition(":")
+        if (source == "recorded") == recorded:
+            found[name if recorded else what] += calls
+    return Counter({what: calls for what, calls in found.items() if what.partition(":")[0] in LAUNCHED})
 
 
 def refused(ledger: Mapping[str, int]) -> list[str]:

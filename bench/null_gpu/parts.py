@@ -119,9 +119,12 @@ class Trainer:
         ids = torch.randint(2, self.config.vocab_size, (count, length + 1))
         return t.to_device(t.Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()), self.run)
 
-    def replayed(self) -> t.LearnGraphs:
-        """Forward and backward as CUDA graphs."""
-        return t.LearnGraphs(self.run, self.model, self.forward)
+    def stepper(self, replayed: bool) -> Callable[[t.Batch], Tensor]:
+        """A step of one micro-batch, its average included, as CUDA graphs if it is `replayed`."""
+        average = {name: weight.detach().float().clone() for name, weight in self.model.named_parameters()}
+        optimizers = t.Optimizers(self.run, self.model, self.compiled, average)
+        graphs = t.StepGraphs(self.run, self.model, self.forward, optimizers) if replayed else None
+        return lambda batch: t.train_step(self.run, self.forward, optimizers, [batch], 0.5, 1, graphs)
 
     def adapters(self, documents: int) -> torch.nn.Module:
         """Fresh adapters for so many documents."""
@@ -425,35 +428,45 @@ def variants(options: Options, findings: Findings) -> None:
 
 
 def replay(findings: Findings, trainer: Trainer, batch: t.Batch) -> None:
-    """Forward and backward as a CUDA graph: recorded without waiting, then launched among copies alone."""
-    ledger, replayed = Ledger(), trainer.replayed()
+    """A whole step as CUDA graphs: recorded as it runs without them, then two launches among some numbers."""
+    ledger, plain, replayed = Ledger(), trainer.stepper(replayed=False), trainer.stepper(replayed=True)
     trainer.model.looped = False  # compiled before
     done = []
-    for _ in range(2):
+    for step in (plain, plain, replayed, replayed):  # the first may compile
         ledger.take()
         try:
-            replayed.learn(batch, 1)
+            step(batch)
         except Exception as error:
-            findings.expect(False, f"CUDA graph: {brief(error)}")
+            findings.expect(False, f"CUDA graphs: {brief(error)}")
             return
         done.append(ledger.take())
-    recorded = sum(calls for what, calls in done[0].items() if what.startswith("recorded:triton"))
-    refused = account.refused(done[0])
-    findings.expect(recorded > 0 and not refused, f"CUDA graph: {recorded} Triton launches recorded")
-    others = [what for what in done[1] if what.startswith(("triton", "gemm"))]
-    findings.expect(done[1].get("graph") == 1 and not others, "CUDA graph: a replay launches it and copies")
-    trainer.model.zero_grad()
+    _, ran, _, again = (account.launches(one) for one in done)
+    recorded = account.launches(done[2], recorded=True)
+    refused = account.refused(done[2])
+    findings.expect(not refused, f"CUDA graphs: {sum(recorded.values())} launches recorded, none waits")
+    lost = ran - recorded - again
+    findings.expect(
+        not lost, f"CUDA graphs: all that runs without is recorded, but for {dict(lost) or 'nothing'}"
+    )
+    kernels = {what for what in ran if what.startswith(("triton", "gemm"))}
+    others = {what: recorded[what] - ran[what] for what in kernels if recorded[what] != ran[what]}
+    findings.expect(
+        not others, f"CUDA graphs: {len(kernels)} kernels as without graphs, but for {others or 'nothing'}"
+    )
+    only = again["graph"] == 2 and not kernels & set(again)
+    findings.expect(only, f"CUDA graphs: a step is 2 replays and {sum(again.values()) - 2} fills and copies")
+    findings.note(f"      launches of the host for it: {sum(ran.values())} without CUDA graphs")
 
 
 def run(options: Options, findings: Findings) -> None:
-    """The script itself at a small shape: alone, as two ranks that must agree, training by CUDA graphs."""
+    """The script itself at a small shape: alone, as two ranks that must agree, and these by CUDA graphs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         whole_run.make_dataset(folder / "data")
         whole_script(options, findings, folder, "1 rank", 1, {})
         whole_script(options, findings, folder, "2 ranks", 2, {})
         replayed = {"CUDA_GRAPHS": "1", "STAGE": "train"}
-        whole_script(options, findings, folder, "training by CUDA graphs", 1, replayed)
+        whole_script(options, findings, folder, "training of 2 ranks by CUDA graphs", 2, replayed)
 
 
 def whole_script(

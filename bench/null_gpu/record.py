@@ -17,9 +17,8 @@ from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
 from torch._inductor.virtualized import V
 
-from bench.null_gpu.account import Hand, bytes_moved, parse_ledger
+from bench.null_gpu.account import Hand, bytes_moved, parse_ledger, split_arguments
 
-SECTOR = 32  # bytes that the memory reads or writes at least
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -172,20 +171,6 @@ def tensor_bytes(given: dict[str, Any]) -> float:
     tensors = [getattr(value, "base", value) for value in values]
     distinct = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)}
     return float(sum(distinct.values()))
-
-
-def split_arguments(
-    given: dict[str, Any], kernel: str, touched: dict[tuple[str, str], int]
-) -> tuple[dict[str, Any], float]:
-    """(the arguments that the kernel goes through, the bytes of the others: a sector read and written for
-    each value it touches)."""
-    whole = {name: value for name, value in given.items() if (kernel, name) not in touched}
-    sparse = (
-        2 * SECTOR * touched[kernel, name] * value.numel() // value.size(-1)
-        for name, value in given.items()
-        if name not in whole
-    )
-    return whole, float(sum(sparse))
 
 
 def product_operations(given: dict[str, Any]) -> float:

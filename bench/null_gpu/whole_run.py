@@ -136,8 +136,9 @@ def reason(log: TextIO) -> str:
 
 
 def graphs_inside_clock(folder: Path) -> int:
-    """Graphs that the training of the run in `folder` compiled while its clock ran."""
-    return json.loads((folder / "stages.json").read_text())["train"]["graphs_inside_clock"]
+    """Graphs that the training of the run in `folder` compiled, or recorded, while its clock ran."""
+    facts = json.loads((folder / "stages.json").read_text())["train"]
+    return facts["graphs_inside_clock"] + facts.get("recorded_inside_clock", 0)
 
 
 def objects_through_the_store() -> Callable[..., None]:

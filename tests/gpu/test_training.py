@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 import train_gpt as t
@@ -74,6 +75,25 @@ def test_no_step_waits_for_the_gpu(trainer, dry):
             if not dry:
                 torch.cuda.set_sync_debug_mode("default")
     assert seconds <= time.monotonic() and not not_finite
+
+
+def test_replayed_steps_have_the_losses_of_those_without_cuda_graphs(trainer, dry):
+    if dry:
+        pytest.skip("needs a GPU")
+    step, feed = trainer
+    before = t.to_cpu((step.model.state_dict(), step.optimizers.state()))
+    found = []
+    for graphs in (None, t.StepGraphs(step.run, step.model, step.forward, step.optimizers)):
+        losses = []
+        for number in range(20, 26):
+            batches = feed.get(number)
+            losses.append(t.train_step(step.run, step.forward, step.optimizers, batches, 0.5, number, graphs))
+        found.append(torch.stack(losses))
+        step.model.load_state_dict(before[0])
+        step.optimizers.load(before[1])
+    plain, replayed = found
+    # Sums by atomic additions come in any order, so that a few digits differ from run to run.
+    assert torch.allclose(plain, replayed, rtol=1e-3), found
 
 
 def test_an_artifact_of_the_gpu_is_the_same_model_on_the_cpu(meter, tmp_path):
