@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -42,7 +43,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import constriction
 import numpy as np
+import safetensors.numpy
 import torch
 import zstandard
 from torch import Tensor
@@ -73,6 +76,7 @@ NEEDED = (
     *("Config", "Run", "Batch", "Validation", "Tally", "Score", "Stop", "STREAMS", "build", "format_value"),
     *("evaluate_stage", "evaluation_modes", "load_validation", "measure", "record_stage", "summarize"),
     *("window_batch", "softcapped_ce_reference", "softcapped_ce_op", "load_tokenizer"),
+    *("KeyCache", "Mixture", "Copies", "Turn", "mixed_chunk", "mix_experts"),
 )
 
 
@@ -92,7 +96,8 @@ def load_trainer(folder: Path, needed: Sequence[str] = NEEDED) -> ModuleType:
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
         raise Stop(
-            f"{path}: has no {', '.join(missing)}, which this tool uses; it is not a script of this program"
+            f"{path}: has no {', '.join(missing)}, which this tool uses; make the artifact again with this "
+            "version's STAGE=quantize"
         )
     return module
 
@@ -167,7 +172,7 @@ def evaluate(
             torch.set_num_threads(threads_before)
 
 
-class Heard:
+class CapturedLogits:
     """The logits of the latest forward (N, V), as the trainer's loss function got them."""
 
     def __init__(self) -> None:
@@ -180,41 +185,38 @@ class Heard:
 
 
 @contextlib.contextmanager
-def hear(trainer: ModuleType, model: Any) -> Iterator[Heard]:
+def capture_logits(trainer: ModuleType, model: Any) -> Iterator[CapturedLogits]:
     """Listen to every forward for a while."""
-    heard = Heard()
+    captured = CapturedLogits()
     if not hasattr(model, "shows_logits"):
         raise Stop(
             f"{SCRIPT}: an older script, which does not show its logits; make the artifact with a later one"
         )
 
-    def listening(function: Callable) -> Callable:
+    def capturing(function: Callable) -> Callable:
         def losses_of(logits: Tensor, targets: Tensor, cap: float) -> Any:
-            heard.logits = logits.detach()
-            heard.cap = cap
+            captured.logits = logits.detach()
+            captured.cap = cap
             return function(logits, targets, cap)
 
         return losses_of
 
     names = ("softcapped_ce_reference", "softcapped_ce_op")
-    ours = {name: listening(getattr(trainer, name)) for name in names}
+    ours = {name: capturing(getattr(trainer, name)) for name in names}
     with patched(trainer, **ours), patched(model, shows_logits=True):
-        yield heard
+        yield captured
 
 
 # === PROBABILITIES AND THE RANGE CODER ===
-# In: a distribution over the vocabulary, as fp64 logarithms. Out: bytes, and from these the tokens again. The
-# coder is that of the artifact (section ARTIFACT of the trainer) with given counts instead of learnt ones.
-# Its integers are the one form in which both sides see a probability.
+# In: a distribution over the vocabulary, as fp64 logarithms. Out: whole numbers, the one form in which both
+# sides see a probability, and constriction's model of these for its range coder.
 
-COUNT_BITS = 28  # the counts of a distribution add up to 2^28, none is 0
-INTERVAL_BITS = 56
-INTERVAL_MASK = (1 << INTERVAL_BITS) - 1
-HELD_BYTES = INTERVAL_BITS // 8
+WORD_BYTES = 4  # a stream is a whole number of constriction's words
+COUNT_BITS = 24  # constriction's; the counts of a distribution add up to 2^24, none is 0
 
 
-def cumulative_counts(log_p: np.ndarray) -> np.ndarray:
-    """The counts (V + 1,) int64 before each token of a distribution `log_p` (V,) in nats, and their sum.
+def quantise_distribution(log_p: np.ndarray) -> np.ndarray:
+    """The counts (V,) int64 of a distribution `log_p` (V,) in nats; they add up to 2^COUNT_BITS, none is 0.
 
     Whatever the sum of the probabilities was, it is 1 here. Stop if one of them is not a number.
     """
@@ -225,137 +227,92 @@ def cumulative_counts(log_p: np.ndarray) -> np.ndarray:
     size = len(p)
     counts = (p * (((1 << COUNT_BITS) - size) / total)).astype(np.int64) + 1
     counts[p.argmax()] += (1 << COUNT_BITS) - counts.sum()
-    return np.concatenate((np.zeros(1, np.int64), counts.cumsum()))
+    return counts
 
 
-class Encoder:
-    """Writes tokens into as many bytes as their probabilities say."""
+def entropy_model(counts: np.ndarray) -> constriction.stream.model.Categorical:
+    """Exactly these `counts` (V,) as constriction's model of one token.
 
-    def __init__(self) -> None:
-        self.low = 0  # the interval's lower end, behind the bytes written
-        self.span = INTERVAL_MASK + 1
-        self.written = bytearray()
-
-    def encode(self, first: int, count: int) -> None:
-        """A token of `count`, behind those before it with the sum `first`."""
-        unit = self.span >> COUNT_BITS
-        self.low += unit * first
-        self.span = unit * count
-        if self.low > INTERVAL_MASK:
-            self.low &= INTERVAL_MASK
-            self.add_carry()
-        while self.span <= INTERVAL_MASK >> 8:
-            self.written.append(self.low >> INTERVAL_BITS - 8)
-            self.low = self.low << 8 & INTERVAL_MASK
-            self.span <<= 8
-
-    def add_carry(self) -> None:
-        """Add 1 to the number that is written."""
-        place = len(self.written) - 1
-        while self.written[place] == 255:
-            self.written[place] = 0
-            place -= 1
-        self.written[place] += 1
-
-    def finish(self) -> bytes:
-        """The stream; the decoder reads bytes of 255 behind it, which lie within the span."""
-        return bytes(self.written) + bytes([self.low >> INTERVAL_BITS - 8])
+    It scales what it is given to 2^COUNT_BITS - V, rounds down and adds 1: here it has nothing to round.
+    """
+    return constriction.stream.model.Categorical((counts - 1).astype(np.float64), lazy=True)
 
 
-class Decoder:
-    """Reads what an Encoder has written."""
+def open_stream(stream: bytes) -> constriction.stream.queue.RangeDecoder:
+    """What decodes a code stream, little-endian words of 32 bits."""
+    return constriction.stream.queue.RangeDecoder(np.frombuffer(stream, "<u4").astype(np.uint32))
 
-    def __init__(self, stream: bytes):
-        self.stream = stream
-        self.position = HELD_BYTES
-        self.number = int.from_bytes(stream[:HELD_BYTES].ljust(HELD_BYTES, b"\xff"), "big")
-        self.span = INTERVAL_MASK + 1
 
-    def decode(self, cumulative: np.ndarray) -> int:
-        """The next token, from the counts of cumulative_counts; a damaged stream gives any."""
-        unit = self.span >> COUNT_BITS
-        share = min(self.number // unit, (1 << COUNT_BITS) - 1)
-        token = int(np.searchsorted(cumulative, share, side="right")) - 1
-        self.number -= unit * int(cumulative[token])
-        self.span = unit * int(cumulative[token + 1] - cumulative[token])
-        while self.span <= INTERVAL_MASK >> 8:
-            byte = self.stream[self.position] if self.position < len(self.stream) else 255
-            self.number = self.number << 8 | byte
-            self.span <<= 8
-            self.position += 1
-        return token
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether as many bytes were read as the Encoder has written."""
-        return self.position == len(self.stream) + HELD_BYTES - 1
+def decode_token(decoder: constriction.stream.queue.RangeDecoder, model: Any) -> int:
+    """The next token; a damaged stream gives any, or Stop where no token has its number."""
+    try:
+        return int(decoder.decode(model))
+    except AssertionError as error:  # how constriction says it
+        raise Stop(f"the code stream does not fit the distributions of the evaluation ({error})") from None
 
 
 # === ONE EVALUATION THAT CODES ===
 # In: one stage of the evaluation, and tokens that are known (encoder) or not yet (decoder). Out: a stream, or
-# the tokens. A forward is taken apart into steps (`plan_steps`): each codes the targets whose inputs are all
-# known, one of each row. The encoder runs a forward once, as ever, and codes its targets in that order. The
-# decoder runs it once for every step, in the same shapes, with 0 for what it does not know, and then once
-# more with all of it, from which the evaluation goes on. Both see the same distributions bit by bit if the
-# kernels are deterministic and no value of a later token touches an earlier place, which the decoder looks
-# at: the distributions of its last forward must be those that it has decoded with.
+# the tokens. A forward is taken apart into wavefronts (`plan_wavefronts`): each codes the targets whose
+# inputs are all known, one of each row. The encoder runs a forward once, as ever, and codes its targets in
+# that order. The decoder runs it once for every wavefront, in the same shapes, with 0 for what it does not
+# know, and then once more with all of it, from which the evaluation goes on. Both see the same distributions
+# bit by bit if the kernels are deterministic and no value of a later token touches an earlier position. The
+# decoder looks whether that holds: the distributions of its last forward must be those that it has decoded
+# with. Side information is text between the coded documents; the decoder has it, each token at its turn.
 
 
-class Step(NamedTuple):
-    """Targets that are told, and then those that are coded at once: their places, rows and columns."""
+class Wavefront(NamedTuple):
+    """Positions of side information, then targets that are coded at once: (position, row, column)."""
 
-    told: list[int]
-    places: list[int]
-    rows: list[int]
-    columns: list[int]
+    side: list[int]
+    targets: list[tuple[int, int, int]]
 
 
-def plan_steps(
-    first: np.ndarray, count: np.ndarray, scored: np.ndarray, known: np.ndarray, told: np.ndarray
-) -> list[Step]:
+def plan_wavefronts(
+    first: np.ndarray, count: np.ndarray, scored: np.ndarray, known: np.ndarray, side: np.ndarray
+) -> list[Wavefront]:
     """The order in which the targets of a forward become known.
 
     Row r has the targets first[r] ... first[r] + count[r] - 1; `scored` (R, T) marks those that count. A
-    place that is `told` is known as soon as all before it in its row are. Stop if a row needs a target that
-    nobody codes.
+    position in `side` (N,) is known as soon as all before it in its row are. Stop if a row needs a target
+    that nobody codes.
     """
     known = known.copy()
-    place = first.copy()
+    position = first.copy()
     end = first + count
     rows = [row for row in range(len(first)) if not known[first[row] : end[row]].all()]
-    steps = []
+    wavefronts = []
     while rows:
-        step = Step([], [], [], [])
+        wavefront = Wavefront([], [])
         left = []
         for row in rows:
-            while place[row] < end[row]:
-                here = int(place[row])
+            while position[row] < end[row]:
+                here = int(position[row])
                 column = here - int(first[row])
                 if not known[here]:
                     if not scored[row, column]:
                         break
-                    if not told[here]:
-                        step.places.append(here)
-                        step.rows.append(row)
-                        step.columns.append(column)
+                    if not side[here]:
+                        wavefront.targets.append((here, row, column))
                         break
-                    step.told.append(here)
+                    wavefront.side.append(here)
                     known[here] = True
-                place[row] += 1
-            if place[row] < end[row]:
+                position[row] += 1
+            if position[row] < end[row]:
                 left.append(row)
-        known[step.places] = True
-        if left and not step.places and len(left) == len(rows) and not step.told:
+        known[[here for here, _, _ in wavefront.targets]] = True
+        if left and not wavefront.targets and len(left) == len(rows) and not wavefront.side:
             raise Stop(
-                f"target {int(place[left[0]])} is read before it is scored: the evaluation is not causal"
+                f"target {int(position[left[0]])} is read before it is scored: the evaluation is not causal"
             )
-        steps.append(step)
+        wavefronts.append(wavefront)
         rows = left
-    return steps
+    return wavefronts
 
 
 class Windows(NamedTuple):
-    """A call of window_batch: its arguments, and the targets of its rows as plan_steps wants them."""
+    """A call of window_batch: its arguments, and the targets of its rows as plan_wavefronts wants them."""
 
     arguments: tuple
     first: np.ndarray
@@ -364,12 +321,12 @@ class Windows(NamedTuple):
     width: int
 
 
-class Coding:
+class StageCoder:
     """Watches one stage of the evaluation, and codes every target before the stage goes on.
 
-    `tokens` (N,) uint16 are the text of the stage. With a `stream` they are filled from it: where `told` (N,)
-    is true they come from `given` once it is their turn, elsewhere from the stream. `nats` (N,) are what each
-    target has cost.
+    `tokens` (N,) uint16 are the text of the stage. With a `stream` they are filled: where `side` (N,) is true
+    from `side_tokens` once it is their turn, elsewhere from the stream. `nats` (N,) are what each target has
+    cost.
     """
 
     def __init__(
@@ -377,56 +334,55 @@ class Coding:
         trainer: ModuleType,
         model: Any,
         tokens: np.ndarray,
-        told: np.ndarray,
+        side: np.ndarray,
         advance: Callable[[int], Any],
         stream: bytes | None = None,
-        given: np.ndarray | None = None,
+        side_tokens: np.ndarray | None = None,
     ):
         self.trainer = trainer
         self.model = model
         self.tokens = tokens
-        self.told = told
+        self.side = side
         self.advance = advance
-        self.given = given
-        self.encoder = Encoder() if stream is None else None
-        self.decoder = None if stream is None else Decoder(stream)
+        self.side_tokens = side_tokens
+        self.encoder = constriction.stream.queue.RangeEncoder()  # unused with a stream
+        self.decoder = None if stream is None else open_stream(stream)
         self.known = np.zeros(len(tokens), bool)
         self.known[0] = True
         self.nats = np.zeros(len(tokens))
         self.windows: Windows | None = None  # of the next forward
         self.chunk: tuple | None = None  # the arguments of mixed_chunk, for a mixture
-        self.steps: list[Step] = []
-        self.heard = Heard()
-        self.histories: dict[int, np.ndarray] = {}  # what a document may copy from, by its first place
-        self.seen: dict[int, Tensor] = {}  # the logits that a target was decoded with, by its place
+        self.wavefronts: list[Wavefront] = []
+        self.captured = CapturedLogits()
+        self.histories: dict[int, np.ndarray] = {}  # what a document may copy from, by its first position
+        self.seen: dict[int, Tensor] = {}  # the logits that a target was decoded with, by its position
 
-    def __enter__(self) -> Coding:
+    def __enter__(self) -> StageCoder:
         trainer = self.trainer
         self.stack = contextlib.ExitStack()
-        ours = {"window_batch": self.window_batch}
-        if hasattr(trainer, "Mixture"):  # older scripts have none
-            ours["mixed_chunk"] = self.mixed_chunk
-            self.run_chunk = trainer.Mixture.run_chunk
-            self.stack.enter_context(patched(trainer.Mixture, run_chunk=self.coded_chunk()))
+        ours = {"window_batch": self.window_batch, "mixed_chunk": self.mixed_chunk}
+        self.run_chunk = trainer.Mixture.run_chunk
+        self.stack.enter_context(patched(trainer.Mixture, run_chunk=self.coded_chunk()))
         self.real = {name: getattr(trainer, name) for name in ours}
         self.stack.enter_context(patched(trainer, **ours))
-        if hasattr(trainer.Tally, "masked"):
-            self.real_masked = trainer.Tally.masked
+        self.real_masked = trainer.Tally.masked
 
-            def masked(tally: Any, *arguments: Any) -> Any:
-                return self.masked(tally, *arguments)
+        def masked(tally: Any, *arguments: Any) -> Any:
+            return self.masked(tally, *arguments)
 
-            self.stack.enter_context(patched(trainer.Tally, masked=masked))
-        if self.decoder is not None and hasattr(trainer, "Turn"):
+        self.stack.enter_context(patched(trainer.Tally, masked=masked))
+        if self.decoder is not None:
             self.real_find = trainer.Copies.find
 
             def find(copies: Any, first: int, end: int) -> None:
                 self.first_find(copies, first, end)
 
             self.stack.enter_context(patched(trainer.Copies, find=find))
-        self.heard = self.stack.enter_context(hear(trainer, self.model))
-        self.stack.callback(self.model.register_forward_pre_hook(self.before, with_kwargs=True).remove)
-        self.stack.callback(self.model.register_forward_hook(self.after).remove)
+        self.captured = self.stack.enter_context(capture_logits(trainer, self.model))
+        self.stack.callback(
+            self.model.register_forward_pre_hook(self.before_forward, with_kwargs=True).remove
+        )
+        self.stack.callback(self.model.register_forward_hook(self.after_forward).remove)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -450,19 +406,19 @@ class Coding:
         self.chunk = arguments
         return found
 
-    def plan(self) -> list[Step]:
-        """The steps of the forward that comes."""
+    def plan(self) -> list[Wavefront]:
+        """The wavefronts of the forward that comes."""
         windows = self.windows
         if windows is None or self.known[windows.first.min() : (windows.first + windows.count).max()].all():
             return []
-        return plan_steps(windows.first, windows.count, windows.scored, self.known, self.told)
+        return plan_wavefronts(windows.first, windows.count, windows.scored, self.known, self.side)
 
-    def before(self, model: Any, args: tuple, named: dict[str, Any]) -> None:
+    def before_forward(self, model: Any, args: tuple, named: dict[str, Any]) -> None:
         """A forward of whole windows begins; the decoder finds out what it holds."""
         if self.chunk is not None:  # see coded_chunk
             return
-        self.steps = self.plan()
-        if self.decoder is None or not self.steps:
+        self.wavefronts = self.plan()
+        if self.decoder is None or not self.wavefronts:
             return
         batch = args[0]
 
@@ -475,7 +431,7 @@ class Coding:
 
         self.decode(rebuild, forward)
 
-    def after(self, model: Any, args: tuple, output: Any) -> None:
+    def after_forward(self, model: Any, args: tuple, output: Any) -> None:
         """That forward has ended, with all of its tokens known."""
         if self.chunk is None:
             self.settle(self.plain_distribution)
@@ -486,7 +442,7 @@ class Coding:
 
         def run_chunk(mixture: Any, chunk: Any, cached: Any) -> Any:
             real = self.run_chunk
-            self.steps = self.plan()
+            self.wavefronts = self.plan()
 
             def rebuild() -> None:
                 self.find_copies(mixture.copies)
@@ -511,116 +467,116 @@ class Coding:
     # Coding.
 
     def decode(self, rebuild: Callable[[], None], forward: Callable[[], Callable[[int, int], tuple]]) -> None:
-        """Find the targets of `self.steps`, with a forward for each, and leave the batch complete."""
-        for step in self.steps:
-            self.reveal(step.told)
-            if step.places:
+        """Find the targets of `self.wavefronts`, with a forward for each, and leave the batch complete."""
+        for wavefront in self.wavefronts:
+            self.reveal(wavefront.side)
+            if wavefront.targets:
                 rebuild()
                 distribution = forward()
-                for place, row, column in zip(step.places, step.rows, step.columns, strict=True):
+                for position, row, column in wavefront.targets:
                     logits, log_p = distribution(row, column)
-                    self.seen[place] = logits.clone()
-                    self.tokens[place] = self.code(place, log_p)
-                    self.known[place] = True
+                    self.seen[position] = logits.clone()
+                    self.tokens[position] = self.code(position, log_p)
+                    self.known[position] = True
         rebuild()
 
     def settle(self, distribution: Callable[[int, int], tuple[Tensor, np.ndarray]]) -> None:
         """Code what the encoder has just scored; the decoder compares that with what it has decoded by."""
-        for step in self.steps:
+        for wavefront in self.wavefronts:
             if self.decoder is None:
-                self.reveal(step.told)
-            for place, row, column in zip(step.places, step.rows, step.columns, strict=True):
+                self.reveal(wavefront.side)
+            for position, row, column in wavefront.targets:
                 if self.decoder is None:
-                    self.code(place, distribution(row, column)[1])
-                    self.known[place] = True
-                elif not torch.equal(self.seen.pop(place), distribution(row, column)[0]):
+                    self.code(position, distribution(row, column)[1])
+                    self.known[position] = True
+                elif not torch.equal(self.seen.pop(position), distribution(row, column)[0]):
                     raise Stop(
-                        f"target {place}: its distribution is another one when later tokens are known: "
+                        f"target {position}: its distribution is another one when later tokens are known: "
                         "the evaluation is not causal, or not deterministic on this machine"
                     )
-        self.steps = []
+        self.wavefronts = []
 
-    def reveal(self, places: list[int]) -> None:
-        """It is the turn of places that are told."""
-        self.known[places] = True
-        if self.given is not None:
-            self.tokens[places] = self.given[places]
+    def reveal(self, positions: list[int]) -> None:
+        """It is the turn of side information."""
+        self.known[positions] = True
+        if self.side_tokens is not None:
+            self.tokens[positions] = self.side_tokens[positions]
 
-    def code(self, place: int, log_p: np.ndarray) -> int:
-        """Encode the token at `place`, or decode one; also counts what it costs."""
-        cumulative = cumulative_counts(log_p)
-        token = int(self.tokens[place]) if self.decoder is None else self.decoder.decode(cumulative)
-        first, end = int(cumulative[token]), int(cumulative[token + 1])
-        self.nats[place] = COUNT_BITS * math.log(2) - math.log(end - first)
-        if self.encoder is not None:
-            self.encoder.encode(first, end - first)
+    def code(self, position: int, log_p: np.ndarray) -> int:
+        """Encode the token at `position`, or decode one; also counts what it costs."""
+        counts = quantise_distribution(log_p)
+        model = entropy_model(counts)
+        if self.decoder is None:
+            token = int(self.tokens[position])
+            self.encoder.encode(token, model)
+        else:
+            token = decode_token(self.decoder, model)
+        self.nats[position] = COUNT_BITS * math.log(2) - math.log(counts[token])
         self.advance(1)
         return token
 
     def finish(self) -> bytes:
-        """The stream; Stop if a target was never scored, or the decoder has not read all."""
+        """The stream, empty from a decoder; Stop if a target was never scored, or not all of it was read."""
         if not self.known.all():
             raise Stop(
                 f"target {int(self.known.argmin())} was scored by no forward of the evaluation; "
                 "it cannot be coded"
             )
-        if self.encoder is not None:
-            return self.encoder.finish()
-        if not self.decoder.is_at_end:
-            raise Stop("the code stream has another length than the text that it gives")
-        return self.decoder.stream
+        if self.decoder is None:
+            return self.encoder.get_compressed().astype("<u4").tobytes()
+        if not self.decoder.maybe_exhausted():
+            raise Stop("the code stream is longer than the text that it gives")
+        return b""
 
     # Distributions.
 
     def plain_distribution(self, row: int, column: int) -> tuple[Tensor, np.ndarray]:
         """The logits (V,) and the log-probabilities (V,) of one target."""
-        logits = self.heard.logits[row * self.windows.width + column]
-        return logits, self.heard.log_softmax(logits).numpy()
+        logits = self.captured.logits[row * self.windows.width + column]
+        return logits, self.captured.log_softmax(logits).numpy()
 
     def mixed_distribution(self, mixer: Any, chunk: Any, losses: Tensor) -> Callable:
-        """The same from a mixture: the trainer's own, asked for every token of the vocabulary.
+        """The same from a mixture: the trainer's own, for every token of the vocabulary.
 
-        `losses` (3, R, K, T) are what it is told of targets and copies. Of what it learns within a chunk, the
+        `losses` (3, R, K, T) are those of targets and copies. Of what it learns within a chunk, the
         weights of the adapters (its `within`) are the only part that counts in the same chunk.
         """
         trainer = self.trainer
-        told = -losses.detach().double()
+        log_p_scored = -losses.detach().double()
         scored = chunk.scored[:, None]
-        before, _ = trainer.mix_experts(mixer.within, told[0] * scored)
-        experts = self.heard.logits.unflatten(0, (*told.shape[1:],))  # (R, K, T, V)
+        before, _ = trainer.mix_experts(mixer.within, log_p_scored[0] * scored)
+        experts = self.captured.logits.unflatten(0, (*log_p_scored.shape[1:],))  # (R, K, T, V)
 
         def distribution(row: int, column: int) -> tuple[Tensor, np.ndarray]:
             logits = experts[row, :, column]
             size = logits.size(1)
-            asked = copy.copy(mixer)
-            asked.within = before[row, :, column].repeat(size, 1)
-            chances = self.heard.log_softmax(logits).T.to(told.device)  # (V, K)
+            fresh_mixer = copy.copy(mixer)
+            fresh_mixer.within = before[row, :, column].repeat(size, 1)
+            experts_log_p = self.captured.log_softmax(logits).T.to(log_p_scored.device)  # (V, K)
             guesses = chunk.batch.guesses[:, row, column]
             # Of copies too: what the forward gives for these is rounded with the target's.
-            log_p = torch.stack((chances, *(chances[guess].expand_as(chances) for guess in guesses)))
-            targets = torch.arange(size, device=told.device)[:, None]
-            question = chunk._replace(
+            copied = [experts_log_p[guess].expand_as(experts_log_p) for guess in guesses]
+            log_p = torch.stack((experts_log_p, *copied))
+            targets = torch.arange(size, device=log_p_scored.device)[:, None]
+            every_token = chunk._replace(
                 batch=chunk.batch._replace(
                     targets=targets, guesses=guesses.view(-1, 1, 1).repeat(1, size, 1)
                 ),
                 scored=torch.ones_like(targets, dtype=torch.bool),
                 match=chunk.match[:, row : row + 1, column : column + 1].repeat(1, size, 1),
             )
-            return logits, asked.mix(log_p[..., None], question)[:, 0].cpu().numpy()
+            return logits, fresh_mixer.mix(log_p[..., None], every_token)[:, 0].cpu().numpy()
 
         return distribution
 
     def find_copies(self, copies: Any) -> None:
         """Look for copies again, in what is known of the documents of the chunk."""
-        documents = getattr(self.chunk[1], "documents", self.chunk[1])  # of a turn, or themselves
-        for first, end in documents:
+        for first, end in self.chunk[1].documents:  # of a turn
             unknown = np.flatnonzero(~self.known[first + 1 : end])
             known_end = first + 2 + int(unknown[0]) if len(unknown) else end
             copies.tokens[:, first + 1 : end] = 0  # its BOS is the last target of the document before
             copies.lengths[:, first + 1 : end] = 0
-            if not hasattr(copies, "advance"):  # a script before turns
-                copies.find(np.array([[first, known_end]]))
-            elif end > first:
+            if end > first:
                 now = copies.history_table
                 copies.history_table = self.histories[int(first)]
                 self.real_find(copies, first, known_end)
@@ -631,20 +587,20 @@ class Coding:
         self.histories[int(first)] = copies.history_table.copy()
         self.real_find(copies, first, end)
 
-    def masked(self, tally: Any, batch: Any, chosen: Tensor, places: Tensor) -> Any:
+    def masked(self, tally: Any, batch: Any, chosen: Tensor, positions: Tensor) -> Any:
         """The trainer's Tally.masked, and remembered."""
-        self.mask = (tally, chosen, places)
-        return self.real_masked(tally, batch, chosen, places)
+        self.mask = (tally, chosen, positions)
+        return self.real_masked(tally, batch, chosen, positions)
 
     def refill(self, batch: Any, fresh: Any) -> None:
         """Put the tokens of a `fresh` batch into the one that is scored, and what they allow after them."""
         batch.inputs.copy_(fresh.inputs)
         batch.targets.copy_(fresh.targets)
         if getattr(batch, "mask", None) is not None:
-            tally, chosen, places = self.mask
+            tally, chosen, positions = self.mask
             rows = torch.from_numpy(tally.run.canonical.rows(self.tokens)).to(batch.mask.rows.device)
             tally.mask = tally.mask._replace(rows=rows)
-            batch.mask.rows.copy_(self.real_masked(tally, batch, chosen, places).mask.rows)
+            batch.mask.rows.copy_(self.real_masked(tally, batch, chosen, positions).mask.rows)
 
 
 # === ARTIFACT AND SETTINGS ===
@@ -725,14 +681,14 @@ def code_tokens(
     threads: int,
     tokenizer: Path,
     tokens: np.ndarray,
-    told: np.ndarray,
+    side: np.ndarray,
     stream: bytes | None = None,
     show: bool = False,
 ) -> Coded:
     """Code `tokens` (N,) uint16 with a stage of the evaluation, or with a `stream` decode them.
 
-    `told` (N,) marks places that are not coded but known once it is their turn, the first among them. A
-    decoder reads of `tokens` only these, and the places of BOS where the evaluation goes by documents
+    `side` (N,) marks positions that are not coded but known once it is their turn, the first among them. A
+    decoder reads of `tokens` only these, and the positions of BOS where the evaluation goes by documents
     (needs_lengths).
     """
     trainer = artifact.trainer
@@ -748,13 +704,13 @@ def code_tokens(
         if stage not in modes:
             raise Stop(f"--stage {stage}: this evaluation has {', '.join(modes)}")
         tally = trainer.Tally(run, validation)
-        bar = tqdm(total=int((~told).sum()), unit=" tokens", file=sys.stderr, disable=not show)
-        given = None if stream is None else tokens
-        with bar, Coding(trainer, model, text, told, bar.update, stream, given) as coding:
+        bar = tqdm(total=int((~side).sum()), unit=" tokens", file=sys.stderr, disable=not show)
+        side_tokens = None if stream is None else tokens
+        with bar, StageCoder(trainer, model, text, side, bar.update, stream, side_tokens) as coder:
             modes[stage](tally)
         tally.total(stage)
         recorded = tally.nats.double().cpu().numpy()
-        found.append(Coded(coding.finish(), text, coding.nats, recorded))
+        found.append(Coded(coder.finish(), text, coder.nats, recorded))
 
     evaluate(trainer, config, threads, tokenizer, validation, score)
     return found[0]
@@ -767,18 +723,18 @@ def code_tokens(
 KINDS = ("raw", "same", "spaces", "delta")
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 WORD = re.compile(rb"\S+")
-MARK = b"x"  # of a word in a patch of spaces
-UNREADABLE = 0.05  # a file with a larger share of characters that are not UTF-8 is not text
+WORD_MARK = b"x"  # of a word in a patch of spaces
+MOST_INVALID = 0.05  # a file with a larger share of characters that are not UTF-8 is not text
 ZSTD_WINDOW = 27  # bits
 
 
-def squeeze(data: bytes, undo: bool = False) -> bytes:
+def lzma_raw(data: bytes, undo: bool = False) -> bytes:
     """`data` through LZMA without a header, or back."""
     act = lzma.decompress if undo else lzma.compress
     return act(data, lzma.FORMAT_RAW, filters=LZMA)
 
 
-def zstd_against(known: bytes, data: bytes, undo: bool = False) -> bytes:
+def zstd_delta(known: bytes, data: bytes, undo: bool = False) -> bytes:
     """`data` through zstd that knows the bytes `known`, or back."""
     dictionary = zstandard.ZstdCompressionDict(known, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
     if undo:
@@ -790,7 +746,7 @@ def zstd_against(known: bytes, data: bytes, undo: bool = False) -> bytes:
     return zstandard.ZstdCompressor(dict_data=dictionary, compression_params=parameters).compress(data)
 
 
-class Packed(NamedTuple):
+class TokenizedFile(NamedTuple):
     """A file as tokens (N,) uint16 and a patch of one of KINDS."""
 
     kind: str
@@ -798,7 +754,7 @@ class Packed(NamedTuple):
     patch: bytes
 
 
-class Texts(NamedTuple):
+class TextCodec(NamedTuple):
     """From the bytes of a file to tokens and back, by a tokenizer and the transform of its dataset."""
 
     path: Path  # of the tokenizer
@@ -820,30 +776,30 @@ class Texts(NamedTuple):
                 text = decode_caseops(text, VERSIONS[self.transform], normalised=True)
         return text.encode("utf-8", "replace")
 
-    def pack(self, data: bytes) -> Packed:
+    def tokenize(self, data: bytes) -> TokenizedFile:
         """A file as tokens and a patch."""
         text = data.decode("utf-8", "replace")
         tokens = np.zeros(0, "<u2")
-        if text.count("\ufffd") <= UNREADABLE * len(text):
+        if text.count("\ufffd") <= MOST_INVALID * len(text):
             tokens = self.encode(text)
         if not len(tokens):
-            return Packed("raw", tokens, squeeze(data) if data else b"")
+            return TokenizedFile("raw", tokens, lzma_raw(data) if data else b"")
         found = self.decode(tokens)
         if found == data:
-            return Packed("same", tokens, b"")
+            return TokenizedFile("same", tokens, b"")
         if found.split() == data.split():
-            return Packed("spaces", tokens, squeeze(WORD.sub(MARK, data)))
-        return Packed("delta", tokens, zstd_against(found, data))
+            return TokenizedFile("spaces", tokens, lzma_raw(WORD.sub(WORD_MARK, data)))
+        return TokenizedFile("delta", tokens, zstd_delta(found, data))
 
-    def unpack(self, packed: Packed) -> bytes:
+    def restore(self, file: TokenizedFile) -> bytes:
         """The file again."""
-        if packed.kind == "raw":
-            return squeeze(packed.patch, undo=True) if packed.patch else b""
-        found = self.decode(packed.tokens)
-        if packed.kind == "delta":
-            return zstd_against(found, packed.patch, undo=True)
-        if packed.kind == "spaces":
-            spaces = squeeze(packed.patch, undo=True).split(MARK)
+        if file.kind == "raw":
+            return lzma_raw(file.patch, undo=True) if file.patch else b""
+        found = self.decode(file.tokens)
+        if file.kind == "delta":
+            return zstd_delta(found, file.patch, undo=True)
+        if file.kind == "spaces":
+            spaces = lzma_raw(file.patch, undo=True).split(WORD_MARK)
             words = [*found.split(), b""]
             return b"".join(part for pair in zip(spaces, words, strict=True) for part in pair)
         return found
@@ -879,13 +835,18 @@ def find_transform(tokenizer: Path, pieces: Any) -> str:
     return "none"
 
 
-def load_texts(artifact: Artifact, given: Path | None = None) -> Texts:
+def load_texts(artifact: Artifact, given: Path | None = None) -> TextCodec:
     """How files become tokens; Stop if there is no tokenizer of the run's vocabulary."""
     trainer = artifact.trainer
     path = find_tokenizer(artifact, given)
-    pieces = trainer.load_tokenizer(path, artifact.run.setting("VOCAB_SIZE"))
+    size = artifact.run.setting("VOCAB_SIZE")
+    try:
+        pieces = trainer.load_tokenizer(path, size)
+    except trainer.Stop:
+        reason = f"not a SentencePiece model of {size} entries" if path.exists() else "no such file"
+        raise Stop(f"{path}: {reason}; give the tokenizer of the run's dataset with --tokenizer") from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Texts(path, pieces, digest, find_transform(path, pieces), trainer.BOS)
+    return TextCodec(path, pieces, digest, find_transform(path, pieces), trainer.BOS)
 
 
 # === THE CONTAINER ===
@@ -898,12 +859,12 @@ def load_texts(artifact: Artifact, given: Path | None = None) -> Texts:
 #         32     16  sha256 of the artifact, its first half
 #         48      4  H, bytes of the head
 #         52      H  head: JSON through LZMA, see `Head`
-#     52 + H         the code stream, what is told, the patches of the files: as long as the head says
+#     52 + H         the code stream, the side information, the patches of the files: as long as the head says
 
 MAGIC = b"GOLFTXT1"
-FIXED = struct.Struct("<8sQ16s16sI")
-CHECKED = 32  # where what the checksum covers begins
-HALF = 16  # bytes of a sha256
+PREAMBLE = struct.Struct("<8sQ16s16sI")
+CHECKED_FROM = 32  # where what the checksum covers begins
+DIGEST_BYTES = 16  # bytes of a sha256
 
 
 class Head(NamedTuple):
@@ -911,8 +872,8 @@ class Head(NamedTuple):
 
     files: list[list]  # [name, kind, tokens, bytes of the patch]
     stream: int  # bytes
-    around: list[int]  # tokens of each piece that is told; empty if none is
-    told: int  # bytes of these through LZMA
+    around: list[int]  # tokens of each piece of side information; empty if there is none
+    side: int  # bytes of these through LZMA
     text: str  # 32 hex digits of the sha256 of all files
     stage: str
     changes: dict[str, Any]  # settings that are not the run's
@@ -925,43 +886,62 @@ class Head(NamedTuple):
 
 def machine() -> str:
     """What decides the last bits of a distribution, besides the number of threads."""
+    programs = f"torch {torch.__version__}, constriction {importlib.metadata.version('constriction')}"
     if torch.cuda.is_available():
-        return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
-    return f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}"
+        return f"{programs}, {torch.cuda.get_device_name()}"
+    return f"{programs}, CPU {torch.backends.cpu.get_cpu_capability()}"
 
 
 def write_container(artifact: Artifact, head: Head, body: bytes) -> bytes:
     """The container of a head and all that follows it."""
-    packed = squeeze(json.dumps(head._asdict(), separators=(",", ":")).encode())
-    rest = artifact.digest[:HALF] + struct.pack("<I", len(packed)) + packed + body
-    checksum = hashlib.sha256(rest).digest()[:HALF]
-    return MAGIC + struct.pack("<Q", CHECKED + len(rest)) + checksum + rest
+    packed = lzma_raw(json.dumps(head._asdict(), separators=(",", ":")).encode())
+    rest = artifact.digest[:DIGEST_BYTES] + struct.pack("<I", len(packed)) + packed + body
+    checksum = hashlib.sha256(rest).digest()[:DIGEST_BYTES]
+    return MAGIC + struct.pack("<Q", CHECKED_FROM + len(rest)) + checksum + rest
 
 
 def read_container(path: Path, artifact: Artifact) -> tuple[Head, bytes]:
     """(head, what follows it) of a container of this artifact; Stop if a byte of it is wrong."""
-    data = path.read_bytes()
-    if len(data) < FIXED.size or not data.startswith(MAGIC):
+    data = read_input(path)
+    if len(data) < PREAMBLE.size or not data.startswith(MAGIC):
         raise Stop(f"{path}: not made by codec.py (it should start with {MAGIC.decode()}); give another file")
-    _, size, checksum, digest, head_size = FIXED.unpack_from(data)
+    _, size, checksum, digest, head_size = PREAMBLE.unpack_from(data)
     if len(data) != size:
         raise Stop(f"{path}: {len(data)} bytes instead of {size}, truncated or damaged; copy it again")
-    if hashlib.sha256(data[CHECKED:]).digest()[:HALF] != checksum:
+    if hashlib.sha256(data[CHECKED_FROM:]).digest()[:DIGEST_BYTES] != checksum:
         raise Stop(f"{path}: a byte was changed, the checksum does not fit; copy it again")
-    if digest != artifact.digest[:HALF]:
+    if digest != artifact.digest[:DIGEST_BYTES]:
         raise Stop(
             f"{path}: made with the artifact {digest.hex()}..., {artifact.path} is "
-            f"{artifact.digest[:HALF].hex()}...; give the artifact that it was made with"
+            f"{artifact.digest[:DIGEST_BYTES].hex()}...; give the artifact that it was made with"
         )
-    end = FIXED.size + head_size
+    end = PREAMBLE.size + head_size
     try:
-        head = Head(**json.loads(squeeze(data[FIXED.size : end], undo=True)))
+        head = Head(**json.loads(lzma_raw(data[PREAMBLE.size : end], undo=True)))
     except (lzma.LZMAError, ValueError, TypeError) as error:
         raise Stop(f"{path}: its head cannot be read ({error}); use the version that made it") from None
     return head, data[end:]
 
 
 # === COMPRESS AND DECOMPRESS ===
+
+
+def read_input(path: Path) -> bytes:
+    """The content of a file; Stop if it is none."""
+    if not path.is_file():
+        reason = "a folder" if path.is_dir() else "no such file"
+        raise Stop(f"{path}: {reason}; give a file")
+    return path.read_bytes()
+
+
+def check_output(path: Path) -> None:
+    """Stop if no file can be written at `path`: that should be known before hours of work."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        reason = "a folder" if path.is_dir() else f"there is no folder {folder}"
+        raise Stop(f"-o {path}: {reason}; give a file in a folder that is there")
+    if not os.access(folder, os.W_OK):
+        raise Stop(f"-o {path}: the folder {folder} cannot be written to; permit it, or give another")
 
 
 def changes_of_environment(trainer: ModuleType) -> dict[str, str]:
@@ -980,15 +960,15 @@ def names_of(files: list[Path]) -> list[str]:
 
 
 class Layout(NamedTuple):
-    """A text in which some documents are coded and the rest is told, see lay_out."""
+    """A text in which some documents are coded and the rest is side information, see lay_out."""
 
     tokens: np.ndarray  # (N,) uint16
-    told: np.ndarray  # (N,) bool
+    side: np.ndarray  # (N,) bool
     firsts: list[int]  # the place of the BOS of each document that is coded
 
 
 def lay_out(documents: list[np.ndarray], around: list[np.ndarray], bos: int) -> Layout:
-    """The text that has `documents`, each behind a BOS, between the pieces `around` that are told.
+    """The text that has `documents`, each behind a BOS, between the pieces `around` of side information.
 
     The BOS behind a document is coded with it, as its loss is recorded with it.
     """
@@ -1000,16 +980,16 @@ def lay_out(documents: list[np.ndarray], around: list[np.ndarray], bos: int) -> 
         pieces += [np.array([bos], "<u2"), document, after]
         place += 1 + len(document) + len(after)
     tokens = np.concatenate(pieces).astype("<u2")
-    told = np.ones(len(tokens), bool)
+    side = np.ones(len(tokens), bool)
     for first, document in zip(firsts, documents, strict=True):
-        told[first + 1 : first + len(document) + 2] = False
-    return Layout(tokens, told, firsts)
+        side[first + 1 : first + len(document) + 2] = False
+    return Layout(tokens, side, firsts)
 
 
-NOTHING = np.zeros(0, "<u2")
+NO_TOKENS = np.zeros(0, "<u2")
 
 
-def rivals(data: bytes) -> dict[str, int]:
+def baseline_sizes(data: bytes) -> dict[str, int]:
     """The bytes of `data` packed by other programs, each at its best."""
     import brotli
 
@@ -1020,16 +1000,16 @@ def rivals(data: bytes) -> dict[str, int]:
     }
 
 
-def pack_files(texts: Texts, contents: dict[str, bytes]) -> dict[str, Packed]:
+def tokenize_files(text_codec: TextCodec, contents: dict[str, bytes]) -> dict[str, TokenizedFile]:
     """The files by name as tokens and patches, which is tried."""
-    parts = {name: texts.pack(data) for name, data in contents.items()}
+    parts = {name: text_codec.tokenize(data) for name, data in contents.items()}
     for name, part in parts.items():
-        if texts.unpack(part) != contents[name]:
+        if text_codec.restore(part) != contents[name]:
             raise Stop(f"{name}: does not come back from its tokens and patch: a bug, nothing was written")
     return parts
 
 
-class Job(NamedTuple):
+class CodingOptions(NamedTuple):
     """How to code: the stage and settings of the evaluation, torch's threads, whether to show a bar."""
 
     stage: str = ""  # the last
@@ -1040,55 +1020,56 @@ class Job(NamedTuple):
 
 def compress_files(
     artifact: Artifact,
-    texts: Texts,
+    text_codec: TextCodec,
     contents: dict[str, bytes],
-    parts: dict[str, Packed],
-    job: Job,
+    parts: dict[str, TokenizedFile],
+    coding_options: CodingOptions,
     around: list[np.ndarray] | None = None,
 ) -> tuple[bytes, Coded | None]:
     """(the container of the files by name, what coding their tokens gave: None if there are none).
 
-    `around` are pieces of text that the decoder is told before, between and behind the files that have
-    tokens.
+    `around` are pieces of side information before, between and behind the files that have tokens.
     """
     documents = [part.tokens for part in parts.values() if len(part.tokens)]
-    around = around or [NOTHING] * (len(documents) + 1)
-    config = coding_config(artifact, job.changes)
-    stage = job.stage or last_stage(config)
+    around = around or [NO_TOKENS] * (len(documents) + 1)
+    config = coding_config(artifact, coding_options.changes)
+    stage = coding_options.stage or last_stage(config)
     coded = None
     if documents:
-        layout = lay_out(documents, around, texts.bos)
-        args = (stage, job.threads, texts.path, layout.tokens, layout.told)
-        coded = code_tokens(artifact, config, *args, show=job.show)
+        layout = lay_out(documents, around, text_codec.bos)
+        args = (stage, coding_options.threads, text_codec.path, layout.tokens, layout.side)
+        coded = code_tokens(artifact, config, *args, show=coding_options.show)
     stream = coded.stream if coded else b""
-    told = squeeze(np.concatenate(around).astype("<u2").tobytes()) if any(map(len, around)) else b""
+    side = lzma_raw(np.concatenate(around).astype("<u2").tobytes()) if any(map(len, around)) else b""
     head = Head(
         [[name, p.kind, len(p.tokens), len(p.patch)] for name, p in parts.items()],
         len(stream),
-        list(map(len, around)) if told else [],
-        len(told),
-        hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * HALF],
+        list(map(len, around)) if side else [],
+        len(side),
+        hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * DIGEST_BYTES],
         stage,
-        job.changes,
+        coding_options.changes,
         settings_digest(config),
-        texts.digest,
-        texts.transform,
-        job.threads,
+        text_codec.digest,
+        text_codec.transform,
+        coding_options.threads,
         machine(),
     )
-    body = stream + told + b"".join(part.patch for part in parts.values())
+    body = stream + side + b"".join(part.patch for part in parts.values())
     return write_container(artifact, head, body), coded
 
 
-def decompress_files(artifact: Artifact, texts: Texts, path: Path, show: bool = False) -> dict[str, bytes]:
+def decompress_files(
+    artifact: Artifact, text_codec: TextCodec, path: Path, show: bool = False
+) -> dict[str, bytes]:
     """The files by name in the container at `path`; Stop if they do not come out as they went in."""
     head, body = read_container(path, artifact)
-    if head.tokenizer != texts.digest:
+    if head.tokenizer != text_codec.digest:
         raise Stop(
-            f"{path}: made with the tokenizer {head.tokenizer}..., here is {texts.digest}...; "
+            f"{path}: made with the tokenizer {head.tokenizer}..., here is {text_codec.digest}...; "
             "give its file with --tokenizer"
         )
-    texts = texts._replace(transform=head.transform)
+    text_codec = text_codec._replace(transform=head.transform)
     config = coding_config(artifact, head.changes)
     if settings_digest(config) != head.settings:
         raise Stop(
@@ -1097,31 +1078,31 @@ def decompress_files(artifact: Artifact, texts: Texts, path: Path, show: bool = 
         )
     other = f"{head.machine}, {head.threads} threads; here is {machine()}"
     try:
-        contents = decode_body(artifact, texts, config, head, body, show)
+        contents = decode_body(artifact, text_codec, config, head, body, show)
     except (ValueError, lzma.LZMAError, zstandard.ZstdError) as error:
         raise Stop(f"{path}: cannot be decoded here ({error}); it was made with {other}") from None
-    if hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * HALF] != head.text:
+    if hashlib.sha256(b"".join(contents.values())).hexdigest()[: 2 * DIGEST_BYTES] != head.text:
         raise Stop(f"{path}: another text came out; decode it where it was made: {other}")
     return contents
 
 
 def decode_body(
-    artifact: Artifact, texts: Texts, config: Any, head: Head, body: bytes, show: bool
+    artifact: Artifact, text_codec: TextCodec, config: Any, head: Head, body: bytes, show: bool
 ) -> dict[str, bytes]:
     """The files by name, from what follows the head; ValueError and the like if that does not fit."""
-    stream, told, patches = np.split(np.frombuffer(body, np.uint8), np.cumsum([head.stream, head.told]))
+    stream, side, patches = np.split(np.frombuffer(body, np.uint8), np.cumsum([head.stream, head.side]))
     counts = [count for _, _, count, _ in head.files if count]
-    around = [NOTHING] * (len(counts) + 1)
-    if head.told:
-        given = np.frombuffer(squeeze(told.tobytes(), undo=True), "<u2")
+    around = [NO_TOKENS] * (len(counts) + 1)
+    if head.side:
+        given = np.frombuffer(lzma_raw(side.tobytes(), undo=True), "<u2")
         around = np.split(given, np.cumsum(head.around)[:-1])
     documents = [np.zeros(count, "<u2") for count in counts]
     if documents:
-        layout = lay_out(documents, around, texts.bos)
-        args = (head.stage, head.threads, texts.path, layout.tokens, layout.told, stream.tobytes(), show)
+        layout = lay_out(documents, around, text_codec.bos)
+        args = (head.stage, head.threads, text_codec.path, layout.tokens, layout.side, stream.tobytes(), show)
         tokens = code_tokens(artifact, config, *args).tokens
         again = [tokens[first + 1 :][:count] for first, count in zip(layout.firsts, counts, strict=True)]
-        if not np.array_equal(lay_out(again, around, texts.bos).tokens, tokens):
+        if not np.array_equal(lay_out(again, around, text_codec.bos).tokens, tokens):
             raise ValueError("the documents have other ends")
         documents = again
 
@@ -1130,7 +1111,7 @@ def decode_body(
     begin = 0
     for name, kind, count, size in head.files:
         patch = patches[begin : begin + size].tobytes()
-        contents[name] = texts.unpack(Packed(kind, next(left) if count else NOTHING, patch))
+        contents[name] = text_codec.restore(TokenizedFile(kind, next(left) if count else NO_TOKENS, patch))
         begin += size
     return contents
 
@@ -1139,7 +1120,7 @@ def describe_compression(contents: dict[str, bytes], size: int, coded: Coded | N
     """What compress says at its end."""
     data = b"".join(contents.values())
     total = max(1, len(data))
-    others = rivals(data)
+    others = baseline_sizes(data)
     shown = ", ".join(f"{name} {count:,} ({total / count:.2f})" for name, count in others.items())
     lines = [
         f"{len(data):,} bytes in {len(contents)} files -> {size:,} (ratio {total / size:.2f}); {shown}",
@@ -1157,21 +1138,20 @@ def describe_compression(contents: dict[str, bytes], size: int, coded: Coded | N
 
 def compress(options: argparse.Namespace) -> None:
     """The command."""
+    check_output(options.out)
     names = names_of(options.files)
-    contents = {}
-    for name, path in zip(names, options.files, strict=True):
-        contents[name] = path.read_bytes()
+    contents = {name: read_input(path) for name, path in zip(names, options.files, strict=True)}
     artifact = open_artifact(options.artifact)
-    texts = load_texts(artifact, options.tokenizer)
-    parts = pack_files(texts, contents)
+    text_codec = load_texts(artifact, options.tokenizer)
+    parts = tokenize_files(text_codec, contents)
     changes: dict[str, Any] = changes_of_environment(artifact.trainer)
     # A batch of documents has rows for these, and none for documents that are not there.
     count = sum(len(part.tokens) > 0 for part in parts.values())
     rows = artifact.run.config.get("TTT_BATCH_SIZE", count)
     changes.setdefault("TTT_BATCH_SIZE", max(1, min(rows, count)))
-    job = Job(options.stage, changes, options.threads, sys.stderr.isatty())
+    coding_options = CodingOptions(options.stage, changes, options.threads, sys.stderr.isatty())
     began = time.monotonic()
-    container, coded = compress_files(artifact, texts, contents, parts, job)
+    container, coded = compress_files(artifact, text_codec, contents, parts, coding_options)
     seconds = time.monotonic() - began
     write_atomically(options.out, container)
     print(describe_compression(contents, len(container), coded, seconds))
@@ -1179,6 +1159,8 @@ def compress(options: argparse.Namespace) -> None:
 
 def decompress(options: argparse.Namespace) -> None:
     """The command."""
+    if options.out.exists() and not options.out.is_dir():
+        raise Stop(f"-o {options.out}: not a folder; give the folder to write the files to")
     artifact = open_artifact(options.artifact)
     head, _ = read_container(options.container, artifact)
     for name, *_ in head.files:
@@ -1188,9 +1170,9 @@ def decompress(options: argparse.Namespace) -> None:
             raise Stop(f"{options.out / name}: is there already; give another folder with -o")
     if head.machine != machine():
         warn(f"{options.container}: made by {head.machine}, here is {machine()}; the last bits may differ")
-    texts = load_texts(artifact, options.tokenizer)
+    text_codec = load_texts(artifact, options.tokenizer)
     began = time.monotonic()
-    contents = decompress_files(artifact, texts, options.container, sys.stderr.isatty())
+    contents = decompress_files(artifact, text_codec, options.container, sys.stderr.isatty())
     seconds = time.monotonic() - began
     options.out.mkdir(parents=True, exist_ok=True)
     for name, data in contents.items():
@@ -1204,7 +1186,7 @@ def decompress(options: argparse.Namespace) -> None:
 # them (section MIXTURE of the trainer): a token costs one forward of one token, whatever lies before it.
 
 
-class Taste(NamedTuple):
+class Sampling(NamedTuple):
     """How to choose a token: by its probability to the power 1 / `temperature` (0: always the likeliest).
 
     Of the tokens that together have `top_p`, the likeliest first.
@@ -1214,16 +1196,16 @@ class Taste(NamedTuple):
     top_p: float
 
 
-def choose_token(log_p: Tensor, taste: Taste, random: torch.Generator) -> int:
+def choose_token(log_p: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """A token from its log-probabilities (V,)."""
-    if taste.temperature == 0:
+    if sampling.temperature == 0:
         return int(log_p.argmax())
-    p, tokens = (log_p / taste.temperature).softmax(0).sort(descending=True)
-    p[p.cumsum(0) - p >= taste.top_p] = 0  # never the first
+    p, tokens = (log_p / sampling.temperature).softmax(0).sort(descending=True)
+    p[p.cumsum(0) - p >= sampling.top_p] = 0  # never the first
     return int(tokens[torch.multinomial(p, 1, generator=random)])
 
 
-class Speaker:
+class TextGenerator:
     """The model with a cache of keys: one token after another."""
 
     def __init__(self, artifact: Artifact, config: Any, tokenizer: Path, context: int):
@@ -1239,48 +1221,44 @@ class Speaker:
 
         evaluate(trainer, config, torch.get_num_threads(), tokenizer, validation, keep)
         self.run, self.model = found[0]
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Forget what was said."""
         trainer = self.trainer
         device = self.run.device
         longest = self.context - 1
-        if hasattr(trainer, "Turn"):
-            self.cache = trainer.KeyCache(self.model, 1, longest, 1, device)
-            self.cached = longest
-        else:  # a script before turns
-            self.cached = trainer.Stage(sys.maxsize, 1, longest)
-            self.cache = trainer.KeyCache(self.model, 1, [self.cached], device)
-        self.position = torch.zeros(1 if hasattr(trainer, "Turn") else (), dtype=torch.int64, device=device)
+        self.cache = trainer.KeyCache(self.model, 1, longest, 1, device)
+        self.cached = longest
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.previous = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def hear_token(self, token: int) -> Tensor:
+    def next_log_p(self, token: int) -> Tensor:
         """Log-probabilities (V,) of the token after this one."""
         ids = torch.tensor([[token]], device=self.run.device)
         past = self.cache.past(self.position, self.previous, self.cached)
-        with hear(self.trainer, self.model) as heard:
+        with capture_logits(self.trainer, self.model) as captured:
             self.model(self.trainer.Batch(ids, ids, past=past))
         self.cache.keep(past)
         self.position = self.position + 1
         self.previous = ids
-        return heard.log_softmax(heard.logits[0])
+        return captured.log_softmax(captured.logits[0])
 
-    def speak(self, prompt: np.ndarray, taste: Taste, seed: int) -> Iterator[int]:
+    def generate(self, prompt: np.ndarray, sampling: Sampling, seed: int) -> Iterator[int]:
         """The tokens after a BOS and those of the `prompt` (N,), until the model ends the document."""
         bos = self.trainer.BOS
         random = torch.Generator().manual_seed(seed)
-        self.begin()
+        self.reset()
         for token in (bos, *prompt.tolist()):
-            log_p = self.hear_token(token)
-        token = choose_token(log_p, taste, random)
+            log_p = self.next_log_p(token)
+        token = choose_token(log_p, sampling, random)
         while token != bos:
             yield token
-            token = choose_token(self.hear_token(token), taste, random)
+            token = choose_token(self.next_log_p(token), sampling, random)
 
 
-def settled(text: str, stop: str) -> str:
+def stable_prefix(text: str, stop: str) -> str:
     """The part of a text that later tokens do not change, and that does not begin what ends it."""
     text = text.rstrip("\ufffd")  # half a character
     sizes = range(min(len(stop), len(text) + 1) - 1, 0, -1)
@@ -1289,48 +1267,59 @@ def settled(text: str, stop: str) -> str:
 
 
 def stream_text(
-    texts: Texts, prompt: np.ndarray, tokens: Iterator[int], most: int, stop: str, write: Callable[[str], Any]
+    text_codec: TextCodec,
+    prompt: np.ndarray,
+    tokens: Iterator[int],
+    most: int,
+    stop: str,
+    write: Callable[[str], Any],
 ) -> int:
     """Write the text of at most `most` tokens behind the prompt as they come, to `stop`; their number."""
     ids = prompt.tolist()
-    begin = len(texts.decode(prompt).decode()) if ids else 0
+    begin = len(text_codec.decode(prompt).decode()) if ids else 0
     shown = begin
     text = ""
     count = 0
     for token in itertools.islice(tokens, most):
         count += 1
         ids.append(token)
-        text = texts.decode(np.array(ids, "<u2")).decode()
+        text = text_codec.decode(np.array(ids, "<u2")).decode()
         if stop and stop in text[begin:]:
             text = text[: text.index(stop, begin)]
             break
-        ready = settled(text, stop)
+        ready = stable_prefix(text, stop)
         write(ready[shown:])
         shown = max(shown, len(ready))
     write(text[shown:])
     return count
 
 
+def check_prompt(prompt: str) -> None:
+    """Stop if a prompt has bytes that are no UTF-8, which Python reads as halves of surrogate pairs."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise Stop(f"--prompt {prompt!a}: not UTF-8; give text in UTF-8")
+
+
 def sample(options: argparse.Namespace) -> None:
     """The command."""
+    check_prompt(options.prompt)
     artifact = open_artifact(options.artifact)
-    texts = load_texts(artifact, options.tokenizer)
+    text_codec = load_texts(artifact, options.tokenizer)
     changes: dict[str, Any] = {"TTT_ENABLED": False}
     config = coding_config(artifact, changes)
-    if not hasattr(artifact.trainer, "KeyCache"):
-        raise Stop(f"{artifact.path.parent / SCRIPT}: keeps no keys; make the artifact with a later script")
-    speaker = Speaker(artifact, config, texts.path, options.context or config.eval_seq_len)
+    generator = TextGenerator(artifact, config, text_codec.path, options.context or config.eval_seq_len)
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
     def answer(prompt: str) -> None:
-        tokens = texts.encode(prompt)
+        check_prompt(prompt)
+        tokens = text_codec.encode(prompt)
         write(prompt)
         began = time.monotonic()
-        taste = Taste(options.temperature, options.top_p)
-        spoken = speaker.speak(tokens, taste, options.seed)
-        count = stream_text(texts, tokens, spoken, options.tokens, options.stop, write)
+        sampling = Sampling(options.temperature, options.top_p)
+        generated = generator.generate(tokens, sampling, options.seed)
+        count = stream_text(text_codec, tokens, generated, options.tokens, options.stop, write)
         seconds = time.monotonic() - began
         print(flush=True)
         print(f"{count} tokens, {(len(tokens) + count) / seconds:.0f} tokens/s", file=sys.stderr)
@@ -1339,6 +1328,7 @@ def sample(options: argparse.Namespace) -> None:
         answer(options.prompt)
         return
     print("a line is a prompt; an empty one, or the end of the input, ends this", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")  # see check_prompt
     for line in sys.stdin:
         if not line.strip():
             break
@@ -1360,20 +1350,6 @@ def source_of(artifact: Artifact) -> str:
     packed = path.read_bytes().startswith(b"# coding: latin-1")
     source = "".join(lines) if packed else path.read_text(encoding="utf-8")
     return re.sub(r"__name__(?=\.strip\()", "__name__.replace('.', '_')", source)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """The tensors in fp32 as a safetensors file: 8 bytes of length, a JSON head, the values."""
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, tensor in tensors.items():
-        end = begin + 4 * tensor.numel()
-        head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
-    values = b"".join(tensor.float().contiguous().numpy().tobytes() for tensor in tensors.values())
-    write_atomically(path, struct.pack("<Q", len(text)) + text + values)
 
 
 def model_card(artifact: Artifact, digest: str) -> str:
@@ -1418,7 +1394,7 @@ def model_card(artifact: Artifact, digest: str) -> str:
     )
 
 
-def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
+def export_hf(artifact: Artifact, text_codec: TextCodec, folder: Path) -> None:
     """Write a folder for transformers."""
     trainer = artifact.trainer
     manifest, tensors, _ = trainer.decode_artifact(artifact.path)
@@ -1426,7 +1402,9 @@ def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
     table = trainer.parameter_table(config)
     weights = trainer.assemble_weights(table, tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", {f"golf.{name}": weights[name].cpu() for name in table})
+    arrays = {f"golf.{name}": weights[name].float().cpu().contiguous().numpy() for name in table}
+    content = safetensors.numpy.save(arrays, {"format": "pt"})  # transformers asks for a format
+    write_atomically(folder / "model.safetensors", content)
     settings = {
         name: trainer.format_value(value)
         for name, value in config.chosen("Model").items()
@@ -1444,8 +1422,8 @@ def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
         "vocab_size": config.vocab_size,
         "hidden_size": config.model_dim,
         "num_hidden_layers": config.num_layers,
-        "bos_token_id": texts.bos,
-        "eos_token_id": texts.bos,
+        "bos_token_id": text_codec.bos,
+        "eos_token_id": text_codec.bos,
         "pad_token_id": 0,
         "use_cache": False,
         "torch_dtype": "float32",
@@ -1453,7 +1431,7 @@ def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
     kind = {
         "tokenizer_class": "GolfTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_golf.GolfTokenizer", None]},
-        "transform": texts.transform,
+        "transform": text_codec.transform,
     }
     for name, content in (("config.json", about), ("tokenizer_config.json", kind)):
         (folder / name).write_text(json.dumps(content, indent=1))
@@ -1461,21 +1439,31 @@ def export_hf(artifact: Artifact, texts: Texts, folder: Path) -> None:
         shutil.copy(path, folder)
     shutil.copy(ROOT / "lossless_caps.py", folder / "golf_transforms.py")
     (folder / "golf_trainer.py").write_text(source_of(artifact), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(artifact, texts.digest), encoding="utf-8")
-    write_atomically(folder / "tokenizer.model", texts.path.read_bytes())
+    (folder / "README.md").write_text(model_card(artifact, text_codec.digest), encoding="utf-8")
+    write_atomically(folder / "tokenizer.model", text_codec.path.read_bytes())
 
 
 def export(options: argparse.Namespace) -> None:
     """The command."""
+    folder = options.folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Stop(f"{folder}: is not an empty folder; give a new one")
     artifact = open_artifact(options.artifact)
-    texts = load_texts(artifact, options.tokenizer)
-    if options.folder.exists() and any(options.folder.iterdir()):
-        raise Stop(f"{options.folder}: is not empty; give a new folder")
-    export_hf(artifact, texts, options.folder)
-    print(f"{options.folder}: for transformers, with trust_remote_code=True")
+    text_codec = load_texts(artifact, options.tokenizer)
+    export_hf(artifact, text_codec, folder)
+    print(f"{folder}: for transformers, with trust_remote_code=True")
 
 
 # === MAIN ===
+
+OPTION_RANGES = {
+    "threads": (1, 1024),
+    "tokens": (1, 1 << 30),
+    "temperature": (0, 100),
+    "top_p": (1e-6, 1),
+    "seed": (0, (1 << 63) - 1),
+    "context": (2, 1 << 20),
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -1516,7 +1504,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--top-p", type=float, default=0.95, help="only tokens that have so much together")
     command.add_argument("--seed", type=int, default=0, help="of the choice (default %(default)s)")
     command.add_argument("--stop", default="", help="text that ends it")
-    command.add_argument("--context", type=int, default=0, help="tokens that are seen (default EVAL_SEQ_LEN)")
+    command.add_argument("--context", type=int, help="tokens that are seen (default EVAL_SEQ_LEN)")
     command.add_argument("--interactive", action="store_true", help="every line of the input is a prompt")
     command = add("export", export, "Write the model in the form of another library.")
     command.add_argument("--to", choices=("hf",), required=True, help="hf: transformers")
@@ -1528,6 +1516,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     options = parse_arguments(arguments)
+    for name, (low, high) in OPTION_RANGES.items():
+        value = getattr(options, name, None)
+        if value is not None and not low <= value <= high:
+            raise Stop(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}")
     options.act(options)
 
 

@@ -1496,7 +1496,7 @@ class Choice(NamedTuple):
 
 def choose_documents(
     artifact: codec.Artifact,
-    texts: codec.Texts,
+    text_codec: codec.TextCodec,
     config: Any,
     stream: np.ndarray,
     sizes: np.ndarray,
@@ -1513,7 +1513,7 @@ def choose_documents(
         document = stream[first + 1 : end]
         tokens.append(document[document != trainer.BOS])
     names = [f"document{number}" for number in numbers]
-    decoded = {name: texts.decode(part) for name, part in zip(names, tokens, strict=True)}
+    decoded = {name: text_codec.decode(part) for name, part in zip(names, tokens, strict=True)}
 
     parameters = sum(math.prod(spec.shape) for spec in trainer.parameter_table(config).values())
     windows = len(stream) // config.eval_stride + sum(map(len, tokens))
@@ -1526,9 +1526,9 @@ def choose_documents(
 
 
 def pieces_around(choice: Choice, stream: np.ndarray, bos: int) -> list[np.ndarray]:
-    """What is told around the chosen documents: the others, or nothing."""
+    """The side information around the chosen documents: the others, or nothing."""
     if not choice.whole:
-        return [codec.NOTHING] * (len(choice.tokens) + 1)
+        return [codec.NO_TOKENS] * (len(choice.tokens) + 1)
     pieces = []
     place = 0
     for (first, _), tokens in zip(choice.documents, choice.tokens, strict=True):
@@ -1570,25 +1570,27 @@ def probe_decode(report: Report, run: Run, trainer: ModuleType, data: Any, count
     """`count` documents are coded with the run's last stage, and decoded by a fresh process."""
     stream = np.concatenate([read_shard(path) for path in data.val_files])
     artifact = codec.open_artifact(run.folder / "final_model.ptz")._replace(trainer=trainer)
-    texts = codec.load_texts(artifact, data.tokenizer)
+    text_codec = codec.load_texts(artifact, data.tokenizer)
     config = codec.coding_config(artifact, {})
-    choice = choose_documents(artifact, texts, config, stream, bytes_of(data, stream), count)
+    choice = choose_documents(artifact, text_codec, config, stream, bytes_of(data, stream), count)
     around = pieces_around(choice, stream, trainer.BOS)
     changes: dict[str, Any] = {}
     if not choice.whole:
         tokens = codec.lay_out(choice.tokens, around, trainer.BOS).tokens
         changes = scaled(trainer, config, Sample(tokens, tokens, place))
         del changes["VAL_BATCH_TOKENS"]  # codec.py's own
-    job = codec.Job("", changes, torch.get_num_threads())
-    parts = {name: codec.Packed("same", document, b"") for name, document in choice.named()}
+    coding_options = codec.CodingOptions("", changes, torch.get_num_threads())
+    parts = {name: codec.TokenizedFile("same", document, b"") for name, document in choice.named()}
     probe = "text from the code"
     try:
-        container, coded = codec.compress_files(artifact, texts, choice.texts, parts, job, around)
+        container, coded = codec.compress_files(
+            artifact, text_codec, choice.texts, parts, coding_options, around
+        )
     except (Stop, trainer.Stop) as stop:
         report.add("decoding", probe, False, f"cannot be coded: {stop}")
         return
     probe_code_length(report, run, data, choice, coded, codec.lay_out(choice.tokens, around, trainer.BOS))
-    decoded, error = decode_alone(run, texts.path, container, place)
+    decoded, error = decode_alone(run, text_codec.path, container, place)
     different = [name for name, text in choice.texts.items() if decoded.get(name) != text]
     verdict = f"{different[0]} is another text" if different else "every byte is equal"
     report.add(

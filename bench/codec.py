@@ -34,7 +34,7 @@ from bench.evaluation import train_tiny
 LONGEST = 4000  # tokens of a document
 
 
-def documents_of(artifact: codec.Artifact, texts: codec.Texts, count: int) -> dict[str, bytes]:
+def documents_of(artifact: codec.Artifact, text_codec: codec.TextCodec, count: int) -> dict[str, bytes]:
     """The texts of the first validation documents that are not too long."""
     trainer = artifact.trainer
     config = codec.coding_config(artifact, {})
@@ -44,22 +44,25 @@ def documents_of(artifact: codec.Artifact, texts: codec.Texts, count: int) -> di
     for number, (first, end) in enumerate(trainer.find_documents(stream)):
         document = stream[first + 1 : end]
         if len(document) <= LONGEST and len(found) < count:
-            found[f"document{number}"] = texts.decode(document[document != trainer.BOS])
+            found[f"document{number}"] = text_codec.decode(document[document != trainer.BOS])
     return found
 
 
 def measure(
-    artifact: codec.Artifact, texts: codec.Texts, contents: dict[str, bytes], job: codec.Job
+    artifact: codec.Artifact,
+    text_codec: codec.TextCodec,
+    contents: dict[str, bytes],
+    coding_options: codec.CodingOptions,
 ) -> tuple[dict[str, float], bytes]:
     """The figures of one round, and the stream."""
-    parts = codec.pack_files(texts, contents)
+    parts = codec.tokenize_files(text_codec, contents)
     began = time.monotonic()
-    container, coded = codec.compress_files(artifact, texts, contents, parts, job)
+    container, coded = codec.compress_files(artifact, text_codec, contents, parts, coding_options)
     middle = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.golf"
         path.write_bytes(container)
-        same = codec.decompress_files(artifact, texts, path) == contents
+        same = codec.decompress_files(artifact, text_codec, path) == contents
     recorded = float(coded.recorded.sum()) / math.log(2) / 8
     figures = {
         "same": same,
@@ -73,14 +76,14 @@ def measure(
     return figures, coded.stream
 
 
-def sample_speed(artifact: codec.Artifact, texts: codec.Texts, tokens: int) -> float:
+def sample_speed(artifact: codec.Artifact, text_codec: codec.TextCodec, tokens: int) -> float:
     """Tokens per second of processor time, with one thread."""
     config = codec.coding_config(artifact, {"TTT_ENABLED": False})
     torch.set_num_threads(1)
-    speaker = codec.Speaker(artifact, config, texts.path, config.eval_seq_len)
+    generator = codec.TextGenerator(artifact, config, text_codec.path, config.eval_seq_len)
     began = time.process_time()
     for number in range(tokens):
-        speaker.hear_token(2 + number % 100)
+        generator.next_log_p(2 + number % 100)
     return tokens / (time.process_time() - began)
 
 
@@ -105,16 +108,16 @@ def main() -> None:
         if options.run is None or not (options.run / "final_model.ptz").exists():
             parser.error(f"run {options.run}: no final_model.ptz there; give a finished run, or --quick")
         artifact = codec.open_artifact(options.run / "final_model.ptz")
-        texts = codec.load_texts(artifact)
+        text_codec = codec.load_texts(artifact)
         files = options.files or [Path(__file__), options.run / "train.log"]
         others = {path.name: path.read_bytes()[: 2000 if options.quick else None] for path in files}
-        sets = {"documents": documents_of(artifact, texts, options.documents), "others": others}
-        print(compare(artifact, texts, sets, options))
+        sets = {"documents": documents_of(artifact, text_codec, options.documents), "others": others}
+        print(compare(artifact, text_codec, sets, options))
 
 
 def compare(
     artifact: codec.Artifact,
-    texts: codec.Texts,
+    text_codec: codec.TextCodec,
     sets: dict[str, dict[str, bytes]],
     options: argparse.Namespace,
 ) -> str:
@@ -124,7 +127,9 @@ def compare(
         data = b"".join(contents.values())
         streams = []
         for threads in map(int, options.threads.split(",")):
-            figures, stream = measure(artifact, texts, contents, codec.Job(options.stage, {}, threads))
+            figures, stream = measure(
+                artifact, text_codec, contents, codec.CodingOptions(options.stage, {}, threads)
+            )
             streams.append(stream)
             excess = figures["stream"] / figures["recorded"] - 1
             print(
@@ -136,11 +141,11 @@ def compare(
             result |= {f"{name}_{key}_{threads}": round(float(value), 4) for key, value in figures.items()}
             result[f"{name}_excess_{threads}"] = round(excess, 6)
         result[f"{name}_same_bits"] = len(set(streams)) == 1
-        for rival, size in codec.rivals(data).items():
+        for baseline, size in codec.baseline_sizes(data).items():
             ratio = size / figures["container"]
-            print(f"{name}, {rival}: {size:,} bytes, {ratio:.3f} of ours")
-            result[f"{name}_{rival}"] = round(ratio, 4)
-    result["sampled"] = round(sample_speed(artifact, texts, 30 if options.quick else 200), 1)
+            print(f"{name}, {baseline}: {size:,} bytes, {ratio:.3f} of ours")
+            result[f"{name}_{baseline}"] = round(ratio, 4)
+    result["sampled"] = round(sample_speed(artifact, text_codec, 30 if options.quick else 200), 1)
     print(f"sample: {result['sampled']} tokens/s")
     return "RESULT " + json.dumps(result)
 
