@@ -163,7 +163,7 @@ def test_every_command_exists_with_its_options(page, line):
 
 
 def test_the_tools_work_on_finished_runs_from_another_folder(dataset, shell, tmp_path):
-    runs = [copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
+    runs = [copy_run(original(dataset, "sdclip"), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     submission = [
