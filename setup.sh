@@ -20,6 +20,10 @@ print(hashlib.sha256(open("requirements.txt", "rb").read() + sys.version.encode(
 EOS
   )
   if [ "$(cat .venv/requirements.sha256 2>/dev/null)" != "$stamp" ]; then
+    if [ -L .venv ]; then # to make it anew would empty the folder that it leads to
+      echo "$PWD/.venv: a link to an environment of other requirements; remove the link, or name that Python in PYTHON" >&2
+      exit 2
+    fi
     echo "setup: installing requirements.txt into .venv (once; a minute or two)"
     "$python" -m venv --clear .venv ||
       { echo "$PWD/.venv: cannot be made; install the venv module (Debian: apt install python3-venv), make the" \

@@ -1,7 +1,7 @@
 """The CUDA path of the trainer, compiled and checked on a machine without a GPU.
 
     python bench/gpu_compile.py --quick                             shapes and flags: a minute
-    python bench/gpu_compile.py [--write records/gpu_compile.md]    everything: ten minutes on two cores
+    python bench/gpu_compile.py [--write records/gpu_compile.md]    everything: five minutes on two cores
     python bench/gpu_compile.py --parts training,run [--set NAME=VALUE ...]
 
 A part whose checks have all held is not repeated while the trainer, the null GPU, torch and the options stay

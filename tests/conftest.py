@@ -11,6 +11,9 @@ on_gpu = any("tests/gpu" in word for word in sys.argv[1:] if not word.startswith
 if "PYTEST_XDIST_WORKER" not in os.environ and ("--dry" in sys.argv or not on_gpu):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded: kernels run on the CPU
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Most loops run for milliseconds: compiling them takes longer. The code of users is kept apart from this.
+os.environ.setdefault("NUMBA_OPT", "1")
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / "__pycache__" / "numba"))
 
 import hypothesis
 import pytest
@@ -22,16 +25,24 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as t
+from helpers.shared import made_once, share_in
 from helpers.trainer import make_dataset, tiny_settings
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_folder(tmp_path_factory) -> None:
+    """What takes long to make is made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    share_in((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+
+
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
+def dataset(shared_folder) -> Path:
     """A folder with two training shards, one validation shard and a tokenizer of 320 entries."""
-    return make_dataset(tmp_path_factory.mktemp("dataset"))
+    return made_once("dataset", make_dataset)
 
 
 @pytest.fixture(autouse=True)

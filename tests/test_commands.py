@@ -16,6 +16,7 @@ import pytest
 
 import environment
 from helpers import ROOT, STAND_IN
+from helpers.processes import run_python
 from helpers.run_folders import copy_run, original
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -86,9 +87,9 @@ def tools() -> list[Path]:
 
 
 @cache
-def help_of(script: Path, variables: tuple[tuple[str, str], ...]) -> subprocess.CompletedProcess:
-    """`script --help` in a fresh shell, from a folder that is not the repository; once for all tests."""
-    return paste([str(script), "--help"], dict(variables), Path("/"))
+def help_of(script: Path) -> subprocess.CompletedProcess:
+    """`script --help` from a folder that is not the repository, under this Python; once for all tests."""
+    return run_python([script, "--help"], folder=Path("/"))
 
 
 def test_the_pages_have_commands_and_the_tools_are_known():
@@ -106,19 +107,45 @@ def test_the_pages_have_commands_and_the_tools_are_known():
 
 
 @pytest.mark.parametrize("tool", tools(), ids=lambda path: path.name)
-def test_every_tool_starts_from_any_folder(tool, shell):
-    done = help_of(tool, tuple(shell.items()))
+def test_every_tool_starts_from_any_folder(tool):
+    done = help_of(tool)
     assert done.returncode == 0 and "usage:" in done.stdout, done.stderr
 
 
-def test_a_tool_starts_in_the_same_way_behind_the_name_of_an_interpreter(shell, tmp_path):
-    tool = ROOT / "report.py"
-    started = paste(["python3", str(tool), "--help"], shell, tmp_path)
-    assert started.stdout == help_of(tool, tuple(shell.items())).stdout
+# Runs each tool of sys.argv as far as it changes the interpreter.
+HEADS = """
+import sys
+folder, *tools = sys.argv[1:]
+sys.path.insert(0, folder)
+import environment
+class Entered(Exception):
+    pass
+def enter():
+    raise Entered
+environment.enter = enter
+for tool in tools:
+    space = {"__name__": "__main__", "__file__": tool}
+    try:
+        exec(compile(open(tool, encoding="utf-8").read(), tool, "exec"), space)
+    except Entered:
+        print(tool)
+"""
+
+
+def test_every_tool_reaches_the_change_of_interpreter_without_our_packages(shell, tmp_path):
+    words = ["python3", "-c", HEADS, str(ROOT), *map(str, tools())]
+    done = paste(words, shell, tmp_path)
+    assert done.stdout.splitlines() == [str(tool) for tool in tools()], done.stderr
+
+
+def test_a_tool_changes_the_interpreter_behind_the_name_of_one_or_alone(shell, tmp_path):
+    tool = str(ROOT / "report.py")
+    for words in ([tool], ["python3", tool]):
+        assert paste([*words, "--help"], shell, tmp_path).stdout == help_of(Path(tool)).stdout
 
 
 @pytest.mark.parametrize("page, line", commands(), ids=lambda text: text[:60])
-def test_every_command_exists_with_its_options(page, line, shell):
+def test_every_command_exists_with_its_options(page, line):
     words = words_of(line)
     script = script_of(words)
     if script is None:
@@ -129,14 +156,14 @@ def test_every_command_exists_with_its_options(page, line, shell):
         assert os.access(script, os.X_OK), f"{page}: {line}: has no run bit"
     if script == TRAINER or script.suffix == ".sh" or script not in tools():
         return
-    done = help_of(script, tuple(shell.items()))
+    done = help_of(script)
     assert done.returncode == 0, done.stderr
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in done.stdout, f"{page}: {line}: no such option {option}"
 
 
 def test_the_tools_work_on_finished_runs_from_another_folder(dataset, shell, tmp_path):
-    runs = [copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
+    runs = [copy_run(original(dataset, "sdclip"), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     submission = [

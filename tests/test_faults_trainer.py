@@ -20,7 +20,6 @@ import sentencepiece
 
 import train_gpt as t
 from data.shards import BOS, train_tokenizer, write_shard
-from helpers import ROOT
 from helpers.processes import run_python
 from helpers.run_folders import original
 from helpers.trainer import RANK, TRAINER, VALIDATION, environment, launch, replace, sentences
@@ -288,17 +287,12 @@ def test_a_file_that_could_not_be_written_leaves_no_part(tmp_path):
 
 
 def test_standard_output_that_is_full_is_one_line(settings):
-    program = "import os, train_gpt as t\nt.Run(t.Config.from_env(os.environ)).log('x')\n"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment(settings),
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+    program = (
+        "import os, train_gpt as t\n"
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)\n"
+        "t.Run(t.Config.from_env(os.environ)).log('x')\n"
+    )
+    done = run_program(program, settings)
     assert done.returncode == 1
     assert re.fullmatch(r"standard output: cannot be written .*\n", done.stderr)
 

@@ -309,8 +309,9 @@ def test_what_is_compiled_inside_the_clock_is_counted(config, monkeypatch, tmp_p
     data, load, torch._dynamo.config.recompile_limit = t.Dataset(run.config), t.Feed.load, 64
 
     def denser(feed, step):
-        """From step 1 on, more segments than warm-up has seen: of the same size, or of the next."""
-        starts = t.pad_starts(np.zeros(400 if covered else 600, np.int32), 128)
+        """From step 1 on, more segments than warm-up has seen, or their starts in another type."""
+        starts = t.pad_starts(np.zeros(600, np.int32), 128)
+        starts = starts if covered else starts.long()
         return [batch._replace(starts=starts) if step else batch for batch in load(feed, step)]
 
     monkeypatch.setattr(t.Feed, "load", denser)

@@ -10,8 +10,6 @@ import train_gpt as t
 from helpers.tensors import perturbed
 from helpers.trainer import replace
 
-RANKS = [(0, 1), (3, 4), (9, 16)]  # (rank, world size)
-
 
 @torch.library.custom_op("findings::attention_input", mutates_args=())
 def attention_input(q: torch.Tensor, dropout: float) -> torch.Tensor:
@@ -105,19 +103,21 @@ def test_adapters_on_fused_operators_have_two_graphs_for_any_context(tiny, monke
     assert built.model.fused and built.model.feed_forward is not t.mlp_reference
     forward = torch.compile(built.model, dynamic=True, fullgraph=True)
     built.model.requires_grad_(False)
-    tally = t.Tally(run, validation_of(text([18, 5, 11, 9, 1])))
+    tally = t.Tally(run, validation_of(text([18, 5, 3])))
     documents = t.find_documents(tally.validation.tokens)
     graphs = []
-    for seed, batch in enumerate(([0, 1], [2, 3], [4])):
+    for seed, batch in enumerate(([0, 1], [2])):
         before = t.compiled_graphs()
         t.adapt_documents(run, forward, tally, documents[batch], seed)
         graphs.append(t.compiled_graphs() - before)
-    assert graphs == [2, 0, 0]
+    assert graphs == [2, 0]
     assert (tally.times[1:] == 1).all()
 
 
-@pytest.mark.parametrize("rank, world", RANKS)
-@pytest.mark.parametrize("mode", ["chunk_sgd", "doc_lora"])
+@pytest.mark.parametrize(
+    "mode, rank, world",
+    [("chunk_sgd", 0, 1), ("doc_lora", 3, 4), ("chunk_sgd", 9, 16), ("doc_lora", 9, 16)],
+)
 def test_the_rehearsal_meets_every_shape(tiny, monkeypatch, tmp_path, mode, rank, world):
     """Plain, sliding and learnt scores with a hash embedding, on every rank: none is left to the clock."""
     (tmp_path / "model.ptz").write_bytes(b"stands for an artifact")

@@ -14,7 +14,21 @@ from helpers.processes import run_python
 from helpers.trainer import TRAINER, environment, launch, replace
 
 # What --preflight does.
-REPORT = "import os, train_gpt as t; t.report_machine(t.Config.from_env(os.environ))"
+REPORT = """
+import os, train_gpt as t
+t.SAMPLE_SECONDS = 0.5
+t.report_machine(t.Config.from_env(os.environ))
+"""
+# A step so short that its sample, of 50 steps at most, is, too.
+SMALL = {
+    "NUM_LAYERS": "2",
+    "LOOP_START": "0",
+    "LOOP_END": "0",
+    "PARALLEL_START_LAYER": "1",
+    "XSA_LAST_N": "1",
+    "TRAIN_BATCH_TOKENS": "256",
+    "GPTQ_CALIBRATION_BATCHES": "1",
+}
 
 
 @pytest.fixture
@@ -79,7 +93,7 @@ def test_a_run_with_a_broken_nvidia_smi_goes_on(settings, tmp_path, monkeypatch)
 
 def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
     cache = tmp_path / "cache"
-    values = environment(settings | {"COMPILE_CACHE": str(cache), "MAX_WALLCLOCK_SECONDS": "100"})
+    values = environment(settings | SMALL | {"COMPILE_CACHE": str(cache), "MAX_WALLCLOCK_SECONDS": "100"})
     done = run_python([TRAINER, "--preflight"], values, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("preflight ")]
@@ -98,7 +112,7 @@ def test_the_whole_report_is_made_and_nothing_is_kept(settings, tmp_path):
 
 
 def test_two_ranks_report_once_and_stop_their_sample_together(settings, tmp_path):
-    done = run_python(["-c", REPORT], environment(settings), ranks=2)
+    done = run_python(["-c", REPORT], environment(settings | SMALL), ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("preflight all-reduce: ") == 1 and " GB/s over 2 ranks" in done.stdout
     assert done.stdout.count("preflight steps: ") == 1

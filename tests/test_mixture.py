@@ -352,7 +352,7 @@ def test_no_score_depends_on_what_comes_later(tiny, monkeypatch, phases):
         global_ttt_lr=0.1,
         global_ttt_chunk_tokens=32,
     )
-    tokens = stream(config)
+    tokens = stream(config, [24, 9, 41, 2, 33, 17, 50, 12])
     when = scored_when(config, tokens, monkeypatch)
     first = score(config, tokens).nats
     random = np.random.default_rng(1)
@@ -397,7 +397,7 @@ def score_as_rank(folder: Path) -> None:
 
 
 def test_ranks_share_the_streams_and_score_them_as_one_does(tiny, monkeypatch, tmp_path):
-    """1, 2 and 4 gloo ranks; between phases they learn together."""
+    """1 and 4 gloo ranks; between phases they learn together."""
     monkeypatch.undo()  # ranks have the constants of the trainer
     config = replace(
         tiny,
@@ -413,19 +413,18 @@ def test_ranks_share_the_streams_and_score_them_as_one_does(tiny, monkeypatch, t
     assert (alone != still).sum() > 10, "learning between phases must matter for this to be a test"
     (tmp_path / "told").write_bytes(pickle.dumps((config, tokens)))
     program = f"import pathlib, test_mixture; test_mixture.score_as_rank(pathlib.Path({str(tmp_path)!r}))"
-    for ranks in (2, 4):
-        result = run_python(["-c", program], ranks=ranks)
-        assert result.returncode == 0, result.stderr
-        together = torch.load(tmp_path / "nats.pt")
-        # Sums over ranks round differently, which is seen after the first phase alone.
-        assert torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
-        assert (together == alone).sum() > len(tokens) / 2
+    result = run_python(["-c", program], ranks=4)
+    assert result.returncode == 0, result.stderr
+    together = torch.load(tmp_path / "nats.pt")
+    # Sums over ranks round differently, which is seen after the first phase alone.
+    assert torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
+    assert (together == alone).sum() > len(tokens) / 2
 
 
 def test_every_cache_is_one_graph_and_the_rehearsal_meets_them_all(tiny):
     config = replace(tiny, val_batch_tokens=256, ttt_chunk_tokens=64, ttt_batch_size=2)
     run, model = t.Run(config), build(config)
-    tokens = stream(config)
+    tokens = stream(config, [40, 9, 75, 33, 60])
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="eager")
     before = t.compiled_graphs()

@@ -50,7 +50,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def test_the_tools_work(dataset, copy, tmp_path):
-    runs = [copy_run(original(dataset), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
+    runs = [copy_run(original(dataset, "sdclip"), tmp_path / "runs" / f"s{seed}", seed) for seed in (1, 2)]
     for words in (
         ["report.py", *runs],
         ["submit.py", *runs, "--name", "A", "--track", "demo", "--out", tmp_path / "records"],
@@ -63,7 +63,7 @@ def test_the_tools_work(dataset, copy, tmp_path):
 
 
 def test_what_would_be_written_into_it_is_refused_in_one_line(dataset, copy, tmp_path):
-    run = copy_run(original(dataset), tmp_path / "runs" / "s1", 1)
+    run = copy_run(original(dataset, "sdclip"), tmp_path / "runs" / "s1", 1)
     done = inside(copy, "submit.py", run, "--name", "A", "--track", "demo")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "records/demo: cannot be written (Read-only file system); choose another --out" in done.stderr

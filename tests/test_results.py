@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import sweep
 import track
 from helpers import ROOT, STAND_IN
 from helpers.damage import json_mutants, mutants
+from helpers.processes import run_python
 from helpers.readers import read_all, text_alone
 from helpers.run_folders import edit, original
 
@@ -200,25 +199,27 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(run, monkeypatch):
     assert (run / "report.html").read_text() == "old"
 
 
+# A tool that writes to another standard output.
+REDIRECTED = """
+import os, runpy, sys
+os.dup2({output}, 1)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FULL = REDIRECTED.format(output="os.open('/dev/full', os.O_WRONLY)")
+UNREAD = "import os\nreading, writing = os.pipe()\nos.close(reading)" + REDIRECTED.format(output="writing")
+
+
 @pytest.mark.parametrize("words", [["recipes.py", "records/recipes/pr1585.env"], ["report.py", "RUN"]])
 def test_a_full_output_is_one_line(run, words):
-    script, *rest = [
-        str(run) if word == "RUN" else str(ROOT / word) if "." in word else word for word in words
-    ]
-    with open("/dev/full", "w") as output:
-        done = subprocess.run(
-            [sys.executable, script, *rest], stdout=output, stderr=subprocess.PIPE, text=True, check=False
-        )
+    words = [str(run) if word == "RUN" else str(ROOT / word) for word in words]
+    done = run_python(["-c", FULL, *words])
     assert done.returncode and done.stderr.startswith("standard output: No space left on device; ")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(run):
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as output:
-        words = [sys.executable, str(ROOT / "report.py"), str(run)]
-        done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, check=False)
+    done = run_python(["-c", UNREAD, ROOT / "report.py", run])
     assert (done.returncode, done.stderr) == (1, "")
 
 

@@ -180,6 +180,14 @@ def test_an_environment_made_before_is_used(copy):
     assert "installing" not in done.stdout and any("report.py" in line for line in calls(copy))
 
 
+def test_a_linked_environment_of_other_requirements_is_not_emptied(copy, tmp_path):
+    (tmp_path / "theirs" / "bin").mkdir(parents=True)
+    (copy / ".venv").symlink_to(tmp_path / "theirs")
+    done = start(copy, PYTHON="unset")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "remove the link" in done.stderr
+    assert (tmp_path / "theirs" / "bin").is_dir()
+
+
 @pytest.mark.parametrize(
     "script",
     [

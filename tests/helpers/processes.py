@@ -2,11 +2,12 @@
 
 They are forked from a server that has imported the heavy libraries once per test process, and the trainer
 as a module; each executes its script anew. What a fork may hide is left to `fresh` processes, and to tests
-that start an interpreter or torchrun themselves: killed runs and every command of the documents.
+that start an interpreter themselves: the packed script alone, a tool's start, every command of the documents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -14,7 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -104,10 +107,7 @@ def run_python(
     start a new interpreter each, and share no address and no hash seed.
     """
     variables = dict(os.environ) if variables is None else variables
-    with tempfile.TemporaryDirectory() as outputs:
-        paths = [f"{outputs}/stdout", f"{outputs}/stderr"]
-        for path in paths:
-            Path(path).touch()
+    with empty_outputs() as paths:
         processes = []
         port = str(free_port())
         for rank in range(ranks):
@@ -120,6 +120,30 @@ def run_python(
         status = wait_for(processes, timeout)
         shown, said = (Path(path).read_text() for path in paths)
     return subprocess.CompletedProcess(words, status, shown, said)
+
+
+def kill_python(words: list[str], variables: dict[str, str], is_time: Callable[[str], bool]) -> str:
+    """Start `python words…`, kill it once `is_time` of its standard output, and return the latter."""
+    with empty_outputs() as paths:
+        arguments = (list(map(str, words)), variables, str(ROOT), paths, False)
+        process = server().Process(target=become, args=arguments, daemon=True)
+        process.start()
+        while not is_time(Path(paths[0]).read_text()):
+            assert process.is_alive(), Path(paths[1]).read_text()
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+        return Path(paths[0]).read_text()
+
+
+@contextlib.contextmanager
+def empty_outputs() -> Iterator[list[str]]:
+    """Files for the standard output and error of a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/stdout", f"{folder}/stderr"]
+        for path in paths:
+            Path(path).touch()
+        yield paths
 
 
 def wait_for(processes: list[multiprocessing.Process], timeout: float) -> int:

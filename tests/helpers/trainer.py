@@ -8,7 +8,6 @@ import io
 import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +53,14 @@ TINY = {
 }
 TRAINER = ROOT / "train_gpt.py"
 RANK = "import os, train_gpt as t; t.main(t.Config.from_env(os.environ))"  # what the script does at last
+# The same in a new interpreter, which takes the short form of the script from the others.
+FRESH_RANK = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from helpers.shared import share_short_form
+share_short_form()
+{RANK}
+"""
 WORDS = (
     "the a model of language that reads and writes one token after another while loss falls with every step "
     "we take in space Time 42 kernel matrix bank shard byte café naïve"
@@ -128,12 +135,19 @@ def launch(
     return run_python(words, environment(settings), processes, fresh=fresh)
 
 
+# A forked process has loaded Triton with its interpreter; what is written in C cannot be loaded twice.
+FORGET_TRITON = """
+import sys
+for name in list(sys.modules):
+    if name == "train_gpt" or name.split(".")[0] == "triton" and not name.startswith("triton._C"):
+        del sys.modules[name]
+"""
+
+
 def without_interpreter(program: str) -> list[str]:
     """The lines that a Python program prints where Triton compiles its kernels; it has to succeed."""
     variables = environment({})
     variables.pop("TRITON_INTERPRET")
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=variables, check=False
-    )
+    result = run_python(["-c", FORGET_TRITON + program], variables)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
