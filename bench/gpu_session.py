@@ -372,12 +372,11 @@ def section(
 
 
 def append_records(tables: list[Path], records: Path) -> None:
-    """Append the sections of finished calls to the records, which stop saying that there are none."""
+    """Append the sections of finished calls to the records."""
     before = records.read_text() if records.exists() else "# GPU checks\n"
-    kept = before.rstrip("\n")
-    sections = [path.read_text().strip("\n") for path in tables]
+    sections = [path.read_text() for path in tables]
     written = records.with_suffix(".new")
-    written.write_text("\n\n".join([kept, *sections]) + "\n")
+    written.write_text("\n\n".join(text.strip("\n") for text in [before, *sections]) + "\n")
     written.replace(records)
 
 

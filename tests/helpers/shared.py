@@ -1,4 +1,4 @@
-"""What one process of a test session makes and all of them read: folders, and the trainer's short form."""
+"""What one process of a run of pytest makes and all of them read: folders, the trainer's short form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIABLE = "TESTS_SHARED_FOLDER"  # of the environment, which workers, their for
 
 
 def share_in(folder: Path) -> None:
-    """Make `folder` the place of what the processes of this session share."""
+    """Make `folder` the place of what the processes of this run of pytest share."""
     folder.mkdir(exist_ok=True)
     os.environ[VARIABLE] = str(folder)
     share_short_form()
@@ -25,7 +25,7 @@ def share_in(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes of the session from `path`."""
+    """Keep the other processes from `path`."""
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
