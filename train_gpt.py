@@ -242,6 +242,12 @@ class Config:
     smear_gate_segment_fix: bool = knob(
         True, "nor, with that, into a cut document's later segments or a joined row (published: 0)"
     )
+    bigram_rows: int = knob(
+        0,
+        "rows of a table of hashed token pairs that is added to the embedding (#1716); 0: none",
+        not_negative,
+    )
+    bigram_width: int = knob(32, "entries of such a row, before its projection to MODEL_DIM", positive)
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
     loop_start: int = knob(3, "first looped layer", not_negative)
@@ -4438,6 +4444,8 @@ MATRICES = {
     "kv": (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
     "up": (("blocks.{}.mlp.fc.weight", "up"),),
     "down": (("blocks.{}.mlp.proj.weight", "down"),),
+    "bigram_rows": (("bigram.rows.weight", "bigram"),),  # looked up, see MomentTap.look_up
+    "bigram_out": (("bigram.proj.weight", "bigram_out"),),
 }
 
 
@@ -4484,6 +4492,13 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": ParameterSpec((1,), zeros, "scalar", "fp16", layered=False),
         "parallel_post_lambdas": ParameterSpec((layers, 2, 2), ones, "scalar", "fp16"),
         "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
+        # Zero rows change nothing at first, and those of pairs that training never meets cost few bits.
+        "bigram_rows": ParameterSpec(
+            (config.bigram_rows, config.bigram_width), zeros, "embed", "embed", layered=False
+        ),
+        "bigram_out": ParameterSpec(
+            (1, width, config.bigram_width), orthogonal, "muon", "attn", layered=False
+        ),
     }
     exists = {  # all others always
         "head_gate": config.head_gate != "none",
@@ -4493,13 +4508,15 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": config.smear_gate,
         "parallel_post_lambdas": two_lanes,
         "parallel_resid_lambdas": two_lanes,
+        "bigram_rows": config.bigram_rows > 0,
+        "bigram_out": config.bigram_rows > 0,
     }
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
 # Parameters that are factors of a product: on every visit of their layer, or once for every token.
 VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
-TOKEN_PRODUCTS = ("embed", "smear_w")
+TOKEN_PRODUCTS = ("embed", "smear_w", "bigram_out")
 
 
 def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
@@ -4532,6 +4549,8 @@ def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
     for parameter, groups in MATRICES.items():
+        if parameter not in table:
+            continue
         spec = table[parameter]
         banked = len(spec.shape) == 3
         layers = spec.shape[0] // len(groups) if banked else 1
@@ -4934,6 +4953,10 @@ def leading(route: tuple[Visit, ...], residual: str) -> list[Visit]:
     return found
 
 
+# Odd and below 2^31: a product with 32 bits stays an int64.
+PAIR_FACTORS = (0x61C88647, 0x27D4EB2F)
+
+
 def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
     """The entry of each visit's layer, from `entries` by layer.
 
@@ -4946,6 +4969,19 @@ def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
         else:
             runs.append([visit.layer, visit.layer + 1])
     return torch.cat([entries[first:stop] for first, stop in runs])
+
+
+def hash_pairs(pairs: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(row below `rows`, sign) of each number of a token pair (int64, below 2^32), both int64.
+
+    Pairs that share a row differ in sign half the time, so that what they teach it cancels out instead of
+    adding up (modded-nanogpt #299).
+    """
+    mixed = pairs
+    for factor in PAIR_FACTORS:
+        mixed = (mixed * factor) & 0xFFFFFFFF
+        mixed = mixed ^ (mixed >> 15)
+    return (mixed * rows) >> 32, 1 - 2 * (mixed & 1)
 
 
 class GPT(nn.Module):
@@ -5034,7 +5070,7 @@ class GPT(nn.Module):
         # at the outputs before these scales.
         folded = self.fused and hooks.tap is None
         banks = self.banks(folded)
-        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch), batch, hooks)
+        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch, hooks), batch, hooks)
 
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
@@ -5075,7 +5111,7 @@ class GPT(nn.Module):
         the same as scaling each output. It moves less: the gradients of the scales follow from those of the
         matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
         """
-        others = ("embed", "qo", "kv", "smear_w", "smear_lambda")
+        others = ("embed", "qo", "kv", "smear_w", "smear_lambda", "bigram_rows", "bigram_out")
         weights = {name: getattr(self, name) for name in self.table if name not in others}
         weights["q"], weights["o"] = self.qo.chunk(2)
         weights["k"], weights["v"] = self.kv.chunk(2)
@@ -5431,7 +5467,7 @@ class GPT(nn.Module):
             y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
         return scale * y
 
-    def embedding(self, batch: Batch) -> Tensor:
+    def embedding(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         ids = batch.inputs
         if batch.past is not None:
@@ -5451,12 +5487,31 @@ class GPT(nn.Module):
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
             x = self.smear(x, ids, opens, batch.past)
+        if self.config.bigram_rows:  # last: a cache knows one token before a chunk, and no pair that it ends
+            x = x + self.bigrams(ids, opens, batch.past, hooks)
         return x if batch.past is None else x[:, 1:].contiguous()
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
         previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
         return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
+
+    def bigrams(self, ids: Tensor, opens: Tensor, past: Past | None, hooks: Hooks) -> Tensor:
+        """What the table of token pairs adds to each position, (B, T, D): 0 where no token comes before.
+
+        That is at the start of a row, a segment or a document; with `past` the first position is that before.
+        """
+        alone = F.pad(((ids == BOS) | opens)[:, 1:], (1, 0), value=True)
+        if past is not None:
+            second = alone[:, 1:2] | (past.position == 0)[:, None]
+            alone = torch.cat((alone[:, :1], second, alone[:, 2:]), 1)
+        pairs = self.config.vocab_size * F.pad(ids[:, :-1], (1, 0)) + ids
+        rows, signs = hash_pairs(pairs, self.config.bigram_rows)
+        found = F.embedding(rows, self.bigram_rows.to(self.dtype)) * signs[..., None].to(self.dtype)
+        if hooks.tap is not None:
+            hooks.tap("bigram", 0, rows.masked_fill(alone, -1), found)
+        found = found.masked_fill(alone[..., None], 0)
+        return self.matmul("bigram_out", self.bigram_out[0].to(self.dtype), found, HEAD_VISIT, hooks)
 
     def smear(self, x: Tensor, ids: Tensor, opens: Tensor, past: Past | None) -> Tensor:
         """x with a gated share of the position before (#1667); with `past` the first position is that."""
@@ -5993,6 +6048,9 @@ class MomentTap:
 
     def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
         inputs, outputs = self.sums[site, layer]
+        if site == "bigram":
+            self.look_up(inputs, outputs, x, y)
+            return
         if site not in SAME_INPUT:
             x = x.detach().flatten(0, -2).float()
             inputs.addmm_(x.T, x)
@@ -6013,6 +6071,25 @@ class MomentTap:
                 outputs.add_(gradient.square().sum(0))
 
         y.register_hook(add_squares)
+
+    def look_up(self, inputs: Tensor, outputs: Tensor, rows: Tensor, y: Tensor) -> None:
+        """Add the moments of a table whose `rows` (-1: none) were looked up as y (..., C).
+
+        An error of row r costs what E[g g^T] of the gradients of `y` says, as often as r is read: that takes
+        the place of the inputs' moment, the counts that of the outputs'. Without gradients all columns are
+        alike.
+        """
+        read = rows[rows >= 0]
+        if not self.sensitive:
+            inputs.diagonal().add_(len(read))
+            return
+        outputs.add_(torch.bincount(read, minlength=len(outputs)))
+
+        def add_products(gradient: Tensor) -> None:
+            gradient = gradient.flatten(0, -2).float()
+            inputs.addmm_(gradient.T, gradient)
+
+        y.register_hook(add_products)
 
 
 def calibration_forwards(config: Config) -> tuple[int, int]:
@@ -6044,7 +6121,8 @@ def collect_moments(
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
         source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
         inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
-        whole = config.output_feedback and sensitive and key[0] != "head"  # not the vocabulary's square
+        # Not the square of the vocabulary or of a table's rows.
+        whole = config.output_feedback and sensitive and key[0] not in ("head", "bigram")
         sums[key] = inputs, torch.zeros((rows, rows) if whole else rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
@@ -6893,6 +6971,24 @@ def collect_streams(tensors: dict[str, Quantized]) -> dict[str, list[Tensor]]:
     return streams
 
 
+# Settings of the model that are younger than the format: an artifact has them where they are on, so that one
+# without them keeps its bytes.
+LATER_SETTINGS = ("BIGRAM_ROWS", "BIGRAM_WIDTH")
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The settings of the model as an artifact has them."""
+    chosen = config.overrides()
+    model = config.chosen("Model")
+    return {name: value for name, value in model.items() if name in chosen or name not in LATER_SETTINGS}
+
+
+def describe_other_model(theirs: Mapping[str, Any], config: Config) -> str:
+    """describe_differences of the model settings of an artifact from those of `config`."""
+    defaults = {name: getattr(Config, name.lower()) for name in LATER_SETTINGS}
+    return describe_differences(defaults | dict(theirs), config.chosen("Model"))
+
+
 def build_manifest(
     config: Config, tensors: dict[str, Quantized], looped: bool, sizes: dict[str, int]
 ) -> dict[str, Any]:
@@ -6906,7 +7002,7 @@ def build_manifest(
         "format": 2,
         "looped": looped,
         "states": config.trellis_states,
-        "model": config.chosen("Model"),
+        "model": model_settings(config),
         "tensors": [describe(name, tensor) for name, tensor in tensors.items()],
         "streams": [[name, size] for name, size in sizes.items()],
     }
@@ -7342,9 +7438,11 @@ def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
     if blocks == 0:
         return []
     layers = model.config.num_layers
-    frozen: list[tuple[nn.Parameter, Any]] = [(model.embed, slice(None))]
+    frozen: list[tuple[nn.Parameter, Any]] = []
     for name, spec in model.table.items():
-        if spec.layered:
+        if spec.optimizer == "embed":
+            frozen.append((model.get_parameter(name), slice(None)))
+        elif spec.layered:
             groups = spec.shape[0] // layers
             rows = [group * layers + layer for group in range(groups) for layer in range(blocks)]
             frozen.append((model.get_parameter(name), rows))
@@ -10165,7 +10263,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
     if not config.artifact:
         run.complete = "quantize"
-    different = describe_differences(manifest["model"], config.chosen("Model"))
+    different = describe_other_model(manifest["model"], config)
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     check_tensors(path, model.table, tensors)

@@ -16,6 +16,7 @@ from helpers.trainer import replace
 
 FULL = t.Config()
 PLAIN = {"head_gate": "none", "smear_gate": False}
+BIGRAMS = {"bigram_rows": 97, "bigram_width": 6}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,21 @@ def published_smear(model: t.GPT, x: torch.Tensor, ids: torch.Tensor) -> torch.T
     return smeared
 
 
+def bigrams(c: t.Config, w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """#1716 pair by pair, with a sign (modded-nanogpt #299): none at the start of a row or a document."""
+    added = torch.zeros(*ids.shape, c.model_dim, dtype=torch.float64)
+    for row, column in torch.cartesian_prod(torch.arange(ids.size(0)), torch.arange(1, ids.size(1))).tolist():
+        before, here = ids[row, column - 1 : column + 1].tolist()
+        mixed = c.vocab_size * before + here
+        for factor in (1640531527, 668265263):
+            mixed = mixed * factor % 2**32
+            mixed ^= mixed >> 15
+        entry = w["bigram_rows"][mixed * c.bigram_rows // 2**32] * (-1) ** mixed
+        if here != t.BOS:
+            added[row, column] = w["bigram_out"][0] @ entry
+    return added
+
+
 def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
     """The network written out a second time, from the published equations, with branches on layer numbers."""
     c, w = model.config, {n: p.detach() for n, p in model.named_parameters()}
@@ -174,6 +190,8 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         x = x + w["hash_embed"][(2039 * before + ids) % c.hash_embed_size]
     if smeared == "after_norm":
         x = published_smear(model, x, ids)
+    if c.bigram_rows:
+        x = x + bigrams(c, w, ids)
     x0 = x
     for place, i in enumerate(order):
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
@@ -240,6 +258,7 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
         {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
         {"rope_yarn": True, "train_seq_len": 16},
+        BIGRAMS | {"smear_gate_order": "after_norm"},
     ],
 )
 def test_the_one_forward_equals_the_published_equations(config, changes):
@@ -266,12 +285,12 @@ def test_the_smear_gate_is_the_published_one(config, order, bos_fix):
         expected = t.rms_norm(published_smear(model, raw, inputs))
     else:
         expected = published_smear(model, t.rms_norm(raw), inputs)
-    assert torch.allclose(model.embedding(batch), expected)
+    assert torch.allclose(model.embedding(batch, t.Hooks()), expected)
 
     model.config = replace(model.config, smear_gate_segment_fix=True)
-    differs = ~torch.isclose(model.embedding(batch), expected).all(-1)[0]
+    differs = ~torch.isclose(model.embedding(batch, t.Hooks()), expected).all(-1)[0]
     assert differs.nonzero().flatten().tolist() == ([25] if bos_fix else [])
-    assert torch.allclose(model.embedding(batch)[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
+    assert torch.allclose(model.embedding(batch, t.Hooks())[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
 
 
 def test_the_default_smears_as_the_audited_system_does():
@@ -355,8 +374,9 @@ def test_a_loss_depends_on_the_past_only(config):
         )
 
 
-def test_packed_documents_do_not_see_each_other(config):
-    model = make(config, loader="packed")
+@pytest.mark.parametrize("changes", [{}, BIGRAMS])
+def test_packed_documents_do_not_see_each_other(config, changes):
+    model = make(config, loader="packed", **changes)
     batch = tokens(config, rows=1, length=40)
     batch.inputs[:, [13, 30]] = t.BOS  # shuts the smear gate
     starts = torch.tensor([0, 13, 30, *[40] * 61], dtype=torch.int32)
@@ -368,21 +388,25 @@ def test_packed_documents_do_not_see_each_other(config):
 
 
 def test_the_tap_sees_the_input_of_every_matrix(config):
-    model, batch, seen = make(config), tokens(config), {}
+    model, batch, seen = make(config, **BIGRAMS), tokens(config), {}
     model(batch, lambda site, layer, x, _: seen.setdefault((site, layer), []).append(x))
     keys = {m.key for m in t.list_matrices(model.table)}
     assert set(seen) == keys | {
         (site, layer) for site in "kv" for layer in range(4)
     }  # whose input is that of q
     assert [len(seen["up", i]) for i in range(4)] == [1, 2, 2, 1]  # looped layers once per visit
+    rows = seen.pop(("bigram", 0))[0]  # a table has no product: it is told which rows are read
+    assert (rows[:, 0] == -1).all() and (rows[:, 1:] >= 0).all() and rows.max() < 97
     for m in t.list_matrices(model.table):
+        if m.parameter == "bigram_rows":
+            continue
         weight = model.get_parameter(m.parameter)
         assert seen[m.key][0].size(-1) == (weight if m.index is None else weight[m.index]).size(-1)
 
 
 def test_the_forward_is_one_graph_in_both_loop_states(config):
     """A graph break would be an error (fullgraph). Attention of packed rows, a GPU kernel, is left out."""
-    config = replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2)
+    config = replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2, **BIGRAMS)
     model, batch = t.GPT(config, fused=True), tokens(config, rows=1, length=8)  # little to interpret
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for looped in (False, True):
@@ -407,7 +431,7 @@ def test_initial_values(config):
 
 
 def test_gradients_match_finite_differences(config):
-    model, batch = make(config), tokens(config, rows=1, length=12)
+    model, batch = make(config, **BIGRAMS), tokens(config, rows=1, length=12)
     loss = model(batch).double().mean()
     loss.backward()
     generator = torch.Generator().manual_seed(1)
