@@ -125,6 +125,10 @@ length_list = Check(
     lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
     "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
 )
+loop_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs loops@progress separated by commas, as in 1@0.5,2@0.7",
+)
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -283,6 +287,11 @@ class Config:
     )
     min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
     enable_looping_at: float = knob(0.35, "fraction of the run at which the loops are switched on", fraction)
+    loop_schedule: str = knob(
+        "",
+        "loops@progress,...: from there only so many extra passes until then (#1756); empty: none",
+        loop_list,
+    )
     _optimizer = Section("Optimizers", "training")
     matrix_lr: float = knob(0.026, "Muon step of the matrices", positive)
     muon_momentum: float = knob(0.97, "Muon momentum after its ramp", below_one)
@@ -572,6 +581,17 @@ TTT_OPTIMIZERS = {
 }  # by TTT_MODE
 
 
+def loop_stages(config: Config) -> list[tuple[int, float]]:
+    """(extra passes, progress until which they last) of LOOP_SCHEDULE; NUM_LOOPS comes after."""
+    pairs = [pair.split("@") for pair in config.loop_schedule.split(",") if pair]
+    return [(int(loops), float(until)) for loops, until in pairs]
+
+
+def rising(pairs: list[tuple[int, float]]) -> bool:
+    """Whether both numbers are greater in each pair than in the one before."""
+    return all(a < b and c < d for (a, c), (b, d) in itertools.pairwise(pairs))
+
+
 def model_rules(config: Config) -> list[tuple[bool, str]]:
     """(holds, what to say if not) of every rule between settings of the model."""
     head_dim = config.model_dim // config.num_heads
@@ -597,6 +617,12 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
             config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers,
             f"LOOP_START={config.loop_start}, LOOP_END={config.loop_end}: "
             f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
+        ),
+        (
+            rising([(0, config.enable_looping_at), *loop_stages(config), (config.num_loops, 2.0)])
+            or not config.loop_schedule,
+            f"LOOP_SCHEDULE={config.loop_schedule}: loops and progress must rise, "
+            f"from ENABLE_LOOPING_AT={config.enable_looping_at} to NUM_LOOPS={config.num_loops}",
         ),
         (
             config.gate_width <= config.model_dim,
@@ -4377,12 +4403,34 @@ class Visit(NamedTuple):
     residual: Literal["serial", "gptj", "two_lane"]  # GPT has a method of the same name for each
 
 
-def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layer visits; a looped layer appears again."""
+def loop_states(config: Config) -> tuple[int, ...]:
+    """How many extra passes through the looped layers there are during training, one after the other."""
+    stages = [loops for loops, _ in loop_stages(config)]
+    return (0, *stages, config.num_loops) if config.num_loops else (0,)
+
+
+def loops_at(config: Config, progress: float) -> int:
+    """The extra passes at `progress`."""
+    if progress < config.enable_looping_at:
+        return 0
+    for loops, until in loop_stages(config):
+        if progress < until:
+            return loops
+    return config.num_loops
+
+
+def loop_spans(config: Config) -> dict[int, tuple[float, float]]:
+    """The progress at which each of `loop_states` begins and ends; the last ends at 1."""
+    switches = [config.enable_looping_at, *(until for _, until in loop_stages(config))]
+    edges = [0.0, *switches, 1.0] if config.num_loops else [0.0, 1.0]
+    return dict(zip(loop_states(config), itertools.pairwise(edges), strict=True))
+
+
+def make_route(config: Config, loops: int) -> tuple[Visit, ...]:
+    """The order of layer visits; the looped layers appear `loops` times more."""
     layers = range(config.num_layers)
     loop = range(config.loop_start, config.loop_end + 1)
-    repeats = config.num_loops if looped else 0
-    order = [*layers[: loop.stop], *[*loop] * repeats, *layers[loop.stop :]]
+    order = [*layers[: loop.stop], *[*loop] * loops, *layers[loop.stop :]]
     half = len(order) // 2
 
     def residual(index: int, layer: int) -> str:
@@ -4467,9 +4515,9 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     kv_width = config.num_kv_heads * width // heads
     hidden = int(config.mlp_mult * width)
     gate_width = config.gate_width or width
-    skips = len(make_route(config, config.num_loops > 0)) // 2
-    both_routes = (*make_route(config, False), *make_route(config, True))
-    two_lanes = any(visit.residual == "two_lane" for visit in both_routes)
+    skips = len(make_route(config, config.num_loops)) // 2
+    routes = [make_route(config, loops) for loops in loop_states(config)]
+    two_lanes = any(visit.residual == "two_lane" for route in routes for visit in route)
 
     zeros = nn.init.zeros_
     ones = nn.init.ones_
@@ -4519,15 +4567,15 @@ VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
 TOKEN_PRODUCTS = ("embed", "smear_w", "bigram_out")
 
 
-def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
-    """Floating-point operations of a forward and backward over `tokens` with so many attention `pairs`.
+def step_operations(config: Config, loops: int, tokens: int, pairs: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` with so many `loops` and `pairs`.
 
     Two for each multiply-add of the products that the route makes, and as many again for each of the two
     gradients of a product: what torch's FlopCounterMode counts where attention keeps its scores. Elementwise
     work, what is computed twice and the optimisers do not count; the first token of a row counts as smeared.
     """
     table = parameter_table(config)
-    visits = len(make_route(config, looped))
+    visits = len(make_route(config, loops))
     entries = {name: math.prod(spec.shape) for name, spec in table.items()}
     by_visit = sum(entries.get(name, 0) for name in VISIT_PRODUCTS) // config.num_layers
     by_token = sum(entries.get(name, 0) for name in TOKEN_PRODUCTS)
@@ -4851,7 +4899,7 @@ class LoRA(nn.Module):
         width = config.model_dim
         kv_width = config.num_kv_heads * width // config.num_heads
         rank = rank or config.ttt_lora_rank
-        visits = len(make_route(config, config.num_loops > 0))
+        visits = len(make_route(config, config.num_loops))
         sites = {  # (visits, outputs, whether it has adapters)
             "q": (visits, width, config.ttt_q_lora),
             "k": (visits, kv_width, config.ttt_k_lora),
@@ -5001,11 +5049,11 @@ class GPT(nn.Module):
         self.fused = fused
         self.dtype = dtype
         self.feed_forward = feed_forward
-        self.looped = False
+        self.loops = 0  # extra passes through the looped layers
         self.shows_logits = (
             False  # whether logits always go through a softcapped_ce function: who looks at them
         )
-        self.routes = {looped: make_route(config, looped) for looped in (False, True)}
+        self.routes = {loops: make_route(config, loops) for loops in loop_states(config)}
         self.table = parameter_table(config)
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
@@ -5016,6 +5064,15 @@ class GPT(nn.Module):
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
         self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
         self.prefix_weight: Tensor | None = None
+
+    @property
+    def looped(self) -> bool:
+        """Whether the looped layers are passed more than once; to set it is to choose NUM_LOOPS or none."""
+        return self.loops > 0
+
+    @looped.setter
+    def looped(self, value: bool) -> None:
+        self.loops = self.config.num_loops if value else 0
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
@@ -5075,7 +5132,7 @@ class GPT(nn.Module):
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
-        route = self.routes[self.looped]
+        route = self.routes[self.loops]
         serial, parted = self.fused_visits(route, shared)
         if serial:
             keep, again, share = self.gains(serial)
@@ -8462,7 +8519,7 @@ class KeyCache:
 
     def __init__(self, model: GPT, rows: int, longest: int, chunk: int, device: torch.device):
         config = model.config
-        visits = range(len(model.routes[model.looped]))
+        visits = range(len(model.routes[model.loops]))
         heads = (config.num_kv_heads, config.model_dim // config.num_heads)
 
         def make(places: int) -> tuple[Tensor, ...]:
@@ -8967,11 +9024,6 @@ class Built(NamedTuple):
     compiled: bool
 
 
-def loop_states(config: Config) -> tuple[bool, ...]:
-    """The values that `GPT.looped` takes during training."""
-    return (False, True) if config.num_loops else (False,)
-
-
 def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     """Whether the forward is compiled; logs it with the reason, Stop if COMPILE=on cannot be had."""
     compiled = wants_compile(config, run)
@@ -9032,9 +9084,9 @@ def build(run: Run) -> Built:
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
-    for looped in loop_states(config):
-        kind = " looped" if looped else ""
-        run.log(f"route{kind}: {show_route(model.routes[looped])}")
+    for loops, route in model.routes.items():
+        kind = " looped" if loops else ""
+        run.log(f"route{kind}: {show_route(route)}")
     count = sum(parameter.numel() for parameter in model.parameters())
     run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
     if not compiled:
@@ -9100,7 +9152,7 @@ class StepGraphs:
     def learn(self, batch: Batch, count: int) -> None:
         """`learn`, its loss and gradients added to those of the step."""
         shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
-        key = (self.model.looped, count, shapes)
+        key = (self.model.loops, count, shapes)
         if key not in self.batches:
             self.batches[key] = tree_map_only(Tensor, torch.clone, batch)
         own = self.batches[key]
@@ -9277,13 +9329,9 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def stages(config: Config, looped: bool) -> list[float]:
+def stages(config: Config, loops: int) -> list[float]:
     """Where, in this loop state, a step begins to be compiled otherwise: values of progress, its first on."""
-    begin, end = 0.0, 1.0
-    if looped:
-        begin = config.enable_looping_at
-    elif config.num_loops:
-        end = config.enable_looping_at
+    begin, end = loop_spans(config)[loops]
     switches = [float(pair.split("@")[1]) for pair in config.train_seq_schedule.split(",") if pair]
     if config.muon_mixture:
         switches.append(config.muon_mixture_start)
@@ -9307,12 +9355,12 @@ def warm_up(
     if compiled and config.loader == "packed" and config.warmup_steps > 0:
         padded = padded_batches(config, feed, run.device)
     momentum_is_final = config.muon_momentum_warmup_steps
-    for looped in loop_states(config):
+    for loops in loop_states(config):
         state_began = time.monotonic()
-        model.looped = looped
+        model.loops = loops
         for batch in padded:
             work(batch, len(feed.get(0)))
-        first, *later = stages(config, looped)
+        first, *later = stages(config, loops)
         steps = [(step, first) for step in range(config.warmup_steps)]
         if steps:
             steps += [(0, progress) for progress in later]
@@ -9320,7 +9368,7 @@ def warm_up(
             batches = feed.get(step, longest_segment(config, progress))
             train_step(run, forward, optimizers, batches, progress, momentum_is_final, graphs)
         if compiled:  # minutes if nothing is in the cache: show that it goes on
-            state = "on" if looped else "off"
+            state = "on" if loops else "off"
             run.log(f"warm-up: loops {state} after {time.monotonic() - state_began:.1f}s")
     model.looped = False
     model.load_state_dict(weights)
@@ -9350,7 +9398,7 @@ def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
     first use, is not counted.
     """
     forwards, _ = calibration_forwards(run.config)
-    model.looped = loop_states(run.config)[-1]
+    model.loops = run.config.num_loops
     seconds = []
     for count in (1, 1, 3):
         began = run.now()
@@ -9503,7 +9551,7 @@ class Training:
         self.operations = 0  # of all steps and ranks
         # Of a step at most: with the loops, and with every segment as long as it may be.
         most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
-        self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
+        self.dearest = self.count_operations(self.config.num_loops, most_pairs)
         self.graphs_before_clock = 0
         self.recorded_before_clock = 0
 
@@ -9512,9 +9560,9 @@ class Training:
         """How many CUDA graphs there are."""
         return len(self.graphs.graphs) if self.graphs else 0
 
-    def count_operations(self, looped: bool, pairs: float) -> int:
-        """Those of a step with so many attention pairs over all ranks."""
-        return step_operations(self.config, looped, self.config.train_batch_tokens, int(pairs))
+    def count_operations(self, loops: int, pairs: float) -> int:
+        """Those of a step with so many loops, and attention pairs over all ranks."""
+        return step_operations(self.config, loops, self.config.train_batch_tokens, int(pairs))
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -9527,7 +9575,7 @@ class Training:
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
         self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
-        self.model.looped = saved["looped"]
+        self.model.loops = saved["loops"]
         self.run.log(f"train: resumed at step {self.step} after {self.seconds_before:.1f}s of training")
         # Records of later steps before this one are void.
         self.run.metric("resume", step=self.step, seconds=self.seconds_before)
@@ -9543,9 +9591,9 @@ class Training:
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
                 "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
-        plain = self.count_operations(False, 0)
-        looped = self.count_operations(self.config.num_loops > 0, 0)
-        self.run.log(f"operations of a step: {plain:.4g}, looped {looped:.4g}, without scores of attention")
+        plain, *looped = (self.count_operations(loops, 0) for loops in loop_states(self.config))
+        kinds = "".join(f", looped {count:.4g}" for count in looped)
+        self.run.log(f"operations of a step: {plain:.4g}{kinds}, without scores of attention")
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -9598,14 +9646,16 @@ class Training:
         config = self.config
         run = self.run
         progress = self.progress
-        if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
-            self.model.looped = True
-            run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
+        loops = loops_at(config, progress)
+        if loops > self.model.loops:
+            kind = "loops on" if not self.model.looped else f"{loops} loops"
+            self.model.loops = loops
+            run.log(f"{kind} at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step, longest_segment(config, progress))
         self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         self.step += 1
-        self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
+        self.operations += self.count_operations(self.model.loops, run.sum_on_hosts(self.feed.pairs))
         last = not self.has_work
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
         self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
@@ -9663,8 +9713,8 @@ class Training:
 
     def content(self, complete: bool, seconds: float) -> dict[str, Any]:
         """What every checkpoint.pt holds besides tensors; `seconds` of training."""
-        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
-        place["operations"] = self.operations
+        place = {"step": self.step, "train_seconds": seconds, "operations": self.operations}
+        place |= {"loops": self.model.loops, "looped": self.model.looped}
         return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
@@ -9698,6 +9748,11 @@ class Training:
             facts["recorded_inside_clock"] = inside
             warning = "warning: " if inside else ""
             run.log(f"{warning}cuda graphs: {before} recorded before the clock, {inside} inside it")
+        if 0 < self.model.loops < config.num_loops:
+            run.log(
+                f"warning: LOOP_SCHEDULE={config.loop_schedule}: the training ended with {self.model.loops} "
+                f"loops, the scores are with NUM_LOOPS={config.num_loops}"
+            )
         limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
         if self.step >= config.iterations:
             limit = "ITERATIONS"
@@ -9996,17 +10051,16 @@ def inspect_machine(run: Run, whole: bool) -> float:
     return peak
 
 
-def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
+def average_pace(config: Config, seconds: Mapping[int, float]) -> float:
     """Steps per second over a whole run, from the seconds of one step by loop state."""
-    plain = seconds[False]
-    looped = seconds.get(True, plain)
-    share = config.enable_looping_at  # of the time or of the steps, as SCHEDULE says, without loops
+    # Of the time or of the steps, as SCHEDULE says.
+    shares = {loops: end - begin for loops, (begin, end) in loop_spans(config).items()}
     if config.schedule == "steps":
-        return 1 / (share * plain + (1 - share) * looped)
-    return share / plain + (1 - share) / looped
+        return 1 / sum(share * seconds[loops] for loops, share in shares.items())
+    return sum(share / seconds[loops] for loops, share in shares.items())
 
 
-def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
+def sample_steps(run: Run, data: Dataset) -> tuple[dict[int, float], float]:
     """(seconds of one training step by loop state, seconds kept for calibration), after the warm-up.
 
     The steps take SAMPLE_SECONDS in all.
@@ -10021,8 +10075,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
     seconds = {}
-    for looped in loop_states(config):
-        built.model.looped = looped
+    for loops in loop_states(config):
+        built.model.loops = loops
         began = run.now()
         count = 0
         goes_on = True
@@ -10033,7 +10087,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
             # The ranks stop together, when the first of them has used its part and after 50 steps.
             left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
             goes_on = left > 0 and count < 50
-        seconds[looped] = spent / count
+        seconds[loops] = spent / count
     return seconds, reserve
 
 
@@ -10042,10 +10096,10 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     config = run.config
     budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
     # Without the scores of attention, which depend on the lengths of documents.
-    least = {
-        looped: step_operations(config, looped, config.train_batch_tokens, 0) for looped in (False, True)
+    floors = {
+        loops: step_operations(config, loops, config.train_batch_tokens, 0) / (peak * run.world_size)
+        for loops in loop_states(config)
     }
-    floors = {looped: least[looped] / (peak * run.world_size) for looped in loop_states(config)}
     fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
@@ -10058,8 +10112,8 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     seconds, reserve = sample_steps(run, data)
     budget = config.max_wallclock_seconds - reserve
     pace = average_pace(config, seconds)
-    kinds = {False: "", True: " looped"}
-    times = ", ".join(f"{1000 * spent:.1f}ms{kinds[looped]}" for looped, spent in seconds.items())
+    kinds = {loops: " looped" if loops else "" for loops in seconds}
+    times = ", ".join(f"{1000 * spent:.1f}ms{kinds[loops]}" for loops, spent in seconds.items())
     remedy = ""
     if run.is_cuda and pace < fastest / 4:
         remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"

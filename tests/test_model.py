@@ -35,8 +35,8 @@ BIGRAMS = {"bigram_rows": 97, "bigram_width": 6}
 )
 def test_routes(changes, plain, looped):
     config = replace(FULL, **changes)
-    assert t.show_route(t.make_route(config, False)) == plain
-    assert t.show_route(t.make_route(config, True)) == looped
+    assert t.show_route(t.make_route(config, 0)) == plain
+    assert t.show_route(t.make_route(config, config.num_loops)) == looped
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,15 @@ def test_routes(changes, plain, looped):
     [
         {},
         {"num_loops": 0},
-        {"num_loops": 3, "loop_start": 0, "loop_end": 10},
+        {"num_loops": 3, "loop_start": 0, "loop_end": 10, "loop_schedule": "1@0.5,2@0.6"},
         {"num_layers": 1, "loop_start": 0, "loop_end": 0},
         {"num_layers": 6},
     ],
 )
 def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
     config = replace(FULL, **changes)
-    for looped in (False, True):
-        route, depth = t.make_route(config, looped), 0
+    for loops in t.loop_states(config):
+        route, depth = t.make_route(config, loops), 0
         for visit in route:
             depth += visit.pushes_skip - (visit.skip_row is not None)
             assert depth >= 0
