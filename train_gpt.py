@@ -252,6 +252,11 @@ class Config:
         not_negative,
     )
     bigram_width: int = knob(32, "entries of such a row, before its projection to MODEL_DIM", positive)
+    mudd_last_n: int = knob(
+        0,
+        "last visits whose stream takes of four earlier ones, token by token (MUDD, 2502.12170)",
+        not_negative,
+    )
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
     loop_start: int = knob(3, "first looped layer", not_negative)
@@ -623,6 +628,11 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
             or not config.loop_schedule,
             f"LOOP_SCHEDULE={config.loop_schedule}: loops and progress must rise, "
             f"from ENABLE_LOOPING_AT={config.enable_looping_at} to NUM_LOOPS={config.num_loops}",
+        ),
+        (
+            config.mudd_last_n < config.num_layers,
+            f"MUDD_LAST_N={config.mudd_last_n}: must be less than NUM_LAYERS={config.num_layers}, "
+            "whose outputs the last visits read",
         ),
         (
             config.gate_width <= config.model_dim,
@@ -4448,6 +4458,16 @@ def make_route(config: Config, loops: int) -> tuple[Visit, ...]:
     return tuple(route)
 
 
+MUDD_VISITS = 3  # whose outputs the visits of MUDD_LAST_N read, besides the embedding
+MUDD_NARROWS = 8  # the width of the stream over that of the hidden layer that weighs them: 64, as in #259
+
+
+def mudd_sources(route: tuple[Visit, ...], last: int) -> list[int]:
+    """The visits whose outputs the `last` ones read: evenly spread over those before, with the latest."""
+    first = len(route) - last
+    return [max(0, first * (place + 1) // MUDD_VISITS - 1) for place in range(MUDD_VISITS)] if last else []
+
+
 def show_route(route: tuple[Visit, ...]) -> str:
     """The route as text: encoder | decoder; '=': two lanes, '+': attention and MLP side by side."""
     marks = {"serial": "", "gptj": "+", "two_lane": "="}
@@ -4494,6 +4514,7 @@ MATRICES = {
     "down": (("blocks.{}.mlp.proj.weight", "down"),),
     "bigram_rows": (("bigram.rows.weight", "bigram"),),  # looked up, see MomentTap.look_up
     "bigram_out": (("bigram.proj.weight", "bigram_out"),),
+    "mudd_read": (("mudd.{}.read.weight", "mudd"),),
 }
 
 
@@ -4515,6 +4536,7 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     kv_width = config.num_kv_heads * width // heads
     hidden = int(config.mlp_mult * width)
     gate_width = config.gate_width or width
+    mudd_width = max(1, width // MUDD_NARROWS)
     skips = len(make_route(config, config.num_loops)) // 2
     routes = [make_route(config, loops) for loops in loop_states(config)]
     two_lanes = any(visit.residual == "two_lane" for route in routes for visit in route)
@@ -4547,6 +4569,12 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "bigram_out": ParameterSpec(
             (1, width, config.bigram_width), orthogonal, "muon", "attn", layered=False
         ),
+        "mudd_read": ParameterSpec(
+            (config.mudd_last_n, mudd_width, width), orthogonal, "muon", "attn", layered=False
+        ),
+        "mudd_write": ParameterSpec(
+            (config.mudd_last_n, 1 + MUDD_VISITS, mudd_width), zeros, "scalar", "fp16", layered=False
+        ),
     }
     exists = {  # all others always
         "head_gate": config.head_gate != "none",
@@ -4558,13 +4586,15 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "parallel_resid_lambdas": two_lanes,
         "bigram_rows": config.bigram_rows > 0,
         "bigram_out": config.bigram_rows > 0,
+        "mudd_read": config.mudd_last_n > 0,
+        "mudd_write": config.mudd_last_n > 0,
     }
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
 # Parameters that are factors of a product: on every visit of their layer, or once for every token.
 VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
-TOKEN_PRODUCTS = ("embed", "smear_w", "bigram_out")
+TOKEN_PRODUCTS = ("embed", "smear_w", "bigram_out", "mudd_read", "mudd_write")
 
 
 def step_operations(config: Config, loops: int, tokens: int, pairs: int) -> int:
@@ -5144,7 +5174,12 @@ class GPT(nn.Module):
                 x, lane = self.joined_lanes(parted, paths[len(serial) :], mix, (x, branch), skips, shared)
             elif branch is not None:
                 x = x + branch
+        streams = [shared.x0]  # what the last visits read with MUDD_LAST_N
+        read = mudd_sources(route, self.config.mudd_last_n)
         for visit in route[len(serial) + len(parted) :]:
+            place = visit.index - len(route) + self.config.mudd_last_n
+            if place >= 0:
+                x = self.connect(x, streams, place, shared)
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -5158,6 +5193,7 @@ class GPT(nn.Module):
                 x = self.serial(x, visit, shared)
             if visit.pushes_skip:
                 skips.append(x)
+            streams += [x] * read.count(visit.index)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
 
     def banks(self, folded: bool) -> Banks:
@@ -5177,6 +5213,21 @@ class GPT(nn.Module):
             weights["o"] = weights["o"] * self.attn_scale[:, :, None]
             weights["down"] = self.down * self.mlp_scale[:, :, None]
         return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
+
+    def connect(self, x: Tensor, streams: list[Tensor], place: int, shared: Shared) -> Tensor:
+        """x and what each token takes of `streams` (B, T, D each), by shares that a small MLP reads from x.
+
+        The channel of the residual stream of MUDD, in its form for the last visits (modded-nanogpt #259).
+        """
+        visit = HEAD_VISIT._replace(layer=place)
+        hidden = F.gelu(
+            self.matmul("mudd", shared.banks["mudd_read"][place], rms_norm(x), visit, shared.hooks)
+        )
+        # Scaled, so that a step of Adam moves the shares alike whatever the width.
+        shares = F.linear(hidden, shared.banks["mudd_write"][place]) * hidden.size(-1) ** -0.5
+        for stream, share in zip(streams, shares.unbind(-1), strict=True):
+            x = x + share[..., None] * stream
+        return x
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
@@ -5204,7 +5255,8 @@ class GPT(nn.Module):
     def fused_visits(self, route: tuple[Visit, ...], shared: Shared) -> tuple[list[Visit], list[Visit]]:
         """The leading serial visits and those of two lanes behind them; none if the plain form has to run."""
         gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
-        if not shared.folded or gates_read_residual:
+        # MUDD reads streams that the chains do not write.
+        if not shared.folded or gates_read_residual or self.config.mudd_last_n:
             return [], []
         serial = leading(route, "serial")
         return serial, leading(route[len(serial) :], "two_lane") if serial else []
@@ -7030,7 +7082,7 @@ def collect_streams(tensors: dict[str, Quantized]) -> dict[str, list[Tensor]]:
 
 # Settings of the model that are younger than the format: an artifact has them where they are on, so that one
 # without them keeps its bytes.
-LATER_SETTINGS = ("BIGRAM_ROWS", "BIGRAM_WIDTH")
+LATER_SETTINGS = ("BIGRAM_ROWS", "BIGRAM_WIDTH", "MUDD_LAST_N")
 
 
 def model_settings(config: Config) -> dict[str, Any]:

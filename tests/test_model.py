@@ -113,6 +113,16 @@ def bigrams(c: t.Config, w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch
     return added
 
 
+def dense_share(w: dict[str, torch.Tensor], place: int, x: torch.Tensor, streams: list) -> torch.Tensor:
+    """What MUDD adds to x: streams by weights of a two-layer perceptron of the normalised x (#259)."""
+    hidden = (
+        x / torch.sqrt((x * x).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) @ w["mudd_read"][place].T
+    )
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    weights = hidden @ w["mudd_write"][place].T / math.sqrt(hidden.size(-1))
+    return sum(weights[..., k : k + 1] * stream for k, stream in enumerate(streams))
+
+
 def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
     """The network written out a second time, from the published equations, with branches on layer numbers."""
     c, w = model.config, {n: p.detach() for n, p in model.named_parameters()}
@@ -193,7 +203,11 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
     if c.bigram_rows:
         x = x + bigrams(c, w, ids)
     x0 = x
+    outputs, dense = [], len(order) - c.mudd_last_n
     for place, i in enumerate(order):
+        if place >= dense:
+            spread = [outputs[max(0, dense * third // 3 - 1)] for third in (1, 2, 3)]
+            x = x + dense_share(w, place - dense, x, [x0, *spread])
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
         two = c.parallel_residual == "two_lane" and i >= c.parallel_start_layer and place >= half
         if two and lanes is None and c.parallel_first_skip == "lane0":
@@ -225,6 +239,7 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
             x = h + sm * mlp(i, depth * rms(h), place)
         if place < half:
             skips.append(x)
+        outputs.append(x)
     x = rms(x if lanes is None else (x + lanes) / 2)
     logits = c.logit_softcap * torch.tanh((x @ w["embed"].T + delta("head", 0, x)) / c.logit_softcap)
     return -logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
@@ -258,7 +273,8 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
         {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
         {"rope_yarn": True, "train_seq_len": 16},
-        BIGRAMS | {"smear_gate_order": "after_norm"},
+        BIGRAMS | {"smear_gate_order": "after_norm", "mudd_last_n": 2},
+        {"parallel_residual": "none", "mudd_last_n": 3, "num_loops": 0},
     ],
 )
 def test_the_one_forward_equals_the_published_equations(config, changes):
@@ -388,7 +404,7 @@ def test_packed_documents_do_not_see_each_other(config, changes):
 
 
 def test_the_tap_sees_the_input_of_every_matrix(config):
-    model, batch, seen = make(config, **BIGRAMS), tokens(config), {}
+    model, batch, seen = make(config, **BIGRAMS, mudd_last_n=2), tokens(config), {}
     model(batch, lambda site, layer, x, _: seen.setdefault((site, layer), []).append(x))
     keys = {m.key for m in t.list_matrices(model.table)}
     assert set(seen) == keys | {
@@ -404,9 +420,11 @@ def test_the_tap_sees_the_input_of_every_matrix(config):
         assert seen[m.key][0].size(-1) == (weight if m.index is None else weight[m.index]).size(-1)
 
 
-def test_the_forward_is_one_graph_in_both_loop_states(config):
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_forward_is_one_graph_in_both_loop_states(config, dense):
     """A graph break would be an error (fullgraph). Attention of packed rows, a GPU kernel, is left out."""
     config = replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2, **BIGRAMS)
+    config = replace(config, mudd_last_n=int(dense))
     model, batch = t.GPT(config, fused=True), tokens(config, rows=1, length=8)  # little to interpret
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for looped in (False, True):
@@ -417,7 +435,7 @@ def test_the_forward_is_one_graph_in_both_loop_states(config):
 
 def test_initial_values(config):
     torch.manual_seed(0)
-    model = t.GPT(config)
+    model = t.GPT(replace(config, **BIGRAMS, mudd_last_n=2))
     layers = config.num_layers
     assert (model.qo[layers:] == 0).all() and (model.down == 0).all() and (model.q_gain == 5.25).all()
     for bank in (model.qo[:layers], model.kv, model.up):
@@ -431,7 +449,7 @@ def test_initial_values(config):
 
 
 def test_gradients_match_finite_differences(config):
-    model, batch = make(config, **BIGRAMS), tokens(config, rows=1, length=12)
+    model, batch = make(config, **BIGRAMS, mudd_last_n=2), tokens(config, rows=1, length=12)
     loss = model(batch).double().mean()
     loss.backward()
     generator = torch.Generator().manual_seed(1)

@@ -32,7 +32,7 @@ def test_the_operations_of_a_step_are_what_torch_counts(config, looped):
     starts = t.segment_starts(flat.inputs[0].numpy(), config.train_seq_len, np.array([5, 21]))
     packed = flat._replace(starts=starts, longest=config.train_seq_len)
     for batch, gates in ((rows, "sparse"), (packed, "sparse"), (rows, "none")):
-        levers = {"bigram_rows": 20} if batch is packed else {}
+        levers = {"bigram_rows": 20, "mudd_last_n": 2} if batch is packed else {}
         chosen = replace(config, head_gate=gates, smear_gate=gates != "none", **levers)
         model = t.GPT(chosen)
         model.looped = looped
