@@ -4536,7 +4536,6 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     kv_width = config.num_kv_heads * width // heads
     hidden = int(config.mlp_mult * width)
     gate_width = config.gate_width or width
-    mudd_width = max(1, width // MUDD_NARROWS)
     skips = len(make_route(config, config.num_loops)) // 2
     routes = [make_route(config, loops) for loops in loop_states(config)]
     two_lanes = any(visit.residual == "two_lane" for route in routes for visit in route)
@@ -4562,19 +4561,6 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": ParameterSpec((1,), zeros, "scalar", "fp16", layered=False),
         "parallel_post_lambdas": ParameterSpec((layers, 2, 2), ones, "scalar", "fp16"),
         "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
-        # Zero rows change nothing at first, and those of pairs that training never meets cost few bits.
-        "bigram_rows": ParameterSpec(
-            (config.bigram_rows, config.bigram_width), zeros, "embed", "embed", layered=False
-        ),
-        "bigram_out": ParameterSpec(
-            (1, width, config.bigram_width), orthogonal, "muon", "attn", layered=False
-        ),
-        "mudd_read": ParameterSpec(
-            (config.mudd_last_n, mudd_width, width), orthogonal, "muon", "attn", layered=False
-        ),
-        "mudd_write": ParameterSpec(
-            (config.mudd_last_n, 1 + MUDD_VISITS, mudd_width), zeros, "scalar", "fp16", layered=False
-        ),
     }
     exists = {  # all others always
         "head_gate": config.head_gate != "none",
@@ -4584,12 +4570,26 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": config.smear_gate,
         "parallel_post_lambdas": two_lanes,
         "parallel_resid_lambdas": two_lanes,
-        "bigram_rows": config.bigram_rows > 0,
-        "bigram_out": config.bigram_rows > 0,
-        "mudd_read": config.mudd_last_n > 0,
-        "mudd_write": config.mudd_last_n > 0,
     }
-    return {name: spec for name, spec in table.items() if exists.get(name, True)}
+    return {name: spec for name, spec in table.items() if exists.get(name, True)} | lever_table(config)
+
+
+def lever_table(config: Config) -> dict[str, ParameterSpec]:
+    """The rows of BIGRAM_ROWS and MUDD_LAST_N, where they are on; neither changes the first losses."""
+    table = {}
+    if config.bigram_rows:
+        # Rows of zeros: those of pairs that training never meets cost few bits.
+        shape = (config.bigram_rows, config.bigram_width)
+        table["bigram_rows"] = ParameterSpec(shape, nn.init.zeros_, "embed", "embed", layered=False)
+        shape = (1, config.model_dim, config.bigram_width)
+        table["bigram_out"] = ParameterSpec(shape, orthogonal, "muon", "attn", layered=False)
+    if config.mudd_last_n:
+        hidden = max(1, config.model_dim // MUDD_NARROWS)
+        shape = (config.mudd_last_n, hidden, config.model_dim)
+        table["mudd_read"] = ParameterSpec(shape, orthogonal, "muon", "attn", layered=False)
+        shape = (config.mudd_last_n, 1 + MUDD_VISITS, hidden)
+        table["mudd_write"] = ParameterSpec(shape, nn.init.zeros_, "scalar", "fp16", layered=False)
+    return table
 
 
 # Parameters that are factors of a product: on every visit of their layer, or once for every token.
@@ -5097,11 +5097,12 @@ class GPT(nn.Module):
 
     @property
     def looped(self) -> bool:
-        """Whether the looped layers are passed more than once; to set it is to choose NUM_LOOPS or none."""
+        """Whether the looped layers are passed more than once."""
         return self.loops > 0
 
     @looped.setter
     def looped(self, value: bool) -> None:
+        """NUM_LOOPS extra passes or none."""
         self.loops = self.config.num_loops if value else 0
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
