@@ -5,7 +5,7 @@ python bench/data.py            # encode, decode, tokenise, sidecar, whole pipel
 python bench/data.py --quick    # the same figures from less text, within a minute
 python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3
 python bench/data.py --proof    # verify_bytes.py against documents: processor time, memory, the full scale
-python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
+python bench/data.py --kills 20 # kill -9 at random moments of every stage, and the same bytes
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import environment
 environment.enter()
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -34,6 +33,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.data_kills import kills
 from bench.texts import SHARED, TRAINING_MB, documents, embedded_texts, lines_of, size, table_texts
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
@@ -339,24 +339,6 @@ def proof_at_scale(sizes: tuple[float, float]) -> dict:
     }
 
 
-def kills(count: int) -> dict:
-    """The tests that kill a run, of files and of the hub's stream, and go on, so many times each."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        str(ROOT / "tests" / "test_prepare.py"),
-        str(ROOT / "tests" / "test_stream.py"),
-        "-k",
-        "killed",
-    ]
-    began = time.perf_counter()
-    passed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PREPARE_KILLS": str(count)}).returncode == 0
-    return {"kills": count, "identical": passed, "seconds": round(time.perf_counter() - began, 1)}
-
-
 def main() -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -369,7 +351,11 @@ def main() -> int:
         "--mb", type=float, default=TRAINING_MB, help="training text for --table (default %(default)s)"
     )
     parser.add_argument(
-        "--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds"
+        "--kills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N kills in every stage, of a file and of a stream, instead of speeds",
     )
     options = parser.parse_args()
     if not SHARED.is_dir() and not options.kills:
