@@ -56,8 +56,8 @@ CONTEXT, BEHIND = "\0", "\0\0\0\0"
 # Working memory that stays in the cache, and bounded for any document: twice the speed of one piece on 10 MB.
 BLOCK = 1 << 16
 # All that nmt_nfkc makes a space, an end of a sentence, or a closing quote or bracket of (up to U+FFFF).
-WHITESPACE = "\t\n\f\r \u00a0\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd"
-WHITESPACE += "".join(map(chr, range(0x2000, 0x200B)))
+WHITESPACE = "\t\n\f\r \u00a0\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff"
+WHITESPACE += "\ufffd" + "".join(map(chr, range(0x2000, 0x200B)))
 SENTENCE_ENDS = ".!?\u2024\u2025\u2026\u203c\u2047\u2048\u2049\u33c2\u33c7\u33d8"
 SENTENCE_ENDS += "\ufe15\ufe16\ufe19\ufe30\ufe52\ufe56\ufe57\uff01\uff0e\uff1f"
 SENTENCE_ENDS += "".join(map(chr, range(0x2488, 0x249C)))  # a number and a full stop

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lossless_caps
+from data.sidecar import standard_normaliser
 from helpers import ROOT
 from helpers import caps_reference as reference
 from lossless_caps import (
@@ -412,10 +413,12 @@ def processor():
     return pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(MODEL))
 
 
-def test_characters_are_those_of_the_normaliser(processor):
+def test_characters_are_those_of_the_normaliser():
+    """Of the one that every tokenizer trained here has; older models keep the Arabic letter mark."""
     blank, ends, closers = set(), set(), set()
+    normalise = standard_normaliser()
     for number in itertools.chain(range(0xD800), range(0xE000, 0x10000)):
-        form = processor.normalize(f"x{chr(number)}x").replace("\u2581", " ")[1:-1]
+        form = normalise(f"x{chr(number)}x")[1:-1]
         if form == " ":
             blank.add(chr(number))
         elif form.endswith((".", "!", "?")):
