@@ -279,13 +279,13 @@ def flagship_tokens_per_byte() -> dict:
 MEASURED = """
 import importlib, json, resource, sys, threading, time
 
-def anonymous():
+def memory(name):
     lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 def watch():
     while True:
-        used["own_mb"] = max(used["own_mb"], anonymous())
+        used["own_mb"] = max(used["own_mb"], memory("RssAnon"))
         time.sleep(0.05)
 
 if __name__ == "__main__":
@@ -295,6 +295,7 @@ if __name__ == "__main__":
     for name, who in (("parent", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN)):
         found = resource.getrusage(who)
         used |= {f"{name}_seconds": found.ru_utime + found.ru_stime, f"{name}_mb": found.ru_maxrss / 1024}
+    used["parent_mb"] = memory("VmHWM")  # ru_maxrss is never below that of the process it was forked from
     print(json.dumps(used))
     sys.exit(status)
 """

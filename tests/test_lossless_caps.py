@@ -406,6 +406,14 @@ def test_the_code_of_normalised_text_is_the_normalised_code(text):
     assert decode_caseops(collapsed(code), version=3) == collapsed(text)
 
 
+@property_test
+@given(texts=st.lists(st.text() | adversarial, max_size=6))
+def test_texts_together_have_the_codes_of_each(texts):
+    texts = [*texts, "The end", f"{'a' * lossless_caps.BLOCK} The", " \n an END. Of", "not\0The", ""]
+    for transform, (encode, *_) in lossless_caps.TRANSFORMS.items():
+        assert lossless_caps.encode_all(transform, texts) == [encode(text) for text in texts]
+
+
 @pytest.fixture(scope="module")
 def processor():
     if not MODEL.exists():
