@@ -326,8 +326,9 @@ def end_to_end(sizes: tuple[float, float]) -> dict:
 
     What the larger text costs more is the rate of a large one: starting and the first words fall away.
     """
-    texts = documents("web.jsonl.xz", 1000)
-    texts += documents("prose.jsonl.xz", max(0.1, sizes[1] - size(texts) / 1e6))
+    texts = documents("web.jsonl.xz", sizes[1])
+    if size(texts) < sizes[1] * 1e6:
+        texts += documents("prose.jsonl.xz", sizes[1] - size(texts) / 1e6)
     encode, _, operators, _ = TRANSFORMS["caseops_v3"]
     rows, made = {}, {}
     with tempfile.TemporaryDirectory() as name:
