@@ -56,8 +56,8 @@ CONTEXT, BEHIND = "\0", "\0\0\0\0"
 # Working memory that stays in the cache, and bounded for any document: twice the speed of one piece on 10 MB.
 BLOCK = 1 << 16
 # All that nmt_nfkc makes a space, an end of a sentence, or a closing quote or bracket of (up to U+FFFF).
-WHITESPACE = "\t\n\f\r \u00a0\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff\ufffd"
-WHITESPACE += "".join(map(chr, range(0x2000, 0x200B)))
+WHITESPACE = "\t\n\f\r \u00a0\u061c\u1680\u200b\u200c\u200e\u200f\u2028\u2029\u202f\u205f\u2581\u3000\ufeff"
+WHITESPACE += "\ufffd" + "".join(map(chr, range(0x2000, 0x200B)))
 SENTENCE_ENDS = ".!?\u2024\u2025\u2026\u203c\u2047\u2048\u2049\u33c2\u33c7\u33d8"
 SENTENCE_ENDS += "\ufe15\ufe16\ufe19\ufe30\ufe52\ufe56\ufe57\uff01\uff0e\uff1f"
 SENTENCE_ENDS += "".join(map(chr, range(0x2488, 0x249C)))  # a number and a full stop
@@ -184,15 +184,51 @@ def encode_caseops(text: str, version: int = 1) -> str:
     gives back; UnicodeEncodeError on a lone surrogate.
     """
     encode = _encode_v1 if _version(version) == 1 else _encode_v3
+    text = _escaped(text, version)
+    return "".join([encode(block, np.arange(1, 1 + (start == 0))) for start, block in _blocks(text)])
+
+
+def encode_all(transform: str, texts: Sequence[str]) -> list[str]:
+    """Each of `texts` transformed: the same as one by one, and twice as fast for short ones in CaseOps."""
+    if transform == "none":
+        return list(texts)
+    if not transform.startswith("caseops_"):
+        return [TRANSFORMS[transform].encode(text) for text in texts]
+    version = int(transform.removeprefix("caseops_v"))
+    codes: list[str] = []
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        alone = len(text) > BLOCK or CONTEXT in text
+        if group and (alone or size > BLOCK):
+            codes += _encode_joined(group, version)
+            group, size = [], 0
+        if alone:
+            codes.append(encode_caseops(text, version))
+        else:
+            group.append(text)
+            size += len(text)
+    return codes + (_encode_joined(group, version) if group else [])
+
+
+def _encode_joined(texts: list[str], version: int) -> list[str]:
+    """The codes of texts without CONTEXT, which stands before each of them here, as before every block."""
+    block = CONTEXT + _escaped(CONTEXT.join(texts), version) + BEHIND
+    starts = _where(_units(block[: -len(BEHIND)]) == ord(CONTEXT)) + 1
+    return (_encode_v1 if version == 1 else _encode_v3)(block, starts).split(CONTEXT)
+
+
+def _escaped(text: str, version: int) -> str:
+    """The text with ESC before every operator that stands in it."""
     if not text.isascii():
         text = text.replace(ESC, ESC + ESC)
         for operator in OPERATORS[version]:
             if operator != ESC:
                 text = text.replace(operator, ESC + operator)
-    return "".join([encode(block, start == 0) for start, block in _blocks(text)])
+    return text
 
 
-def _encode_v1(block: str, first: bool) -> str:
+def _encode_v1(block: str, starts: np.ndarray) -> str:
     units = _units(block)
     kinds = ENCODE_KINDS[1].take(units)
     capitals = _where(kinds >= EVENT)
@@ -200,25 +236,25 @@ def _encode_v1(block: str, first: bool) -> str:
     return _inserted(units, capitals, capitals[kept], signs[kept])
 
 
-def _encode_v3(block: str, first: bool) -> str:
+def _encode_v3(block: str, starts: np.ndarray) -> str:
+    """The code of a block in which texts begin at the indices `starts`."""
     units = _units(block)
     kinds = ENCODE_KINDS[3].take(units)
     events = _where(kinds >= EVENT)
     is_capital = kinds.take(events) == CAPITAL
     begins, blank, heads = _sentence_starts(kinds, events[~is_capital])
-    begins, heads = begins[blank], heads[blank]
-    top = _text_start(kinds) if first else 0
-    if first:
-        begins, heads = np.append(begins, top), np.append(heads, top)
-    expected = np.zeros(len(units), dtype=bool)
+    tops = _after_blanks(kinds, starts, kinds.take(starts) == BLANK)
+    begins, heads = np.concatenate([begins[blank], tops]), np.concatenate([heads[blank], tops])
+    expected, first = np.zeros(len(units), dtype=bool), np.zeros(len(units), dtype=bool)
     expected[heads] = True
+    first[tops] = True
 
     capitals = events[is_capital]
     before = kinds.take(capitals - 1)
     signs, kept = _case_signs(kinds, capitals, before)
     kept &= ~expected.take(capitals) | (signs == ord(ALLCAPS))
     at, signs = capitals[kept], signs[kept]
-    at = _before_blanks(kinds, at, (before[kept] == BLANK) & (at != top))
+    at = _before_blanks(kinds, at, (before[kept] == BLANK) & ~first.take(at))
 
     lower = begins[kinds.take(heads) == SMALL]
     if len(lower):

@@ -58,7 +58,7 @@ from data.sidecar import (
     table_problem,
 )
 from data.workers import run_in_order
-from lossless_caps import TRANSFORMS, decode_caseops
+from lossless_caps import TRANSFORMS, decode_caseops, encode_all
 
 ESCAPE = "\ue004"
 BLOCK = 1 << 20
@@ -294,9 +294,9 @@ class SourceJob:
 
     def __call__(self, batch: Batch) -> list[Source]:
         tokenizer = _tokenizer(self.tokenizer)
-        processor, encode = tokenizer.processor, TRANSFORMS[self.transform][0]
+        processor = tokenizer.processor
         texts = texts_of(batch, self.key)
-        codes = [encode(text) for text in texts]
+        codes = encode_all(self.transform, texts)
         lengths = np.zeros(len(texts), np.int64)
         ids = np.zeros(0, np.uint16)
         if self.openings or self.tokens:

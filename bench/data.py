@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Speed of the data side against its plain versions, in MB of raw text a second on one core.
+"""Speed of the data side against its plain versions, in MB of raw text a second of processor time.
 
 python bench/data.py            # encode, decode, tokenise, sidecar, whole pipeline, verification of a shard
 python bench/data.py --quick    # the same figures from less text, within a minute
 python bench/data.py --table    # tokens per byte without transform, with CaseOps v1 and v3
 python bench/data.py --proof    # verify_bytes.py against documents: processor time, memory, the full scale
-python bench/data.py --kills 20 # kill -9 at random moments and go on: the bytes must be the same every time
+python bench/data.py --kills 20 # kill -9 at random moments of every stage, and the same bytes
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import environment
 environment.enter()
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -34,6 +33,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bench.data_kills import kills
 from bench.texts import SHARED, TRAINING_MB, documents, embedded_texts, lines_of, size, table_texts
 from data.documents import Batch, Position
 from data.fast_tokenizer import FastTokenizer
@@ -42,6 +42,7 @@ from data.shards import BOS, train_tokenizer, write_shard
 from data.sidecar import encode_with_bytes
 from data.superword_training import train_with_superwords
 from helpers import caps_reference
+from helpers.data_side import content
 from lossless_caps import TRANSFORMS, decode_caseops, encode_caseops
 
 # Tokens per byte of held-out text in spec/TOKENIZER.md.
@@ -55,7 +56,7 @@ SUPERWORDS = 8
 
 
 class Table:
-    """Measured speeds: prints a line for each and keeps the figures."""
+    """Measured speeds, by processor time, which other work changes little: prints and keeps the figures."""
 
     def __init__(self, repeats: int):
         self.repeats, self.figures = repeats, {}
@@ -65,9 +66,9 @@ class Table:
         """Median MB/s of `action`, which works on `amount` bytes, and the spread (max - min) / median."""
         speeds = []
         for _ in range(repeats):
-            began = time.perf_counter()
+            began = time.process_time()
             action()
-            speeds.append(amount / 1e6 / (time.perf_counter() - began))
+            speeds.append(amount / 1e6 / (time.process_time() - began))
         median = statistics.median(speeds)
         return median, (max(speeds) - min(speeds)) / median
 
@@ -276,29 +277,83 @@ def flagship_tokens_per_byte() -> dict:
 
 
 MEASURED = """
-import json, resource, sys
-import verify_bytes
+import importlib, json, resource, sys, threading, time
 
-status = verify_bytes.main(sys.argv[1:])
-used = {}
-for name, who in (("parent", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN)):
-    found = resource.getrusage(who)
-    used |= {f"{name}_seconds": found.ru_utime + found.ru_stime, f"{name}_mb": found.ru_maxrss / 1024}
-print(json.dumps(used))
-sys.exit(status)
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+def watch():
+    while True:
+        used["own_mb"] = max(used["own_mb"], memory("RssAnon"))
+        time.sleep(0.05)
+
+if __name__ == "__main__":
+    module, used = importlib.import_module(sys.argv[1]), {"own_mb": 0.0}
+    threading.Thread(target=watch, daemon=True).start()
+    status = module.main(sys.argv[2:])
+    for name, who in (("parent", resource.RUSAGE_SELF), ("workers", resource.RUSAGE_CHILDREN)):
+        found = resource.getrusage(who)
+        used |= {f"{name}_seconds": found.ru_utime + found.ru_stime, f"{name}_mb": found.ru_maxrss / 1024}
+    used["parent_mb"] = memory("VmHWM")  # ru_maxrss is never below that of the process it was forked from
+    print(json.dumps(used))
+    sys.exit(status)
 """
 
 
-def measured_proof(source: Path, folder: Path) -> dict:
-    """Processor seconds and peak memory of verify_bytes.py with 2 workers, by parent and workers."""
+def measured(module: str, *arguments: object) -> dict:
+    """Processor seconds and peak memory of a command's `main`, by parent and workers; `own_mb` is what the
+    parent holds without the files that are mapped into it.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(folder), "--documents", str(source), "--workers", "2"],
+        [sys.executable, "-c", MEASURED, module, *map(str, arguments)],
         cwd=ROOT,
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    """The texts as JSON lines in a file."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def end_to_end(sizes: tuple[float, float]) -> dict:
+    """data/prepare.py with CaseOps v3 and a given tokenizer, by processor time, with 1 and with 2 workers.
+
+    What the larger text costs more is the rate of a large one: starting and the first words fall away.
+    """
+    texts = documents("web.jsonl.xz", sizes[1])
+    if size(texts) < sizes[1] * 1e6:
+        texts += documents("prose.jsonl.xz", sizes[1] - size(texts) / 1e6)
+    encode, _, operators, _ = TRANSFORMS["caseops_v3"]
+    rows, made = {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        model = train_tokenizer(lines_of(texts[:1500], encode), place / "tokenizer", 8192, operators)
+        options = ("--tokenizer", model, "--val-docs", 50, "--transform", "caseops_v3")
+        for megabytes in sizes:
+            part = texts[: max(60, int(len(texts) * megabytes / sizes[1]))]
+            source = write_lines(place / f"{megabytes:g}.jsonl", part)
+            for workers in (1, 2):
+                out = place / f"{megabytes:g}_{workers}"
+                used = measured("data.prepare", source, "--out", out, *options, "--workers", workers)
+                rows[megabytes, workers] = size(part), used["parent_seconds"] + used["workers_seconds"]
+                made[megabytes, workers] = content(out)
+    figures: dict = {}
+    for workers in (1, 2):
+        (few, before), (many, after) = (rows[megabytes, workers] for megabytes in sizes)
+        figures[f"end_to_end_{workers}_mb_per_s"] = round((many - few) / 1e6 / (after - before), 2)
+        print(
+            f"prepare.py, v3, {workers} workers: {few / 1e6:.1f} MB in {before:.1f} s, {many / 1e6:.1f} MB "
+            f"in {after:.1f} s of processor time: {figures[f'end_to_end_{workers}_mb_per_s']:.1f} MB/s a core"
+        )
+    figures["identical"] = all(made[megabytes, 1] == made[megabytes, 2] for megabytes in sizes)
+    print(f"the same bytes with 1 and 2 workers: {figures['identical']}")
+    return figures
 
 
 def proof_at_scale(sizes: tuple[float, float]) -> dict:
@@ -308,20 +363,22 @@ def proof_at_scale(sizes: tuple[float, float]) -> dict:
     with tempfile.TemporaryDirectory() as name:
         for megabytes in sizes:
             part = texts[: max(1, int(len(texts) * megabytes / sizes[1]))]
-            source, out = Path(name) / f"{megabytes:g}.jsonl", Path(name) / f"{megabytes:g}"
-            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+            out = Path(name) / f"{megabytes:g}"
+            source = write_lines(Path(name) / f"{megabytes:g}.jsonl", part)
             settings = Settings([source], out, val_docs=50, transform="caseops_v3", tokenizer=tokenizer)
             settings.shard_tokens = 500_000
             settings.superwords = 0 if tokenizer else settings.vocab_size // SUPERWORDS
             prepare(settings)
             tokenizer = out / "tokenizer.model"
-            rows.append(measured_proof(source, out))
+            rows.append(measured("verify_bytes", out, "--documents", source, "--workers", 2))
             amounts.append(size(part))
-    print(f"{'MB of text':>10}{'parent s':>10}{'workers s':>11}{'parent MB':>11}{'worker MB':>11}")
+    print(
+        f"{'MB of text':>10}{'parent s':>10}{'workers s':>11}{'parent MB':>11}{'its own':>9}{'worker MB':>11}"
+    )
     for amount, row in zip(amounts, rows, strict=True):
         print(
             f"{amount / 1e6:>10.1f}{row['parent_seconds']:>10.2f}{row['workers_seconds']:>11.2f}"
-            f"{row['parent_mb']:>11.0f}{row['workers_mb']:>11.0f}"
+            f"{row['parent_mb']:>11.0f}{row['own_mb']:>9.0f}{row['workers_mb']:>11.0f}"
         )
     more = amounts[1] - amounts[0]
     per_byte = {name: (rows[1][name] - rows[0][name]) / more for name in rows[0]}
@@ -335,26 +392,10 @@ def proof_at_scale(sizes: tuple[float, float]) -> dict:
         "proof_parent_mb_per_s": round(1e-6 / per_byte["parent_seconds"], 2),
         "proof_workers_mb_per_s": round(1e-6 / per_byte["workers_seconds"], 2),
         "proof_full_minutes": round(seconds / 60, 2),
-        "proof_memory_mb": [[round(row["parent_mb"]), round(row["workers_mb"])] for row in rows],
+        "proof_memory_mb": [
+            [round(row[key]) for key in ("parent_mb", "own_mb", "workers_mb")] for row in rows
+        ],
     }
-
-
-def kills(count: int) -> dict:
-    """The tests that kill a run, of files and of the hub's stream, and go on, so many times each."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        str(ROOT / "tests" / "test_prepare.py"),
-        str(ROOT / "tests" / "test_stream.py"),
-        "-k",
-        "killed",
-    ]
-    began = time.perf_counter()
-    passed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PREPARE_KILLS": str(count)}).returncode == 0
-    return {"kills": count, "identical": passed, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def main() -> int:
@@ -369,7 +410,11 @@ def main() -> int:
         "--mb", type=float, default=TRAINING_MB, help="training text for --table (default %(default)s)"
     )
     parser.add_argument(
-        "--kills", type=int, default=0, metavar="N", help="the kill test N times instead of speeds"
+        "--kills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N kills in every stage, of a file and of a stream, instead of speeds",
     )
     options = parser.parse_args()
     if not SHARED.is_dir() and not options.kills:
@@ -383,6 +428,7 @@ def main() -> int:
         result = kills(options.kills)
     else:
         result = speeds(options.quick) | flagship_tokens_per_byte()
+        result |= end_to_end((2, 6) if options.quick else (24, 96))
     print("RESULT " + json.dumps(result))
     return 0 if result.get("identical", True) else 1
 

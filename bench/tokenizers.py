@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Which tokenizer earns its place: tokens per byte of held-out text and, with --steps, bits per byte.
+"""Which tokenizer earns its place: tokens per byte of held-out text and, with --mini, bits per byte.
 
     python bench/tokenizers.py [--work FOLDER] [--only NAME ...] [--mb 53.6] [--quick]
-    python bench/tokenizers.py --only words superwords --steps 250 --seeds 2 --work FOLDER
+    python bench/tokenizers.py --mini --seeds 1 2 --only words superwords_words --work FOLDER
 
 Every tokenizer of VARIANTS is trained on the same text and counted on the same held-out text, whose tokens
-must decode to it and account for each of its bytes. --steps trains the model of bench/transforms.py on as
-many tokens of each, at equal operations therefore. What is done is kept in --work and not done again.
-Tokenizers of the library `tokenizers` are left out where it is not installed.
+must decode to it and account for each of its bytes. --mini makes each with a quarter of its entries, and
+trains the model of the mini contest (docs/mini.md) with it, at equal operations. What is done is kept in
+--work and not done again. Tokenizers of the library `tokenizers` are left out where it is not installed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ environment.enter()
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
+import recipes
 from bench.texts import SHARED, TRAINING_MB, embedded_texts, lines_of, size, table_texts
-from bench.transforms import train
 from data import prepare
+from data.card import MANIFEST
 from data.fast_tokenizer import FastTokenizer, load_model
 from data.shards import checksum, read_json_object, train_tokenizer, write_json
 from data.sidecar import encode_with_bytes
@@ -43,6 +46,9 @@ from lossless_caps import LOWER, TRANSFORMS
 
 TRANSFORM = "caseops_v3"
 QUICK_MB = 3
+MINI = ROOT / "records" / "recipes" / "mini.env"
+# Its model is about so much narrower than the contest's, and reads less text than this at its operations.
+MINI_SHARE, MINI_TRAINING_MB, MINI_VALIDATION_MB = 4, 8, 0.5
 # Without words SentencePiece holds every pair of letters of the text: about 100 bytes for each byte.
 ONE_STAGE_LINES = 40_000
 PIECE_OF_SPACE = "\u2581"
@@ -204,20 +210,62 @@ def measure(variant: Variant, training: list[str], held_out: list[str], path: Pa
     }
 
 
-def bits_per_byte(name: str, path: Path, steps: int, seeds: int, work: Path) -> list[float]:
-    """Bits per byte of the FineWeb documents after `steps` steps on web pages, for each seed."""
-    folder = work / f"data_{name}"
-    prepare.prepare(
-        prepare.parse_arguments(
-            [
-                str(SHARED / "web.jsonl.xz"),
-                *("--out", str(folder), "--transform", TRANSFORM, "--tokenizer", str(path)),
-                *("--val", str(SHARED / "fineweb_val_head.jsonl.xz"), "--workers", "1"),
-            ]
-        )
+def mini_variant(variant: Variant) -> Variant:
+    """The same kind of tokenizer at the size of the mini contest's model."""
+    return replace(
+        variant, entries=variant.entries // MINI_SHARE, superwords=variant.superwords // MINI_SHARE
     )
-    runs = [train(folder, seed + 1, steps, work / "runs") for seed in range(seeds)]
-    return [run["bpb"]["prequant"] for run in runs]
+
+
+def write_documents(path: Path, texts: list[str], megabytes: float) -> Path:
+    """The first texts, so many MB or less, as JSON lines."""
+    with open(path, "w", encoding="utf-8") as file:
+        left = megabytes * 1e6
+        for text in texts:
+            left -= len(text.encode())
+            if left < 0:
+                break
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def mini_dataset(training: list[str], held_out: list[str], tokenizer: Path, work: Path) -> Path:
+    """The dataset of a tokenizer for the mini contest; a finished one is used again."""
+    folder = work / f"data_{tokenizer.stem}"
+    if not (folder / MANIFEST).exists():
+        documents = write_documents(work / "training.jsonl", training, MINI_TRAINING_MB)
+        validation = write_documents(work / "validation.jsonl", held_out, MINI_VALIDATION_MB)
+        prepare.prepare(
+            prepare.Settings(
+                [documents], folder, transform=TRANSFORM, tokenizer=tokenizer, val=[validation], workers=1
+            )
+        )
+    return folder
+
+
+def bits_per_byte(folder: Path, entries: int, seed: int, operations: float, work: Path) -> float:
+    """Bits per byte of the unquantised model of the mini contest, trained at so many operations."""
+    name = f"{folder.name}-{operations / 1e9:.0f}G-seed{seed}"
+    summary = work / "runs" / name / "summary.json"
+    if not summary.exists():
+        own = {
+            "SEED": str(seed),
+            "RUN_ID": name,
+            "OUT_DIR": str(work / "runs"),
+            "DATASETS_DIR": str(folder),
+            "VOCAB_SIZE": str(entries),
+            "TRAIN_OPERATIONS": f"{operations:g}",
+            "TTT_ENABLED": "0",
+            "OMP_WAIT_POLICY": "passive",
+        }
+        subprocess.run(
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            check=True,
+            stdout=sys.stderr,
+            cwd=ROOT,
+            env=os.environ | recipes.read(MINI) | own,
+        )
+    return read_json_object(summary)["bpb"]["prequant"]
 
 
 def document_flag(held_out: list[str]) -> dict:
@@ -238,8 +286,8 @@ def known_figures(path: Path, settings: dict) -> dict:
 
 def row(name: str, figures: dict) -> str:
     """One line of the table."""
-    bits = figures.get("bpb")
-    score = f"{statistics.mean(bits):.4f} ({len(bits)})" if bits else "not measured"
+    bits = figures.get("bpb", {})
+    score = f"{statistics.mean(bits.values()):.4f} ({len(bits)})" if bits else "not measured"
     return (
         f"{name:<34}{figures['entries']:>8,}{figures['tokens']:>11,}{figures['tokens_per_byte']:>9.5f}"
         f"{'yes' if figures['lossless'] else 'NO':>9}{'yes' if figures['word_table'] else 'no':>6}"
@@ -258,11 +306,11 @@ def run_all(options: argparse.Namespace, work: Path) -> dict:
     print(f"trained on {size(training) / 1e6:.1f} MB, counted on {size(held_out) / 1e6:.2f} MB of other text")
     print(
         f"{'tokenizer':<34}{'entries':>8}{'tokens':>11}{'per byte':>9}{'lossless':>9}{'table':>6}{'CPU s':>8}"
-        f"  BPB after {options.steps or 'no'} steps (seeds)"
+        "  BPB (seeds)"
     )
     figures = {}
     for name in options.only or VARIANTS:
-        variant = VARIANTS[name]
+        variant = mini_variant(VARIANTS[name]) if options.mini else VARIANTS[name]
         if variant.trainer == "huggingface" and importlib.util.find_spec("tokenizers") is None:
             print(f"{name:<34} the library tokenizers is not installed")
             continue
@@ -270,9 +318,11 @@ def run_all(options: argparse.Namespace, work: Path) -> dict:
         path = work / f"{name}_{checksum(settings)[:8]}"
         record, model = path.with_suffix(".json"), path.with_suffix(".model")
         found = known_figures(record, settings) or measure(variant, training, held_out, model)
-        if options.steps and (found.get("bpb_steps") != options.steps or len(found["bpb"]) < options.seeds):
-            found["bpb"] = bits_per_byte(path.name, model, options.steps, options.seeds, work)
-            found["bpb_steps"] = options.steps
+        if options.mini:
+            folder, bits = mini_dataset(training, held_out, model, work), {}
+            for seed in options.seeds:
+                bits[str(seed)] = bits_per_byte(folder, found["entries"], seed, options.operations, work)
+            found |= {"bpb": bits, "operations": options.operations}
         write_json(record, found | {"settings": settings})
         figures[name] = found
         print(row(name, found), flush=True)
@@ -287,9 +337,15 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for what is made, kept; default: a temporary one")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of these tokenizers alone")
     parser.add_argument("--mb", type=float, default=TRAINING_MB, help="training text (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=0, help="train models for so many steps of 4,096 tokens")
+    parser.add_argument("--mini", action="store_true", help="a quarter of the entries, and the mini contest")
     parser.add_argument(
-        "--seeds", type=int, default=1, help="models for each tokenizer (default %(default)s)"
+        "--operations",
+        type=float,
+        default=float(recipes.read(MINI)["TRAIN_OPERATIONS"]),
+        help="of the training of its models (default: that of the mini contest, %(default)g)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="of its models (default %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_MB} MB of training text beside the web")
     options = parser.parse_args()

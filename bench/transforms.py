@@ -26,7 +26,8 @@ import statistics
 import subprocess
 import tempfile
 
-SHARED = ROOT.parent / "shared" / "data"
+from bench.texts import SHARED
+
 TRANSFORMS = ("caseops_v1", "caseops_v3")
 SHAPE = {
     "LOADER": "shuffled",

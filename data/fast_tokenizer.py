@@ -195,13 +195,13 @@ class FastTokenizer:
         self._high_mask = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._clear()
 
-    def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[bytes, bytes]]:
-        """User-defined symbols of one character that nothing else
-        contains, and the byte that stands for each here.
+    def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[str, str]]:
+        """User-defined symbols of one character that nothing else contains, and the character of one byte
+        that stands for each here.
         """
         everything = "".join(piece.piece for piece in self._pieces)
         symbols = [
-            piece.piece.encode()
+            piece.piece
             for piece in self._pieces
             if (piece.type == USER_DEFINED or piece.piece in JOINED_OPERATORS)
             and len(piece.piece) == 1
@@ -209,7 +209,7 @@ class FastTokenizer:
             and everything.count(piece.piece) == 1
             and not rules.contain(piece.piece.encode())
         ]
-        return [(symbol, bytes((code,))) for code, symbol in enumerate(symbols[:8], 1)]
+        return [(symbol, chr(code)) for code, symbol in enumerate(symbols[:8], 1)]
 
     def _pair_table(self, spaces: bytes) -> np.ndarray:
         """uint8 (65536,), by byte + 256 * next: 1 = a word starts at
@@ -223,7 +223,7 @@ class FastTokenizer:
         is_space[list(spaces)] = True
         table[np.ix_(~is_space, is_space)] = 1
         table[np.ix_(is_space, ~is_space)] = 4
-        letters = PRINTABLE + "".join(code.decode() for _, code in self._symbols)
+        letters = PRINTABLE + "".join(code for _, code in self._symbols)
         for left in letters:
             for right in letters:
                 if (left, right) not in adjacent:
@@ -268,17 +268,13 @@ class FastTokenizer:
         if self.refused:
             plain = self._encode_plain(texts)
             return np.concatenate(plain), np.array([len(ids) for ids in plain], dtype=np.int64)
-        # NUL pads the keys, and other bytes stand for symbols; texts
-        # with them, and extreme ones, take the plain path.
-        taken = [b"\0", *(code for _, code in self._symbols)]
-        slow = {
-            index
-            for index, data in enumerate(encoded)
-            if len(texts[index]) > self._most_characters or any(code in data for code in taken)
-        }
+        slow = self._unusual(texts, encoded)
         data = [b"" if index in slow else part for index, part in enumerate(encoded)] if slow else encoded
-        for symbol, code in self._symbols:
-            data = [part.replace(symbol, code) for part in data]
+        if self._symbols:
+            data = [
+                part if text.isascii() or not part else self._with_codes(text)
+                for text, part in zip(texts, data, strict=True)
+            ]
         buffer = np.frombuffer(b" " + b" ".join(data) + b" " * 17, dtype=np.uint8)
         text_starts = np.cumsum([1] + [len(part) + 1 for part in data])
         length = int(text_starts[-1])
@@ -322,14 +318,32 @@ class FastTokenizer:
             per_text[index] = self._encode_plain([texts[index]])[0]
         return np.concatenate(per_text), np.array([len(ids) for ids in per_text], dtype=np.int64)
 
+    def _unusual(self, texts: list[str], encoded: list[bytes]) -> set[int]:
+        """The texts that take the plain path: NUL pads the keys, other bytes stand for symbols, and sums of
+        scores of very long texts are not exact.
+        """
+        taken = ["\0", *(code for _, code in self._symbols)]
+        slow = {index for index, text in enumerate(texts) if len(text) > self._most_characters}
+        together = b" ".join(encoded)
+        for code in taken:
+            if code.encode() in together:
+                slow.update(index for index, text in enumerate(texts) if code in text)
+        return slow
+
+    def _with_codes(self, text: str) -> bytes:
+        """The UTF-8 of a text in which one byte stands for each lone symbol."""
+        for symbol, code in self._symbols:
+            text = text.replace(symbol, code)
+        return text.encode()
+
     def _encode_segments(self, segments: list[bytes], lead: Sequence[bool]) -> list[list[int]]:
         """Ids of each segment; a leading space is restored behind an "a", whose ids are then removed."""
-        together = b"\0".join(segments)
+        together = b"\0".join(segments).decode()
         for symbol, code in self._symbols:
             together = together.replace(code, symbol)
         texts = [
             f"a {segment}" if space else segment
-            for segment, space in zip(together.decode().split("\0"), lead, strict=True)
+            for segment, space in zip(together.split("\0"), lead, strict=True)
         ]
         return [
             ids[self._prefix :] if space else ids

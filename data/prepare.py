@@ -84,7 +84,7 @@ from data.sidecar import (
 from data.superword_training import KINDS, WORDS, train_with_superwords
 from data.superwords import crosses_spaces
 from data.workers import run_in_order
-from lossless_caps import TRANSFORMS
+from lossless_caps import TRANSFORMS, encode_all
 
 STANDARD_VALIDATION = 50_000
 STANDARD_SHARD = 100_000_000
@@ -233,11 +233,8 @@ class Job:
             kept = [text for text in texts if text_hash(text) not in self.known.texts]
             counts["same_text"] = len(texts) - len(kept)
             texts = kept
-        encode = TRANSFORMS[self.transform][0]
         tokenizer = tokenizer_of(self.tokenizer, self.tokenizer_sha256)
-        ids, lengths = tokenizer.encode_batch(
-            [encode(text) for text in texts] if self.transform != "none" else texts
-        )
+        ids, lengths = tokenizer.encode_batch(encode_all(self.transform, texts))
         ends = np.cumsum(lengths)
         keep = np.ones(len(texts), dtype=bool)
         if self.known.tokens or self.known.openings:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,27 +213,6 @@ def test_a_stream_gives_the_dataset_of_the_file_after_kills(hub, tokenizer, tmp_
         assert said in capsys.readouterr().out
     assert read_proof(whole)["not_proved"] == []
     assert "(0.00 GB) is not stored" in refused_disk(hub, tokenizer, tmp_path, capsys)
-
-
-@pytest.mark.parametrize("attempt", range(int(os.environ.get("PREPARE_KILLS", "0"))))
-def test_a_killed_run_of_a_stream_goes_on_to_the_same_bytes(hub, tmp_path, attempt):
-    """For ./bench/data.py --kills: SIGKILL at random moments of all stages, the proof among them."""
-    (tmp_path / stream.DOCUMENTS).write_bytes(hub.repositories[stream.REPOSITORY][NAME])
-    options = ["--val-docs", 50, "--transform", "caseops_v3", "--vocab-size", 400, "--superwords", 40]
-    options += ["--batch-mb", 0.02, "--journal-seconds", 0, "--tokenizer-docs", 500, "--prove"]
-    options += ["--shard-tokens", 20_000]
-    assert run_prepare(tmp_path / stream.DOCUMENTS, "--out", tmp_path / "stored", *options) == 0
-    generator, whole = random.Random(attempt), tmp_path / "streamed"
-    for _ in range(4):
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(run_prepare("hub:docs", "--out", whole, *options))
-        time.sleep(generator.uniform(0.05, 6))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert run_prepare("hub:docs", "--out", whole, *options) == 0
-    assert content(whole) == content(tmp_path / "stored")
 
 
 def refused_disk(hub: Hub, tokenizer: Path, folder: Path, capsys: pytest.CaptureFixture) -> str:

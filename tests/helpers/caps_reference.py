@@ -14,6 +14,7 @@ WHITESPACE = "".join(
             13,
             32,
             0xA0,
+            0x61C,
             0x1680,
             *range(0x2000, 0x200D),
             0x200E,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,15 @@ class Seen(NamedTuple):
     range: str | None
     token: str | None
     host: str
+
+
+class Server(ThreadingHTTPServer):
+    """A server on which a killed client makes no noise."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Silence for a broken connection."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Hub:
@@ -61,7 +71,7 @@ class Hub:
             pass
 
         Bound.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self._server = Server(("127.0.0.1", 0), Bound)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
