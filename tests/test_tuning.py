@@ -75,21 +75,18 @@ def test_tuning_changes_no_integer_and_lowers_the_divergence_for_no_byte(rounded
 def test_matrices_still_to_come_make_up_for_the_errors_of_those_that_are_rounded(rounded):
     run, model, data, weights, tensors, goal, moments = rounded
     kept = dict(tensors)
+    run.config = replace(run.config, tune_matrices=True, tune_matrix_lr=0.01, tune_lr=0.0)
+    before = divergence(model, data, weights, t.assemble_weights(model.table, tensors))
     t.tune(run, model, data, weights, tensors, moments, goal)
-    without = divergence(model, data, weights, t.assemble_weights(model.table, tensors))
-    tensors = dict(kept)
-    run.config = replace(run.config, tune_matrices=True, tune_matrix_lr=0.01)
-    t.tune(run, model, data, weights, tensors, moments, goal)
+    assert divergence(model, data, weights, t.assemble_weights(model.table, tensors)) < 0.9 * before
+    # Room is left for fp16 tensors that do not compress.
+    assert 0 <= goal - len(t.encode_artifact(run.config, tensors, True)) < 0.03 * goal
     assert list(tensors) == list(kept)
-    assert divergence(model, data, weights, t.assemble_weights(model.table, tensors)) < 0.95 * without
-    assert (
-        0 <= goal - len(t.encode_artifact(run.config, tensors, True)) < 0.03 * goal
-    )  # room for the fp16 tensors
     first = {m.name for m in t.list_matrices(model.table) if m.parameter in t.ROUNDING_GROUPS[0]}
-    for name, tensor in tensors.items():
-        if tensor.scales is not None:
-            assert torch.equal(tensor.values, kept[name].values) == (name in first)
-            assert torch.equal(tensor.scales, kept[name].scales)
+    matrices = [name for name, tensor in tensors.items() if tensor.scales is not None]
+    assert all(torch.equal(tensors[name].scales, kept[name].scales) for name in matrices)
+    same = {name for name in matrices if torch.equal(tensors[name].values, kept[name].values)}
+    assert first <= same < set(matrices)
 
 
 def test_every_matrix_is_in_one_group(config):
