@@ -104,7 +104,8 @@ def read_records(path: Path) -> list[Record]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
-            needed = [record[name] for name in ("key", "contest", "lever", "seed", "settings", "val_bpb")]
+            needed = [record[name] for name in ("key", "rule", "source_sha256", "lever", "seed", "settings")]
+            needed.append(record["val_bpb"])
         except (ValueError, KeyError, TypeError):
             needed = []
         if not needed:
@@ -155,6 +156,25 @@ class Judgement(NamedTuple):
         if abs(self.difference) <= 2 * self.error:
             return "open"
         return "better" if self.difference < 0 else "worse"
+
+
+def contests(records: Sequence[Record]) -> list[list[Record]]:
+    """The records by contest, the latest contest first.
+
+    A contest is a rule and a script; scripts whose bases have the same scores, to the last bit and with the
+    same seeds, are of one contest.
+    """
+    bases: dict[tuple[str, str], dict[int, float]] = {}
+    for record in records:
+        scores = bases.setdefault((record["rule"], record["source_sha256"]), {})
+        if record["lever"] == BASE:
+            scores[record["seed"]] = record["val_bpb"]
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in reversed(records):
+        rule, source = record["rule"], record["source_sha256"]
+        scores = sorted(bases[rule, source].items())
+        groups.setdefault((rule, str(scores) if scores else source), []).append(record)
+    return [group[::-1] for group in groups.values()]
 
 
 def group_records(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
@@ -220,7 +240,11 @@ def join(levers: Iterable[Lever]) -> Settings:
 
 
 class Contest:
-    """One contest: base settings, script and data; its records, and the runs that are still to be made."""
+    """One contest: base settings, script and data; its records, and the runs that are still to be made.
+
+    A script that is edited gets on with the records of the one before as soon as it has given the same
+    scores of the base with the same seeds, see `contests`.
+    """
 
     def __init__(
         self, path: Path, base: Settings, defaults: Settings, source: str, recipe: str, seeds: Sequence[str]
@@ -231,16 +255,20 @@ class Contest:
         self.seeds = seeds
         self.source = source
         self.data = dataset_digest(base)
-        self.base = identity(base, defaults)
-        self.name = digest_of(self.base, source, self.data)
+        self.rule = digest_of(identity(base, defaults), self.data)
 
     def records(self) -> list[Record]:
         """The records of this contest."""
-        return [record for record in read_records(self.path) if record["contest"] == self.name]
+        for group in contests(read_records(self.path)):
+            if any(
+                record["rule"] == self.rule and record["source_sha256"] == self.source for record in group
+            ):
+                return group
+        return []
 
     def key(self, effective: Settings, seed: str) -> str:
         """What stands for one run."""
-        return digest_of(identity(effective, self.defaults), seed, self.source, self.data)
+        return digest_of(identity(effective, self.defaults), seed, self.data)
 
     def is_known(self, lever: Lever, effective: Settings, seed: str) -> bool:
         """Whether the run has its record; one that it has under another name only is repeated under this."""
@@ -257,7 +285,7 @@ class Contest:
             "settings": lever.settings,
             "seed": int(seed),
             "recipe": self.recipe,
-            "contest": self.name,
+            "rule": self.rule,
             "key": self.key(effective, seed),
             "source_sha256": self.source,
             "data": self.data,
@@ -270,7 +298,8 @@ Runner = Callable[[list[Lever]], None]  # brings each of them to its end with al
 
 def run_rounds(contest: Contest, levers: list[Lever], metric: str, run: Runner) -> None:
     """Each lever alone, then those together that are better, then these less one; stops where none is."""
-    run([Lever(BASE, {}, ""), *levers])
+    run([Lever(BASE, {}, "")])
+    run(levers)
     winners = choose_winners(judge(contest.records(), metric), levers)
     if not winners:
         return
@@ -380,20 +409,13 @@ has them all, losses too.
 """
 
 
-def contests(records: Sequence[Record]) -> list[list[Record]]:
-    """The records by contest, the latest contest first."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["contest"], []).append(record)
-    return [*groups.values()][::-1]
-
-
 def render_page(records: Sequence[Record], evidence: Mapping[str, str], picture: str) -> str:
     """docs/levers.md."""
     parts = [PAGE_HEAD]
     for number, group in enumerate(contests(records)):
         last = group[-1]
-        parts.append(f"## {last['recipe']}, script {last['source_sha256'][:12]}, data {last['data']}\n")
+        scripts = dict.fromkeys(record["source_sha256"][:12] for record in group)
+        parts.append(f"## {last['recipe']}, script {', '.join(scripts)}, data {last['data']}\n")
         if number == 0:
             parts.append(f"![differences]({picture})\n")
         rows = judge(group)

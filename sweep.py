@@ -59,6 +59,7 @@ from results import (
 )
 
 ROOT = Path(__file__).resolve().parent
+QUEUE_SECONDS = 10.0  # between two questions to Slurm's queue
 OURS = ("RUN_ID", "OUT_DIR", "STAGE", "ARTIFACT")  # set for each run by the sweep itself
 Settings = dict[str, str]
 
@@ -187,12 +188,18 @@ def execute(command: list[str], settings: Settings, console: str, folder: str) -
     """Run a command to its end, `settings` in its environment, its output in a file; its exit status."""
     with open(console, "w") as output:
         return subprocess.run(
-            command, env=os.environ | settings, cwd=folder, stdout=output, stderr=output, check=False
+            command,
+            env=os.environ | settings,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            preexec_fn=die_with_parent,
+            check=False,
         ).returncode
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process with the sweep: no orphan goes on writing to a run folder."""
+    """Have Linux kill this process with the one that starts it: no orphan goes on writing to a run folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -233,24 +240,65 @@ def optional(package: str, launcher: str) -> Any:
         raise Stop(f"--launcher {launcher}: needs the package {package}; pip install {package}") from None
 
 
+def slurm_gpus(wanted: int) -> int:
+    """GPUs that a job asks for: none on a cluster whose nodes offer none, where Slurm refuses the request."""
+    if not shutil.which("sinfo"):
+        return wanted
+    offered = subprocess.run(["sinfo", "-h", "-o", "%G"], capture_output=True, text=True, check=False)
+    return wanted if offered.returncode or "gpu" in offered.stdout else 0
+
+
+class SlurmJob:
+    """A submitted job; without accounting (sacct) submitit never hears of a kill, the queue does."""
+
+    def __init__(self, job: Any, console: Path):
+        self.job = job
+        self.console = console
+        self.asked = time.monotonic()
+        self.missing = 0  # times in a row that the queue did not have it
+
+    def poll(self) -> int | None:
+        """None while it goes on, then the exit status of its command; 1 if it left without one."""
+        if self.job.done():
+            error = self.job.exception()
+            if error:
+                self.console.write_text(f"{error}\n")
+            return 1 if error else self.job.result()
+        if time.monotonic() - self.asked < QUEUE_SECONDS or not shutil.which("squeue"):
+            return None
+        self.asked = time.monotonic()
+        self.missing = 0 if self.is_queued() else self.missing + 1
+        if self.missing < 2:  # its result may be on its way through a shared file system
+            return None
+        with open(self.console, "a") as output:
+            output.write(f"job {self.job.job_id} has left Slurm's queue without a result: it was killed\n")
+        return 1
+
+    def is_queued(self) -> bool:
+        """Whether Slurm has the job; also if it cannot be asked just now."""
+        command = ["squeue", "-h", "-j", str(self.job.job_id), "-o", "%T"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
+        return bool(shown.stdout.strip() or (shown.returncode and "Invalid job id" not in shown.stderr))
+
+
 def slurm(options: argparse.Namespace) -> tuple[Start, int]:
     """Jobs of a Slurm cluster, through submitit; --launcher-option gives parameters, as in timeout_min."""
     submitit = optional("submitit", "slurm")
     chosen = dict(options.launcher_option)
     executor = submitit.AutoExecutor(folder=options.folder / "slurm", cluster=chosen.pop("cluster", None))
-    executor.update_parameters(**{"name": "sweep", "gpus_per_node": options.gpus_per_run, **chosen})
+    gpus = slurm_gpus(options.gpus_per_run)
+    executor.update_parameters(**{"name": "sweep", "gpus_per_node": gpus, **chosen})
 
     def start(command: list[str], settings: Settings, console: Path, slot: int) -> Poll:
-        job = executor.submit(execute, command, settings, str(console), str(ROOT))
+        try:
+            job = executor.submit(execute, command, settings, str(console), str(ROOT))
+        except submitit.core.utils.FailedJobError as error:
+            said = " ".join(str(error).split())
+            raise Stop(
+                f"--launcher slurm: {said}; --launcher-option NAME=VALUE sets what a job asks for"
+            ) from None
 
-        def poll() -> int | None:
-            if not job.done():
-                return None
-            if error := job.exception():
-                console.write_text(f"{error}\n")
-            return 1 if error else job.result()
-
-        return poll
+        return SlurmJob(job, console).poll
 
     return start, options.jobs or 64
 

@@ -124,6 +124,10 @@ length_list = Check(
     lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
     "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
 )
+loop_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs loops@progress separated by commas, as in 1@0.5,2@0.7",
+)
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -241,6 +245,17 @@ class Config:
     smear_gate_segment_fix: bool = knob(
         True, "nor, with that, into a cut document's later segments or a joined row (published: 0)"
     )
+    bigram_rows: int = knob(
+        0,
+        "rows of a table of hashed token pairs that is added to the embedding (#1716); 0: none",
+        not_negative,
+    )
+    bigram_width: int = knob(32, "entries of such a row, before its projection to MODEL_DIM", positive)
+    mudd_last_n: int = knob(
+        0,
+        "last visits whose stream takes of four earlier ones, token by token (MUDD, 2502.12170)",
+        not_negative,
+    )
     skip_gates_enabled: bool = knob(True, "U-Net skips merge through a learned gate instead of being added")
     num_loops: int = knob(2, "extra passes through layers LOOP_START..LOOP_END", not_negative)
     loop_start: int = knob(3, "first looped layer", not_negative)
@@ -276,6 +291,11 @@ class Config:
     )
     min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
     enable_looping_at: float = knob(0.35, "fraction of the run at which the loops are switched on", fraction)
+    loop_schedule: str = knob(
+        "",
+        "loops@progress,...: from there only so many extra passes until then (#1756); empty: none",
+        loop_list,
+    )
     _optimizer = Section("Optimizers", "training")
     matrix_lr: float = knob(0.026, "Muon step of the matrices", positive)
     muon_momentum: float = knob(0.97, "Muon momentum after its ramp", below_one)
@@ -571,6 +591,17 @@ TTT_OPTIMIZERS = {
 }  # by TTT_MODE
 
 
+def loop_stages(config: Config) -> list[tuple[int, float]]:
+    """(extra passes, progress until which they last) of LOOP_SCHEDULE; NUM_LOOPS comes after."""
+    pairs = [pair.split("@") for pair in config.loop_schedule.split(",") if pair]
+    return [(int(loops), float(until)) for loops, until in pairs]
+
+
+def rising(pairs: list[tuple[int, float]]) -> bool:
+    """Whether both numbers are greater in each pair than in the one before."""
+    return all(a < b and c < d for (a, c), (b, d) in itertools.pairwise(pairs))
+
+
 def model_rules(config: Config) -> list[tuple[bool, str]]:
     """(holds, what to say if not) of every rule between settings of the model."""
     head_dim = config.model_dim // config.num_heads
@@ -596,6 +627,17 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
             config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers,
             f"LOOP_START={config.loop_start}, LOOP_END={config.loop_end}: "
             f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
+        ),
+        (
+            rising([(0, config.enable_looping_at), *loop_stages(config), (config.num_loops, 2.0)])
+            or not config.loop_schedule,
+            f"LOOP_SCHEDULE={config.loop_schedule}: loops and progress must rise, "
+            f"from ENABLE_LOOPING_AT={config.enable_looping_at} to NUM_LOOPS={config.num_loops}",
+        ),
+        (
+            config.mudd_last_n < config.num_layers,
+            f"MUDD_LAST_N={config.mudd_last_n}: must be less than NUM_LAYERS={config.num_layers}, "
+            "whose outputs the last visits read",
         ),
         (
             config.gate_width <= config.model_dim,
@@ -4384,12 +4426,34 @@ class Visit(NamedTuple):
     residual: Literal["serial", "gptj", "two_lane"]  # GPT has a method of the same name for each
 
 
-def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
-    """The order of layer visits; a looped layer appears again."""
+def loop_states(config: Config) -> tuple[int, ...]:
+    """How many extra passes through the looped layers there are during training, one after the other."""
+    stages = [loops for loops, _ in loop_stages(config)]
+    return (0, *stages, config.num_loops) if config.num_loops else (0,)
+
+
+def loops_at(config: Config, progress: float) -> int:
+    """The extra passes at `progress`."""
+    if progress < config.enable_looping_at:
+        return 0
+    for loops, until in loop_stages(config):
+        if progress < until:
+            return loops
+    return config.num_loops
+
+
+def loop_spans(config: Config) -> dict[int, tuple[float, float]]:
+    """The progress at which each of `loop_states` begins and ends; the last ends at 1."""
+    switches = [config.enable_looping_at, *(until for _, until in loop_stages(config))]
+    edges = [0.0, *switches, 1.0] if config.num_loops else [0.0, 1.0]
+    return dict(zip(loop_states(config), itertools.pairwise(edges), strict=True))
+
+
+def make_route(config: Config, loops: int) -> tuple[Visit, ...]:
+    """The order of layer visits; the looped layers appear `loops` times more."""
     layers = range(config.num_layers)
     loop = range(config.loop_start, config.loop_end + 1)
-    repeats = config.num_loops if looped else 0
-    order = [*layers[: loop.stop], *[*loop] * repeats, *layers[loop.stop :]]
+    order = [*layers[: loop.stop], *[*loop] * loops, *layers[loop.stop :]]
     half = len(order) // 2
 
     def residual(index: int, layer: int) -> str:
@@ -4405,6 +4469,16 @@ def make_route(config: Config, looped: bool) -> tuple[Visit, ...]:
         skip_row = index - half if half <= index < 2 * half else None
         route.append(Visit(layer, index, index < half, skip_row, residual(index, layer)))
     return tuple(route)
+
+
+MUDD_VISITS = 3  # whose outputs the visits of MUDD_LAST_N read, besides the embedding
+MUDD_NARROWS = 8  # the width of the stream over that of the hidden layer that weighs them: 64, as in #259
+
+
+def mudd_sources(route: tuple[Visit, ...], last: int) -> list[int]:
+    """The visits whose outputs the `last` ones read: evenly spread over those before, with the latest."""
+    first = len(route) - last
+    return [max(0, first * (place + 1) // MUDD_VISITS - 1) for place in range(MUDD_VISITS)] if last else []
 
 
 def show_route(route: tuple[Visit, ...]) -> str:
@@ -4451,6 +4525,9 @@ MATRICES = {
     "kv": (("blocks.{}.attn.c_k.weight", "k"), ("blocks.{}.attn.c_v.weight", "v")),
     "up": (("blocks.{}.mlp.fc.weight", "up"),),
     "down": (("blocks.{}.mlp.proj.weight", "down"),),
+    "bigram_rows": (("bigram.rows.weight", "bigram"),),  # looked up, see MomentTap.look_up
+    "bigram_out": (("bigram.proj.weight", "bigram_out"),),
+    "mudd_read": (("mudd.{}.read.weight", "mudd"),),
 }
 
 
@@ -4472,9 +4549,10 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
     kv_width = config.num_kv_heads * width // heads
     hidden = int(config.mlp_mult * width)
     gate_width = config.gate_width or width
-    skips = len(make_route(config, config.num_loops > 0)) // 2
-    both_routes = (*make_route(config, False), *make_route(config, True))
-    two_lanes = any(visit.residual == "two_lane" for visit in both_routes)
+    mudd_width = max(1, width // MUDD_NARROWS)
+    skips = len(make_route(config, config.num_loops)) // 2
+    routes = [make_route(config, loops) for loops in loop_states(config)]
+    two_lanes = any(visit.residual == "two_lane" for route in routes for visit in route)
 
     zeros = nn.init.zeros_
     ones = nn.init.ones_
@@ -4497,6 +4575,19 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": ParameterSpec((1,), zeros, "scalar", "fp16", layered=False),
         "parallel_post_lambdas": ParameterSpec((layers, 2, 2), ones, "scalar", "fp16"),
         "parallel_resid_lambdas": ParameterSpec((layers, 2), constant(1.1), "scalar", "fp16"),
+        # Zero rows change nothing at first, and those of pairs that training never meets cost few bits.
+        "bigram_rows": ParameterSpec(
+            (config.bigram_rows, config.bigram_width), zeros, "embed", "embed", layered=False
+        ),
+        "bigram_out": ParameterSpec(
+            (1, width, config.bigram_width), orthogonal, "muon", "attn", layered=False
+        ),
+        "mudd_read": ParameterSpec(
+            (config.mudd_last_n, mudd_width, width), orthogonal, "muon", "attn", layered=False
+        ),
+        "mudd_write": ParameterSpec(
+            (config.mudd_last_n, 1 + MUDD_VISITS, mudd_width), zeros, "scalar", "fp16", layered=False
+        ),
     }
     exists = {  # all others always
         "head_gate": config.head_gate != "none",
@@ -4506,24 +4597,28 @@ def parameter_table(config: Config) -> dict[str, ParameterSpec]:
         "smear_lambda": config.smear_gate,
         "parallel_post_lambdas": two_lanes,
         "parallel_resid_lambdas": two_lanes,
+        "bigram_rows": config.bigram_rows > 0,
+        "bigram_out": config.bigram_rows > 0,
+        "mudd_read": config.mudd_last_n > 0,
+        "mudd_write": config.mudd_last_n > 0,
     }
     return {name: spec for name, spec in table.items() if exists.get(name, True)}
 
 
 # Parameters that are factors of a product: on every visit of their layer, or once for every token.
 VISIT_PRODUCTS = ("qo", "kv", "up", "down", "head_gate")
-TOKEN_PRODUCTS = ("embed", "smear_w")
+TOKEN_PRODUCTS = ("embed", "smear_w", "bigram_out", "mudd_read", "mudd_write")
 
 
-def step_operations(config: Config, looped: bool, tokens: int, pairs: int) -> int:
-    """Floating-point operations of a forward and backward over `tokens` with so many attention `pairs`.
+def step_operations(config: Config, loops: int, tokens: int, pairs: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` with so many `loops` and `pairs`.
 
     Two for each multiply-add of the products that the route makes, and as many again for each of the two
     gradients of a product: what torch's FlopCounterMode counts where attention keeps its scores. Elementwise
     work, what is computed twice and the optimisers do not count; the first token of a row counts as smeared.
     """
     table = parameter_table(config)
-    visits = len(make_route(config, looped))
+    visits = len(make_route(config, loops))
     entries = {name: math.prod(spec.shape) for name, spec in table.items()}
     by_visit = sum(entries.get(name, 0) for name in VISIT_PRODUCTS) // config.num_layers
     by_token = sum(entries.get(name, 0) for name in TOKEN_PRODUCTS)
@@ -4545,6 +4640,8 @@ def list_matrices(table: dict[str, ParameterSpec]) -> list[Matrix]:
     """Every matrix that is quantised with calibration, in table order."""
     found = []
     for parameter, groups in MATRICES.items():
+        if parameter not in table:
+            continue
         spec = table[parameter]
         banked = len(spec.shape) == 3
         layers = spec.shape[0] // len(groups) if banked else 1
@@ -4845,7 +4942,7 @@ class LoRA(nn.Module):
         width = config.model_dim
         kv_width = config.num_kv_heads * width // config.num_heads
         rank = rank or config.ttt_lora_rank
-        visits = len(make_route(config, config.num_loops > 0))
+        visits = len(make_route(config, config.num_loops))
         sites = {  # (visits, outputs, whether it has adapters)
             "q": (visits, width, config.ttt_q_lora),
             "k": (visits, kv_width, config.ttt_k_lora),
@@ -4947,6 +5044,10 @@ def leading(route: tuple[Visit, ...], residual: str) -> list[Visit]:
     return found
 
 
+# Odd and below 2^31: a product with 32 bits stays an int64.
+PAIR_FACTORS = (0x61C88647, 0x27D4EB2F)
+
+
 def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
     """The entry of each visit's layer, from `entries` by layer.
 
@@ -4959,6 +5060,19 @@ def by_visit(entries: Tensor, visits: list[Visit]) -> Tensor:
         else:
             runs.append([visit.layer, visit.layer + 1])
     return torch.cat([entries[first:stop] for first, stop in runs])
+
+
+def hash_pairs(pairs: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(row below `rows`, sign) of each number of a token pair (int64, below 2^32), both int64.
+
+    Pairs that share a row differ in sign half the time, so that what they teach it cancels out instead of
+    adding up (modded-nanogpt #299).
+    """
+    mixed = pairs
+    for factor in PAIR_FACTORS:
+        mixed = (mixed * factor) & 0xFFFFFFFF
+        mixed = mixed ^ (mixed >> 15)
+    return (mixed * rows) >> 32, 1 - 2 * (mixed & 1)
 
 
 class GPT(nn.Module):
@@ -4978,11 +5092,11 @@ class GPT(nn.Module):
         self.fused = fused
         self.dtype = dtype
         self.feed_forward = feed_forward
-        self.looped = False
+        self.loops = 0  # extra passes through the looped layers
         self.shows_logits = (
             False  # whether logits always go through a softcapped_ce function: who looks at them
         )
-        self.routes = {looped: make_route(config, looped) for looped in (False, True)}
+        self.routes = {loops: make_route(config, loops) for loops in loop_states(config)}
         self.table = parameter_table(config)
         for name, spec in self.table.items():
             weight = torch.empty(spec.shape)
@@ -4993,6 +5107,15 @@ class GPT(nn.Module):
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
         self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
         self.prefix_weight: Tensor | None = None
+
+    @property
+    def looped(self) -> bool:
+        """Whether the looped layers are passed more than once; to set it is to choose NUM_LOOPS or none."""
+        return self.loops > 0
+
+    @looped.setter
+    def looped(self, value: bool) -> None:
+        self.loops = self.config.num_loops if value else 0
 
     def forward(self, batch: Batch, tap: Tap | None = None, lora: LoRA | None = None) -> Tensor:
         """Cross-entropy in nats of every target, (B, T) fp32; with guesses (1 + G, B, T), theirs behind."""
@@ -5047,12 +5170,12 @@ class GPT(nn.Module):
         # at the outputs before these scales.
         folded = self.fused and hooks.tap is None
         banks = self.banks(folded)
-        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch), batch, hooks)
+        shared = Shared(banks, folded, self.rotation(batch), self.embedding(batch, hooks), batch, hooks)
 
         x = shared.x0
         lane = None  # the residual stream of the MLP, once it has parted from that of attention
         skips = []
-        route = self.routes[self.looped]
+        route = self.routes[self.loops]
         serial, parted = self.fused_visits(route, shared)
         if serial:
             keep, again, share = self.gains(serial)
@@ -5064,7 +5187,12 @@ class GPT(nn.Module):
                 x, lane = self.joined_lanes(parted, paths[len(serial) :], mix, (x, branch), skips, shared)
             elif branch is not None:
                 x = x + branch
+        streams = [shared.x0]  # what the last visits read with MUDD_LAST_N
+        read = mudd_sources(route, self.config.mudd_last_n)
         for visit in route[len(serial) + len(parted) :]:
+            place = visit.index - len(route) + self.config.mudd_last_n
+            if place >= 0:
+                x = self.connect(x, streams, place, shared)
             before = x
             if visit.skip_row is not None:
                 x = self.merge_skip(x, skips.pop(), visit, shared)
@@ -5078,6 +5206,7 @@ class GPT(nn.Module):
                 x = self.serial(x, visit, shared)
             if visit.pushes_skip:
                 skips.append(x)
+            streams += [x] * read.count(visit.index)
         return rms_norm(x if lane is None else 0.5 * (x + lane))
 
     def banks(self, folded: bool) -> Banks:
@@ -5088,7 +5217,7 @@ class GPT(nn.Module):
         the same as scaling each output. It moves less: the gradients of the scales follow from those of the
         matrices, so a visit's backward reads none of the outputs and need not scale their gradients.
         """
-        others = ("embed", "qo", "kv", "smear_w", "smear_lambda")
+        others = ("embed", "qo", "kv", "smear_w", "smear_lambda", "bigram_rows", "bigram_out")
         weights = {name: getattr(self, name) for name in self.table if name not in others}
         weights["q"], weights["o"] = self.qo.chunk(2)
         weights["k"], weights["v"] = self.kv.chunk(2)
@@ -5097,6 +5226,21 @@ class GPT(nn.Module):
             weights["o"] = weights["o"] * self.attn_scale[:, :, None]
             weights["down"] = self.down * self.mlp_scale[:, :, None]
         return {name: weight.to(self.dtype).unbind(0) for name, weight in weights.items()}
+
+    def connect(self, x: Tensor, streams: list[Tensor], place: int, shared: Shared) -> Tensor:
+        """x and what each token takes of `streams` (B, T, D each), by shares that a small MLP reads from x.
+
+        The channel of the residual stream of MUDD, in its form for the last visits (modded-nanogpt #259).
+        """
+        visit = HEAD_VISIT._replace(layer=place)
+        hidden = F.gelu(
+            self.matmul("mudd", shared.banks["mudd_read"][place], rms_norm(x), visit, shared.hooks)
+        )
+        # Scaled, so that a step of Adam moves the shares alike whatever the width.
+        shares = F.linear(hidden, shared.banks["mudd_write"][place]) * hidden.size(-1) ** -0.5
+        for stream, share in zip(streams, shares.unbind(-1), strict=True):
+            x = x + share[..., None] * stream
+        return x
 
     def merge_skip(self, x: Tensor, skip: Tensor, visit: Visit, shared: Shared) -> Tensor:
         """x with a remembered output, channel by channel: through a gate between the two, or added."""
@@ -5124,7 +5268,8 @@ class GPT(nn.Module):
     def fused_visits(self, route: tuple[Visit, ...], shared: Shared) -> tuple[list[Visit], list[Visit]]:
         """The leading serial visits and those of two lanes behind them; none if the plain form has to run."""
         gates_read_residual = self.config.head_gate != "none" and self.config.gate_attn_src == "residual"
-        if not shared.folded or gates_read_residual:
+        # MUDD reads streams that the chains do not write.
+        if not shared.folded or gates_read_residual or self.config.mudd_last_n:
             return [], []
         serial = leading(route, "serial")
         return serial, leading(route[len(serial) :], "two_lane") if serial else []
@@ -5444,7 +5589,7 @@ class GPT(nn.Module):
             y = self.matmul("down", down, hidden, visit, hooks, adapt=x)
         return scale * y
 
-    def embedding(self, batch: Batch) -> Tensor:
+    def embedding(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised token embeddings (B, T, D), with what they take from the token before."""
         ids = batch.inputs
         if batch.past is not None:
@@ -5464,12 +5609,31 @@ class GPT(nn.Module):
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
             x = self.smear(x, ids, opens, batch.past)
+        if self.config.bigram_rows:  # last: a cache knows one token before a chunk, and no pair that it ends
+            x = x + self.bigrams(ids, opens, batch.past, hooks)
         return x if batch.past is None else x[:, 1:].contiguous()
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
         previous = F.pad(ids[:, :-1], (1, 0)).masked_fill(opens, 0)
         return F.embedding((2039 * previous + ids) % self.config.hash_embed_size, self.hash_embed)
+
+    def bigrams(self, ids: Tensor, opens: Tensor, past: Past | None, hooks: Hooks) -> Tensor:
+        """What the table of token pairs adds to each position, (B, T, D): 0 where no token comes before.
+
+        That is at the start of a row, a segment or a document; with `past` the first position is that before.
+        """
+        alone = F.pad(((ids == BOS) | opens)[:, 1:], (1, 0), value=True)
+        if past is not None:
+            second = alone[:, 1:2] | (past.position == 0)[:, None]
+            alone = torch.cat((alone[:, :1], second, alone[:, 2:]), 1)
+        pairs = self.config.vocab_size * F.pad(ids[:, :-1], (1, 0)) + ids
+        rows, signs = hash_pairs(pairs, self.config.bigram_rows)
+        found = F.embedding(rows, self.bigram_rows.to(self.dtype)) * signs[..., None].to(self.dtype)
+        if hooks.tap is not None:
+            hooks.tap("bigram", 0, rows.masked_fill(alone, -1), found)
+        found = found.masked_fill(alone[..., None], 0)
+        return self.matmul("bigram_out", self.bigram_out[0].to(self.dtype), found, HEAD_VISIT, hooks)
 
     def smear(self, x: Tensor, ids: Tensor, opens: Tensor, past: Past | None) -> Tensor:
         """x with a gated share of the position before (#1667); with `past` the first position is that."""
@@ -6006,6 +6170,9 @@ class MomentTap:
 
     def __call__(self, site: str, layer: int, x: Tensor, y: Tensor) -> None:
         inputs, outputs = self.sums[site, layer]
+        if site == "bigram":
+            self.look_up(inputs, outputs, x, y)
+            return
         if site not in SAME_INPUT:
             x = x.detach().flatten(0, -2).float()
             inputs.addmm_(x.T, x)
@@ -6026,6 +6193,25 @@ class MomentTap:
                 outputs.add_(gradient.square().sum(0))
 
         y.register_hook(add_squares)
+
+    def look_up(self, inputs: Tensor, outputs: Tensor, rows: Tensor, y: Tensor) -> None:
+        """Add the moments of a table whose `rows` (-1: none) were looked up as y (..., C).
+
+        An error of row r costs what E[g g^T] of the gradients of `y` says, as often as r is read: that takes
+        the place of the inputs' moment, the counts that of the outputs'. Without gradients all columns are
+        alike.
+        """
+        read = rows[rows >= 0]
+        if not self.sensitive:
+            inputs.diagonal().add_(len(read))
+            return
+        outputs.add_(torch.bincount(read, minlength=len(outputs)))
+
+        def add_products(gradient: Tensor) -> None:
+            gradient = gradient.flatten(0, -2).float()
+            inputs.addmm_(gradient.T, gradient)
+
+        y.register_hook(add_products)
 
 
 def calibration_forwards(config: Config) -> tuple[int, int]:
@@ -6057,7 +6243,8 @@ def collect_moments(
         rows, columns = model.get_parameter(parameters[key]).shape[-2:]
         source = SAME_INPUT.get(key[0])  # before its like in the order of the alphabet
         inputs = sums[source, key[1]][0] if source else torch.zeros(columns, columns, device=run.device)
-        whole = config.output_feedback and sensitive and key[0] != "head"  # not the vocabulary's square
+        # Not the square of the vocabulary or of a table's rows.
+        whole = config.output_feedback and sensitive and key[0] not in ("head", "bigram")
         sums[key] = inputs, torch.zeros((rows, rows) if whole else rows, device=run.device)
 
     with torch.set_grad_enabled(sensitive):
@@ -6976,6 +7163,24 @@ def collect_streams(tensors: dict[str, Quantized]) -> dict[str, list[Tensor]]:
     return streams
 
 
+# Settings of the model that are younger than the format: an artifact has them where they are on, so that one
+# without them keeps its bytes.
+LATER_SETTINGS = ("BIGRAM_ROWS", "BIGRAM_WIDTH", "MUDD_LAST_N")
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The settings of the model as an artifact has them."""
+    chosen = config.overrides()
+    model = config.chosen("Model")
+    return {name: value for name, value in model.items() if name in chosen or name not in LATER_SETTINGS}
+
+
+def describe_other_model(theirs: Mapping[str, Any], config: Config) -> str:
+    """describe_differences of the model settings of an artifact from those of `config`."""
+    defaults = {name: getattr(Config, name.lower()) for name in LATER_SETTINGS}
+    return describe_differences(defaults | dict(theirs), config.chosen("Model"))
+
+
 def build_manifest(
     config: Config, tensors: dict[str, Quantized], looped: bool, sizes: dict[str, int]
 ) -> dict[str, Any]:
@@ -6989,7 +7194,7 @@ def build_manifest(
         "format": 2,
         "looped": looped,
         "states": config.trellis_states,
-        "model": config.chosen("Model"),
+        "model": model_settings(config),
         "tensors": [describe(name, tensor) for name, tensor in tensors.items()],
         "streams": [[name, size] for name, size in sizes.items()],
     }
@@ -7425,9 +7630,11 @@ def frozen_rows(model: GPT, blocks: int) -> list[tuple[nn.Parameter, Any]]:
     if blocks == 0:
         return []
     layers = model.config.num_layers
-    frozen: list[tuple[nn.Parameter, Any]] = [(model.embed, slice(None))]
+    frozen: list[tuple[nn.Parameter, Any]] = []
     for name, spec in model.table.items():
-        if spec.layered:
+        if spec.optimizer == "embed":
+            frozen.append((model.get_parameter(name), slice(None)))
+        elif spec.layered:
             groups = spec.shape[0] // layers
             rows = [group * layers + layer for group in range(groups) for layer in range(blocks)]
             frozen.append((model.get_parameter(name), rows))
@@ -8447,7 +8654,7 @@ class KeyCache:
 
     def __init__(self, model: GPT, rows: int, longest: int, chunk: int, device: torch.device):
         config = model.config
-        visits = range(len(model.routes[model.looped]))
+        visits = range(len(model.routes[model.loops]))
         heads = (config.num_kv_heads, config.model_dim // config.num_heads)
 
         def make(places: int) -> tuple[Tensor, ...]:
@@ -8952,11 +9159,6 @@ class Built(NamedTuple):
     compiled: bool
 
 
-def loop_states(config: Config) -> tuple[bool, ...]:
-    """The values that `GPT.looped` takes during training."""
-    return (False, True) if config.num_loops else (False,)
-
-
 def choose_compile(config: Config, run: Run, attend: Attend) -> bool:
     """Whether the forward is compiled; logs it with the reason, Stop if COMPILE=on cannot be had."""
     compiled = wants_compile(config, run)
@@ -9017,9 +9219,9 @@ def build(run: Run) -> Built:
     fused = pick_kernels(config, run)
     feed_forward = pick_mlp(config, run, fused)
     model = GPT(config, attend, fused, run.dtype, feed_forward).to(run.device)
-    for looped in loop_states(config):
-        kind = " looped" if looped else ""
-        run.log(f"route{kind}: {show_route(model.routes[looped])}")
+    for loops, route in model.routes.items():
+        kind = " looped" if loops else ""
+        run.log(f"route{kind}: {show_route(route)}")
     count = sum(parameter.numel() for parameter in model.parameters())
     run.log(f"model_params:{count} matrices:{len(list_matrices(model.table))}")
     if not compiled:
@@ -9085,7 +9287,7 @@ class StepGraphs:
     def learn(self, batch: Batch, count: int) -> None:
         """`learn`, its loss and gradients added to those of the step."""
         shapes = tuple(value.shape if isinstance(value, Tensor) else value for value in batch)
-        key = (self.model.looped, count, shapes)
+        key = (self.model.loops, count, shapes)
         if key not in self.batches:
             self.batches[key] = tree_map_only(Tensor, torch.clone, batch)
         own = self.batches[key]
@@ -9262,13 +9464,9 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def stages(config: Config, looped: bool) -> list[float]:
+def stages(config: Config, loops: int) -> list[float]:
     """Where, in this loop state, a step begins to be compiled otherwise: values of progress, its first on."""
-    begin, end = 0.0, 1.0
-    if looped:
-        begin = config.enable_looping_at
-    elif config.num_loops:
-        end = config.enable_looping_at
+    begin, end = loop_spans(config)[loops]
     switches = [float(pair.split("@")[1]) for pair in config.train_seq_schedule.split(",") if pair]
     if config.muon_mixture:
         switches.append(config.muon_mixture_start)
@@ -9292,12 +9490,12 @@ def warm_up(
     if compiled and config.loader == "packed" and config.warmup_steps > 0:
         padded = padded_batches(config, feed, run.device)
     momentum_is_final = config.muon_momentum_warmup_steps
-    for looped in loop_states(config):
+    for loops in loop_states(config):
         state_began = time.monotonic()
-        model.looped = looped
+        model.loops = loops
         for batch in padded:
             work(batch, len(feed.get(0)))
-        first, *later = stages(config, looped)
+        first, *later = stages(config, loops)
         steps = [(step, first) for step in range(config.warmup_steps)]
         if steps:
             steps += [(0, progress) for progress in later]
@@ -9305,7 +9503,7 @@ def warm_up(
             batches = feed.get(step, longest_segment(config, progress))
             train_step(run, forward, optimizers, batches, progress, momentum_is_final, graphs)
         if compiled:  # minutes if nothing is in the cache: show that it goes on
-            state = "on" if looped else "off"
+            state = "on" if loops else "off"
             run.log(f"warm-up: loops {state} after {time.monotonic() - state_began:.1f}s")
     model.looped = False
     model.load_state_dict(weights)
@@ -9335,7 +9533,7 @@ def measure_reserve(run: Run, model: GPT, data: Dataset) -> float:
     first use, is not counted.
     """
     forwards, _ = calibration_forwards(run.config)
-    model.looped = loop_states(run.config)[-1]
+    model.loops = run.config.num_loops
     seconds = []
     for count in (1, 1, 3):
         began = run.now()
@@ -9489,7 +9687,7 @@ class Training:
         self.operations = 0  # of all steps and ranks
         # Of a step at most: with the loops, and with every segment as long as it may be.
         most_pairs = self.config.train_batch_tokens * self.config.train_seq_len
-        self.dearest = self.count_operations(self.config.num_loops > 0, most_pairs)
+        self.dearest = self.count_operations(self.config.num_loops, most_pairs)
         self.graphs_before_clock = 0
         self.recorded_before_clock = 0
 
@@ -9498,9 +9696,9 @@ class Training:
         """How many CUDA graphs there are."""
         return len(self.graphs.graphs) if self.graphs else 0
 
-    def count_operations(self, looped: bool, pairs: float) -> int:
-        """Those of a step with so many attention pairs over all ranks."""
-        return step_operations(self.config, looped, self.config.train_batch_tokens, int(pairs))
+    def count_operations(self, loops: int, pairs: float) -> int:
+        """Those of a step with so many loops, and attention pairs over all ranks."""
+        return step_operations(self.config, loops, self.config.train_batch_tokens, int(pairs))
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -9513,7 +9711,7 @@ class Training:
         self.first_step = self.step
         self.seconds_before = saved["train_seconds"]
         self.reserve = saved["reserve"]  # as measured at first: the schedule goes on as it was
-        self.model.looped = saved["looped"]
+        self.model.loops = saved["loops"]
         self.run.log(f"train: resumed at step {self.step} after {self.seconds_before:.1f}s of training")
         # Records of later steps before this one are void.
         self.run.metric("resume", step=self.step, seconds=self.seconds_before)
@@ -9529,9 +9727,9 @@ class Training:
                 f"MAX_WALLCLOCK_SECONDS={limit:g}: calibration alone would take {self.reserve:.1f}s of it; "
                 "raise it, lower GPTQ_CALIBRATION_BATCHES or TUNE_STEPS, or set GPTQ_RESERVE_SECONDS"
             )
-        plain = self.count_operations(False, 0)
-        looped = self.count_operations(self.config.num_loops > 0, 0)
-        self.run.log(f"operations of a step: {plain:.4g}, looped {looped:.4g}, without scores of attention")
+        plain, *looped = (self.count_operations(loops, 0) for loops in loop_states(self.config))
+        kinds = "".join(f", looped {count:.4g}" for count in looped)
+        self.run.log(f"operations of a step: {plain:.4g}{kinds}, without scores of attention")
         if self.config.val_loss_every:
             self.validation = load_validation(data)
         self.elapsed = self.seconds_before
@@ -9584,14 +9782,16 @@ class Training:
         config = self.config
         run = self.run
         progress = self.progress
-        if not self.model.looped and config.num_loops and progress >= config.enable_looping_at:
-            self.model.looped = True
-            run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
+        loops = loops_at(config, progress)
+        if loops > self.model.loops:
+            kind = "loops on" if not self.model.looped else f"{loops} loops"
+            self.model.loops = loops
+            run.log(f"{kind} at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step, longest_segment(config, progress))
         self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         self.step += 1
-        self.operations += self.count_operations(self.model.looped, run.sum_on_hosts(self.feed.pairs))
+        self.operations += self.count_operations(self.model.loops, run.sum_on_hosts(self.feed.pairs))
         last = not self.has_work
         saves = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0 and not last
         self.elapsed, not_finite = self.agreement.reach(self.clock, loss, late=not (saves or last))
@@ -9649,8 +9849,8 @@ class Training:
 
     def content(self, complete: bool, seconds: float) -> dict[str, Any]:
         """What every checkpoint.pt holds besides tensors; `seconds` of training."""
-        place = {"step": self.step, "train_seconds": seconds, "looped": self.model.looped}
-        place["operations"] = self.operations
+        place = {"step": self.step, "train_seconds": seconds, "operations": self.operations}
+        place |= {"loops": self.model.loops, "looped": self.model.looped}
         return {**self.identity, "complete": complete, "reserve": self.reserve, **place}
 
     def finish(self) -> None:
@@ -9684,6 +9884,11 @@ class Training:
             facts["recorded_inside_clock"] = inside
             warning = "warning: " if inside else ""
             run.log(f"{warning}cuda graphs: {before} recorded before the clock, {inside} inside it")
+        if 0 < self.model.loops < config.num_loops:
+            run.log(
+                f"warning: LOOP_SCHEDULE={config.loop_schedule}: the training ended with {self.model.loops} "
+                f"loops, the scores are with NUM_LOOPS={config.num_loops}"
+            )
         limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
         if self.step >= config.iterations:
             limit = "ITERATIONS"
@@ -9982,17 +10187,16 @@ def inspect_machine(run: Run, whole: bool) -> float:
     return peak
 
 
-def average_pace(config: Config, seconds: Mapping[bool, float]) -> float:
+def average_pace(config: Config, seconds: Mapping[int, float]) -> float:
     """Steps per second over a whole run, from the seconds of one step by loop state."""
-    plain = seconds[False]
-    looped = seconds.get(True, plain)
-    share = config.enable_looping_at  # of the time or of the steps, as SCHEDULE says, without loops
+    # Of the time or of the steps, as SCHEDULE says.
+    shares = {loops: end - begin for loops, (begin, end) in loop_spans(config).items()}
     if config.schedule == "steps":
-        return 1 / (share * plain + (1 - share) * looped)
-    return share / plain + (1 - share) / looped
+        return 1 / sum(share * seconds[loops] for loops, share in shares.items())
+    return sum(share / seconds[loops] for loops, share in shares.items())
 
 
-def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
+def sample_steps(run: Run, data: Dataset) -> tuple[dict[int, float], float]:
     """(seconds of one training step by loop state, seconds kept for calibration), after the warm-up.
 
     The steps take SAMPLE_SECONDS in all.
@@ -10007,8 +10211,8 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
     if reserve < 0:
         reserve = measure_reserve(run, built.model, data)
     seconds = {}
-    for looped in loop_states(config):
-        built.model.looped = looped
+    for loops in loop_states(config):
+        built.model.loops = loops
         began = run.now()
         count = 0
         goes_on = True
@@ -10019,7 +10223,7 @@ def sample_steps(run: Run, data: Dataset) -> tuple[dict[bool, float], float]:
             # The ranks stop together, when the first of them has used its part and after 50 steps.
             left = worst_of_ranks(run, SAMPLE_SECONDS / len(loop_states(config)) - spent * (1 + 1 / count))
             goes_on = left > 0 and count < 50
-        seconds[looped] = spent / count
+        seconds[loops] = spent / count
     return seconds, reserve
 
 
@@ -10028,10 +10232,10 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     config = run.config
     budget = config.max_wallclock_seconds - max(config.gptq_reserve_seconds, 0.0)  # -1: not yet measured
     # Without the scores of attention, which depend on the lengths of documents.
-    least = {
-        looped: step_operations(config, looped, config.train_batch_tokens, 0) for looped in (False, True)
+    floors = {
+        loops: step_operations(config, loops, config.train_batch_tokens, 0) / (peak * run.world_size)
+        for loops in loop_states(config)
     }
-    floors = {looped: least[looped] / (peak * run.world_size) for looped in loop_states(config)}
     fastest = average_pace(config, floors)
     if sum(floors.values()) > SAMPLE_SECONDS / 4:
         slowest = max(floors.values())
@@ -10044,8 +10248,8 @@ def find_steps(run: Run, data: Dataset, peak: float) -> Finding:
     seconds, reserve = sample_steps(run, data)
     budget = config.max_wallclock_seconds - reserve
     pace = average_pace(config, seconds)
-    kinds = {False: "", True: " looped"}
-    times = ", ".join(f"{1000 * spent:.1f}ms{kinds[looped]}" for looped, spent in seconds.items())
+    kinds = {loops: " looped" if loops else "" for loops in seconds}
+    times = ", ".join(f"{1000 * spent:.1f}ms{kinds[loops]}" for loops, spent in seconds.items())
     remedy = ""
     if run.is_cuda and pace < fastest / 4:
         remedy = "slow: mend what the lines above say, or see which attention and kernels the log names"
@@ -10254,7 +10458,7 @@ def evaluate_stage(run: Run, data: Dataset, built: Built) -> None:
     run.log(f"artifact: {path} sha256:{digest} (before the first validation token is read)")
     if not config.artifact:
         run.complete = "quantize"
-    different = describe_differences(manifest["model"], config.chosen("Model"))
+    different = describe_other_model(manifest["model"], config)
     if different:
         raise Stop(f"{path}: made with other settings ({different}); set them to those of the artifact")
     check_tensors(path, model.table, tensors)

@@ -89,7 +89,7 @@ def count_parameters(config: t.Config) -> tuple[int, int]:
 
 def operations(config: t.Config) -> float:
     """Operations of a token's matrix products in training, forward and backward, loops included."""
-    plain, looped = (t.step_operations(config, state, 1, 0) for state in (False, True))
+    plain, looped = (t.step_operations(config, loops, 1, 0) for loops in (0, config.num_loops))
     share = config.enable_looping_at
     return share * plain + (1 - share) * looped
 

@@ -103,7 +103,7 @@ def measure(form: str, folder: Path, tokens: int, quick: bool) -> dict[str, floa
             sum(p.numel() for p in model.parameters()) == parameters
             and len(t.list_matrices(model.table)) == 67
         )
-        assert t.show_route(model.routes[True]) == route
+        assert t.show_route(model.routes[model.loops]) == route
         mark("build")
         optimizers = t.Optimizers(run, model, compiled=False)
         average = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}

@@ -451,7 +451,7 @@ def artifact(signed: bool) -> Callable[[Path], Target]:
 
         def load() -> None:
             manifest, tensors, _ = trainer.decode_artifact(path)
-            different = trainer.describe_differences(manifest["model"], config.chosen("Model"))
+            different = trainer.describe_other_model(manifest["model"], config)
             if different:
                 raise trainer.Stop(f"{path}: made with other settings ({different})")
             trainer.check_tensors(path, table, tensors)

@@ -139,7 +139,7 @@ def forward_flops(config: t.Config, looped: bool, tokens: int, pairs: int) -> in
     visit = 2 * width * width + 2 * kv * width + 2 * int(c.mlp_mult * width) * width
     visit += gate * c.num_heads if c.head_gate != "none" else 0
     once = c.vocab_size * width + (gate if c.smear_gate else 0)
-    visits = len(t.make_route(c, looped))
+    visits = len(t.make_route(c, c.num_loops if looped else 0))
     return 2 * tokens * (visits * visit + once) + visits * 4 * width * pairs
 
 

@@ -114,7 +114,7 @@ def make(config: t.Config, **options) -> t.GPT:
     "changes",
     [
         {},
-        {"head_gate": "attn_out", "gate_attn_src": "residual", "num_loops": 0},
+        {"head_gate": "attn_out", "gate_attn_src": "residual", "num_loops": 0, "mudd_last_n": 1},
         {
             "head_gate": "attn_out",
             "gate_attn_src": "q",

@@ -178,6 +178,8 @@ def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path
         iterations=6,
         train_log_every=1,
         train_seq_schedule="16@0.6",
+        num_loops=2,
+        loop_schedule="1@0.7",
         muon_metric_until=0.3,
         gptq_reserve_seconds=1.0,
     )
@@ -186,19 +188,21 @@ def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path
     replayed, others = trained(config, tmp_path / "replayed", graphs=True, killed_at=4)
     assert len(losses) == config.iterations and replayed == losses
     assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-    # Short segments without loops, then with, then long ones; and two phases of Muon.
+    # Short segments without loops, then with one, then long ones, then two loops; and two phases of Muon.
     said = [line for line in capfd.readouterr().out.splitlines() if "cuda graphs:" in line]
-    assert len(said) == 1 and said[0].endswith("cuda graphs: 5 recorded before the clock, 0 inside it")
+    assert len(said) == 1 and said[0].endswith("cuda graphs: 6 recorded before the clock, 0 inside it")
     assert "warning" not in said[0]
 
 
 def test_the_stages_of_a_training_are_those_that_compile_something_else():
     config = t.Config(enable_looping_at=0.35)
-    assert [t.stages(config, looped) for looped in (False, True)] == [[0.0], [0.35]]
+    assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0], [0.35]]
     levers = {"muon_mixture": "0.9:1", "muon_mixture_start": 0.5, "muon_metric_until": 0.1}
     config = replace(config, train_seq_schedule="512@0.1,1024@0.5", **levers)
-    assert [t.stages(config, looped) for looped in (False, True)] == [[0.0, 0.1], [0.35, 0.5]]
-    assert t.stages(replace(config, num_loops=0), False) == [0.0, 0.1, 0.5]
+    assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0, 0.1], [0.35, 0.5]]
+    assert t.stages(replace(config, num_loops=0), 0) == [0.0, 0.1, 0.5]
+    config = replace(config, loop_schedule="1@0.4")
+    assert [t.stages(config, loops) for loops in t.loop_states(config)] == [[0.0, 0.1], [0.35], [0.4, 0.5]]
 
 
 TWO_RANKS = """

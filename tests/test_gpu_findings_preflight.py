@@ -120,7 +120,7 @@ def test_two_ranks_report_once_and_stop_their_sample_together(settings, tmp_path
 
 def test_a_step_that_would_take_too_long_is_not_tried(run, monkeypatch):
     monkeypatch.setattr(t, "sample_steps", lambda *_: pytest.fail("tried"))
-    flops = t.step_operations(run.config, True, run.config.train_batch_tokens, 0)
+    flops = t.step_operations(run.config, 1, run.config.train_batch_tokens, 0)
     finding = t.find_steps(run, None, flops / 100)
     assert "not tried: a step takes 100s or more" in finding.state and finding.remedy
 
@@ -133,15 +133,13 @@ def test_the_forecast_counts_loops_as_the_schedule_does(run, monkeypatch):
         max_wallclock_seconds=108.0,
     )
     run.config = config
-    monkeypatch.setattr(t, "sample_steps", lambda *_: ({False: 0.1, True: 0.2}, 8.0))
+    monkeypatch.setattr(t, "sample_steps", lambda *_: ({0: 0.1, 1: 0.2}, 8.0))
     assert t.find_steps(run, None, 1e15).state.startswith("625 in 100s (100.0ms, 200.0ms looped)")
     run.config = replace(config, schedule="steps")
     assert t.find_steps(run, None, 1e15).state.startswith("571 in 100s")
     run.is_cuda = True
     assert "slow" in t.find_steps(run, None, 1e15).remedy
-    assert not t.find_steps(
-        run, None, 4 * t.step_operations(config, True, config.train_batch_tokens, 0)
-    ).remedy
+    assert not t.find_steps(run, None, 4 * t.step_operations(config, 1, config.train_batch_tokens, 0)).remedy
 
 
 def test_a_disk_that_cannot_be_written_is_a_finding(run, tmp_path):

@@ -87,6 +87,8 @@ def test_sixteen_ranks_train_and_score_as_one_does(settings):
         "GPTQ_RESERVE_SECONDS": "1",
         "NUM_LAYERS": "2",
         "NUM_LOOPS": "0",
+        "BIGRAM_ROWS": "60",
+        "MUDD_LAST_N": "1",
         "CHECKPOINT_EVERY": "1",
         "GPTQ_CALIBRATION_BATCHES": "16",
         "SLIDING_WINDOW_ENABLED": "0",

@@ -115,11 +115,34 @@ def test_a_record_says_which_run_it_is_and_the_page_is_made_of_them(tmp_path, ca
     (row,) = [line for line in page.splitlines() if line.startswith("| rate ")]
     assert "`MATRIX_LR=0.03`" in row and "| better | #1: three seeds |" in row
     assert "rate" in (tmp_path / "levers.svg").read_text()
-    # Another source is another contest: nothing of it is compared with this one's base.
-    records.write_text(records.read_text() + json.dumps({**record, "contest": "x", "lever": "other"}) + "\n")
-    groups = levers.contests(levers.read_records(records))
-    assert [len(group) for group in groups] == [1, len(records.read_text().splitlines()) - 1]
-    assert np.isnan(levers.judge(groups[0])[0].difference)
+
+
+def test_another_script_is_another_contest_unless_its_base_has_the_same_scores(tmp_path):
+    (tmp_path / "levers.txt").write_text("rate | MATRIX_LR=0.03 | #1: three seeds\n")
+    before = levers.read_records(call(tmp_path, seeds="1,2"))
+    base = [record for record in before if record["lever"] == "base"]
+    other = {**before[-1], "source_sha256": "x", "lever": "other"}
+    # Without a base of its own, with a part of the seeds, with a score that differs in the last bit: two.
+    bits = {**base[1], "val_bpb": np.nextafter(base[1]["val_bpb"], 9)}
+    for own in ([], base[:1], [base[0], bits]):
+        own = [{**record, "source_sha256": "x"} for record in own]
+        groups = levers.contests([*before, *own, other])
+        assert groups == [[*own, other], before]
+        assert own or np.isnan(levers.judge(groups[0])[0].difference)
+    same = [{**record, "source_sha256": "x"} for record in base]
+    assert levers.contests([*before, *same, other]) == [[*before, *same, other]]
+    assert levers.contests([*before, *[{**record, "rule": "y"} for record in [*same, other]]])[1] == before
+
+
+def test_an_edited_script_with_the_same_base_goes_on_with_the_records(tmp_path, monkeypatch):
+    (tmp_path / "levers.txt").write_text("rate | MATRIX_LR=0.03 | #1: three seeds\n")
+    records = call(tmp_path, seeds="1,2")
+    edited = tmp_path / "edited.py"
+    edited.write_text(STAND_IN.read_text() + "\n")
+    call(tmp_path, "--script", str(edited), "--name", "edited", seeds="1,2")
+    assert sorted(path.parent.name for path in tmp_path.glob("runs/edited/*/starts")) == ["SEED-1", "SEED-2"]
+    rows = {row.name: row for row in levers.judge(levers.contests(levers.read_records(records))[0])}
+    assert rows["rate"].seeds == 2 and rows["rate"].verdict == "better"
 
 
 def test_a_failed_lever_does_not_stop_the_others(tmp_path, capsys):

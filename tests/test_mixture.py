@@ -91,7 +91,7 @@ def whole_document(model: t.GPT, ids: torch.Tensor) -> torch.Tensor:
 
 SHAPES = {
     "flagship": {},
-    "no loops": {"num_loops": 0, "smear_gate_order": "after_norm"},
+    "no loops": {"num_loops": 0, "smear_gate_order": "after_norm", "bigram_rows": 97, "mudd_last_n": 1},
     "gptj": {"parallel_residual": "gptj", "gate_attn_src": "q", "smear_gate_bos_fix": False},
     "plain": {"parallel_residual": "none", "head_gate": "none", "smear_gate": False},
     "published": {"head_gate": "attn_out", "gate_attn_src": "residual", "smear_gate_segment_fix": False},

@@ -16,6 +16,7 @@ from helpers.trainer import replace
 
 FULL = t.Config()
 PLAIN = {"head_gate": "none", "smear_gate": False}
+BIGRAMS = {"bigram_rows": 97, "bigram_width": 6}
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ PLAIN = {"head_gate": "none", "smear_gate": False}
 )
 def test_routes(changes, plain, looped):
     config = replace(FULL, **changes)
-    assert t.show_route(t.make_route(config, False)) == plain
-    assert t.show_route(t.make_route(config, True)) == looped
+    assert t.show_route(t.make_route(config, 0)) == plain
+    assert t.show_route(t.make_route(config, config.num_loops)) == looped
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,15 @@ def test_routes(changes, plain, looped):
     [
         {},
         {"num_loops": 0},
-        {"num_loops": 3, "loop_start": 0, "loop_end": 10},
+        {"num_loops": 3, "loop_start": 0, "loop_end": 10, "loop_schedule": "1@0.5,2@0.6"},
         {"num_layers": 1, "loop_start": 0, "loop_end": 0},
         {"num_layers": 6},
     ],
 )
 def test_every_skip_that_is_pushed_is_popped_and_has_parameters(changes):
     config = replace(FULL, **changes)
-    for looped in (False, True):
-        route, depth = t.make_route(config, looped), 0
+    for loops in t.loop_states(config):
+        route, depth = t.make_route(config, loops), 0
         for visit in route:
             depth += visit.pushes_skip - (visit.skip_row is not None)
             assert depth >= 0
@@ -95,6 +96,31 @@ def published_smear(model: t.GPT, x: torch.Tensor, ids: torch.Tensor) -> torch.T
                 gate = torch.sigmoid(model.smear_w[0].detach() @ seen)
                 smeared[row, p] = x[row, p] + model.smear_lambda.detach() * gate * x[row, p - 1]
     return smeared
+
+
+def bigrams(c: t.Config, w: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """#1716 pair by pair, with a sign (modded-nanogpt #299): none at the start of a row or a document."""
+    added = torch.zeros(*ids.shape, c.model_dim, dtype=torch.float64)
+    for row, column in torch.cartesian_prod(torch.arange(ids.size(0)), torch.arange(1, ids.size(1))).tolist():
+        before, here = ids[row, column - 1 : column + 1].tolist()
+        mixed = c.vocab_size * before + here
+        for factor in (1640531527, 668265263):
+            mixed = mixed * factor % 2**32
+            mixed ^= mixed >> 15
+        entry = w["bigram_rows"][mixed * c.bigram_rows // 2**32] * (-1) ** mixed
+        if here != t.BOS:
+            added[row, column] = w["bigram_out"][0] @ entry
+    return added
+
+
+def dense_share(w: dict[str, torch.Tensor], place: int, x: torch.Tensor, streams: list) -> torch.Tensor:
+    """What MUDD adds to x: streams by weights of a two-layer perceptron of the normalised x (#259)."""
+    hidden = (
+        x / torch.sqrt((x * x).mean(-1, keepdim=True) + torch.finfo(x.dtype).eps) @ w["mudd_read"][place].T
+    )
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    weights = hidden @ w["mudd_write"][place].T / math.sqrt(hidden.size(-1))
+    return sum(weights[..., k : k + 1] * stream for k, stream in enumerate(streams))
 
 
 def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch.Tensor:
@@ -174,8 +200,14 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         x = x + w["hash_embed"][(2039 * before + ids) % c.hash_embed_size]
     if smeared == "after_norm":
         x = published_smear(model, x, ids)
+    if c.bigram_rows:
+        x = x + bigrams(c, w, ids)
     x0 = x
+    outputs, dense = [], len(order) - c.mudd_last_n
     for place, i in enumerate(order):
+        if place >= dense:
+            spread = [outputs[max(0, dense * third // 3 - 1)] for third in (1, 2, 3)]
+            x = x + dense_share(w, place - dense, x, [x0, *spread])
         depth = 1 / math.sqrt(i + 1) if c.ln_scale else 1
         two = c.parallel_residual == "two_lane" and i >= c.parallel_start_layer and place >= half
         if two and lanes is None and c.parallel_first_skip == "lane0":
@@ -207,6 +239,7 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
             x = h + sm * mlp(i, depth * rms(h), place)
         if place < half:
             skips.append(x)
+        outputs.append(x)
     x = rms(x if lanes is None else (x + lanes) / 2)
     logits = c.logit_softcap * torch.tanh((x @ w["embed"].T + delta("head", 0, x)) / c.logit_softcap)
     return -logits.log_softmax(-1).gather(-1, batch.targets[..., None])[..., 0]
@@ -240,6 +273,8 @@ def reference(model: t.GPT, batch: t.Batch, lora: t.LoRA | None = None) -> torch
         {"head_gate": "attn_out", "gate_attn_src": "q", "gate_width": 0},
         {"head_gate": "sparse", "gate_attn_src": "residual", "sparse_attn_gate_scale": 1.5},
         {"rope_yarn": True, "train_seq_len": 16},
+        BIGRAMS | {"smear_gate_order": "after_norm", "mudd_last_n": 2},
+        {"parallel_residual": "none", "mudd_last_n": 3, "num_loops": 0},
     ],
 )
 def test_the_one_forward_equals_the_published_equations(config, changes):
@@ -266,12 +301,12 @@ def test_the_smear_gate_is_the_published_one(config, order, bos_fix):
         expected = t.rms_norm(published_smear(model, raw, inputs))
     else:
         expected = published_smear(model, t.rms_norm(raw), inputs)
-    assert torch.allclose(model.embedding(batch), expected)
+    assert torch.allclose(model.embedding(batch, t.Hooks()), expected)
 
     model.config = replace(model.config, smear_gate_segment_fix=True)
-    differs = ~torch.isclose(model.embedding(batch), expected).all(-1)[0]
+    differs = ~torch.isclose(model.embedding(batch, t.Hooks()), expected).all(-1)[0]
     assert differs.nonzero().flatten().tolist() == ([25] if bos_fix else [])
-    assert torch.allclose(model.embedding(batch)[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
+    assert torch.allclose(model.embedding(batch, t.Hooks())[:, 25], t.rms_norm(raw[:, 25])) == bos_fix
 
 
 def test_the_default_smears_as_the_audited_system_does():
@@ -355,8 +390,9 @@ def test_a_loss_depends_on_the_past_only(config):
         )
 
 
-def test_packed_documents_do_not_see_each_other(config):
-    model = make(config, loader="packed")
+@pytest.mark.parametrize("changes", [{}, BIGRAMS])
+def test_packed_documents_do_not_see_each_other(config, changes):
+    model = make(config, loader="packed", **changes)
     batch = tokens(config, rows=1, length=40)
     batch.inputs[:, [13, 30]] = t.BOS  # shuts the smear gate
     starts = torch.tensor([0, 13, 30, *[40] * 61], dtype=torch.int32)
@@ -368,21 +404,27 @@ def test_packed_documents_do_not_see_each_other(config):
 
 
 def test_the_tap_sees_the_input_of_every_matrix(config):
-    model, batch, seen = make(config), tokens(config), {}
+    model, batch, seen = make(config, **BIGRAMS, mudd_last_n=2), tokens(config), {}
     model(batch, lambda site, layer, x, _: seen.setdefault((site, layer), []).append(x))
     keys = {m.key for m in t.list_matrices(model.table)}
     assert set(seen) == keys | {
         (site, layer) for site in "kv" for layer in range(4)
     }  # whose input is that of q
     assert [len(seen["up", i]) for i in range(4)] == [1, 2, 2, 1]  # looped layers once per visit
+    rows = seen.pop(("bigram", 0))[0]  # a table has no product: it is told which rows are read
+    assert (rows[:, 0] == -1).all() and (rows[:, 1:] >= 0).all() and rows.max() < 97
     for m in t.list_matrices(model.table):
+        if m.parameter == "bigram_rows":
+            continue
         weight = model.get_parameter(m.parameter)
         assert seen[m.key][0].size(-1) == (weight if m.index is None else weight[m.index]).size(-1)
 
 
-def test_the_forward_is_one_graph_in_both_loop_states(config):
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_forward_is_one_graph_in_both_loop_states(config, dense):
     """A graph break would be an error (fullgraph). Attention of packed rows, a GPU kernel, is left out."""
-    config = replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2)
+    config = replace(config, num_layers=3, loop_end=1, parallel_start_layer=2, xsa_last_n=2, **BIGRAMS)
+    config = replace(config, mudd_last_n=int(dense))
     model, batch = t.GPT(config, fused=True), tokens(config, rows=1, length=8)  # little to interpret
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     for looped in (False, True):
@@ -393,7 +435,7 @@ def test_the_forward_is_one_graph_in_both_loop_states(config):
 
 def test_initial_values(config):
     torch.manual_seed(0)
-    model = t.GPT(config)
+    model = t.GPT(replace(config, **BIGRAMS, mudd_last_n=2))
     layers = config.num_layers
     assert (model.qo[layers:] == 0).all() and (model.down == 0).all() and (model.q_gain == 5.25).all()
     for bank in (model.qo[:layers], model.kv, model.up):
@@ -407,7 +449,7 @@ def test_initial_values(config):
 
 
 def test_gradients_match_finite_differences(config):
-    model, batch = make(config), tokens(config, rows=1, length=12)
+    model, batch = make(config, **BIGRAMS, mudd_last_n=2), tokens(config, rows=1, length=12)
     loss = model(batch).double().mean()
     loss.backward()
     generator = torch.Generator().manual_seed(1)

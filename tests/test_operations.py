@@ -32,7 +32,8 @@ def test_the_operations_of_a_step_are_what_torch_counts(config, looped):
     starts = t.segment_starts(flat.inputs[0].numpy(), config.train_seq_len, np.array([5, 21]))
     packed = flat._replace(starts=starts, longest=config.train_seq_len)
     for batch, gates in ((rows, "sparse"), (packed, "sparse"), (rows, "none")):
-        chosen = replace(config, head_gate=gates, smear_gate=gates != "none")
+        levers = {"bigram_rows": 20, "mudd_last_n": 2} if batch is packed else {}
+        chosen = replace(config, head_gate=gates, smear_gate=gates != "none", **levers)
         model = t.GPT(chosen)
         model.looped = looped
         ours = t.step_operations(chosen, looped, count, t.attention_pairs(batch))
@@ -42,19 +43,21 @@ def test_the_operations_of_a_step_are_what_torch_counts(config, looped):
 
 def test_a_training_ends_with_its_operations_and_says_what_it_used(settings):
     config = t.Config.from_env(settings)
-    plain, looped = (
-        t.step_operations(config, state, config.train_batch_tokens, config.train_batch_tokens * 32)
-        for state in (False, True)
+    plain, once, twice = (
+        t.step_operations(config, loops, config.train_batch_tokens, config.train_batch_tokens * 32)
+        for loops in range(3)
     )
-    budget = 3 * plain + 4 * looped + looped // 2
+    budget = 3 * plain + 2 * once + 2 * twice + twice // 2
     chosen = {"SCHEDULE": "operations", "TRAIN_OPERATIONS": str(budget), "ITERATIONS": "100"}
     chosen |= {"ENABLE_LOOPING_AT": str(2.5 * plain / budget), "RUN_ID": "a", "STAGE": "train"}
+    chosen |= {"NUM_LOOPS": "2", "LOOP_SCHEDULE": f"1@{(3 * plain + 1.5 * once) / budget}"}
     chosen |= {"GPTQ_RESERVE_SECONDS": "0", "WARMUP_STEPS": "0"}
     done = launch(settings | chosen)
     assert done.returncode == 0, done.stderr
     facts = json.loads((t.Path(settings["OUT_DIR"]) / "a" / "stages.json").read_text())["train"]
-    assert (facts["steps"], facts["operations"]) == (7, 3 * plain + 4 * looped)
+    assert (facts["steps"], facts["operations"]) == (7, 3 * plain + 2 * once + 2 * twice)
     assert "stopped by TRAIN_OPERATIONS" in done.stdout and "loops on at step 3" in done.stdout
+    assert "2 loops at step 5" in done.stdout
 
 
 def test_passes_of_evaluation_are_counted_and_both_budgets_are_limits(dataset, config):
@@ -88,7 +91,7 @@ def test_the_two_recipes_of_the_mini_contest_differ_in_the_packer_alone():
         "QUANTIZER",
         *(f"{n}_CLIP_SIGMAS" for n in ("ATTN", "MLP", "EMBED")),
     }
-    assert t.Config.from_env(public).train_operations == config.train_operations == 3e12
+    assert t.Config.from_env(public).train_operations == config.train_operations == 6e12
     entries = sum(t.math.prod(spec.shape) for spec in t.parameter_table(config).values())
     assert 500_000 < entries < 510_000
     # The parts of the contest are all there.

@@ -95,7 +95,9 @@ def test_sizes_and_routes(name, parameters, looped):
     config = t.Config.from_env(recipe(name))
     table = t.parameter_table(config)
     assert sum(math.prod(spec.shape) for spec in table.values()) == parameters
-    assert t.show_route(t.make_route(config, True)) == looped and len(t.list_matrices(table)) == 67
+    assert (
+        t.show_route(t.make_route(config, config.num_loops)) == looped and len(t.list_matrices(table)) == 67
+    )
     hashed = sum(math.prod(s.shape) for s in table.values()) + config.hash_embed_size * config.model_dim
     assert name != "pr1585" or hashed == 44_333_210  # trained by its test-time training
 

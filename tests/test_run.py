@@ -377,6 +377,7 @@ def test_packed_documents_train_and_score_too(settings):
             "COMPRESSOR": "lzma",
             "LOADER": "packed",
             "TRAIN_SEQ_LEN": "19",
+            "BIGRAM_ROWS": "60",
         },
     ],
 )

@@ -297,6 +297,32 @@ def test_submitits_own_executor_runs_a_sweep(tmp_path):
     assert finished.settings == {"MATRIX_LR": "0.03"} and "not finite" in failed.failed["default"]
 
 
+@pytest.mark.parametrize(
+    "answers, states",
+    [
+        # Listed, gone twice: killed. A controller that does not answer is no proof.
+        ([(0, "RUNNING", ""), (1, "", "Invalid job id specified"), (0, "", "")], [None, None, 1]),
+        ([(1, "", "Unable to contact slurm controller"), (0, "", ""), (0, "RUNNING", "")], [None] * 3),
+    ],
+)
+def test_a_slurm_job_that_leaves_the_queue_without_a_result_has_failed(
+    tmp_path, monkeypatch, answers, states
+):
+    replies = iter(answers)
+    monkeypatch.setattr(sweep, "QUEUE_SECONDS", 0)
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        sweep.subprocess,
+        "run",
+        lambda command, **options: subprocess.CompletedProcess(command, *next(replies)),
+    )
+    job = sweep.SlurmJob(types.SimpleNamespace(job_id="7", done=lambda: False), tmp_path / "console.log")
+    assert [job.poll() for _ in answers] == states
+    killed = states[-1] == 1
+    assert (tmp_path / "console.log").exists() == killed
+    assert not killed or "job 7 has left" in (tmp_path / "console.log").read_text()
+
+
 def test_torchruns_report_is_not_the_error(tmp_path):
     console = tmp_path / "console.log"
     console.write_text(

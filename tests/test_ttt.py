@@ -31,6 +31,7 @@ DOCUMENTS = [
 @pytest.fixture
 def tiny(config):
     changes = {"num_layers": 3, "loop_end": 1, "parallel_start_layer": 2, "xsa_last_n": 3, "vocab_size": 64}
+    changes |= {"bigram_rows": 31, "bigram_width": 4}
     return replace(config, **changes, ttt_chunk_size=8, ttt_batch_size=2)
 
 

@@ -12,7 +12,7 @@ from helpers import STAND_IN
 
 def run_sweep(out: Path, *words: str, status: int = 0) -> Path:
     """Run a sweep under `out`, which has to end with `status`; returns its folder."""
-    arguments = [*words, "--script", str(STAND_IN), "--out", str(out), "--name", "s"]
+    arguments = ["--script", str(STAND_IN), "--out", str(out), "--name", "s", *words]
     if status:
         with pytest.raises(SystemExit) as stop:
             sweep.main(arguments)
