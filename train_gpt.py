@@ -47,7 +47,6 @@ Shapes: B batch, T positions, D model width, H heads, V vocabulary."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import decimal
@@ -78,7 +77,7 @@ import time
 import traceback
 import typing
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -382,6 +381,12 @@ class Config:
     tune_lr: float = knob(0.005, "Adam step of that training; falls linearly to 0", not_negative)
     tune_tokens: int = knob(16_384, "training tokens of such a step, over all ranks", positive)
     tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
+    tune_matrices: bool = knob(
+        False, "round the matrices in three groups, and train those still to come, too, after each"
+    )
+    tune_matrix_lr: float = knob(
+        0.002, "their Adam step, as part of the standard deviation of a matrix", not_negative
+    )
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
     _prequant = Section("Training on validation text before quantising (not legal)", "artifact")
@@ -674,6 +679,14 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             not config.output_feedback or config.output_dampening > 0,
             f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
             "set it to 0.5",
+        ),
+        (
+            not config.tune_matrices or config.quantizer == "rate_distortion",
+            f"TUNE_MATRICES=1: needs QUANTIZER=rate_distortion, not {config.quantizer}, which fits no size",
+        ),
+        (
+            not config.tune_matrices or config.tune_steps >= len(ROUNDING_GROUPS),
+            f"TUNE_MATRICES=1: TUNE_STEPS={config.tune_steps} leaves a group without a step; set it to 60",
         ),
         (
             not config.train_seq_schedule or config.loader == "packed",
@@ -6603,9 +6616,13 @@ def pose_problems(
     weights: dict[str, Tensor],
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
     powers: tuple[float, float, float],
+    only: Iterable[str] = (),
 ) -> dict[str, RoundingProblem]:
-    """The rounding problem of every matrix, in table order; Stop if `moments` are not positive definite."""
-    matrices = list_matrices(table)
+    """The rounding problem of every matrix, in table order, or of those in the parameters `only`.
+
+    Stop if `moments` are not positive definite.
+    """
+    matrices = [matrix for matrix in list_matrices(table) if not only or matrix.parameter in only]
 
     def pose(matrix: Matrix) -> RoundingProblem:
         weight = matrix_weight(weights, matrix)
@@ -6668,6 +6685,35 @@ def quantize(
     return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
 
 
+def round_group(
+    run: Run,
+    model: GPT,
+    goal: int,
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    tensors: dict[str, Quantized],
+    group: Sequence[str],
+) -> None:
+    """Round the matrices in the parameters `group` of the `model`, in place in `tensors`. Rank 0 only.
+
+    With the delta of `tensors`; but the last group gets one of its own that makes a file of `goal` bytes.
+    """
+    config = run.config
+    weights = {name: model.get_parameter(name).detach() for name in group}
+    problems = pose_problems(config, model.table, weights, moments, SENSITIVITY_POWERS, group)
+    small = {name: tensor for name, tensor in tensors.items() if tensor.scales is None}
+    growth = fp16_growth(config, small)
+
+    def size_of(delta: float) -> int:
+        tensors.update(round_matrices(problems, delta, config.trellis_states, BIT_PRICE))
+        return len(encode_artifact(config, tensors, model.looped)) + growth
+
+    delta = tensors[next(iter(problems))].delta.item()
+    if group == ROUNDING_GROUPS[-1]:
+        slope = sum(problem.weight.numel() for problem in problems.values()) / 8
+        delta = fit_delta(delta, goal, slope, size_of, run.log)
+    tensors.update(round_matrices(problems, delta, config.trellis_states, BIT_PRICE))
+
+
 def fp16_growth(config: Config, small: dict[str, Quantized]) -> int:
     """How many bytes the stream of the fp16 tensors may grow by if other values do not compress at all."""
     values = [tensor.values for tensor in small.values()]
@@ -6691,12 +6737,17 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
 # === TUNING ===
 # In: the rounded tensors and the unquantised weights. Out: the same integers and step sizes; what the
 # artifact holds in fp16 beside them (scales, gains, mixes, gates) has been trained for TUNE_STEPS steps until
-# the model's distribution comes as near to the unquantised one's as it can: no byte more. It reads training
-# tokens, so rounding and tuning are part of the training budget. A reader may change what is trained
-# (`Tuning.parameters`) or by what (`tuning_loss`).
+# the model's distribution comes as near to the unquantised one's as it can: no byte more. With TUNE_MATRICES
+# the matrices are rounded in groups, and after each those still to come are trained beside the fp16 tensors:
+# they make up for the errors of those that are integers already. It reads training tokens, so rounding and
+# tuning are part of the training budget. A reader may change what is trained (`Tuning.choose`), in which
+# order (ROUNDING_GROUPS) or by what (`tuning_loss`).
 
 TUNE_FORWARD = 2**13  # most tokens of a forward: two models' logits are kept
 ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly two or three
+# With TUNE_MATRICES, the parameters that are rounded together. The head, tied to the embedding, last: nothing
+# else can make up for the errors of the layers as well (first, it took 10 % more KL).
+ROUNDING_GROUPS = (("up", "down"), ("qo", "kv"), ("embed",))
 
 
 def tuning_forwards(config: Config) -> tuple[int, int]:
@@ -6733,19 +6784,43 @@ class Tuning:
     def __init__(self, run: Run, model: GPT, data: Dataset, before: dict[str, Tensor]):
         self.run = run
         self.config = run.config
-        self.model = model
-        self.teacher = GPT(model.config, model.attend, model.fused, model.dtype, model.feed_forward)
-        self.teacher.to(run.device).requires_grad_(False)
-        self.teacher.looped = model.looped
+        self.teacher = self.copy_of(model, model.config)
+        self.teacher.requires_grad_(False)
         self.teacher.load_state_dict(before)
-        self.parameters = {
-            name: model.get_parameter(name) for name, spec in model.table.items() if spec.quantizer == "fp16"
-        }
-        betas = (self.config.beta1, self.config.beta2)
-        self.optimizer = torch.optim.Adam(self.parameters.values(), self.config.tune_lr, betas)
+        # Steps of a bf16 embedding would be lost in rounding.
+        self.model = self.copy_of(model, dataclasses.replace(model.config, embed_master_fp32=True))
+        self.model.load_state_dict(before)
+        self.choose(())
         self.forwards, tokens = tuning_forwards(self.config)
         changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
         self.loader = ShuffledLoader(dataclasses.replace(self.config, **changes), data)
+
+    def copy_of(self, model: GPT, config: Config) -> GPT:
+        """A model like `model` with weights of its own."""
+        copy = GPT(config, model.attend, model.fused, model.dtype, model.feed_forward).to(self.run.device)
+        copy.looped = model.looped
+        return copy
+
+    def choose(self, matrices: Collection[str]) -> None:
+        """From here on the fp16 tensors and the parameters `matrices` are trained, from no momentum."""
+        config = self.config
+        groups = []
+        self.parameters = {}
+        for name, spec in self.model.table.items():
+            parameter = self.model.get_parameter(name).requires_grad_(False)
+            rate = config.tune_lr
+            if name in matrices:
+                rate = config.tune_matrix_lr * float(self.teacher.get_parameter(name).std())
+            elif spec.quantizer != "fp16":
+                continue
+            self.parameters[name] = parameter.requires_grad_(True)
+            groups.append({"params": [parameter], "lr": rate, "full_rate": rate})
+        self.optimizer = torch.optim.Adam(groups, betas=(config.beta1, config.beta2))
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """These parameters are `weights` from here on."""
+        for name, weight in weights.items():
+            self.model.get_parameter(name).data.copy_(weight)
 
     def gradient(self, step: int) -> Tensor:
         """The gradient of all parameters in a row and behind it the loss, the mean over a step's forwards.
@@ -6765,61 +6840,69 @@ class Tuning:
         return self.run.sum_over_ranks(rows).mean(0)
 
     def step(self, step: int, rate: float) -> Tensor:
-        """One update at `rate` times TUNE_LR; the loss before it (0-d, on the device)."""
+        """One update at `rate` times the full rates; the loss before it (0-d, on the device)."""
         parameters = self.parameters.values()
         *parts, loss = self.gradient(step).split([*(parameter.numel() for parameter in parameters), 1])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.tune_lr * rate
+            group["lr"] = group["full_rate"] * rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss[0]
 
-    @contextlib.contextmanager
-    def only_parameters(self) -> Iterator[None]:
-        """Within it nothing but what is tuned has a gradient."""
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self.parameters)
-        try:
-            yield
-        finally:
-            self.model.requires_grad_(True)
 
-
-def spread_weights(run: Run, model: GPT, tensors: dict[str, Quantized]) -> dict[str, Tensor]:
-    """The weights of rank 0's `tensors` on every rank."""
+def spread_weights(
+    run: Run, model: GPT, tensors: dict[str, Quantized], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """The parameters `names` of rank 0's `tensors` on every rank."""
     if run.is_main:
         found = assemble_weights(model.table, tensors)
     else:
         found = {name: torch.zeros(spec.shape) for name, spec in model.table.items()}
-    return {name: run.sum_over_ranks(found[name].to(run.device)) for name in model.table}
+    return {name: run.sum_over_ranks(found[name].to(run.device)) for name in sorted(names)}
 
 
 def tune(
-    run: Run, model: GPT, data: Dataset, before: dict[str, Tensor], tensors: dict[str, Quantized]
+    run: Run,
+    model: GPT,
+    data: Dataset,
+    before: dict[str, Tensor],
+    tensors: dict[str, Quantized],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    goal: int,
 ) -> dict[str, float]:
     """Train the fp16 tensors in rank 0's `tensors`, in place; returns the facts. Every rank takes part.
 
-    `before` are the weights before rounding. Stop if the loss is not finite.
+    `before` are the weights before rounding. With TUNE_MATRICES the matrices after the first group are
+    rounded anew as well, by `moments` and for a file of `goal` bytes. Stop if the loss is not finite.
     """
     began = run.now()
-    model.load_state_dict(spread_weights(run, model, tensors))
     tuning = Tuning(run, model, data, before)
-    steps = run.config.tune_steps
+    config = run.config
+    groups = ROUNDING_GROUPS if config.tune_matrices else (sum(ROUNDING_GROUPS, ()),)
+    tuning.load(spread_weights(run, model, tensors, {*model.table} - {*sum(ROUNDING_GROUPS, ())}))
     losses = []
-    with tuning.only_parameters():
+    done = 0
+    for place, group in enumerate(groups):
+        if place:
+            round_next = functools.partial(round_group, run, tuning.model, goal, moments, tensors, group)
+            run.on_main_rank(round_next)
+        tuning.load(spread_weights(run, model, tensors, group))
+        tuning.choose(sum(groups[place + 1 :], ()))
+        steps = config.tune_steps * (place + 1) // len(groups) - done
         for step in run.progress("tuning", range(steps)):
-            losses.append(tuning.step(step, 1 - step / steps))
-    tenth = max(1, steps // 10)
+            losses.append(tuning.step(done + step, 1 - step / steps))
+        done += steps
+    tenth = max(1, config.tune_steps // 10)
     first, last = (torch.stack(part).mean().item() for part in (losses[:tenth], losses[-tenth:]))
     if not math.isfinite(last):
-        raise Stop(f"TUNE_LR={run.config.tune_lr}: the loss of tuning is not finite; lower it")
+        raise Stop(f"TUNE_LR={config.tune_lr}: the loss of tuning is not finite; lower it")
     if run.is_main:
         for name, parameter in tuning.parameters.items():
             tensors[name] = Quantized(parameter.detach().half().cpu())
     seconds = run.now() - began
-    run.log(f"tuned {len(tuning.parameters)} tensors in {steps} steps: loss {first:.5f} -> {last:.5f}")
+    run.log(f"tuned {len(tuning.parameters)} tensors in {done} steps: loss {first:.5f} -> {last:.5f}")
     return {"tune_seconds": seconds, "tune_loss_first": first, "tune_loss_last": last}
 
 
@@ -9486,14 +9569,14 @@ def round_sample(
 def measure_tuning(
     run: Run, model: GPT, data: Dataset, moments: dict[tuple[str, int], tuple[Tensor, Tensor]]
 ) -> float:
-    """Seconds that rounding (rank 0: ROUNDING_TRIALS sizes) and TUNE_STEPS steps take; all is restored.
+    """Seconds that rounding (rank 0: ROUNDING_TRIALS sizes) and TUNE_STEPS steps take; `model` is kept.
 
     A first weight may be 0, which rounds and codes faster than any other: noise is added for the sample.
     """
-    fresh = to_cpu(model.state_dict())
     generator = torch.Generator().manual_seed(0)
     weights = {
-        name: w.float() + 0.02 * torch.randn(w.shape, generator=generator) for name, w in fresh.items()
+        name: w.float() + 0.02 * torch.randn(w.shape, generator=generator)
+        for name, w in to_cpu(model.state_dict()).items()
     }
     rounded: dict[str, Quantized] = {}
 
@@ -9503,16 +9586,17 @@ def measure_tuning(
         return time.monotonic() - began
 
     run.on_main_rank(round_once)  # compiles
-    seconds = ROUNDING_TRIALS * run.on_main_rank(round_once)
-    model.load_state_dict(spread_weights(run, model, rounded))
+    # Every matrix but the first group's is rounded twice, the last group for every size.
+    trials = 2 * ROUNDING_TRIALS if run.config.tune_matrices else ROUNDING_TRIALS
+    seconds = trials * run.on_main_rank(round_once)
     tuning = Tuning(run, model, data, weights)
+    tuning.load(spread_weights(run, model, rounded, model.table))
+    tuning.choose(sum(ROUNDING_GROUPS[1:], ()) if run.config.tune_matrices else ())
     times = []
-    with tuning.only_parameters():
-        for step in range(3):
-            began = run.now()
-            tuning.step(step, 0.0)
-            times.append(run.now() - began)
-    model.load_state_dict(fresh)
+    for step in range(3):
+        began = run.now()
+        tuning.step(step, 0.0)
+        times.append(run.now() - began)
     return seconds + run.config.tune_steps * sum(times[1:]) / 2
 
 
@@ -10258,7 +10342,8 @@ def quantize_stage(run: Run, data: Dataset, built: Built) -> None:
     run.on_main_rank(round_weights)
     times["gptq_seconds"] = run.now() - rounding
     if run.config.tune_steps:
-        times |= tune(run, model, data, weights, tensors)
+        goal = run.on_main_rank(functools.partial(artifact_goal, run))
+        times |= tune(run, model, data, weights, tensors, moments, goal)
         run.ledger("train_read_last")
         times["budgeted_seconds"] = saved["train_seconds"] + run.now() - began
     facts = run.on_main_rank(lambda: pack_run(run, model, tensors, times))
@@ -10273,12 +10358,16 @@ def round_run(
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
 ) -> dict[str, Quantized]:
     """Write the packed script, and round the weights to what it leaves of the cap. Rank 0 only."""
-    config = run.config
     packed, _ = pack_source(Path(__file__).read_bytes())
     write_atomically(run.folder / "packed_train_gpt.py", packed)
-    left = config.artifact_cap_bytes - len(packed)
-    goal = min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
-    return quantize(run, model.table, weights, goal, model.looped, moments)
+    return quantize(run, model.table, weights, artifact_goal(run), model.looped, moments)
+
+
+def artifact_goal(run: Run) -> int:
+    """The bytes that the artifact fills beside the packed script in the run's folder."""
+    config = run.config
+    left = config.artifact_cap_bytes - (run.folder / "packed_train_gpt.py").stat().st_size
+    return min(config.artifact_target_bytes or config.artifact_cap_bytes, left)
 
 
 def pack_run(run: Run, model: GPT, tensors: dict[str, Quantized], times: dict[str, float]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ the decoded weights. The rows that show single parts are judged on --part-tokens
 (last column) on the same as these. Time and memory of the full shape come from random weights of the
 contest's 36 M.
 The curve at --rates bits a weight has the public packer, ours as shipped and all of ours: errors fed back
-across rows too (OUTPUT_FEEDBACK), then --tune-steps of training of the fp16 tensors. kl_ratio_2_75 and the
+across rows too (OUTPUT_FEEDBACK), then --tune-steps of training of the fp16 tensors and of the matrices that
+are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the
 like are all of it against ours as shipped, at equal bytes. --only-rates: nothing but that curve.
 --quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
 same keys. Without a checkpoint it trains a tiny model on the demo's text first.
@@ -127,10 +128,10 @@ class Subject:
             found.append(float(F.kl_div(q, p, reduction="sum", log_target=True)) / CHUNK)
         return np.array(found), worse / math.log(2) / self.bytes[list(chunks)].sum()
 
-    def tune(self, tensors: dict[str, t.Quantized]) -> None:
-        """Train the fp16 tensors among `tensors` as the settings say."""
+    def tune(self, tensors: dict[str, t.Quantized], moments: dict, goal: int) -> None:
+        """Tune `tensors`, a file of `goal` bytes, as the settings say."""
         self.run.config = self.config
-        t.tune(self.run, self.model, self.data, self.weights, tensors)
+        t.tune(self.run, self.model, self.data, self.weights, tensors, moments, goal)
 
     def small(self) -> dict[str, t.Quantized]:
         """The tensors that are not quantised."""
@@ -363,7 +364,9 @@ class Report:
             tensors, data, seconds = files[delta]
             tune_seconds = time.process_time()
             if tuned:
-                self.subject.tune(tensors)
+                whole = self.packers.whole
+                moments = {key: (x, whole.get(key, y)) for key, (x, y) in self.packers.moments.items()}
+                self.subject.tune(tensors, moments, goal)
                 data = self.packers.write(tensors, form.states)
             tune_seconds = time.process_time() - tune_seconds
             began = time.perf_counter()
@@ -652,6 +655,7 @@ def main() -> None:
             "OUTPUT_DAMPENING": str(ALL.damping),
             "TUNE_STEPS": str(options.tune_steps),
             "TUNE_TOKENS": str(options.tune_tokens),
+            "TUNE_MATRICES": "1",
             "COMPUTE_DTYPE": options.dtype,
             "EVAL_SEQ_LEN": str(options.context),
         }

@@ -43,7 +43,13 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 # Both parts of the packer that are off by default.
-PACKER = {"OUTPUT_FEEDBACK": "1", "OUTPUT_DAMPENING": "0.5", "TUNE_STEPS": "2", "TUNE_TOKENS": "256"}
+PACKER = {
+    "OUTPUT_FEEDBACK": "1",
+    "OUTPUT_DAMPENING": "0.5",
+    "TUNE_STEPS": "3",
+    "TUNE_TOKENS": "256",
+    "TUNE_MATRICES": "1",
+}
 
 
 @pytest.fixture(scope="module")
