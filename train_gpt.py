@@ -505,7 +505,7 @@ class Config:
                 if not check.holds(value):
                     meaning = field.metadata["meaning"]
                     raise Stop(f"{field.name.upper()}={value}: {check.rule} ({meaning})")
-        for holds, message in model_rules(self) + run_rules(self):
+        for holds, message in model_rules(self) + packing_rules(self) + run_rules(self):
             if not holds:
                 raise Stop(message)
 
@@ -577,8 +577,8 @@ class Config:
 
 # === ENVIRONMENT ===
 # In: environment variables and the command line. Out: one frozen Config, or Stop with one line that says what
-# to do. A rule between settings is one row of `model_rules` or `run_rules`; what the four published scripts
-# call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
+# to do. A rule between settings is one row of `model_rules`, `packing_rules` or `run_rules`; what the four
+# published scripts call otherwise, fix or never read is a row of ALIASES, FIXED or REFUSED.
 
 
 # Streams of data: 8 ranks have one each, fewer ranks take several in turn, more ranks share each one. The
@@ -589,6 +589,11 @@ TTT_OPTIMIZERS = {
     "doc_lora": ("auto", "adam", "adamw"),
     "mixture": ("auto", "adam", "adamw"),
 }  # by TTT_MODE
+
+
+# With TUNE_MATRICES, the parameters that are rounded together. The head, tied to the embedding, last: nothing
+# else can make up for the errors of the layers as well (first, it took 10 % more KL).
+ROUNDING_GROUPS = (("up", "down"), ("qo", "kv", "bigram_out", "mudd_read"), ("embed", "bigram_rows"))
 
 
 def loop_stages(config: Config) -> list[tuple[int, float]]:
@@ -646,6 +651,25 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
     ]
 
 
+def packing_rules(config: Config) -> list[tuple[bool, str]]:
+    """(holds, what to say if not) of every rule between settings of the packer."""
+    return [
+        (
+            not config.output_feedback or config.output_dampening > 0,
+            f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
+            "set it to 0.5",
+        ),
+        (
+            not config.tune_matrices or config.quantizer == "rate_distortion",
+            f"TUNE_MATRICES=1: needs QUANTIZER=rate_distortion, not {config.quantizer}, which fits no size",
+        ),
+        (
+            not config.tune_matrices or config.tune_steps >= len(ROUNDING_GROUPS),
+            f"TUNE_MATRICES=1: TUNE_STEPS={config.tune_steps} leaves a group without a step; set it to 60",
+        ),
+    ]
+
+
 def run_rules(config: Config) -> list[tuple[bool, str]]:
     """(holds, what to say if not) of every other rule between settings."""
     windows = STREAMS * config.train_seq_len
@@ -674,19 +698,6 @@ def run_rules(config: Config) -> list[tuple[bool, str]]:
             config.gptq_reserve_seconds < config.max_wallclock_seconds,
             f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds}: "
             f"must be less than MAX_WALLCLOCK_SECONDS={config.max_wallclock_seconds}",
-        ),
-        (
-            not config.output_feedback or config.output_dampening > 0,
-            f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
-            "set it to 0.5",
-        ),
-        (
-            not config.tune_matrices or config.quantizer == "rate_distortion",
-            f"TUNE_MATRICES=1: needs QUANTIZER=rate_distortion, not {config.quantizer}, which fits no size",
-        ),
-        (
-            not config.tune_matrices or config.tune_steps >= len(ROUNDING_GROUPS),
-            f"TUNE_MATRICES=1: TUNE_STEPS={config.tune_steps} leaves a group without a step; set it to 60",
         ),
         (
             not config.train_seq_schedule or config.loader == "packed",
@@ -6708,7 +6719,7 @@ def round_group(
         return len(encode_artifact(config, tensors, model.looped)) + growth
 
     delta = tensors[next(iter(problems))].delta.item()
-    if group == ROUNDING_GROUPS[-1]:
+    if "embed" in group:
         slope = sum(problem.weight.numel() for problem in problems.values()) / 8
         delta = fit_delta(delta, goal, slope, size_of, run.log)
     tensors.update(round_matrices(problems, delta, config.trellis_states, BIT_PRICE))
@@ -6745,9 +6756,11 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
 
 TUNE_FORWARD = 2**13  # most tokens of a forward: two models' logits are kept
 ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly two or three
-# With TUNE_MATRICES, the parameters that are rounded together. The head, tied to the embedding, last: nothing
-# else can make up for the errors of the layers as well (first, it took 10 % more KL).
-ROUNDING_GROUPS = (("up", "down"), ("qo", "kv"), ("embed",))
+
+
+def rounding_groups(table: dict[str, ParameterSpec]) -> tuple[tuple[str, ...], ...]:
+    """Those of ROUNDING_GROUPS that a model has."""
+    return tuple(tuple(name for name in group if name in table) for group in ROUNDING_GROUPS)
 
 
 def tuning_forwards(config: Config) -> tuple[int, int]:
@@ -6880,8 +6893,11 @@ def tune(
     began = run.now()
     tuning = Tuning(run, model, data, before)
     config = run.config
-    groups = ROUNDING_GROUPS if config.tune_matrices else (sum(ROUNDING_GROUPS, ()),)
-    tuning.load(spread_weights(run, model, tensors, {*model.table} - {*sum(ROUNDING_GROUPS, ())}))
+    groups = rounding_groups(model.table)
+    matrices = sum(groups, ())
+    if not config.tune_matrices:
+        groups = (matrices,)
+    tuning.load(spread_weights(run, model, tensors, {*model.table} - {*matrices}))
     losses = []
     done = 0
     for place, group in enumerate(groups):
@@ -9591,7 +9607,7 @@ def measure_tuning(
     seconds = trials * run.on_main_rank(round_once)
     tuning = Tuning(run, model, data, weights)
     tuning.load(spread_weights(run, model, rounded, model.table))
-    tuning.choose(sum(ROUNDING_GROUPS[1:], ()) if run.config.tune_matrices else ())
+    tuning.choose(sum(rounding_groups(model.table)[1:], ()) if run.config.tune_matrices else ())
     times = []
     for step in range(3):
         began = run.now()

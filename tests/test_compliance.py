@@ -385,8 +385,8 @@ def test_scoring_twice_and_touching_a_score_are_caught(folder, monkeypatch):
 def test_smear_across_packed_documents_is_caught(folder, monkeypatch):
     real = t.GPT.embedding
 
-    def smeared(model, batch):
-        x = real(model, batch)
+    def smeared(model, batch, hooks):
+        x = real(model, batch, hooks)
         return torch.cat((x[:, :1], x[:, 1:] + 0.1 * x[:, :-1]), 1)
 
     monkeypatch.setattr(t.GPT, "embedding", smeared)
@@ -396,8 +396,8 @@ def test_smear_across_packed_documents_is_caught(folder, monkeypatch):
 def test_smear_across_batched_documents_is_caught(folder, monkeypatch):
     real = t.GPT.embedding
 
-    def smeared(model, batch):
-        x = real(model, batch)
+    def smeared(model, batch, hooks):
+        x = real(model, batch, hooks)
         return x + 0.1 * x.roll(1, 0) if len(x) > 1 else x
 
     monkeypatch.setattr(t.GPT, "embedding", smeared)

@@ -53,6 +53,35 @@ def test_the_file_is_readable_source():
     assert max(map(len, SOURCE.splitlines())) <= 110
 
 
+def assigned(node: ast.stmt) -> set[str]:
+    """The names that a statement of the module defines, also within `if`."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    names = [found for found in ast.walk(node) if isinstance(found, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, ast.Store)}
+
+
+def test_settings_are_read_with_what_is_defined_above_them():
+    """A name that comes later fails in the script alone: an import has run the whole file."""
+    body = ast.parse(SOURCE).body
+    start = next(place for place, node in enumerate(body) if "CONFIG" in assigned(node))
+    later = {name for node in body[start + 1 :] for name in assigned(node)}
+    definitions = {node.name: node for node in body[:start] if hasattr(node, "name")}
+    reached: set[str] = set()
+    left = ["command_line", "Config"]
+    used = set()
+    while left:
+        name = left.pop()
+        if name not in reached and name in definitions:
+            reached.add(name)
+            names = {node.id for node in ast.walk(definitions[name]) if isinstance(node, ast.Name)}
+            given = {node.arg for node in ast.walk(definitions[name]) if isinstance(node, ast.arg)}
+            used |= names - given - assigned(ast.Module(definitions[name].body, []))
+            left += names
+    assert {"packing_rules", "loop_stages"} <= reached and "Muon" in later
+    assert used & later == set()
+
+
 def test_a_line_holds_one_statement():
     tokens = tokenize.generate_tokens(io.StringIO(SOURCE).readline)
     assert [token.start[0] for token in tokens if token.type == tokenize.OP and token.string == ";"] == []

@@ -92,6 +92,10 @@ def test_matrices_still_to_come_make_up_for_the_errors_of_those_that_are_rounded
 def test_every_matrix_is_in_one_group(config):
     grouped = [name for group in t.ROUNDING_GROUPS for name in group]
     assert sorted(grouped) == sorted(t.MATRICES)
+    for changes in ({}, {"bigram_rows": 16, "mudd_last_n": 1}):
+        table = t.parameter_table(replace(config, **changes))
+        held = {matrix.parameter for matrix in t.list_matrices(table)}
+        assert sorted(sum(t.rounding_groups(table), ())) == sorted(held)
 
 
 @pytest.mark.parametrize("world", [2, 4])
