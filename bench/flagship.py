@@ -25,7 +25,6 @@ import json
 import os
 import subprocess
 import tempfile
-import time
 
 import train_gpt as t
 from bench.budget import count_parameters, operations
@@ -35,6 +34,7 @@ from results import write_atomically
 
 RECIPE = ROOT / "records" / "recipes" / "flagship.env"
 DOCUMENTS = 4
+SECONDS = ("training and calibration", "calibration before the bell", "evaluation", "evaluation clock")
 SMALLER = {  # what makes it minutes on two cores
     "SCHEDULE": "steps",
     "MAX_WALLCLOCK_SECONDS": "100000",
@@ -76,11 +76,19 @@ def run_recipe(folder: Path, settings: dict[str, str]) -> dict:
     return json.loads((folder / "runs" / "full" / "summary.json").read_text())
 
 
-def check_compliance(run: Path) -> tuple[int, float]:
-    """Exit status of compliance.py, and its seconds."""
-    began = time.monotonic()
-    found = subprocess.run([sys.executable, str(ROOT / "compliance.py"), str(run)], cwd=ROOT, check=False)
-    return found.returncode, time.monotonic() - began
+def check_compliance(run: Path) -> tuple[list[str], list[str]]:
+    """What compliance.py finds broken: all but seconds, and seconds, of which a CPU needs more than 600."""
+    subprocess.run([sys.executable, str(ROOT / "compliance.py"), str(run)], cwd=ROOT, check=False)
+    report = json.loads((run / "compliance.json").read_text())
+    sections = {name: probes for name, probes in report.items() if isinstance(probes, dict)}
+    broken = [
+        f"{section}: {name}"
+        for section, probes in sections.items()
+        for name, probe in probes.items()
+        if not probe["holds"]
+    ]
+    slow = [name for name in broken if name.removeprefix("budgets: ") in SECONDS]
+    return [name for name in broken if name not in slow], slow
 
 
 def describe(recipe: dict[str, str], summary: dict) -> dict:
@@ -91,7 +99,7 @@ def describe(recipe: dict[str, str], summary: dict) -> dict:
     return {
         "parameters": matrices + small,
         "bits_per_weight": round(8 * (room - 2 * small) / matrices, 4),
-        "operations_per_step": operations(config) * config.train_batch_tokens,
+        "operations_per_step": round(operations(config) * config.train_batch_tokens),
         "artifact_bytes": summary["artifact_bytes"],
         "code_bytes": summary["code_bytes"],
         "total_bytes": summary["total_bytes"],
@@ -101,7 +109,7 @@ def describe(recipe: dict[str, str], summary: dict) -> dict:
 
 
 def main() -> None:
-    """Print what the stages say, the table and the RESULT line; exit status 1 if the run is not legal."""
+    """Print what the stages say, the table and the RESULT line; exit status 1 if a probe fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,13 +126,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         make_dataset(folder / "data", int(recipe["VOCAB_SIZE"]))
         summary = run_recipe(folder, recipe | changes)
-        status, seconds = check_compliance(folder / "runs" / "full")
+        broken, slow = check_compliance(folder / "runs" / "full")
         figures = describe(recipe, summary)
-    print(f"compliance.py: exit status {status} after {seconds:.0f} s")
+    print("longer than on eight H100, as expected: " + (", ".join(slow) or "nothing"))
+    print("broken: " + (", ".join(broken) or "nothing"))
     for name, value in figures.items():
         print(f"{name:<22}{value:,}")
-    print("RESULT " + json.dumps({**figures, "compliant": status == 0}))
-    raise SystemExit(0 if status == 0 else 1)
+    print("RESULT " + json.dumps({**figures, "broken": broken, "slow": slow}))
+    raise SystemExit(1 if broken else 0)
 
 
 if __name__ == "__main__":
