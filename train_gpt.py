@@ -6233,6 +6233,12 @@ def calibration_forwards(config: Config) -> tuple[int, int]:
     return config.gptq_calibration_batches * windows // part, part * config.train_seq_len
 
 
+def rounding_loader(config: Config, data: Dataset, tokens: int) -> ShuffledLoader:
+    """Training windows for calibration and tuning, so many tokens of each stream, however the run trains."""
+    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens, "train_seq_schedule": ""}
+    return ShuffledLoader(dataclasses.replace(config, **changes), data)
+
+
 def collect_moments(
     run: Run, model: GPT, data: Dataset, forwards: int = 0
 ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
@@ -6246,8 +6252,7 @@ def collect_moments(
     config = run.config
     needed, tokens = calibration_forwards(config)
     forwards = forwards or needed
-    changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens, "train_seq_schedule": ""}
-    loader = ShuffledLoader(dataclasses.replace(config, **changes), data)
+    loader = rounding_loader(config, data, tokens)
     sensitive = config.quantizer == "rate_distortion"
     parameters = {matrix.key: matrix.parameter for matrix in list_matrices(model.table)}
     sums = {}
@@ -6805,8 +6810,7 @@ class Tuning:
         self.model.load_state_dict(before)
         self.choose(())
         self.forwards, tokens = tuning_forwards(self.config)
-        changes = {"loader": "shuffled", "train_batch_tokens": STREAMS * tokens}
-        self.loader = ShuffledLoader(dataclasses.replace(self.config, **changes), data)
+        self.loader = rounding_loader(self.config, data, tokens)
 
     def copy_of(self, model: GPT, config: Config) -> GPT:
         """A model like `model` with weights of its own."""

@@ -156,3 +156,10 @@ def test_a_step_is_shared_by_eight_ranks_where_it_has_as_many_windows(config, mo
     assert [forwards(1), forwards(64), forwards(512), forwards(1024)] == [(1, 32), (2, 32), (8, 64), (8, 128)]
     monkeypatch.setattr(t, "TUNE_FORWARD", 64)
     assert forwards(1024) == (16, 64)
+
+
+def test_tuning_takes_whole_windows_where_training_cuts_its_segments(rounded):
+    run, model, data, weights, *_rest = rounded
+    config = replace(run.config, loader="packed", train_seq_schedule="16@0.5")
+    tuning = t.Tuning(t.Run(config), model, data, weights)
+    assert tuning.loader.get(0, 0).inputs.size(1) == config.train_seq_len
