@@ -120,14 +120,19 @@ decay_list = Check(
     lambda value: re.fullmatch(r"(0?\.\d+:\d*\.?\d+(,(?!$)|$))*", value, re.ASCII) is not None,
     "must be pairs decay:weight separated by commas, as in 0.85:0.4385,0.98:0.5615",
 )
-length_list = Check(
-    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
-    "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
-)
-loop_list = Check(
-    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
-    "must be pairs loops@progress separated by commas, as in 1@0.5,2@0.7",
-)
+
+
+def schedule_check(what: str, example: str) -> Check:
+    """That a setting is empty or pairs of a number and the progress up to which it holds."""
+    form = re.compile(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", re.ASCII)
+    return Check(
+        lambda value: form.fullmatch(value) is not None,
+        f"must be pairs {what}@progress separated by commas, as in {example}",
+    )
+
+
+length_list = schedule_check("length", "512@0.1,1024@0.7")
+loop_list = schedule_check("loops", "1@0.5,2@0.7")
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -596,10 +601,15 @@ TTT_OPTIMIZERS = {
 ROUNDING_GROUPS = (("up", "down"), ("qo", "kv", "bigram_out", "mudd_read"), ("embed", "bigram_rows"))
 
 
+def read_schedule(schedule: str) -> list[tuple[int, float]]:
+    """(number, progress until which it holds) of TRAIN_SEQ_SCHEDULE or LOOP_SCHEDULE, see schedule_check."""
+    pairs = [pair.split("@") for pair in schedule.split(",") if pair]
+    return [(int(number), float(until)) for number, until in pairs]
+
+
 def loop_stages(config: Config) -> list[tuple[int, float]]:
     """(extra passes, progress until which they last) of LOOP_SCHEDULE; NUM_LOOPS comes after."""
-    pairs = [pair.split("@") for pair in config.loop_schedule.split(",") if pair]
-    return [(int(loops), float(until)) for loops, until in pairs]
+    return read_schedule(config.loop_schedule)
 
 
 def rising(pairs: list[tuple[int, float]]) -> bool:
@@ -1942,10 +1952,9 @@ def attention_pairs(batch: Batch) -> int:
 
 def longest_segment(config: Config, progress: float) -> int:
     """The longest document segment of packed rows at `progress`, by TRAIN_SEQ_SCHEDULE and TRAIN_SEQ_LEN."""
-    for pair in filter(None, config.train_seq_schedule.split(",")):
-        length, until = pair.split("@")
-        if progress < float(until):
-            return min(int(length), config.train_seq_len)
+    for length, until in read_schedule(config.train_seq_schedule):
+        if progress < until:
+            return min(length, config.train_seq_len)
     return config.train_seq_len
 
 
@@ -9488,7 +9497,7 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
 def stages(config: Config, loops: int) -> list[float]:
     """Where, in this loop state, a step begins to be compiled otherwise: values of progress, its first on."""
     begin, end = loop_spans(config)[loops]
-    switches = [float(pair.split("@")[1]) for pair in config.train_seq_schedule.split(",") if pair]
+    switches = [until for _, until in read_schedule(config.train_seq_schedule)]
     if config.muon_mixture:
         switches.append(config.muon_mixture_start)
     if config.muon_metric_until:
