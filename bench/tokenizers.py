@@ -23,10 +23,8 @@ environment.enter()
 import argparse
 import importlib.util
 import json
-import os
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -36,6 +34,7 @@ from itertools import islice
 
 import recipes
 from bench.texts import SHARED, TRAINING_MB, embedded_texts, lines_of, size, table_texts
+from bench.trainings import train
 from data import prepare
 from data.card import MANIFEST
 from data.fast_tokenizer import FastTokenizer, load_model
@@ -246,26 +245,14 @@ def mini_dataset(training: list[str], held_out: list[str], tokenizer: Path, work
 def bits_per_byte(folder: Path, entries: int, seed: int, operations: float, work: Path) -> float:
     """Bits per byte of the unquantised model of the mini contest, trained at so many operations."""
     name = f"{folder.name}-{operations / 1e9:.0f}G-seed{seed}"
-    summary = work / "runs" / name / "summary.json"
-    if not summary.exists():
-        own = {
-            "SEED": str(seed),
-            "RUN_ID": name,
-            "OUT_DIR": str(work / "runs"),
-            "DATASETS_DIR": str(folder),
-            "VOCAB_SIZE": str(entries),
-            "TRAIN_OPERATIONS": f"{operations:g}",
-            "TTT_ENABLED": "0",
-            "OMP_WAIT_POLICY": "passive",
-        }
-        subprocess.run(
-            [sys.executable, str(ROOT / "train_gpt.py")],
-            check=True,
-            stdout=sys.stderr,
-            cwd=ROOT,
-            env=os.environ | recipes.read(MINI) | own,
-        )
-    return read_json_object(summary)["bpb"]["prequant"]
+    own = {
+        "SEED": str(seed),
+        "DATASETS_DIR": str(folder),
+        "VOCAB_SIZE": str(entries),
+        "TRAIN_OPERATIONS": f"{operations:g}",
+        "TTT_ENABLED": "0",
+    }
+    return train(work / "runs", name, recipes.read(MINI) | own)["bpb"]["prequant"]
 
 
 def document_flag(held_out: list[str]) -> dict:

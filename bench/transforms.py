@@ -21,12 +21,12 @@ import environment
 environment.enter()
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import tempfile
 
 from bench.texts import SHARED
+from bench.trainings import train
 
 TRANSFORMS = ("caseops_v1", "caseops_v3")
 SHAPE = {
@@ -80,27 +80,15 @@ def prepare(transform: str, documents: str, folder: Path) -> Path:
     return folder
 
 
-def train(folder: Path, seed: int, steps: int, out: Path) -> dict:
-    """summary.json of one run; a finished one is used again."""
-    name = f"{folder.name}-{steps}-seed{seed}"
-    if not (out / name / "summary.json").exists():
-        known = {
-            "SEED": str(seed),
-            "ITERATIONS": str(steps),
-            "RUN_ID": name,
-            "OUT_DIR": str(out),
-            "DATASETS_DIR": str(folder),
-            "TRAIN_LOG_EVERY": "50",
-            "OMP_WAIT_POLICY": "passive",
-        }
-        subprocess.run(
-            [sys.executable, str(ROOT / "train_gpt.py")],
-            check=True,
-            stdout=sys.stderr,
-            cwd=ROOT,
-            env=os.environ | SHAPE | known,
-        )
-    return json.loads((out / name / "summary.json").read_text())
+def train_on(folder: Path, seed: int, steps: int, out: Path) -> dict:
+    """summary.json of one run."""
+    own = {
+        "SEED": str(seed),
+        "ITERATIONS": str(steps),
+        "DATASETS_DIR": str(folder),
+        "TRAIN_LOG_EVERY": "50",
+    }
+    return train(out, f"{folder.name}-{steps}-seed{seed}", SHAPE | own)
 
 
 def main() -> None:
@@ -127,7 +115,7 @@ def main() -> None:
                 "web.jsonl.xz" if options.quick else "prose.jsonl.xz",
                 work / f"{transform}{'-quick' if options.quick else ''}",
             )
-            runs = [train(data, seed + 1, steps, work / "runs") for seed in range(options.seeds)]
+            runs = [train_on(data, seed + 1, steps, work / "runs") for seed in range(options.seeds)]
             scores[transform] = [run["bpb"]["prequant"] for run in runs]
             tokens, size = runs[0]["val_tokens"], runs[0]["val_bytes"]
             print(
