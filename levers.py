@@ -254,8 +254,7 @@ class Contest:
         self.recipe = recipe
         self.seeds = seeds
         self.source = source
-        self.data = dataset_digest(base)
-        self.rule = digest_of(identity(base, defaults), self.data)
+        self.rule = digest_of(identity(base, defaults), dataset_digest(base))
 
     def records(self) -> list[Record]:
         """The records of this contest."""
@@ -268,7 +267,7 @@ class Contest:
 
     def key(self, effective: Settings, seed: str) -> str:
         """What stands for one run."""
-        return digest_of(identity(effective, self.defaults), seed, self.data)
+        return digest_of(identity(effective, self.defaults), seed, dataset_digest(effective))
 
     def is_known(self, lever: Lever, effective: Settings, seed: str) -> bool:
         """Whether the run has its record; one that it has under another name only is repeated under this."""
@@ -288,7 +287,7 @@ class Contest:
             "rule": self.rule,
             "key": self.key(effective, seed),
             "source_sha256": self.source,
-            "data": self.data,
+            "data": dataset_digest(effective),
         }
         append_record(self.path, record_of(folder, **facts))
 
@@ -415,7 +414,8 @@ def render_page(records: Sequence[Record], evidence: Mapping[str, str], picture:
     for number, group in enumerate(contests(records)):
         last = group[-1]
         scripts = dict.fromkeys(record["source_sha256"][:12] for record in group)
-        parts.append(f"## {last['recipe']}, script {', '.join(scripts)}, data {last['data']}\n")
+        data = next((record["data"] for record in group if record["lever"] == BASE), last["data"])
+        parts.append(f"## {last['recipe']}, script {', '.join(scripts)}, data {data}\n")
         if number == 0:
             parts.append(f"![differences]({picture})\n")
         rows = judge(group)

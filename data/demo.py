@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds the embedded corpus: real English text that every machine with this project installed already has.
 
-    python data/demo.py [--out data/demo] [--vocab-size 1024|2048]
+    python data/demo.py [--out data/demo] [--vocab-size 1024|2048] [--text FOLDER]
 
 The text is the documentation inside the running Python: docstrings, the help topics of `pydoc_data`, strings
 that attach documentation from outside (`add_docstr` and friends), comment blocks, and the long descriptions
@@ -9,7 +9,7 @@ of installed packages. Each document is passed through SentencePiece's own nmt_n
 corpus is built, which also turns every run of blanks and line ends into one space. Raw text and scored text
 are therefore the same bytes: decode(tokens) gives each document back exactly, the per-token byte table counts
 exactly the raw UTF-8 bytes, and a byte sidecar would add nothing. Both are checked for every document during
-the build.
+the build. --text writes them as documents for data/prepare.py, so that other tokenizers see the same text.
 
 Documents are ordered by the sha256 of their text, so any prefix is a uniform sample and the same packages
 give the same files on every machine. The first documents are held out for validation; training documents that
@@ -52,7 +52,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data.options import Parser
-from data.shards import BOS, HEADER_BYTES, read_json_object, sha256_file, train_tokenizer, write_shard
+from data.shards import (
+    BOS,
+    HEADER_BYTES,
+    read_json_object,
+    read_shard,
+    sha256_file,
+    train_tokenizer,
+    write_shard,
+    write_text,
+)
 
 FORMAT = "parameter-golf-dataset/1"
 # Raise it when a change of this file changes the bytes it makes, so that older builds become stale.
@@ -494,6 +503,21 @@ def _prefix(documents: Iterable[str], size: int) -> Iterator[str]:
         yield document
 
 
+def export_text(dataset: Path, folder: Path) -> None:
+    """Write training.jsonl and validation.jsonl into `folder`: the documents of a finished demo `dataset`."""
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(dataset / "tokenizer.model"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, name in (("train", "training.jsonl"), ("val", "validation.jsonl")):
+        shards = [read_shard(path) for path in sorted(dataset.glob(f"fineweb_{part}_*.bin"))]
+        tokens = np.concatenate(shards)  # documents straddle shards
+        documents = np.split(tokens, np.flatnonzero(tokens == BOS))[1:]
+        texts = tokenizer.decode([document[1:].tolist() for document in documents])
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        write_text(folder / name, "".join(lines))
+
+
 @contextlib.contextmanager
 def _only_builder_in(folder: Path) -> Iterator[None]:
     """Wait for other builds in `folder`; the lock goes with its
@@ -569,16 +593,21 @@ def main() -> int:
     parser.add_argument(
         "--vocab-size", type=int, choices=(1024, 2048), default=1024, help="tokenizer vocabulary"
     )
+    parser.add_argument(
+        "--text", type=Path, metavar="FOLDER", help="write its documents as JSON lines as well"
+    )
     arguments = parser.parse_args()
     try:
-        build(arguments.out, arguments.vocab_size)
+        dataset = build(arguments.out, arguments.vocab_size)
+        if arguments.text is not None:
+            export_text(dataset, arguments.text)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(
-            f"error: cannot write {arguments.out}: {error.strerror or error}; "
-            "choose a writable folder with --out",
+            f"error: cannot write {error.filename or arguments.out}: {error.strerror or error}; "
+            "choose a writable folder with --out or --text",
             file=sys.stderr,
         )
         return 2

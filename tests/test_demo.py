@@ -130,6 +130,13 @@ def test_validation_is_held_out_and_every_document_is_there_once(built):
     assert not any(text[:200] in ends or text[-200:] in ends for text in training)
 
 
+def test_the_documents_are_written_for_other_tokenizers(built, tmp_path):
+    demo.export_text(built, tmp_path / "text")
+    for part, name in (("train", "training.jsonl"), ("val", "validation.jsonl")):
+        lines = (tmp_path / "text" / name).read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["text"] for line in lines] == documents(built, part)
+
+
 def test_near_copies_of_validation_documents_are_left_out():
     chooser = random.Random(1)
     texts = ["\n".join(sentence(chooser) for _ in range(10)) for _ in range(200)]

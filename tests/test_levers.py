@@ -117,6 +117,19 @@ def test_a_record_says_which_run_it_is_and_the_page_is_made_of_them(tmp_path, ca
     assert "rate" in (tmp_path / "levers.svg").read_text()
 
 
+def test_another_dataset_is_another_run(tmp_path):
+    """A lever may bring its own data: a tokenizer. Where the same data lies does not matter."""
+    base: dict[str, str] = {}
+    for name in ("one", "copy", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}" if name == "other" else "[]")
+        base[name] = str(tmp_path / name)
+    settings = {name: {"DATASETS_DIR": folder, "MATRIX_LR": "1"} for name, folder in base.items()}
+    contest = levers.Contest(tmp_path / "records.jsonl", settings["one"], {}, "source", "recipe", ["1"])
+    keys = {name: contest.key(effective, "1") for name, effective in settings.items()}
+    assert keys["one"] == keys["copy"] != keys["other"]
+
+
 def test_another_script_is_another_contest_unless_its_base_has_the_same_scores(tmp_path):
     (tmp_path / "levers.txt").write_text("rate | MATRIX_LR=0.03 | #1: three seeds\n")
     before = levers.read_records(call(tmp_path, seeds="1,2"))
