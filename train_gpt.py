@@ -321,11 +321,6 @@ class Config:
         "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
     )
     muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
-    muon_metric_until: float = knob(
-        0.0,
-        "progress until which Muon measures the noise of rows and columns for its metric; 0: none",
-        fraction,
-    )
     muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
@@ -342,10 +337,6 @@ class Config:
         "global", "clip after or before averaging over ranks (#1585)"
     )
     ema_decay: float = knob(0.9965, "decay of the weight average that is quantised", below_one)
-    prefix_loss: float = knob(
-        0.0, "weight, at first, of the loss of the longest token that a target begins with", not_negative
-    )
-    prefix_loss_until: float = knob(0.67, "progress at which that weight has fallen to 0", positive)
     _quantizer = Section("Quantizer", "artifact")
     quantizer: Literal["rate_distortion", "sdclip"] = knob(
         "rate_distortion", "sensitivity steps, or clipped rows"
@@ -5125,8 +5116,6 @@ class GPT(nn.Module):
                 weight = weight.to(dtype)
             self.register_parameter(name, nn.Parameter(weight))
         self.register_parameter("hash_embed", None)  # exists during test-time training alone
-        self.prefixes: Tensor | None = None  # during training with PREFIX_LOSS, see `learn_prefixes`
-        self.prefix_weight: Tensor | None = None
 
     @property
     def looped(self) -> bool:
@@ -5145,7 +5134,6 @@ class GPT(nn.Module):
         x = self.trunk(batch, hooks)
         targets = batch.targets.flatten()
         plain = hooks.tap is None and hooks.lora is None and batch.guesses is None and not self.shows_logits
-        plain = plain and self.prefixes is None
         bounded = self.config.logit_softcap <= LARGEST_CAP and batch.mask is None
         if self.fused and plain and bounded and torch.is_grad_enabled():
             losses, _, _ = head_loss_op(x.flatten(0, 1), head, targets, self.config.logit_softcap)
@@ -5162,8 +5150,6 @@ class GPT(nn.Module):
             losses, _ = softcapped_ce_op(logits, targets, self.config.logit_softcap)
         else:
             losses = softcapped_ce_reference(logits, targets, self.config.logit_softcap)
-        if self.prefixes is not None:
-            losses = losses + self.learn_prefixes(losses, logits, targets)
         if batch.guesses is None:
             return losses.view_as(batch.targets)
         # Two tokens of one distribution: their losses differ as their logits do.
@@ -5172,18 +5158,6 @@ class GPT(nn.Module):
         chosen = (self.config.logit_softcap * torch.tanh(raw)).T
         guessed = losses.detach() + chosen[0] - chosen[1:]
         return torch.cat((losses[None], guessed)).view(-1, *batch.targets.shape)
-
-    def learn_prefixes(self, losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """`prefix_weight` times the losses (N,) of `prefixes` of the targets, 0 where there is none.
-
-        The longest token that a target's bytes begin with is nearly right, and costs no product
-        (modded-nanogpt #337): two tokens of one distribution have losses that differ as their logits do.
-        """
-        prefix = self.prefixes[targets]
-        cap = self.config.logit_softcap
-        raw = logits.gather(1, torch.stack((targets, prefix.clamp_min(0)), 1)).float() / cap
-        chosen = cap * torch.tanh(raw)
-        return self.prefix_weight * (prefix >= 0) * (losses + chosen[:, 0] - chosen[:, 1])
 
     def trunk(self, batch: Batch, hooks: Hooks) -> Tensor:
         """The normalised output of the last layer, (B, T, D): the input of the head."""
@@ -5710,15 +5684,6 @@ def orthogonalize(
     return x if wide else x.mT
 
 
-METRIC_DECAY = 0.95  # of the averages from which the metric is made
-
-
-def metric_scale(noise: Tensor) -> Tensor:
-    """The inverse root of a diagonal metric: the root of the noise over its mean, within a factor of 2."""
-    ratio = noise / noise.mean((-2, -1), keepdim=True).clamp_min(1e-30)
-    return ratio.sqrt().clamp(0.5, 2.0).rsqrt()
-
-
 def muon_update(
     gradient: Tensor,
     buffer: Tensor,
@@ -5730,21 +5695,14 @@ def muon_update(
     units: int = 1,
     mixture: Sequence[tuple[Tensor, float, float]] = (),
     mixed: bool = False,
-    metric: Sequence[Tensor] = (),
-    measures: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
     With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
     that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
-    (modded-nanogpt #340, #357). `metric` are the noise of rows (N, R, 1) and columns (N, 1, C), updated if it
-    `measures`; the result has singular values of 1 in that metric (IsoMuon, as we read its description).
+    (modded-nanogpt #340, #357).
     """
-    if measures:
-        noise = (gradient.float() - (1 - momentum) * buffer.float()).square()
-        for average, dim in zip(metric, (-1, -2), strict=True):
-            average.lerp_(noise.mean(dim, keepdim=True), 1 - METRIC_DECAY)
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
     for average, decay, _ in mixture:
@@ -5757,25 +5715,13 @@ def muon_update(
         update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    for average in metric:
-        update = update * metric_scale(average)
     split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
-    update = orthogonalize(split, coefficients, fused).view_as(update)
-    for average in metric:
-        update = update * metric_scale(average).to(dtype)
-    return update
+    return orthogonalize(split, coefficients, fused).view_as(update)
 
 
 # The same collectives under the names of torch from 2.13 on and before.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class MuonPhase(NamedTuple):
-    """What an update does that changes at some progress; all else that changes is in tensors."""
-
-    mixed: bool  # the averages of MUON_MIXTURE move the matrices
-    measures: bool  # the metric is still measured
 
 
 class Muon:
@@ -5808,10 +5754,6 @@ class Muon:
             # In fp32: bfloat16 would round a hundredth of itself away.
             for key in self.average_names(name):
                 self.momenta[key] = torch.zeros(shape, device=bank.device)
-            for key in self.metric_names(name):
-                rows, columns = shape[1:] if key.endswith("rows") else (1, shape[2])
-                noise = torch.zeros(count, rows, 1 if key.endswith("rows") else columns, device=bank.device)
-                self.momenta[key] = noise
         # The numbers of a step, filled by `set_rates`: a graph of CUDA would freeze those of the host.
         number = functools.partial(torch.zeros, (), device=run.device)
         self.momentum = number()
@@ -5823,10 +5765,6 @@ class Muon:
     def average_names(self, name: str) -> list[str]:
         """What the averages of MUON_MIXTURE of a bank are called among the momenta."""
         return [f"{name}/{place}" for place in range(len(self.mixture))]
-
-    def metric_names(self, name: str) -> list[str]:
-        """What the noise of rows and columns of a bank is called among the momenta."""
-        return [f"{name}/rows", f"{name}/columns"] if self.run.config.muon_metric_until else []
 
     def reduce(self) -> None:
         """Start averaging the gradients into `shards`, this rank's part of each bank, to be waited for."""
@@ -5852,11 +5790,9 @@ class Muon:
         """sqrt(max(1, R/C)) of the matrices of a bank."""
         return math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
 
-    def phase(self, progress: float) -> MuonPhase:
-        """The phase of an update at `progress`."""
-        config = self.run.config
-        mixed = bool(self.mixture) and progress >= config.muon_mixture_start
-        return MuonPhase(mixed, progress < config.muon_metric_until)
+    def is_mixed(self, progress: float) -> bool:
+        """Whether the averages of MUON_MIXTURE move the matrices in an update at `progress`."""
+        return bool(self.mixture) and progress >= self.run.config.muon_mixture_start
 
     def set_rates(self, rate: float, momentum: float, decay: float) -> None:
         """The numbers of the steps to come; on the device, without waiting for it."""
@@ -5865,7 +5801,7 @@ class Muon:
         for aspect, tensor in self.rates.items():
             tensor.fill_(-rate * aspect)
 
-    def step(self, scale: Tensor | None, phase: MuonPhase) -> None:
+    def step(self, scale: Tensor | None, mixed: bool) -> None:
         """p <- p (1 - rate*decay) - rate sqrt(max(1, R/C)) X for every bank; `scale`: of the gradients."""
         config = self.run.config
         previous = None
@@ -5885,9 +5821,7 @@ class Muon:
                 self.fused,
                 config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
                 [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
-                phase.mixed,
-                [self.momenta[key] for key in self.metric_names(name)],
-                phase.measures,
+                mixed,
             )
             gathered = self.gather(update)
             if previous is not None:
@@ -5973,10 +5907,10 @@ class Optimizers:
     def step(self, rate_scale: float, momentum: float, decay: float, progress: float = 0.0) -> None:
         """One update of all parameters from their gradients, which are freed; `decay`: of the matrices.
 
-        `progress`: see Muon.phase.
+        `progress`: see Muon.is_mixed.
         """
         self.set_rates(rate_scale, momentum, decay)
-        self.update(self.muon.phase(progress))
+        self.update(self.muon.is_mixed(progress))
 
     def set_rates(self, rate_scale: float, momentum: float, decay: float) -> None:
         """The numbers of the updates to come; on the device, without waiting for it."""
@@ -5984,7 +5918,7 @@ class Optimizers:
             group["lr"].fill_(rate * rate_scale)
         self.muon.set_rates(self.run.config.matrix_lr * rate_scale, momentum, decay)
 
-    def update(self, phase: MuonPhase) -> None:
+    def update(self, mixed: bool) -> None:
         """The step itself: reads no number of the host that changes, and waits for no GPU."""
         config = self.run.config
         for parameter in self.parameters:
@@ -6001,7 +5935,7 @@ class Optimizers:
             torch._foreach_mul_([parameter.grad for parameter in self.replicated], scale)
 
         self.adam.step()
-        self.muon.step(scale, phase)
+        self.muon.step(scale, mixed)
         if self.average is not None:
             update_ema(self.average, self.model, config.ema_decay)
 
@@ -9310,8 +9244,8 @@ class StepGraphs:
         for batch in batches:
             self.learn(batch, len(batches))
         self.optimizers.set_rates(*rates)
-        phase = self.optimizers.muon.phase(progress)
-        self.replay(phase, functools.partial(self.update, phase))
+        mixed = self.optimizers.muon.is_mixed(progress)
+        self.replay(mixed, functools.partial(self.update, mixed))
         return self.loss.clone()
 
     def learn(self, batch: Batch, count: int) -> None:
@@ -9333,10 +9267,10 @@ class StepGraphs:
         for parameter, _ in self.gradients:
             parameter.grad = None
 
-    def update(self, phase: MuonPhase) -> None:
+    def update(self, mixed: bool) -> None:
         """The work of an update's graph."""
         self.give_gradients()
-        self.optimizers.update(phase)
+        self.optimizers.update(mixed)
         torch._foreach_zero_([gradient for _, gradient in self.gradients])
 
     def give_gradients(self) -> None:
@@ -9500,8 +9434,6 @@ def stages(config: Config, loops: int) -> list[float]:
     switches = [until for _, until in read_schedule(config.train_seq_schedule)]
     if config.muon_mixture:
         switches.append(config.muon_mixture_start)
-    if config.muon_metric_until:
-        switches.append(config.muon_metric_until)
     return [begin, *sorted({switch for switch in switches if begin < switch < end})]
 
 
@@ -9634,19 +9566,6 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def token_prefixes(data: Dataset) -> Tensor:
-    """(V,) int64: the longest other token whose bytes the token's bytes begin with; -1 if there is none."""
-    texts = [data.pieces.id_to_piece(token) for token in range(data.vocab_size)]
-    stands = [data.pieces.is_control, data.pieces.is_unknown, data.pieces.is_unused, data.pieces.is_byte]
-    is_text = [not any(stand(token) for stand in stands) for token in range(data.vocab_size)]
-    known = {text: token for token, text in enumerate(texts) if is_text[token]}
-    found = torch.full((data.vocab_size,), -1)
-    for text, token in known.items():
-        for size in range(1, len(text)):
-            found[token] = known.get(text[:size], found[token])
-    return found
-
-
 class CheckpointWriter:
     """Writes checkpoint.pt in a thread of rank 0 while training goes on, one at a time."""
 
@@ -9702,9 +9621,6 @@ class Training:
         self.writer = CheckpointWriter(run)
         self.agreement = Agreement(run)
         self.graphs = step_graphs(run, self.model, self.forward, self.optimizers)
-        if self.config.prefix_loss:
-            self.model.prefixes = token_prefixes(data).to(run.device)
-            self.model.prefix_weight = torch.zeros((), device=run.device)
         warm_up(run, built, self.optimizers, self.feed, self.graphs)
         self.reserve = self.config.gptq_reserve_seconds
         if self.reserve < 0:
@@ -9818,7 +9734,6 @@ class Training:
             self.model.loops = loops
             run.log(f"{kind} at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step, longest_segment(config, progress))
-        self.set_prefix_weight(progress)
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         self.step += 1
         self.operations += self.count_operations(self.model.loops, run.sum_on_hosts(self.feed.pairs))
@@ -9836,12 +9751,6 @@ class Training:
             self.validate(self.validation)
         if saves:
             self.writer.write(self.checkpoint())
-
-    def set_prefix_weight(self, progress: float) -> None:
-        """The weight of PREFIX_LOSS, which falls linearly to 0; on the device, as a graph may read it."""
-        if self.model.prefix_weight is not None:
-            left = max(0.0, 1 - progress / self.config.prefix_loss_until)
-            self.model.prefix_weight.fill_(self.config.prefix_loss * left)
 
     def log_step(self, loss: Tensor, rate: float) -> None:
         """The line and the record of one step; speeds are averages over the steps of this process."""
@@ -9889,8 +9798,6 @@ class Training:
         run = self.run
         seconds = self.seconds_before + run.now() - self.started
         self.writer.wait()
-        self.model.prefixes = None
-        self.model.prefix_weight = None
         mebibytes = peak_memory_mebibytes(run)
         before = self.graphs_before_clock
         late = torch.tensor(compiled_graphs() - before, device=run.device)

@@ -617,7 +617,7 @@ class Bench:
                 bank.grad = gradients[name]
             step.optimizers.muon.reduce()
             step.optimizers.muon.set_rates(c.matrix_lr, c.muon_momentum, c.muon_wd)
-            step.optimizers.muon.step(None, step.optimizers.muon.phase(0.0))
+            step.optimizers.muon.step(None, mixed=False)
 
         alone = total(self.meter.classes(muon))
         for parameter in step.model.parameters():
@@ -652,7 +652,7 @@ class Bench:
             give(values)
             which.reduce()
             which.set_rates(config.matrix_lr, config.muon_momentum, config.muon_wd)
-            which.step(None, which.phase(0.0))
+            which.step(None, mixed=False)
 
         banks = {bank: gradients[bank] for bank in whole.muon.banks.values()}
         calls = {

@@ -104,7 +104,7 @@ def test_replayed_steps_follow_batches_rates_and_weights_of_now(gpu, config, sco
 
 
 def test_each_loop_state_shape_and_phase_has_its_graph_once(gpu, config):
-    levers = replace(config, muon_mixture="0.9:0.5,0.99:0.5", muon_mixture_start=0.5, muon_metric_until=0.3)
+    levers = replace(config, muon_mixture="0.9:0.5,0.99:0.5", muon_mixture_start=0.5)
     plain, replayed = (Steps(t.Run(levers), replayed) for replayed in (False, True))
     cases = [(False, 64, 0.0), (True, 64, 0.2), (False, 64, 0.4), (True, 96, 0.6), (True, 64, 0.7)]
     for step, (looped, total, progress) in enumerate(cases):
@@ -180,7 +180,8 @@ def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path
         train_seq_schedule="16@0.6",
         num_loops=2,
         loop_schedule="1@0.7",
-        muon_metric_until=0.3,
+        muon_mixture="0.85:0.4,0.98:0.6",
+        muon_mixture_start=0.3,
         gptq_reserve_seconds=1.0,
     )
     losses, weights = trained(config, tmp_path / "plain", graphs=False)
@@ -197,7 +198,7 @@ def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path
 def test_the_stages_of_a_training_are_those_that_compile_something_else():
     config = t.Config(enable_looping_at=0.35)
     assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0], [0.35]]
-    levers = {"muon_mixture": "0.9:1", "muon_mixture_start": 0.5, "muon_metric_until": 0.1}
+    levers = {"muon_mixture": "0.9:1", "muon_mixture_start": 0.5}
     config = replace(config, train_seq_schedule="512@0.1,1024@0.5", **levers)
     assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0, 0.1], [0.35, 0.5]]
     assert t.stages(replace(config, num_loops=0), 0) == [0.0, 0.1, 0.5]

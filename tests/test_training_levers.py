@@ -7,10 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 import train_gpt as t
-from helpers.tensors import perturbed, tokens
+from helpers.tensors import tokens
 from helpers.trainer import replace
 
 CLASSIC = t.NEWTON_SCHULZ["classic"] * 5
@@ -47,28 +46,8 @@ def test_heads_as_units_are_orthogonalised_one_by_one():
         assert torch.allclose(result[:, half], alone, atol=1e-6)
 
 
-def test_a_metric_makes_noisy_rows_and_columns_move_less():
-    torch.manual_seed(0)
-    rows, columns = torch.zeros(1, 6, 1), torch.zeros(1, 1, 10)
-    arguments = (torch.tensor(0.9), False, torch.float32, t.NEWTON_SCHULZ["polar_express"])
-    gradient = torch.randn(1, 6, 10)
-    gradient[:, 0] *= 5
-    result = t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns), measures=True)
-    assert torch.allclose(rows, 0.05 * gradient.square().mean(2, keepdim=True))  # the momentum was zero
-    # Roots of B, that of the noise over its mean, at least 1/2 and at most 2, around a polar factor.
-    scales = [
-        (part / part.mean()).sqrt().clamp(0.5, 2).rsqrt()
-        for part in (gradient.square().mean(2, keepdim=True), gradient.square().mean(1, keepdim=True))
-    ]
-    u, _, v = torch.linalg.svd(scales[0] * gradient * scales[1], full_matrices=False)
-    assert torch.allclose(result, scales[0] * (u @ v) * scales[1], atol=0.15)
-    frozen = rows.clone()
-    t.muon_update(gradient, torch.zeros(1, 6, 10), *arguments, metric=(rows, columns))
-    assert torch.equal(rows, frozen)
-
-
 def test_the_averages_of_a_mixture_are_saved_and_the_units_are_those_of_keys_and_values(config):
-    config = replace(config, muon_mixture="0.85:0.4,0.98:0.6", muon_head_units=True, muon_metric_until=0.5)
+    config = replace(config, muon_mixture="0.85:0.4,0.98:0.6", muon_head_units=True)
     run = t.Run(config)
     torch.manual_seed(0)
     model = t.GPT(config)
@@ -129,30 +108,3 @@ def test_loops_grow_with_the_schedule():
             replace(c, loop_schedule=schedule)
     with pytest.raises(t.Stop, match="must be pairs loops@progress"):
         replace(c, loop_schedule="0@0.5")
-
-
-def test_the_loss_of_prefixes_is_that_of_their_tokens(config):
-    config = replace(config, prefix_loss=0.25, prefix_loss_until=0.5)
-    data = t.Dataset(config)
-    prefixes = t.token_prefixes(data)
-    texts = [data.pieces.id_to_piece(token) for token in range(config.vocab_size)]
-    pairs = [(texts[token], texts[found]) for token, found in enumerate(prefixes.tolist()) if found >= 0]
-    assert len(pairs) > 20 and all(long.startswith(short) and long != short for long, short in pairs)
-    known = set(texts)
-    assert not any(long[:size] in known for long, short in pairs for size in range(len(short) + 1, len(long)))
-
-    torch.manual_seed(0)
-    model = perturbed(t.GPT(config), 0.05)
-    batch = tokens(config)
-    plain = model(batch)
-    hidden = model.trunk(batch, t.Hooks())
-    logits = 30 * torch.tanh(F.linear(hidden, model.embed) / 30)
-    aims = prefixes[batch.targets]
-    extra = F.cross_entropy(logits.flatten(0, 1), aims.flatten().clamp_min(0), reduction="none")
-    expected = plain + 0.25 * (aims >= 0) * extra.view_as(plain)
-    model.prefixes = prefixes
-    model.prefix_weight = torch.tensor(0.25)
-    result = model(batch)
-    assert torch.allclose(result, expected, atol=1e-5) and (aims >= 0).any() and (aims < 0).any()
-    gradients = [torch.autograd.grad(loss.mean(), model.up)[0] for loss in (result, expected)]
-    assert torch.allclose(*gradients, atol=1e-6)
