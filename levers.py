@@ -31,6 +31,8 @@ from results import NAMES, PLACES, Run, Stop, lookup, run_tool, write_atomically
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "records" / "levers.jsonl"
 LEVERS = ROOT / "records" / "levers.txt"
+GONE = ROOT / "records" / "levers_gone.txt"  # those that lost, whose settings the script has no more
+TOKENIZERS = ROOT / "records" / "levers_tokenizer.txt"
 BASE = "base"
 TOGETHER = "together"
 WITHOUT = "without "
@@ -177,11 +179,33 @@ def contests(records: Sequence[Record]) -> list[list[Record]]:
     return [group[::-1] for group in groups.values()]
 
 
+def combinations(records: Sequence[Record]) -> dict[str, Settings]:
+    """The settings of the winners together and of these without each one, by the latest choice of winners."""
+    chosen = [record["settings"] for record in records if record["lever"] == TOGETHER]
+    if not chosen:
+        return {}
+    together = chosen[-1]
+    found = {TOGETHER: together}
+    for record in records:
+        own = record["settings"].items()
+        if own and own <= together.items():
+            found[WITHOUT + record["lever"]] = dict(together.items() - own)
+    return found
+
+
 def group_records(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
-    """The records of one contest by lever and seed; of two of one run the later."""
+    """The records of one contest by lever and seed; of two of one run the later.
+
+    Of those about winners together, and without one, only what is about the latest choice of winners.
+    """
+    records = list(records)
+    latest = combinations(records)
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
-        groups.setdefault(record["lever"], {})[record["seed"]] = record
+        name = record["lever"]
+        combined = name == TOGETHER or name.startswith(WITHOUT)
+        if not combined or record["settings"] == latest.get(name):
+            groups.setdefault(name, {})[record["seed"]] = record
     return groups
 
 
@@ -450,13 +474,19 @@ def main(arguments: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="default: records/levers.jsonl")
-    parser.add_argument("--levers", type=Path, default=LEVERS, help="where the evidence is said")
+    parser.add_argument(
+        "--levers",
+        type=Path,
+        nargs="+",
+        default=[LEVERS, TOKENIZERS, GONE],
+        help="where the evidence is said",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of levers.md and levers.svg")
     options = parser.parse_args(arguments)
     records = read_records(options.records)
     if not records:
         raise Stop(f"{options.records}: holds no record; ./sweep.py --levers makes them")
-    evidence = {lever.name: lever.evidence for lever in read_levers(options.levers)}
+    evidence = {lever.name: lever.evidence for path in options.levers for lever in read_levers(path)}
     latest = contests(records)[0]
     picture = draw(judge(latest), f"{latest[-1]['recipe']}: levers against the base")
     write_atomically(options.out / "levers.svg", picture)

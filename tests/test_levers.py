@@ -130,6 +130,23 @@ def test_another_dataset_is_another_run(tmp_path):
     assert keys["one"] == keys["copy"] != keys["other"]
 
 
+def test_winners_of_an_earlier_choice_are_not_mixed_with_those_of_the_latest():
+    def record(lever: str, score: float, **settings: str) -> levers.Record:
+        return {"lever": lever, "seed": 1, "settings": settings, "val_bpb": score}
+
+    records = [
+        record("base", 2.0),
+        *(record(name, 1.99, **{name.upper(): "1"}) for name in "abc"),
+        record("together", 1.9, A="1", B="1"),
+        record("without a", 1.95, B="1"),
+        record("without b", 1.97, A="1"),
+        record("together", 1.8, B="1", C="1"),
+        record("without b", 1.85, C="1"),
+    ]
+    found = {row.name: row.mean for row in levers.judge(records) if len(row.name) > 1}
+    assert found == {"base": 2.0, "together": 1.8, "without b": 1.85}
+
+
 def test_another_script_is_another_contest_unless_its_base_has_the_same_scores(tmp_path):
     (tmp_path / "levers.txt").write_text("rate | MATRIX_LR=0.03 | #1: three seeds\n")
     before = levers.read_records(call(tmp_path, seeds="1,2"))

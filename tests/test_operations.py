@@ -94,6 +94,12 @@ def test_the_two_recipes_of_the_mini_contest_differ_in_the_packer_alone():
     assert t.Config.from_env(public).train_operations == config.train_operations == 6e12
     entries = sum(t.math.prod(spec.shape) for spec in t.parameter_table(config).values())
     assert 500_000 < entries < 510_000
+    # Our best one keeps to the same rule, and has another evaluation.
+    best = t.Config.from_env(read_recipe(ROOT / "records/recipes/mini_flagship.env"))
+    rule = ("datasets_dir", "vocab_size", "schedule", "train_operations", "artifact_target_bytes")
+    for name in (*rule, "eval_budget_passes", "num_layers", "model_dim", "mlp_mult", "train_batch_tokens"):
+        assert getattr(best, name) == getattr(config, name)
+    assert best.ttt_mode == "mixture" and best.quantizer == config.quantizer
     # The parts of the contest are all there.
     assert config.num_loops and config.parallel_residual == "two_lane" and config.smear_gate
     assert config.head_gate == "sparse" and config.ttt_mode == "doc_lora" and config.eval_budget_passes == 40
