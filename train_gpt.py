@@ -598,7 +598,7 @@ def read_schedule(schedule: str) -> list[tuple[int, float]]:
     return [(int(number), float(until)) for number, until in pairs]
 
 
-def loop_stages(config: Config) -> list[tuple[int, float]]:
+def read_loop_schedule(config: Config) -> list[tuple[int, float]]:
     """(extra passes, progress until which they last) of LOOP_SCHEDULE; NUM_LOOPS comes after."""
     return read_schedule(config.loop_schedule)
 
@@ -635,7 +635,7 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
             f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
         ),
         (
-            rising([(0, config.enable_looping_at), *loop_stages(config), (config.num_loops, 2.0)])
+            rising([(0, config.enable_looping_at), *read_loop_schedule(config), (config.num_loops, 2.0)])
             or not config.loop_schedule,
             f"LOOP_SCHEDULE={config.loop_schedule}: loops and progress must rise, "
             f"from ENABLE_LOOPING_AT={config.enable_looping_at} to NUM_LOOPS={config.num_loops}",
@@ -4439,15 +4439,15 @@ class Visit(NamedTuple):
 
 def loop_states(config: Config) -> tuple[int, ...]:
     """How many extra passes through the looped layers there are during training, one after the other."""
-    stages = [loops for loops, _ in loop_stages(config)]
-    return (0, *stages, config.num_loops) if config.num_loops else (0,)
+    fewer = [loops for loops, _ in read_loop_schedule(config)]
+    return (0, *fewer, config.num_loops) if config.num_loops else (0,)
 
 
 def loops_at(config: Config, progress: float) -> int:
     """The extra passes at `progress`."""
     if progress < config.enable_looping_at:
         return 0
-    for loops, until in loop_stages(config):
+    for loops, until in read_loop_schedule(config):
         if progress < until:
             return loops
     return config.num_loops
@@ -4455,7 +4455,7 @@ def loops_at(config: Config, progress: float) -> int:
 
 def loop_spans(config: Config) -> dict[int, tuple[float, float]]:
     """The progress at which each of `loop_states` begins and ends; the last ends at 1."""
-    switches = [config.enable_looping_at, *(until for _, until in loop_stages(config))]
+    switches = [config.enable_looping_at, *(until for _, until in read_loop_schedule(config))]
     edges = [0.0, *switches, 1.0] if config.num_loops else [0.0, 1.0]
     return dict(zip(loop_states(config), itertools.pairwise(edges), strict=True))
 
@@ -9428,7 +9428,7 @@ def padded_batches(config: Config, feed: Feed, device: torch.device) -> list[Bat
     return batches
 
 
-def stages(config: Config, loops: int) -> list[float]:
+def turning_points(config: Config, loops: int) -> list[float]:
     """Where, in this loop state, a step begins to be compiled otherwise: values of progress, its first on."""
     begin, end = loop_spans(config)[loops]
     switches = [until for _, until in read_schedule(config.train_seq_schedule)]
@@ -9457,7 +9457,7 @@ def warm_up(
         model.loops = loops
         for batch in padded:
             work(batch, len(feed.get(0)))
-        first, *later = stages(config, loops)
+        first, *later = turning_points(config, loops)
         steps = [(step, first) for step in range(config.warmup_steps)]
         if steps:
             steps += [(0, progress) for progress in later]

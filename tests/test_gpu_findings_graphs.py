@@ -195,15 +195,19 @@ def test_a_resumed_training_through_all_stages_is_the_same(gpu, config, tmp_path
     assert "warning" not in said[0]
 
 
-def test_the_stages_of_a_training_are_those_that_compile_something_else():
+def test_the_turning_points_of_a_training_are_those_that_compile_something_else():
     config = t.Config(enable_looping_at=0.35)
-    assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0], [0.35]]
+    assert [t.turning_points(config, loops) for loops in (0, 2)] == [[0.0], [0.35]]
     levers = {"muon_mixture": "0.9:1", "muon_mixture_start": 0.5}
     config = replace(config, train_seq_schedule="512@0.1,1024@0.5", **levers)
-    assert [t.stages(config, loops) for loops in (0, 2)] == [[0.0, 0.1], [0.35, 0.5]]
-    assert t.stages(replace(config, num_loops=0), 0) == [0.0, 0.1, 0.5]
+    assert [t.turning_points(config, loops) for loops in (0, 2)] == [[0.0, 0.1], [0.35, 0.5]]
+    assert t.turning_points(replace(config, num_loops=0), 0) == [0.0, 0.1, 0.5]
     config = replace(config, loop_schedule="1@0.4")
-    assert [t.stages(config, loops) for loops in t.loop_states(config)] == [[0.0, 0.1], [0.35], [0.4, 0.5]]
+    assert [t.turning_points(config, loops) for loops in t.loop_states(config)] == [
+        [0.0, 0.1],
+        [0.35],
+        [0.4, 0.5],
+    ]
 
 
 TWO_RANKS = """
