@@ -120,19 +120,10 @@ decay_list = Check(
     lambda value: re.fullmatch(r"(0?\.\d+:\d*\.?\d+(,(?!$)|$))*", value, re.ASCII) is not None,
     "must be pairs decay:weight separated by commas, as in 0.85:0.4385,0.98:0.5615",
 )
-
-
-def schedule_check(what: str, example: str) -> Check:
-    """That a setting is empty or pairs of a number and the progress up to which it holds."""
-    form = re.compile(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", re.ASCII)
-    return Check(
-        lambda value: form.fullmatch(value) is not None,
-        f"must be pairs {what}@progress separated by commas, as in {example}",
-    )
-
-
-length_list = schedule_check("length", "512@0.1,1024@0.7")
-loop_list = schedule_check("loops", "1@0.5,2@0.7")
+length_list = Check(
+    lambda value: re.fullmatch(r"([1-9]\d*@(0?\.\d+|[01])(,(?!$)|$))*", value, re.ASCII) is not None,
+    "must be pairs length@progress separated by commas, as in 512@0.1,1024@0.7",
+)
 rate_list = Check(
     lambda value: re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", value, re.ASCII) is not None,
     "must be numbers separated by commas",
@@ -296,11 +287,6 @@ class Config:
     )
     min_lr: float = knob(0.1, "lowest learning rate, as a fraction of the highest", fraction)
     enable_looping_at: float = knob(0.35, "fraction of the run at which the loops are switched on", fraction)
-    loop_schedule: str = knob(
-        "",
-        "loops@progress,...: from there only so many extra passes until then (#1756); empty: none",
-        loop_list,
-    )
     _optimizer = Section("Optimizers", "training")
     matrix_lr: float = knob(0.026, "Muon step of the matrices", positive)
     muon_momentum: float = knob(0.97, "Muon momentum after its ramp", below_one)
@@ -593,19 +579,9 @@ ROUNDING_GROUPS = (("up", "down"), ("qo", "kv", "bigram_out", "mudd_read"), ("em
 
 
 def read_schedule(schedule: str) -> list[tuple[int, float]]:
-    """(number, progress until which it holds) of TRAIN_SEQ_SCHEDULE or LOOP_SCHEDULE, see schedule_check."""
+    """(length, progress until which it holds) of TRAIN_SEQ_SCHEDULE."""
     pairs = [pair.split("@") for pair in schedule.split(",") if pair]
     return [(int(number), float(until)) for number, until in pairs]
-
-
-def read_loop_schedule(config: Config) -> list[tuple[int, float]]:
-    """(extra passes, progress until which they last) of LOOP_SCHEDULE; NUM_LOOPS comes after."""
-    return read_schedule(config.loop_schedule)
-
-
-def rising(pairs: list[tuple[int, float]]) -> bool:
-    """Whether both numbers are greater in each pair than in the one before."""
-    return all(a < b and c < d for (a, c), (b, d) in itertools.pairwise(pairs))
 
 
 def model_rules(config: Config) -> list[tuple[bool, str]]:
@@ -633,12 +609,6 @@ def model_rules(config: Config) -> list[tuple[bool, str]]:
             config.num_loops == 0 or config.loop_start <= config.loop_end < config.num_layers,
             f"LOOP_START={config.loop_start}, LOOP_END={config.loop_end}: "
             f"need LOOP_START <= LOOP_END < NUM_LAYERS={config.num_layers} (or NUM_LOOPS=0)",
-        ),
-        (
-            rising([(0, config.enable_looping_at), *read_loop_schedule(config), (config.num_loops, 2.0)])
-            or not config.loop_schedule,
-            f"LOOP_SCHEDULE={config.loop_schedule}: loops and progress must rise, "
-            f"from ENABLE_LOOPING_AT={config.enable_looping_at} to NUM_LOOPS={config.num_loops}",
         ),
         (
             config.mudd_last_n < config.num_layers,
@@ -4439,24 +4409,17 @@ class Visit(NamedTuple):
 
 def loop_states(config: Config) -> tuple[int, ...]:
     """How many extra passes through the looped layers there are during training, one after the other."""
-    fewer = [loops for loops, _ in read_loop_schedule(config)]
-    return (0, *fewer, config.num_loops) if config.num_loops else (0,)
+    return (0, config.num_loops) if config.num_loops else (0,)
 
 
 def loops_at(config: Config, progress: float) -> int:
     """The extra passes at `progress`."""
-    if progress < config.enable_looping_at:
-        return 0
-    for loops, until in read_loop_schedule(config):
-        if progress < until:
-            return loops
-    return config.num_loops
+    return config.num_loops if progress >= config.enable_looping_at else 0
 
 
 def loop_spans(config: Config) -> dict[int, tuple[float, float]]:
     """The progress at which each of `loop_states` begins and ends; the last ends at 1."""
-    switches = [config.enable_looping_at, *(until for _, until in read_loop_schedule(config))]
-    edges = [0.0, *switches, 1.0] if config.num_loops else [0.0, 1.0]
+    edges = [0.0, config.enable_looping_at, 1.0] if config.num_loops else [0.0, 1.0]
     return dict(zip(loop_states(config), itertools.pairwise(edges), strict=True))
 
 
@@ -9730,9 +9693,8 @@ class Training:
         progress = self.progress
         loops = loops_at(config, progress)
         if loops > self.model.loops:
-            kind = "loops on" if not self.model.looped else f"{loops} loops"
             self.model.loops = loops
-            run.log(f"{kind} at step {self.step} after {self.elapsed:.1f}s")
+            run.log(f"loops on at step {self.step} after {self.elapsed:.1f}s")
         batches = self.feed.get(self.step, longest_segment(config, progress))
         loss = train_step(run, self.forward, self.optimizers, batches, progress, self.step, self.graphs)
         self.step += 1
@@ -9821,11 +9783,6 @@ class Training:
             facts["recorded_inside_clock"] = inside
             warning = "warning: " if inside else ""
             run.log(f"{warning}cuda graphs: {before} recorded before the clock, {inside} inside it")
-        if 0 < self.model.loops < config.num_loops:
-            run.log(
-                f"warning: LOOP_SCHEDULE={config.loop_schedule}: the training ended with {self.model.loops} "
-                f"loops, the scores are with NUM_LOOPS={config.num_loops}"
-            )
         limit = "MAX_WALLCLOCK_SECONDS" if self.has_work else "TRAIN_OPERATIONS"
         if self.step >= config.iterations:
             limit = "ITERATIONS"

@@ -44,7 +44,7 @@ def test_routes(changes, plain, looped):
     [
         {},
         {"num_loops": 0},
-        {"num_loops": 3, "loop_start": 0, "loop_end": 10, "loop_schedule": "1@0.5,2@0.6"},
+        {"num_loops": 3, "loop_start": 0, "loop_end": 10},
         {"num_layers": 1, "loop_start": 0, "loop_end": 0},
         {"num_layers": 6},
     ],

@@ -78,7 +78,7 @@ def test_settings_are_read_with_what_is_defined_above_them():
             given = {node.arg for node in ast.walk(definitions[name]) if isinstance(node, ast.arg)}
             used |= names - given - assigned(ast.Module(definitions[name].body, []))
             left += names
-    assert {"packing_rules", "read_loop_schedule"} <= reached and "Muon" in later
+    assert {"packing_rules", "Check"} <= reached and "Muon" in later
     assert used & later == set()
 
 

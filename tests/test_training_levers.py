@@ -97,14 +97,3 @@ def test_segments_grow_with_the_schedule():
         t.Config(train_seq_schedule="16@")
     with pytest.raises(t.Stop, match="must be pairs decay:weight"):
         t.Config(muon_mixture="0.9")
-
-
-def test_loops_grow_with_the_schedule():
-    c = t.Config(num_loops=3, enable_looping_at=0.2, loop_schedule="1@0.4,2@0.7")
-    assert [t.loops_at(c, p) for p in (0, 0.2, 0.39, 0.4, 0.7, 1)] == [0, 1, 1, 2, 3, 3]
-    assert t.loop_spans(c) == {0: (0, 0.2), 1: (0.2, 0.4), 2: (0.4, 0.7), 3: (0.7, 1)}
-    for schedule in ("1@0.1", "2@0.4,1@0.7", "1@0.7,2@0.4", "3@0.5"):
-        with pytest.raises(t.Stop, match=f"LOOP_SCHEDULE={schedule}: loops and progress must rise"):
-            replace(c, loop_schedule=schedule)
-    with pytest.raises(t.Stop, match="must be pairs loops@progress"):
-        replace(c, loop_schedule="0@0.5")
