@@ -14,7 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 import train_gpt as t
 from data.canonical import main
 from data.fast_tokenizer import NormalisationRules, load_model
-from data.shards import BOS, BPE, UNIGRAM, read_shard, train_tokenizer, with_whole_scores, write_shard
+from data.shards import BOS, BPE, UNIGRAM, read_shard, train_tokenizer, write_shard
+from helpers.data_side import with_equal_scores
 from helpers.trainer import replace
 from lossless_caps import CLOSERS, SENTENCE_ENDS, TRANSFORMS, WHITESPACE
 
@@ -52,18 +53,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
         for kind in (BPE, UNIGRAM)
     }
     made["equals"] = folder / "equals.model"
-    made["equals"].write_bytes(with_equal_scores(made[BPE].read_bytes(), generator))
+    made["equals"].write_bytes(with_equal_scores(made[BPE].read_bytes(), OPERATORS))
     return made
-
-
-def with_equal_scores(content: bytes, generator: random.Random) -> bytes:
-    """A unigram model of the pieces of a BPE model, with scores of which many sums are equal."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
-    proto.trainer_spec.model_type = t.UNIGRAM
-    for piece in proto.pieces:
-        if piece.type == piece.NORMAL:
-            piece.score = -generator.randint(1, 4) - len(piece.piece)
-    return with_whole_scores(proto.SerializeToString(), OPERATORS)
 
 
 @pytest.fixture(scope="module")
