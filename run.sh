@@ -23,25 +23,26 @@ config=$("$python" train_gpt.py --print-config) # a wrong setting stops here, be
 setting() { sed -n "s/^$1=//p" <<< "$config"; }
 folder=$(setting DATASETS_DIR)
 [ -n "$folder" ] || folder=$(setting DATA_DIR)/datasets/fineweb10B_sp$(setting VOCAB_SIZE)
-published= superwords=
+published= pieces=()
 folder=${folder%/}
 case "${folder#./}" in
   data/demo) "$python" data/demo.py --out data/demo --vocab-size "$(setting VOCAB_SIZE)" ;;
   data/datasets/fineweb10B_sp8192) published=sp8192 ;;
   data/datasets/fineweb10B_sp8192_casefold_v2) published=casefold_v2 ;;
   data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved) published=caseops_v1 ;;
-  data/datasets/fineweb10B_sp*_caseops_v3) superwords=0 ;;
-  data/datasets/fineweb10B_sp*_caseops_v3_superwords) superwords=$(($(setting VOCAB_SIZE) / 8)) ;;
+  data/datasets/fineweb10B_sp*_caseops_v3) pieces=(--superwords 0) ;;
+  data/datasets/fineweb10B_sp*_caseops_v3_superwords) pieces=(--superwords $(($(setting VOCAB_SIZE) / 8))) ;;
+  data/datasets/fineweb10B_sp*_caseops_v3_unigram) pieces=(--tokenizer-model unigram) ;;
 esac
 if [ -n "$published" ] && [ ! -d "$folder" ]; then
   "$python" data/download.py "$published" # about 16 GB
 elif [ -n "$published" ] && [ ! -f "$folder/manifest.json" ]; then
   echo "warning: $folder has no manifest.json; if its download was cut off, ./data/download.py $published goes on" >&2
 fi
-if [ -n "$superwords" ] && [ ! -f "$folder/proof.json" ]; then
+if [ ${#pieces[@]} -gt 0 ] && [ ! -f "$folder/proof.json" ]; then
   # Hours, which need no GPU: the same command makes it elsewhere first. It goes on where it was stopped.
   "$python" data/prepare.py hub:docs --out "$folder" --transform caseops_v3 --vocab-size "$(setting VOCAB_SIZE)" \
-    --superwords "$superwords" --prove
+    "${pieces[@]}" --prove
 fi
 
 out=$(setting OUT_DIR)

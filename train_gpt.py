@@ -32,7 +32,7 @@ Contents, in the order of execution (every section starts with a line `# === NAM
     ARTIFACT     entropy coder, the container on disk, the packed script
     EVALUATE     windows, scores, plain and sliding evaluation
     ADAPTATION   test-time training, adapters by document, the rehearsal
-    PAIRS        which tokens can be neighbours in what a BPE tokenizer writes
+    PAIRS        which tokens can be neighbours in what a tokenizer writes
     CANONICAL    what can come at every place of a text: the mask of what the tokenizer cannot write
     SLOTS        documents side by side in slots that never wait: turns, cached keys, the step of the adapters
     MIXTURE      a mixture of causal experts over cached keys and values
@@ -395,7 +395,7 @@ class Config:
     val_batch_tokens: int = knob(524_288, "tokens per evaluation batch over 8 ranks", positive)
     eval_budget_seconds: float = knob(600.0, "limit of the evaluation clock", positive)
     canonical_mask: bool = knob(
-        False, "refuse in every score what the (BPE) tokenizer cannot write after the tokens before"
+        False, "refuse in every score what the tokenizer cannot write after the tokens before"
     )
     eval_budget_passes: float = knob(
         0.0, "limit of evaluation in forwards and backwards per validation token; 0: none", not_negative
@@ -8026,18 +8026,26 @@ def rehearse(run: Run, stages: dict[str, Callable[[Tally], None]]) -> None:
 # so all merges inside happened in the order that they have when the text of a and b is encoded alone: the
 # pair occurs exactly if that gives [a, b] back. Both orders of merges are known, so they are played together,
 # and the pair is refused if a merge across the border comes before one of theirs.
+#
+# A unigram model takes the pieces with the highest sum of scores, and every part of a best sum is a best one:
+# the pair occurs exactly if no other pieces have a higher sum for the text of a and b. Either they split a or
+# b, which then never occurs, or one of them goes across the border: the end of a and the start of b, with the
+# best sums for what is left of the two. Of equal sums the one with the longest last piece is taken.
 
-BPE = 2  # SentencePiece's number for the kind of model
+UNIGRAM, BPE = 1, 2  # SentencePiece's numbers for the kinds of model
+UNKNOWN_PENALTY = 10.0  # a character without a piece scores so much less than the lowest piece
 
 
 class Vocabulary(NamedTuple):
-    """What a SentencePiece BPE model says of its V tokens, by id.
+    """What a SentencePiece model says of its V tokens, by id.
 
-    `texts` of pieces, "" where a token stands for none; `types`, by SentencePiece's names; `scores` of the
-    pieces that merges make; the byte (V,) of a byte piece, else -1. The normaliser puts a space before the
-    text (`dummy_prefix`), and joins spaces and drops those at the ends (`joins_spaces`).
+    `model` is UNIGRAM or BPE. `texts` of pieces, "" where a token stands for none; `types`, by the names of
+    SentencePiece, an operator always as USER_DEFINED; `scores` of the other pieces; the byte (V,) of a byte
+    piece, else -1. The normaliser puts a space before the text (`dummy_prefix`), and joins spaces and drops
+    those at the ends (`joins_spaces`).
     """
 
+    model: int
     texts: list[str]
     types: list[str]
     scores: dict[str, float]
@@ -8071,7 +8079,12 @@ def read_vocabulary(path: Path) -> Vocabulary:
     texts = ["" for _ in model.pieces]
     scores = {}
     values = np.full(len(types), -1)
+    whole = True
     for token, piece in enumerate(model.pieces):
+        if trainer.model_type == UNIGRAM:
+            whole &= types[token] != "USER_DEFINED" and piece.score % 1 == 0
+            if types[token] == "NORMAL" and piece.score == 0:
+                types[token] = "USER_DEFINED"  # an operator, as data/shards.py says
         if types[token] in ("NORMAL", "USER_DEFINED"):
             texts[token] = piece.piece
         if types[token] == "NORMAL":
@@ -8080,8 +8093,12 @@ def read_vocabulary(path: Path) -> Vocabulary:
             values[token] = int(piece.piece[3:5], 16)  # as in <0x0A>
     marked = [text for text, kind in zip(texts, types, strict=True) if kind == "USER_DEFINED"]
     reason = ""
-    if trainer.model_type != BPE:
-        reason = "is no BPE model"
+    if trainer.model_type not in (UNIGRAM, BPE):
+        reason = "is no BPE or unigram model"
+    elif not whole:
+        reason = "is a unigram model whose scores are not whole, as those that data/prepare.py makes are"
+    elif trainer.model_type == UNIGRAM and any(text in other for text in marked for other in scores):
+        reason = "has pieces of score 0 within others"
     elif "UNUSED" in types:
         reason = "has unused pieces, which are split again"
     elif trainer.treat_whitespace_as_suffix or not normaliser.escape_whitespaces:
@@ -8094,7 +8111,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise Stop(f"{path}: {reason}, so the mask is not exact; set CANONICAL_MASK=0 or TOKENIZER_PATH")
     # Other normalisers leave spaces of another kind, and U+2581 of the text, as they are.
     joins = normaliser.remove_extra_whitespaces and normaliser.name.startswith("nmt_nfkc")
-    return Vocabulary(texts, types, scores, values, normaliser.add_dummy_prefix, joins)
+    return Vocabulary(trainer.model_type, texts, types, scores, values, normaliser.add_dummy_prefix, joins)
 
 
 class Merges(NamedTuple):
@@ -8235,21 +8252,103 @@ def is_joined(of_first, of_second, left_of_second, across):
             j += 1
 
 
-def pair_table(vocabulary: Vocabulary) -> np.ndarray:
-    """(V, V / 8) uint8: for each last token the ones that BPE does not join with it."""
-    size = len(vocabulary.texts)
+def best_sums(text: str, scores: Mapping[str, float]) -> list[float]:
+    """The highest sum of scores of pieces that make the start of `text`, by its length from 0 on."""
+    best = [0.0]
+    for end in range(1, len(text) + 1):
+        best.append(max(best[cut] + scores.get(text[cut:end], -math.inf) for cut in range(end)))
+    return best
+
+
+class Crossings(NamedTuple):
+    """How pieces cross the border of two tokens of a unigram model; ends and starts of texts are numbered.
+
+    What a token gives to such a piece costs its score, less the best sum of what is left of it. The ends of
+    token a are ends[cuts[a]:cuts[a + 1]], at `end_costs`. The pieces that begin with end e go on with
+    starts[joins[e]:joins[e + 1]], and `gains` are their scores. The tokens that begin with start s are
+    users[firsts[s]:firsts[s + 1]], at `start_costs`, the least first.
+    """
+
+    cuts: np.ndarray
+    ends: np.ndarray
+    end_costs: np.ndarray
+    joins: np.ndarray
+    starts: np.ndarray
+    gains: np.ndarray
+    firsts: np.ndarray
+    start_costs: np.ndarray
+    users: np.ndarray
+
+
+def find_crossings(vocabulary: Vocabulary) -> tuple[list[int], Crossings]:
+    """The pieces that occur, which are those that their own parts do not beat, and their Crossings."""
+    pieces = vocabulary.scores
+    unknown = min(pieces.values(), default=0.0) - UNKNOWN_PENALTY
+    scores = dict.fromkeys("".join(pieces), unknown) | pieces
+    backwards = {text[::-1]: score for text, score in scores.items()}
+    halves = [(text[:cut], text[cut:], text) for text in pieces for cut in range(1, len(text))]
+    ends = numbered(end for end, _, _ in halves)
+    starts = numbered(start for _, start, _ in halves)
+    found, of_first, of_second = [], [], []
+    for token in vocabulary.of_type("NORMAL").nonzero()[0].tolist():
+        text = vocabulary.texts[token]
+        score = pieces[text]
+        before = best_sums(text, scores)
+        if before[-1] > score:
+            continue
+        behind = best_sums(text[::-1], backwards)
+        found.append(token)
+        for cut in range(len(text)):
+            if text[cut:] in ends:
+                of_first.append((token, ends[text[cut:]], score - before[cut]))
+            start = text[: len(text) - cut]
+            if start in starts:
+                # Half a point off: of equal sums, which are whole, that with the longest last piece is taken.
+                of_second.append((starts[start], score - behind[cut] - 0.5 * (cut == 0), token))
+    joined = [(ends[end], starts[start], pieces[text]) for end, start, text in halves]
+    return found, Crossings(
+        *grouped(of_first, 2, len(vocabulary.texts)),
+        *grouped(joined, 2, len(ends)),
+        *grouped(of_second, 2, len(starts)),
+    )
+
+
+@numba_jit
+def refuse_crossed(tokens, table, cuts, ends, end_costs, joins, starts, gains, firsts, start_costs, users):
+    """As refuse_pairs for a unigram model; the arrays after `table` are those of Crossings."""
+    for first in tokens:
+        for i in range(cuts[first], cuts[first + 1]):
+            end = int(ends[i])
+            for k in range(joins[end], joins[end + 1]):
+                start = int(starts[k])
+                for use in range(firsts[start], firsts[start + 1]):
+                    if end_costs[i] + start_costs[use] >= gains[k]:
+                        break
+                    second = int(users[use])
+                    table[first, second >> 3] &= ~np.uint8(1 << (second & 7))
+
+
+def find_joins(vocabulary: Vocabulary) -> tuple[list[int], MergeTable]:
+    """The pieces that BPE makes of their own text, which are those that occur, and their MergeTable."""
     found = {}
     for token in vocabulary.of_type("NORMAL").nonzero()[0].tolist():
         merges = find_merges(vocabulary.texts[token], vocabulary.scores)
         if merges is not None:
             found[token] = merges
+    return sorted(found), tabulate(found, vocabulary.scores, len(vocabulary.texts))
+
+
+def pair_table(vocabulary: Vocabulary) -> np.ndarray:
+    """(V, V / 8) uint8: for each last token the ones that the tokenizer leaves apart from it."""
+    if vocabulary.model == UNIGRAM:
+        refuse_some, (found, arrays) = refuse_crossed, find_crossings(vocabulary)
+    else:
+        refuse_some, (found, arrays) = refuse_pairs, find_joins(vocabulary)
     occurs = vocabulary.of_type("BYTE", "UNKNOWN", "USER_DEFINED")
     occurs[[BOS, *found]] = True
-    table = np.tile(pack_bits(occurs), (size, 1))
-    merges = tabulate(found, vocabulary.scores, size)
-    tokens = np.array(sorted(found), np.int64)
-    parts = np.array_split(tokens, usable_cores())
-    parallel_map(lambda part: refuse_pairs(part, table, *merges), parts)
+    table = np.tile(pack_bits(occurs), (len(occurs), 1))
+    parts = np.array_split(np.array(found, np.int64), usable_cores())
+    parallel_map(lambda part: refuse_some(part, table, *arrays), parts)
     return table
 
 

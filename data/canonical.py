@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a BPE tokenizer can write after what: the mask of CANONICAL_MASK=1, and the proof that it is exact.
+"""What a tokenizer can write after what: the mask of CANONICAL_MASK=1, and the proof that it is exact.
 
     python data/canonical.py data/datasets/mine [--out table.npy]
     python data/canonical.py --tokenizer M.model --documents corpus.jsonl.xz --transform caseops_v3

@@ -4,9 +4,11 @@ Why it is exact. A SentencePiece model normalises text by longest-match rules, e
 then joins pieces of its vocabulary. Where no rule and no piece spans a place in the text, what stands left of
 it cannot influence the ids to the right of it. That holds in front of every space when no piece has an inner
 U+2581, and between two ASCII characters that are adjacent in no piece ("d" and "," for example), and at both
-sides of a user-defined symbol that stands next to such a character. So text is cut at those places and the
-ids of each segment are looked up by its exact bytes. `refusal` checks everything this argument uses on the
-model itself; a model that fails is encoded by SentencePiece alone.
+sides of a case operator that stands next to such a character. A unigram model compares sums of scores from
+the start of the text, which is the same as comparing those of the segment if all sums are exact: whole
+numbers below 2**24. So text is cut at those places and the ids of each segment are looked up by its exact
+bytes. `refusal` checks everything this argument uses on the model itself; a model that fails is encoded by
+SentencePiece alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from data.superwords import JOINED_OPERATORS, Superwords, learnt_after_words
+from data.superwords import Superwords, learnt_after_words
+from lossless_caps import OPERATORS
 
 SPACE = "\u2581"
 UNIGRAM, BPE = 1, 2
@@ -32,6 +35,8 @@ BLOCK_BYTES = 1 << 20
 # 2**21 rows of 32 bytes: with the ids they refer to, at most about 100 MB for each process.
 SMALLEST_TABLE, LARGEST_TABLE = 1 << 16, 1 << 21
 MOST_LONG_SEGMENTS = 200_000
+# Of a piece of a unigram model: with this one, texts of 8,000 characters are still looked up.
+LARGEST_SCORE = 2048
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 LEAD_BIT = np.uint64(1 << 63)
 
@@ -81,6 +86,10 @@ class NormalisationRules:
             return None
         start = int(self._units[self._bases[node]] & 0x7FFFFFFF)
         return self.results[start : self.results.index(b"\0", start)]
+
+    def longest_result(self) -> int:
+        """The most characters that a rule puts in the place of one or more."""
+        return max(len(result.decode()) for result in self.results.split(b"\0"))
 
     def spans(self, first: bytes) -> bool:
         """Whether some rule has an ASCII byte after its first byte,
@@ -137,8 +146,11 @@ def refusal(model: sentencepiece_model_pb2.ModelProto, rules: NormalisationRules
     if trainer.model_type == UNIGRAM:
         if any(piece.type != NORMAL for piece in pieces):
             return "a Unigram model with user-defined or unused symbols"
-        if any(piece.score != round(piece.score) or abs(piece.score) > 64 for piece in pieces):
-            return "Unigram scores are not small integers, so ties depend on how sums are rounded"
+        if any(piece.score % 1 or abs(piece.score) > LARGEST_SCORE for piece in pieces):
+            return (
+                "Unigram scores are not small whole numbers, so ties depend on how sums are rounded; "
+                "--tokenizer-model unigram trains one whose are"
+            )
     if not trainer.byte_fallback:
         return "no byte fallback"
     if trainer.treat_whitespace_as_suffix or normaliser.add_dummy_prefix:
@@ -185,25 +197,25 @@ class FastTokenizer:
         self._symbols = self._lone_symbols(rules)
         self._pairs = self._pair_table(space_bytes(rules))
         self._prefix = len(self._splitter.encode("a"))
-        # Sums of Unigram scores are exact in float32 below 2**24; an
-        # unknown character costs 10 more than any piece.
+        # Of a text whose sums of scores are exact: an unknown character costs 10 more than any piece.
         lowest = min(piece.score for piece in self.model.pieces)
         self._most_characters = (
-            int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**31
+            int(2**24 / (10 - lowest)) if self.model.trainer_spec.model_type == UNIGRAM else 2**62
         )
+        self._longest_result = rules.longest_result()
         self._low_mask = np.array([(1 << 8 * min(n, 8)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._high_mask = np.array([(1 << 8 * max(n - 8, 0)) - 1 for n in range(SHORT + 1)], dtype=np.uint64)
         self._clear()
 
     def _lone_symbols(self, rules: NormalisationRules) -> list[tuple[str, str]]:
-        """User-defined symbols of one character that nothing else contains, and the character of one byte
-        that stands for each here.
+        """User-defined symbols and operators of one character that nothing else contains, and the character
+        of one byte that stands for each here.
         """
         everything = "".join(piece.piece for piece in self._pieces)
         symbols = [
             piece.piece
             for piece in self._pieces
-            if (piece.type == USER_DEFINED or piece.piece in JOINED_OPERATORS)
+            if (piece.type == USER_DEFINED or piece.piece in OPERATORS[3])
             and len(piece.piece) == 1
             and not piece.piece.isascii()
             and everything.count(piece.piece) == 1
@@ -323,7 +335,11 @@ class FastTokenizer:
         scores of very long texts are not exact.
         """
         taken = ["\0", *(code for _, code in self._symbols)]
-        slow = {index for index, text in enumerate(texts) if len(text) > self._most_characters}
+        slow = set()
+        for index, (text, part) in enumerate(zip(texts, encoded, strict=True)):
+            others = len(part) - len(text)  # as many characters as are not ASCII, or more
+            if len(text) + self._longest_result * others > self._most_characters:
+                slow.add(index)
         together = b" ".join(encoded)
         for code in taken:
             if code.encode() in together:

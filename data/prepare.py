@@ -61,9 +61,11 @@ from data.options import Parser, number_option
 from data.running_hash import RunningSha256
 from data.shards import (
     BOS,
+    BPE,
     HEADER_BYTES,
     HEADER_WORDS,
     MAGIC,
+    UNIGRAM,
     VERSION,
     ShardError,
     checksum,
@@ -366,6 +368,7 @@ class Settings:
     transform: str = "none"
     tokenizer: Path | None = None
     tokenizer_sha256: str | None = None
+    tokenizer_model: str = BPE
     vocab_size: int = 8192
     tokenizer_docs: int = 0
     tokenizer_mb: float = 100
@@ -478,6 +481,12 @@ class Preparation:
 
     def _check_tokenizer(self) -> None:
         path, superwords = self.settings.tokenizer, self.settings.superwords
+        model_type = self.settings.tokenizer_model
+        if model_type != BPE and (path is not None or superwords):
+            other = f"--tokenizer {path}, which has its own kind" if path else f"--superwords {superwords}"
+            raise DataError(
+                f"--tokenizer-model {model_type}: does not go with {other}; leave one of them out"
+            )
         if path is None:
             if superwords >= self.settings.vocab_size:
                 raise DataError(
@@ -582,6 +591,8 @@ class Preparation:
                     "on": "training documents",
                 }
             }
+            if settings.tokenizer_model != BPE:  # an entry in every recipe would disown finished datasets
+                tokenizer["trained"]["model"] = settings.tokenizer_model
         return {
             "sources": self._hash_sources(),
             "key": settings.key,
@@ -796,6 +807,7 @@ class Preparation:
                 settings.superwords,
                 settings.superword_kind,
                 settings.split_digits,
+                model_type=settings.tokenizer_model,
             )
         except RuntimeError as error:
             if not read["documents"]:
@@ -1177,6 +1189,12 @@ def _add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenizer").add_argument
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: train one)")
     add("--tokenizer-sha256", metavar="HEX", help="refuse any other model than the one with this sha256")
+    add(
+        "--tokenizer-model",
+        choices=(BPE, UNIGRAM),
+        default=BPE,
+        help="kind of SentencePiece model for training one (default %(default)s)",
+    )
     add(
         "--vocab-size",
         type=number_option(int, 1, 0xFFFF),

@@ -18,6 +18,10 @@ HEADER_BYTES = 4 * HEADER_WORDS
 # This file says that the shards beside it are not all there yet.
 UNFINISHED = "download.unfinished"
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
+# SentencePiece's kinds of model.
+BPE, UNIGRAM = "bpe", "unigram"
+# The logarithms of a unigram model are rounded to whole numbers of 1 / SCORE_UNITS.
+SCORE_UNITS = 8
 
 
 class ShardError(ValueError):
@@ -128,23 +132,45 @@ class _Sentences:
             raise
 
 
+def with_whole_scores(content: bytes, operators: Sequence[str]) -> bytes:
+    """The unigram model `content` with scores of round(SCORE_UNITS * log p), and 0 for `operators`.
+
+    SentencePiece adds scores up in float32 from the start of the text. Sums of whole numbers are exact, so
+    that of two ways to split a word the same one wins wherever it stands: data/fast_tokenizer.py and the mask
+    of train_gpt.py build on it. A user-defined symbol would add a fraction of its own (-0.1), so operators
+    become ordinary pieces, of a score that no other piece has. They stand in no other piece, and are taken
+    wherever they occur.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    for piece in model.pieces:
+        if piece.type == piece.NORMAL:
+            piece.score = min(-1, round(SCORE_UNITS * piece.score))
+        elif piece.piece in operators:
+            piece.type = piece.NORMAL
+            piece.score = 0
+    model.trainer_spec.ClearField("user_defined_symbols")
+    return model.SerializeToString(deterministic=True)
+
+
 def train_tokenizer(
     texts: Iterable[str],
     prefix: Path,
     vocab_size: int,
     operators: Sequence[str] = (),
     split_digits: bool = True,
-    model_type: str = "bpe",
+    model_type: str = BPE,
     split_by_whitespace: bool = True,
 ) -> Path:
-    """Train the SentencePiece BPE model of the contest on `texts` and return the path `prefix`.model.
+    """Train a SentencePiece model (BPE as the contest's, or UNIGRAM) on `texts`; the path `prefix`.model.
 
     The settings are those of the public SP8192 and CaseOps tokenizers: character coverage 0.999, byte
     fallback, split digits, nmt_nfkc normalisation, no dummy prefix, ids pad/bos/eos/unk = 0/1/2/3.
     With `split_digits=False` a piece may hold several digits, with `split_by_whitespace=False` several words.
-    `operators` become user-defined symbols (ids 4,
-    5, ...). A text is one training sentence, NUL replaced by a space, stripped. What `texts` raises is raised
-    here; RuntimeError if SentencePiece itself refuses.
+    `operators` become user-defined symbols (ids 4, 5, ...), but see with_whole_scores for a unigram model. A
+    text is one training sentence, NUL replaced by a space, stripped. What `texts` raises is raised here;
+    RuntimeError if SentencePiece itself refuses.
     """
     import sentencepiece
 
@@ -175,7 +201,10 @@ def train_tokenizer(
         raise (sentences.error or error) from None
     if sentences.error is not None:
         raise sentences.error
+    content = model.getvalue()
+    if model_type == UNIGRAM:
+        content = with_whole_scores(content, operators)
     path = prefix.with_name(prefix.name + ".model")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    path.write_bytes(content)
     return path

@@ -11,7 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data.fast_tokenizer import FastTokenizer
 from data.jit import compiled
-from data.shards import BOS, train_tokenizer
+from data.shards import BOS, BPE, train_tokenizer
 from data.superwords import JOINED_OPERATORS, NORMAL, SPACE
 
 # SentencePiece's own limit on the characters of a piece.
@@ -242,13 +242,14 @@ def train_with_superwords(
     kind: str = WORDS,
     split_digits: bool = True,
     longest: int = LONGEST_PIECE,
+    model_type: str = BPE,
 ) -> Path:
     """train_tokenizer, of whose `vocab_size` entries up to `superwords` are superwords of `kind`, of at most
-    `longest` characters; the texts are kept in memory if there are any.
+    `longest` characters (of BPE alone); the texts are kept in memory if there are any.
     """
     if superwords:
         texts = list(texts)
-    path = train_tokenizer(texts, prefix, vocab_size - superwords, operators, split_digits)
+    path = train_tokenizer(texts, prefix, vocab_size - superwords, operators, split_digits, model_type)
     if superwords:
         add_superwords(path, texts, superwords, kind, longest)
     return path

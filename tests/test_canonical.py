@@ -14,7 +14,8 @@ from sentencepiece import sentencepiece_model_pb2
 import train_gpt as t
 from data.canonical import main
 from data.fast_tokenizer import NormalisationRules, load_model
-from data.shards import BOS, read_shard, train_tokenizer, write_shard
+from data.shards import BOS, BPE, UNIGRAM, read_shard, train_tokenizer, write_shard
+from helpers.data_side import with_equal_scores
 from helpers.trainer import replace
 from lossless_caps import CLOSERS, SENTENCE_ENDS, TRANSFORMS, WHITESPACE
 
@@ -41,12 +42,25 @@ ODD += list(SENTENCE_ENDS[:12])
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A BPE tokenizer whose text has runs, repeated letters and operators."""
+def models(tmp_path_factory) -> dict[str, Path]:
+    """By kind a tokenizer whose text has runs, repeated letters and operators."""
     generator = random.Random(4)
     words = WORDS + [f"{operator}the" for operator in OPERATORS]
     texts = [" ".join(generator.choices(words, k=12)) + generator.choice("!?.") * 3 for _ in range(400)]
-    return train_tokenizer(texts, tmp_path_factory.mktemp("model") / "small", 420, OPERATORS)
+    folder = tmp_path_factory.mktemp("models")
+    made = {
+        kind: train_tokenizer(texts, folder / kind, 420, OPERATORS, model_type=kind)
+        for kind in (BPE, UNIGRAM)
+    }
+    made["equals"] = folder / "equals.model"
+    made["equals"].write_bytes(with_equal_scores(made[BPE].read_bytes(), OPERATORS))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(models) -> Path:
+    """The BPE tokenizer."""
+    return models[BPE]
 
 
 @pytest.fixture(scope="module")
@@ -83,20 +97,20 @@ def as_it_is(path: Path) -> sentencepiece.SentencePieceProcessor:
 # === AGAINST THE TOKENIZER ===
 
 
-def test_pairs_are_what_the_tokenizer_does_with_every_pair(model, canonical):
-    processor = as_it_is(model)
-    pieces = [processor.id_to_piece(token) for token in range(processor.vocab_size())]
-    special = [
-        processor.is_control(token) or processor.is_byte(token) or processor.is_unknown(token)
-        for token in range(len(pieces))
-    ]
-    tokens = [token for token in range(len(pieces)) if not special[token]]
-    texts = [(pieces[first] + pieces[second]).replace("\u2581", " ") for first in tokens for second in tokens]
-    wanted = [[first, second] for first in tokens for second in tokens]
-    real = [ids == pair for ids, pair in zip(processor.encode(texts), wanted, strict=True)]
-    found = unpacked(t.pair_table(canonical.vocabulary), len(pieces))[np.ix_(tokens, tokens)]
-    assert (found == np.array(real).reshape(found.shape)).all()
-    assert 100 < (~found).sum() < found.size / 2
+@pytest.mark.parametrize("kind", [BPE, "equals"])
+def test_pairs_are_what_the_tokenizer_does_with_every_pair(kind, models):
+    processor = as_it_is(models[kind])
+    vocabulary = t.read_vocabulary(models[kind])
+    texts = [text.replace("\u2581", " ") for text in vocabulary.texts]
+    alone = [token for token, text in enumerate(texts) if text and processor.encode(text) == [token]]
+    wanted = [[first, second] for first in alone for second in alone]
+    spelled = processor.encode([texts[first] + texts[second] for first, second in wanted])
+    real = np.array([ids == pair for ids, pair in zip(spelled, wanted, strict=True)])
+    table = unpacked(t.pair_table(vocabulary), len(texts))
+    assert (table[np.ix_(alone, alone)] == real.reshape(len(alone), -1)).all()
+    assert 100 < (~real).sum() < real.size / 2
+    never = np.setdiff1d(vocabulary.where(bool).nonzero()[0], alone)
+    assert not table[:, never].any() and (len(never) > 0) == (kind == "equals")
 
 
 def test_merges_are_those_of_the_text_alone():
@@ -105,9 +119,21 @@ def test_merges_are_those_of_the_text_alone():
     assert found == ([-1.0, -3.0], ["a", "aa", "aab"], ["b", "b", "aab"])
 
 
-@pytest.mark.parametrize("transform", ["caseops_v1", "caseops_v3", "none"])
-def test_no_text_is_refused(transform, processor, canonical, monkeypatch):
+@pytest.mark.parametrize(
+    "kind, transform",
+    [
+        (BPE, "caseops_v1"),
+        (BPE, "caseops_v3"),
+        (BPE, "none"),
+        (UNIGRAM, "caseops_v3"),
+        ("equals", "caseops_v3"),
+    ],
+)
+def test_no_text_is_refused(kind, transform, models, monkeypatch):
     """Texts of all that makes trouble; with the operators of another version there is another grammar."""
+    processor, _ = load_model(models[kind])
+    canonical = t.Canonical(models[kind])
+    assert t.case_version(canonical.vocabulary) == 3
     if transform != "caseops_v3":
         version = {"caseops_v1": 1, "none": 0}[transform]
         monkeypatch.setattr(t, "case_version", lambda vocabulary: version)
@@ -315,7 +341,8 @@ def test_shards_prove_the_mask_and_other_tokens_are_named(model, canonical, tmp_
 def test_a_tokenizer_for_which_it_is_not_exact_is_refused(model, tmp_path, capsys):
     folder = dataset(tmp_path / "data", model)
     for change, reason in (
-        (lambda proto: setattr(proto.trainer_spec, "model_type", 1), "is no BPE model"),
+        (lambda proto: setattr(proto.trainer_spec, "model_type", 3), "is no BPE or unigram model"),
+        (lambda proto: setattr(proto.trainer_spec, "model_type", 1), "whose scores are not whole"),
         (lambda proto: setattr(proto.pieces[-1], "type", 5), "has unused pieces"),
         (lambda proto: setattr(proto.normalizer_spec, "escape_whitespaces", False), "does not write a space"),
     ):

@@ -262,11 +262,12 @@ def test_the_flagships_dataset_is_made_until_it_is_proved(copy):
     assert calls(copy)[0] == made
     (copy / folder).mkdir(parents=True)
     (copy / folder / "proof.json").touch()
-    settings = {"RUN_ID": "second", "DATASETS_DIR": f"{folder}_superwords"}
-    assert start(copy, "records/recipes/flagship.env", **settings).returncode == 0
-    assert "--superwords 1024 --prove" in calls(copy)[-2]
-    assert start(copy, "records/recipes/flagship.env", RUN_ID="third").returncode == 0
-    assert sum("prepare.py" in line for line in calls(copy)) == 2
+    for kind, options in (("superwords", "--superwords 1024"), ("unigram", "--tokenizer-model unigram")):
+        settings = {"RUN_ID": kind, "DATASETS_DIR": f"{folder}_{kind}"}
+        assert start(copy, "records/recipes/flagship.env", **settings).returncode == 0
+        assert f"{options} --prove" in calls(copy)[-2]
+    assert start(copy, "records/recipes/flagship.env", RUN_ID="last").returncode == 0
+    assert sum("prepare.py" in line for line in calls(copy)) == 3
 
 
 def test_a_dataset_without_a_manifest_is_pointed_out(copy, tmp_path):

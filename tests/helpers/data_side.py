@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 import verify_bytes
 from data import prepare
-from data.shards import sha256_file
+from data.shards import sha256_file, with_whole_scores
 
 
 def run_prepare(*arguments: object) -> int:
@@ -38,6 +41,17 @@ def refuted(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     code, report = verify(capsys, *arguments)
     assert code == 1 and report["verdict"] == "refuted"
     return report["first_counterexample"]
+
+
+def with_equal_scores(bpe: bytes, operators: Sequence[str]) -> bytes:
+    """A unigram model of the pieces of a BPE model, with whole scores of which many sums are equal."""
+    generator = random.Random(2)
+    model = sentencepiece_model_pb2.ModelProto.FromString(bpe)
+    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
+    for piece in model.pieces:
+        if piece.type == piece.NORMAL:
+            piece.score = -generator.randint(1, 4) - len(piece.piece)
+    return with_whole_scores(model.SerializeToString(), operators)
 
 
 def content(folder: Path) -> dict[str, str]:
