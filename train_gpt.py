@@ -307,7 +307,6 @@ class Config:
         "", "decay:weight,... of averages that replace Muon's one momentum; empty: none", decay_list
     )
     muon_mixture_start: float = knob(0.3, "progress from which MUON_MIXTURE moves the matrices", fraction)
-    muon_head_units: bool = knob(False, "Muon orthogonalises keys and values head by head")
     tied_embed_lr: float = knob(0.03, "Adam step of the embedding", positive)
     embed_master_fp32: bool = knob(
         False, "keep the embedding in fp32, cast at use; else in COMPUTE_DTYPE as published (#1585)"
@@ -5655,16 +5654,14 @@ def muon_update(
     dtype: torch.dtype,
     coefficients: tuple[tuple[float, float, float], ...],
     fused: bool = False,
-    units: int = 1,
     mixture: Sequence[tuple[Tensor, float, float]] = (),
     mixed: bool = False,
 ) -> Tensor:
     """Nesterov momentum (updating `buffer`), row normalisation in fp32, Newton-Schulz in `dtype`.
 
     `momentum` is 0-d fp32: in bfloat16 0.97 would act as 0.96875, so products with it are taken in fp32.
-    With `units` above 1 each matrix is so many matrices of fewer rows. `mixture` are (average, decay, weight)
-    that are updated too and, if `mixed`, take the place of the buffer: each with its own Nesterov step
-    (modded-nanogpt #340, #357).
+    `mixture` are (average, decay, weight) that are updated too and, if `mixed`, take the place of the buffer:
+    each with its own Nesterov step (modded-nanogpt #340, #357).
     """
     buffer.copy_(momentum * buffer.float()).add_(gradient)
     update = gradient.float() + momentum * buffer.float()
@@ -5678,8 +5675,7 @@ def muon_update(
         update = torch.stack(parts).sum(0)
     if rows:
         update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-    split = update.to(dtype).unflatten(1, (units, -1)).flatten(0, 1)
-    return orthogonalize(split, coefficients, fused).view_as(update)
+    return orthogonalize(update.to(dtype), coefficients, fused)
 
 
 # The same collectives under the names of torch from 2.13 on and before.
@@ -5782,7 +5778,6 @@ class Muon:
                 self.dtype,
                 self.coefficients,
                 self.fused,
-                config.num_kv_heads if config.muon_head_units and name == "kv" else 1,
                 [(average, *pair) for average, pair in zip(averages, self.mixture, strict=True)],
                 mixed,
             )
