@@ -432,6 +432,34 @@ has them all, losses too.
 """
 
 
+def render_row(row: Judgement, evidence: str) -> str:
+    """One line of the page's table."""
+    error = "" if math.isnan(row.error) else f" ± {row.error:.5f}"
+    cells = [
+        row.name,
+        f"`{words_of(row.settings)}`",
+        signed(row.difference) + error,
+        str(row.seeds),
+        f"{100 * row.operations:+.1f} %",
+        row.verdict,
+        evidence,
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def render_removals(group: Sequence[Record]) -> list[str]:
+    """What is lost if one of the winners is taken from the whole; nothing if they have not been tried."""
+    rows = [row for row in judge(group, against=TOGETHER) if row.name.startswith(WITHOUT)]
+    if not rows:
+        return []
+    lines = ["The winners together, less one of them:", ""]
+    lines += ["| together | Δ BPB ± s.e. against all of them | seeds |", "|---|---|---|"]
+    for row in rows:
+        error = "" if math.isnan(row.error) else f" ± {row.error:.5f}"
+        lines.append(f"| {row.name} | {signed(row.difference)}{error} | {row.seeds} |")
+    return [*lines, ""]
+
+
 def render_page(records: Sequence[Record], evidence: Mapping[str, str], picture: str) -> str:
     """docs/levers.md."""
     parts = [PAGE_HEAD]
@@ -450,21 +478,8 @@ def render_page(records: Sequence[Record], evidence: Mapping[str, str], picture:
             "| lever | settings | Δ BPB ± s.e. | seeds | Δ operations a step | verdict | public evidence |"
         )
         parts.append("|---|---|---|---|---|---|---|")
-        for row in rows:
-            if row.name == BASE:
-                continue
-            error = "" if math.isnan(row.error) else f" ± {row.error:.5f}"
-            cells = [
-                row.name,
-                f"`{words_of(row.settings)}`",
-                signed(row.difference) + error,
-                str(row.seeds),
-                f"{100 * row.operations:+.1f} %",
-                row.verdict,
-                evidence.get(row.name, ""),
-            ]
-            parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        parts.append("")
+        parts += [render_row(row, evidence.get(row.name, "")) for row in rows if row.name != BASE]
+        parts += ["", *render_removals(group)]
     return "\n".join(parts)
 
 

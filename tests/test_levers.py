@@ -145,6 +145,7 @@ def test_winners_of_an_earlier_choice_are_not_mixed_with_those_of_the_latest():
     ]
     found = {row.name: row.mean for row in levers.judge(records) if len(row.name) > 1}
     assert found == {"base": 2.0, "together": 1.8, "without b": 1.85}
+    assert "| without b | +0.05000 | 1 |" in levers.render_removals(records)
 
 
 def test_another_script_is_another_contest_unless_its_base_has_the_same_scores(tmp_path):
