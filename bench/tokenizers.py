@@ -80,6 +80,10 @@ VARIANTS = {
     "superwords_operators_3072": Variant(superwords=3072, kind=OPERATORS),
     "superwords_operators_24": Variant(superwords=1024, kind=OPERATORS, longest=24),
     "superwords_text_digits": Variant(superwords=1024, kind=TEXT, split_digits=False),
+    **{
+        f"superwords_words_{count}_digits": Variant(superwords=count, kind=WORDS, split_digits=False)
+        for count in (32, 128)
+    },
     **{f"words_{entries}": Variant(entries) for entries in (12288, 16384, 24576)},
     **{
         f"superwords_operators_of_{entries}": Variant(entries, superwords=entries // 8, kind=OPERATORS)
