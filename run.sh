@@ -30,7 +30,8 @@ case "${folder#./}" in
   data/datasets/fineweb10B_sp8192) published=sp8192 ;;
   data/datasets/fineweb10B_sp8192_casefold_v2) published=casefold_v2 ;;
   data/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved) published=caseops_v1 ;;
-  data/datasets/fineweb10B_sp*_caseops_v3) pieces=(--superwords 0) ;;
+  data/datasets/fineweb10B_sp*_caseops_v3) pieces=(--superwords $(($(setting VOCAB_SIZE) / 256)) --join-digits) ;;
+  data/datasets/fineweb10B_sp*_caseops_v3_words) pieces=(--superwords 0) ;;
   data/datasets/fineweb10B_sp*_caseops_v3_superwords) pieces=(--superwords $(($(setting VOCAB_SIZE) / 8))) ;;
   data/datasets/fineweb10B_sp*_caseops_v3_unigram) pieces=(--tokenizer-model unigram) ;;
 esac

@@ -257,17 +257,22 @@ def test_what_is_downloaded_is_what_the_settings_name(copy, tmp_path, variables,
 def test_the_flagships_dataset_is_made_until_it_is_proved(copy):
     folder = "data/datasets/fineweb10B_sp8192_caseops_v3"
     made = f"prepare.py hub:docs --out {folder} --transform caseops_v3 --vocab-size 8192"
-    made += " --superwords 0 --prove"
+    made += " --superwords 32 --join-digits --prove"
     assert start(copy, "records/recipes/flagship.env").returncode == 0
     assert calls(copy)[0] == made
     (copy / folder).mkdir(parents=True)
     (copy / folder / "proof.json").touch()
-    for kind, options in (("superwords", "--superwords 1024"), ("unigram", "--tokenizer-model unigram")):
+    kinds = {
+        "words": "--superwords 0",
+        "superwords": "--superwords 1024",
+        "unigram": "--tokenizer-model unigram",
+    }
+    for kind, options in kinds.items():
         settings = {"RUN_ID": kind, "DATASETS_DIR": f"{folder}_{kind}"}
         assert start(copy, "records/recipes/flagship.env", **settings).returncode == 0
         assert f"{options} --prove" in calls(copy)[-2]
     assert start(copy, "records/recipes/flagship.env", RUN_ID="last").returncode == 0
-    assert sum("prepare.py" in line for line in calls(copy)) == 3
+    assert sum("prepare.py" in line for line in calls(copy)) == 4
 
 
 def test_a_dataset_without_a_manifest_is_pointed_out(copy, tmp_path):
