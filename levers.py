@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from results import NAMES, PLACES, Run, Stop, lookup, run_tool, write_atomically
+from results import NAMES, PLACES, Run, Stop, lookup, mean_error, run_tool, write_atomically
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "records" / "levers.jsonl"
@@ -217,17 +217,15 @@ def judge(records: Iterable[Record], metric: str = "val_bpb", against: str = BAS
     for name, runs in groups.items():
         values = {seed: lookup(record, metric) for seed, record in runs.items()}
         pairs = [(values[seed], lookup(base[seed], metric)) for seed in values if seed in base]
-        differences = np.array([ours - theirs for ours, theirs in pairs])
-        error = math.nan
-        if len(pairs) > 1 and name != against:
-            error = float(differences.std(ddof=1) / math.sqrt(len(pairs)))
+        differences = [ours - theirs for ours, theirs in pairs]
+        difference, error = mean_error(differences) if pairs else (math.nan, math.nan)
         found.append(
             Judgement(
                 name,
                 len(values),
                 float(np.mean([*values.values()])),
-                float(differences.mean()) if len(pairs) else math.nan,
-                error,
+                difference,
+                math.nan if name == against else error,
                 price(runs.values()) / price(base.values()) - 1 if base else math.nan,
                 float(np.mean([record.get("artifact_bytes", math.nan) for record in runs.values()])),
                 all(record.get("legal", True) for record in runs.values()),
@@ -432,13 +430,17 @@ has them all, losses too.
 """
 
 
+def difference_and_error(row: Judgement) -> str:
+    """The difference, with its standard error if it has one."""
+    return signed(row.difference) + ("" if math.isnan(row.error) else f" ± {row.error:.5f}")
+
+
 def render_row(row: Judgement, evidence: str) -> str:
     """One line of the page's table."""
-    error = "" if math.isnan(row.error) else f" ± {row.error:.5f}"
     cells = [
         row.name,
         f"`{words_of(row.settings)}`",
-        signed(row.difference) + error,
+        difference_and_error(row),
         str(row.seeds),
         f"{100 * row.operations:+.1f} %",
         row.verdict,
@@ -455,8 +457,7 @@ def render_removals(group: Sequence[Record]) -> list[str]:
     lines = ["The winners together, less one of them:", ""]
     lines += ["| together | Δ BPB ± s.e. against all of them | seeds |", "|---|---|---|"]
     for row in rows:
-        error = "" if math.isnan(row.error) else f" ± {row.error:.5f}"
-        lines.append(f"| {row.name} | {signed(row.difference)}{error} | {row.seeds} |")
+        lines.append(f"| {row.name} | {difference_and_error(row)} | {row.seeds} |")
     return [*lines, ""]
 
 

@@ -458,6 +458,12 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (nan for one value)."""
+    mean, std = mean_std(values)
+    return mean, std / math.sqrt(len(values))
+
+
 def welch(values: Sequence[float], mean: float, std: float, count: int) -> float:
     """One-sided p-value of Welch's test that `values` lie below a sample known by its moments."""
     from scipy import stats

@@ -48,6 +48,7 @@ from results import (
     Stop,
     is_locked,
     lookup,
+    mean_error,
     mean_std,
     paired,
     read_documents,
@@ -579,12 +580,6 @@ class Priced(NamedTuple):
     percent: tuple[float, float]  # of training seconds
     priced: tuple[float, float]  # the metric with the seconds at their price
     pairs: int
-
-
-def mean_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (nan for one value)."""
-    mean, std = mean_std(values)
-    return mean, std / math.sqrt(len(values))
 
 
 def price_rows(rows: list[Row], metric: str, exchange: float) -> list[Priced]:

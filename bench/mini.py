@@ -20,13 +20,13 @@ import environment
 environment.enter()
 import argparse
 import json
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 import recipes
 from bench.trainings import train
+from results import mean_error
 
 RECIPES = ROOT / "records" / "recipes"
 PARTS = ("training", "packer", "evaluation", "copies")
@@ -85,13 +85,6 @@ def run_seed(seed: int, public: Path, ours: Path, work: Path) -> tuple[Scores, S
     return scores_of(theirs), scores_of(full, plain)
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error; nan for one value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
 def report(found: dict[int, tuple[Scores, Scores]]) -> dict:
     """Print the table; the figures of RESULT."""
     for name, place in (("public", 0), ("ours", 1)):
@@ -106,7 +99,7 @@ def report(found: dict[int, tuple[Scores, Scores]]) -> dict:
     totals["together"] = [sum(each.values()) for each in parts]
     result: dict = {"seeds": len(found), "public_bpb": round(base, 5)}
     for part, values in totals.items():
-        mean, error = mean_and_error(values)
+        mean, error = mean_error(values)
         print(f"{part:<16}{mean:>+10.5f} ± {error:.5f}  {100 * mean / base:>+7.2f} %")
         result[part.replace(" ", "_")] = {"bpb": round(mean, 5), "percent": round(100 * mean / base, 2)}
     return result
