@@ -8,10 +8,10 @@ documents cut from the end of the training shards. The documents that are scored
 of --dataset, a prepared dataset with the run's tokenizer; without it, training documents before those. The
 mixture scores them stream by stream. What learns within a document only is scored in small parts of a
 stream's documents, so that the slow ways need not be run on all of them: figures are of the documents that
-all ways have scored. Every finished piece of work is kept in --work: the same command goes on where it was
-stopped, and --pieces says how many to do before the table is printed. What the mixture scores with fewer
-experts is mixed again from the recorded losses. Phases of SGD are off. Differences are paired by document,
-with their standard error; seconds are processor time, per target. A stream of the contest has 6,250
+all ways of a table have scored. Every finished piece of work is kept in --work: the same command goes on
+where it was stopped, and --pieces says how many to do before the table is printed. What the mixture scores
+with fewer experts is mixed again from the recorded losses. Phases of SGD are off. Differences are paired by
+document, with their standard error; seconds are processor time, per target. A stream of the contest has 6,250
 documents: with few, --streams 1 or 2 shows better what is handed on from one to the next.
 
 --quick: a tiny model is trained first; few documents.
@@ -50,6 +50,7 @@ import train_gpt as t
 SHORTEST, LONGEST = 64, 4096  # tokens of a document; longer ones are cut
 LONG = 2048  # tokens of context and of the documents that the time with long contexts is measured on
 PART = 8  # documents of a piece of work where documents are on their own
+MISSET = {"low": 1 / 8, "high": 8}  # multiples of the mixture's rates
 PLACES = {
     "stage",
     "out_dir",
@@ -355,19 +356,35 @@ class Result:
         self.shapes = max((piece.shapes for piece in pieces), default=0)
 
 
+def turns_of(text: Text, ways: list[Way]) -> Iterator[tuple[Way, int, int]]:
+    """(way, stream, part) of every piece of all ways, in the order in which they are done.
+
+    Of a stream first its own ways and one part of the others, so that early figures are of all; the mis-set
+    rates of all streams but the first come last.
+    """
+    main = [way for way in ways if way.name not in MISSET]
+    missed = [way for way in ways if way.name in MISSET]
+    streams = [stream for stream, numbers in enumerate(text.streams) if numbers]
+    for stream in streams:
+        for way in main if stream else ways:
+            yield way, stream, 0
+        parts = -(-len(text.streams[stream]) // PART)
+        for part in range(1, parts):
+            for way in main:
+                if not way.streams:
+                    yield way, stream, part
+    for stream in streams[1:]:
+        for way in missed:
+            yield way, stream, 0
+
+
 def do_work(work: Work, text: Text, ways: list[Way]) -> dict[str, Result]:
-    """All pieces of all ways, stream by stream, as far as work is to be done."""
+    """All pieces of all ways, as far as work is to be done."""
     done: dict[str, list[Piece]] = {way.name: [] for way in ways}
-    for stream, numbers in enumerate(text.streams):
-        parts = -(-len(numbers) // PART)
-        # First the streams' own ways and one part of the others, so that early figures are of all.
-        turns = [(way, 0) for way in ways] + [
-            (way, part) for part in range(1, parts) for way in ways if not way.streams
-        ]
-        for way, part in turns if len(numbers) else []:
-            piece = work.piece(text, way, stream, part)
-            if piece is not None:
-                done[way.name].append(piece)
+    for way, stream, part in turns_of(text, ways):
+        piece = work.piece(text, way, stream, part)
+        if piece is not None:
+            done[way.name].append(piece)
     return {name: Result(text, pieces) for name, pieces in done.items()}
 
 
@@ -378,6 +395,11 @@ class Report:
         self.text = text
         self.shared = np.isfinite(nats).all(0)
         self.bytes = text.bytes[self.shared].sum()
+
+    def count(self) -> str:
+        """How much the rows are of."""
+        targets = int(self.text.targets[self.shared].sum())
+        return f"{int(self.shared.sum())} documents that all these ways have scored, {targets} targets"
 
     def bpb(self, nats: np.ndarray) -> float:
         """Bits per byte."""
@@ -437,19 +459,20 @@ def ways_to_score(config: t.Config, multiple: float) -> list[Way]:
         Way("none", alone | {"ttt_mixture_rates": "0"}),
         Way("recomputed", PUBLISHED | {"ttt_lora_lr": rate * multiple}),
         Way("cached", same | {"ttt_mixture_rates": "1"}),
-        Way("low", mixture | {"ttt_lora_lr": rate / 8}, streams=True),
-        Way("high", mixture | {"ttt_lora_lr": rate * 8}, streams=True),
+        *(
+            Way(name, mixture | {"ttt_lora_lr": rate * factor}, streams=True)
+            for name, factor in MISSET.items()
+        ),
     ]
 
 
 def compare(text: Text, results: dict[str, Result]) -> dict[str, Any]:
     """Print the table; the figures of RESULT."""
-    report = Report(text, [result.nats for result in results.values()])
-    count = int(report.shared.sum())
-    if count == 0:
+    main = [result.nats for name, result in results.items() if name not in MISSET]
+    report = Report(text, main)
+    if not report.shared.any():
         return {"documents": 0}
-    targets = int(text.targets[report.shared].sum())
-    print(f"{count} documents that all ways have scored, {targets} targets; differences in bits per byte")
+    print(f"{report.count()}; differences in bits per byte")
     none, base, ours = (results[name] for name in ("none", "recomputed", "mixture"))
     report.row("no adaptation", none.nats, none.nats, describe(none, base))
     gain = -report.row("recomputed windows, the rate tuned", base.nats, none.nats, describe(base, base))
@@ -458,19 +481,32 @@ def compare(text: Text, results: dict[str, Result]) -> dict[str, Any]:
     report.row("the same against recomputed windows", cached.nats, base.nats)
     gained = -report.row("mixture", ours.nats, none.nats, describe(ours, base))
     report.row("the same against recomputed windows", ours.nats, base.nats)
-    missed = [
-        -report.row(f"mixture, rates x {factor}", results[name].nats, none.nats)
-        for name, factor in (("low", "1/8"), ("high", "8"))
-    ]
     return {
-        "documents": count,
+        "documents": int(report.shared.sum()),
         "gain": round(gain, 6),
         "gain_ratio": round(gained / gain, 4),
         "time_ratio": round(ours.seconds / base.seconds, 4),
         "cached_gain_share": round(kept / gain, 4),
         "cached_time_ratio": round(cached.seconds / base.seconds, 4),
-        "misset_share": round((gained - min(missed)) / gained, 4),
         "graphs": ours.shapes + 1,  # and the adapters' step
+    } | compare_missed(text, results)
+
+
+def compare_missed(text: Text, results: dict[str, Result]) -> dict[str, Any]:
+    """Print what mis-set rates make of the mixture, on the documents that they have scored; their figures."""
+    none, ours = results["none"].nats, results["mixture"].nats
+    report = Report(text, [none, ours, *(results[name].nats for name in MISSET)])
+    if not report.shared.any():
+        return {}
+    print(f"mis-set rates: {report.count()}")
+    gained = -report.row("mixture", ours, none)
+    missed = [
+        -report.row(f"mixture, rates x {factor:g}", results[name].nats, none)
+        for name, factor in MISSET.items()
+    ]
+    return {
+        "misset_share": round((gained - min(missed)) / gained, 4),
+        "misset_documents": int(report.shared.sum()),
     }
 
 
