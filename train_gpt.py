@@ -6620,15 +6620,22 @@ def round_group(
     small = {name: tensor for name, tensor in tensors.items() if tensor.scales is None}
     growth = fp16_growth(config, small)
 
+    trials: dict[float, dict[str, Quantized]] = {}
+
+    def round_at(delta: float) -> dict[str, Quantized]:
+        return round_matrices(problems, delta, config.trellis_states, BIT_PRICE)
+
     def size_of(delta: float) -> int:
-        tensors.update(round_matrices(problems, delta, config.trellis_states, BIT_PRICE))
-        return len(encode_artifact(config, tensors, model.looped)) + growth
+        trials[delta] = round_at(delta)
+        return len(encode_artifact(config, tensors | trials[delta], model.looped)) + growth
 
     delta = tensors[next(iter(problems))].delta.item()
     if "embed" in group:
         slope = sum(problem.weight.numel() for problem in problems.values()) / 8
         delta = fit_delta(delta, goal, slope, size_of, run.log)
-    tensors.update(round_matrices(problems, delta, config.trellis_states, BIT_PRICE))
+        tensors.update(trials[delta])
+    else:
+        tensors.update(round_at(delta))
 
 
 def fp16_growth(config: Config, small: dict[str, Quantized]) -> int:
@@ -6740,22 +6747,38 @@ class Tuning:
         for name, weight in weights.items():
             self.model.get_parameter(name).data.copy_(weight)
 
-    def gradient(self, step: int) -> Tensor:
-        """The gradient of all parameters in a row and behind it the loss, the mean over a step's forwards.
+    def forward_loss(self, step: int, forward: int) -> Tensor:
+        """What is minimised, on the tokens of one of a step's forwards."""
+        place = step * self.forwards + forward
+        batch = to_device(self.loader.get(place // STREAMS, place % STREAMS), self.run)
+        return tuning_loss(self.teacher, self.model, batch, self.config.tune_loss_weight)
+
+    def mean_over_forwards(self, row_of: Callable[[int], Tensor], size: int) -> Tensor:
+        """The mean (size,) of `row_of` each of a step's forwards.
 
         Each forward has a row of its own, which one rank fills; rows are added in order. So the result has
         the same bits for any number of ranks.
         """
-        parameters = list(self.parameters.values())
-        size = sum(parameter.numel() for parameter in parameters)
-        rows = torch.zeros(self.forwards, size + 1, device=self.run.device)
+        rows = torch.zeros(self.forwards, size, device=self.run.device)
         for forward in range(self.run.rank, self.forwards, self.run.world_size):
-            place = step * self.forwards + forward
-            batch = to_device(self.loader.get(place // STREAMS, place % STREAMS), self.run)
-            loss = tuning_loss(self.teacher, self.model, batch, self.config.tune_loss_weight)
-            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
-            rows[forward] = torch.cat([part.flatten().float() for part in (*parts, loss.detach())])
+            rows[forward] = row_of(forward)
         return self.run.sum_over_ranks(rows).mean(0)
+
+    def gradient(self, step: int) -> Tensor:
+        """The gradient of all parameters in a row and behind it the loss, the mean over a step's forwards."""
+        parameters = list(self.parameters.values())
+
+        def gradient_and_loss(forward: int) -> Tensor:
+            loss = self.forward_loss(step, forward)
+            parts = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            return torch.cat([part.flatten().float() for part in (*parts, loss.detach())])
+
+        return self.mean_over_forwards(gradient_and_loss, sum(p.numel() for p in parameters) + 1)
+
+    @torch.no_grad()
+    def loss(self, step: int) -> float:
+        """The loss on the tokens of a step, nats per token."""
+        return self.mean_over_forwards(functools.partial(self.forward_loss, step), 1).item()
 
     def step(self, step: int, rate: float) -> Tensor:
         """One update at `rate` times the full rates; the loss before it (0-d, on the device)."""
@@ -6781,6 +6804,35 @@ def spread_weights(
     return {name: run.sum_over_ranks(found[name].to(run.device)) for name in sorted(names)}
 
 
+def train_by_groups(
+    tuning: Tuning,
+    before: dict[str, Tensor],
+    tensors: dict[str, Quantized],
+    moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
+    goal: int,
+) -> float:
+    """The training of `tune`, and the rounding of groups in rank 0's `tensors`; returns its last loss."""
+    run = tuning.run
+    config = tuning.config
+    table = tuning.model.table
+    groups = rounding_groups(table)
+    if not config.tune_matrices:
+        groups = (sum(groups, ()),)
+    tuning.load({name: before[name] for name in sum(groups[1:], ())})
+    done = 0
+    for place, group in enumerate(groups):
+        if place:
+            round_next = functools.partial(round_group, run, tuning.model, goal, moments, tensors, group)
+            run.on_main_rank(round_next)
+            tuning.load(spread_weights(run, tuning.model, tensors, group))
+        tuning.choose(sum(groups[place + 1 :], ()))
+        steps = config.tune_steps * (place + 1) // len(groups) - done
+        for step in run.progress("tuning", range(steps)):
+            loss = tuning.step(done + step, 1 - step / steps)
+        done += steps
+    return loss.item()
+
+
 def tune(
     run: Run,
     model: GPT,
@@ -6798,33 +6850,26 @@ def tune(
     began = run.now()
     tuning = Tuning(run, model, data, before)
     config = run.config
-    groups = rounding_groups(model.table)
-    matrices = sum(groups, ())
-    if not config.tune_matrices:
-        groups = (matrices,)
-    tuning.load(spread_weights(run, model, tensors, {*model.table} - {*matrices}))
-    losses = []
-    done = 0
-    for place, group in enumerate(groups):
-        if place:
-            round_next = functools.partial(round_group, run, tuning.model, goal, moments, tensors, group)
-            run.on_main_rank(round_next)
-        tuning.load(spread_weights(run, model, tensors, group))
-        tuning.choose(sum(groups[place + 1 :], ()))
-        steps = config.tune_steps * (place + 1) // len(groups) - done
-        for step in run.progress("tuning", range(steps)):
-            losses.append(tuning.step(done + step, 1 - step / steps))
-        done += steps
-    tenth = max(1, config.tune_steps // 10)
-    first, last = (torch.stack(part).mean().item() for part in (losses[:tenth], losses[-tenth:]))
-    if not math.isfinite(last):
+    unseen = config.tune_steps  # no step reads its tokens
+    untuned = dict(tensors)
+    tuning.load(spread_weights(run, model, tensors, model.table))
+    loss_before = tuning.loss(unseen)
+    last_step = train_by_groups(tuning, before, tensors, moments, goal)
+    if not math.isfinite(last_step):
         raise Stop(f"TUNE_LR={config.tune_lr}: the loss of tuning is not finite; lower it")
     if run.is_main:
         for name, parameter in tuning.parameters.items():
             tensors[name] = Quantized(parameter.detach().half().cpu())
-    seconds = run.now() - began
-    run.log(f"tuned {len(tuning.parameters)} tensors in {done} steps: loss {first:.5f} -> {last:.5f}")
-    return {"tune_seconds": seconds, "tune_loss_first": first, "tune_loss_last": last}
+    tuning.load(spread_weights(run, model, tensors, model.table))
+    loss_after = tuning.loss(unseen)
+    run.log(
+        f"tuned in {config.tune_steps} steps: loss on tokens that they have not read {loss_before:.6f} -> "
+        f"{loss_after:.6f}"
+    )
+    if loss_after >= loss_before and run.is_main:
+        run.log(f"tuning does not pay: the weights before it are kept; lower TUNE_LR={config.tune_lr}")
+        tensors.update(untuned)
+    return {"tune_seconds": run.now() - began, "tune_loss_before": loss_before, "tune_loss_after": loss_after}
 
 
 # === ARTIFACT ===
@@ -9615,7 +9660,8 @@ def measure_tuning(
         began = run.now()
         tuning.step(step, 0.0)
         times.append(run.now() - began)
-    return seconds + run.config.tune_steps * sum(times[1:]) / 2
+    # Two looks at the loss take less than a step.
+    return seconds + (run.config.tune_steps + 1) * sum(times[1:]) / 2
 
 
 def compiled_graphs() -> int:

@@ -55,7 +55,7 @@ def test_tuning_changes_no_integer_and_lowers_the_divergence_for_no_byte(rounded
     before = divergence(model, data, weights, t.assemble_weights(table, tensors))
     facts = t.tune(run, model, data, weights, tensors, moments, goal)
     assert divergence(model, data, weights, t.assemble_weights(table, tensors)) < 0.9 * before
-    assert facts["tune_loss_last"] < facts["tune_loss_first"]
+    assert facts["tune_loss_after"] < 0.9 * facts["tune_loss_before"]
     for name, tensor in tensors.items():
         if tensor.scales is None:
             assert tensor.values.dtype == torch.float16
@@ -133,6 +133,17 @@ def test_a_tuning_that_diverges_is_refused(rounded):
     run.config = replace(run.config, tune_steps=2, tune_lr=1e30)
     with pytest.raises(t.Stop, match="TUNE_LR=1e\\+30: the loss of tuning is not finite; lower it"):
         t.tune(run, model, data, weights, tensors, moments, goal)
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_a_tuning_that_does_not_pay_leaves_the_weights_as_they_were(rounded, matrices, capsys):
+    run, model, data, weights, tensors, goal, moments = rounded
+    kept = dict(tensors)
+    run.config = replace(run.config, tune_steps=3, tune_lr=1.0, tune_matrices=matrices)
+    facts = t.tune(run, model, data, weights, tensors, moments, goal)
+    assert facts["tune_loss_after"] > facts["tune_loss_before"] > 0
+    assert "tuning does not pay: the weights before it are kept; lower TUNE_LR=1.0" in capsys.readouterr().out
+    assert list(tensors) == list(kept) and all(tensors[name] is kept[name] for name in kept)
 
 
 def test_the_reserve_holds_rounding_and_tuning_and_leaves_no_trace(config, monkeypatch):
