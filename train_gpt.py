@@ -366,7 +366,7 @@ class Config:
         False, "round the matrices in three groups, and train those still to come, too, after each"
     )
     tune_matrix_lr: float = knob(
-        0.002, "their Adam step, as part of the standard deviation of a matrix", not_negative
+        0.003, "their Adam step, as part of the standard deviation of a matrix", not_negative
     )
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
@@ -6338,6 +6338,42 @@ def viterbi(goals, prices, before, start=0):
 
 
 @numba_jit
+def subtract_products(target, factors, rows):
+    """Take factors (K,) times rows (K, N) from target (N,), term after term, eight in each pass over it.
+
+    The bits are those of a pass for each term, which waits for memory: so two-sided rounding took twice as
+    long.
+    """
+    count = len(factors)
+    whole = count - count % 8
+    for k in range(0, whole, 8):
+        f0, f1, f2, f3, f4, f5, f6, f7 = (
+            factors[k],
+            factors[k + 1],
+            factors[k + 2],
+            factors[k + 3],
+            factors[k + 4],
+            factors[k + 5],
+            factors[k + 6],
+            factors[k + 7],
+        )
+        for n in range(len(target)):
+            rest = target[n]
+            rest -= f0 * rows[k, n]
+            rest -= f1 * rows[k + 1, n]
+            rest -= f2 * rows[k + 2, n]
+            rest -= f3 * rows[k + 3, n]
+            rest -= f4 * rows[k + 4, n]
+            rest -= f5 * rows[k + 5, n]
+            rest -= f6 * rows[k + 6, n]
+            rest -= f7 * rows[k + 7, n]
+            target[n] = rest
+    for k in range(whole, count):
+        for n in range(len(target)):
+            target[n] -= factors[k] * rows[k, n]
+
+
+@numba_jit
 def round_rows(w, taken, step_size, prices, feedback, after, before):
     """Integers (R,) of one column w (R,) block by block; the errors go to later rows and stay in w.
 
@@ -6346,6 +6382,7 @@ def round_rows(w, taken, step_size, prices, feedback, after, before):
     """
     rows = len(w)
     integers = np.empty(rows, np.int32)
+    errors = np.empty(ROW_BLOCK, np.float32)
     state = np.int64(0)
     for first in range(0, rows, ROW_BLOCK):
         end = min(first + ROW_BLOCK, rows)
@@ -6360,9 +6397,8 @@ def round_rows(w, taken, step_size, prices, feedback, after, before):
             integers[row] = integer
             state = np.int64(after[state, integer >> 1 & 1])
             w[row] -= integer * step_size[row]
-            error = w[row] + taken[row]
-            for later in range(end, rows):
-                w[later] -= feedback[row, later] * error
+            errors[row - first] = w[row] + taken[row]
+        subtract_products(w[end:], errors[: end - first], feedback[first:end, end:])
     return integers
 
 
@@ -6374,13 +6410,10 @@ def round_columns(w, step_size, feedback, row_feedback, bit_prices, after, befor
     m^2, which is g (w/(s g) - m)^2 and a constant for g = 1 + p s^2. No BLAS: its sums depend on the number
     of threads.
     """
-    columns, rows = w.shape
     integers = np.empty(w.shape, np.int32)
-    for j in range(columns):
+    for j in range(len(w)):
         given = w[j].copy()
-        for i in range(j):
-            for row in range(rows):
-                w[j, row] -= feedback[i, j] * w[i, row]
+        subtract_products(w[j], feedback[:j, j], w[:j])
         g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
         if len(row_feedback):
             integers[j] = round_rows(w[j], given - w[j], step_size[j], g, row_feedback, after, before)
@@ -6488,26 +6521,38 @@ def guess_delta(problems: dict[str, RoundingProblem], goal: float, states: int) 
     return 2.0 ** ((bits - 8 * goal) / count)
 
 
-def fit_delta(
-    delta: float, goal: float, slope: float, size_of: Callable[[float], int], log: Callable
-) -> float:
-    """The delta for which `size_of(delta)` bytes lie below `goal` by at most 0.05 %, or the best of 8.
+SIZE_TOLERANCE = 5e-4  # what a file may lack to its size
+# The same where every trial is a part of the training budget: one costs more steps than half a per cent of
+# the bytes is worth.
+TUNED_TOLERANCE = 1e-2
 
-    A secant in x = log2(delta) from `delta` on, aimed at the middle of the tolerance. `slope` is about how
-    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to `log`.
+
+def fit_delta(
+    delta: float,
+    goal: float,
+    slope: float,
+    size_of: Callable[[float], int],
+    log: Callable,
+    tolerance: float = SIZE_TOLERANCE,
+) -> float:
+    """The delta for which `size_of(delta)` bytes lie below `goal` by at most `tolerance`, or the best of 8.
+
+    A secant in x = log2(delta) from `delta` on, aimed at half of SIZE_TOLERANCE below the goal. `slope` is
+    about how many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to
+    `log`.
     """
     x = math.log2(delta)
     sizes: dict[float, int] = {}
     for _ in range(8):
         sizes[x] = size_of(2.0**x)
         log(f"size: delta 2^{x:.5f} gives {sizes[x]} bytes, {100 * (sizes[x] / goal - 1):+.3f}% of the goal")
-        if 0 <= goal - sizes[x] <= 5e-4 * goal:
+        if 0 <= goal - sizes[x] <= tolerance * goal:
             break
         if len(sizes) > 1:
             before = list(sizes)[-2]
             secant = (sizes[before] - sizes[x]) / (x - before)
             slope = min(max(secant, slope / 2), slope * 2)
-        x += (sizes[x] - goal * (1 - 2.5e-4)) / slope
+        x += (sizes[x] - goal * (1 - SIZE_TOLERANCE / 2)) / slope
     fitting = [exponent for exponent, size in sizes.items() if size <= goal]
     return 2.0 ** min(fitting, default=max(sizes))
 
@@ -6599,7 +6644,8 @@ def quantize(
     count = sum(problem.weight.numel() for problem in problems.values())
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
     guess = guess_delta(problems, goal, config.trellis_states)
-    return trials[fit_delta(guess, goal, count / 8, size_of, run.log)]
+    tolerance = TUNED_TOLERANCE if config.tune_steps else SIZE_TOLERANCE
+    return trials[fit_delta(guess, goal, count / 8, size_of, run.log, tolerance)]
 
 
 def round_group(
@@ -9616,17 +9662,22 @@ def round_sample(
     table: dict[str, ParameterSpec],
     weights: dict[str, Tensor],
     moments: dict[tuple[str, int], tuple[Tensor, Tensor]],
-) -> dict[str, Quantized]:
-    """What `quantize` does for one size, with one step size for all `weights`, for about 3 bits each."""
+) -> tuple[dict[str, Quantized], float, float]:
+    """What `quantize` does for one size, with one step size for all `weights`, for about 3 bits each.
+
+    Also the seconds of posing the problems, and of rounding and coding.
+    """
+    began = time.monotonic()
     problems = pose_problems(config, table, weights, moments, (0.0, 0.0, 0.0))
     small = fp16_tensors(table, weights)
     if config.quantizer == "sdclip":
-        return clip_matrices(config, table, problems) | small
+        return clip_matrices(config, table, problems) | small, 0.0, time.monotonic() - began
+    posed = time.monotonic()
     count = sum(problem.weight.numel() for problem in problems.values())
     delta = guess_delta(problems, 3 * count / 8, config.trellis_states)
     rounded = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
     encode_artifact(config, rounded, True)
-    return rounded
+    return rounded, posed - began, time.monotonic() - posed
 
 
 def measure_tuning(
@@ -9643,15 +9694,16 @@ def measure_tuning(
     }
     rounded: dict[str, Quantized] = {}
 
-    def round_once() -> float:
-        began = time.monotonic()
-        rounded.update(round_sample(run.config, model.table, weights, moments))
-        return time.monotonic() - began
+    def round_once() -> tuple[float, float]:
+        tensors, posing, rounding = round_sample(run.config, model.table, weights, moments)
+        rounded.update(tensors)
+        return posing, rounding
 
     run.on_main_rank(round_once)  # compiles
-    # Every matrix but the first group's is rounded twice, the last group for every size.
-    trials = 2 * ROUNDING_TRIALS if run.config.tune_matrices else ROUNDING_TRIALS
-    seconds = trials * run.on_main_rank(round_once)
+    posing, rounding = run.on_main_rank(round_once)
+    # Every matrix but the first group's is posed and rounded twice, the last group for every size.
+    turns = 2 if run.config.tune_matrices else 1
+    seconds = turns * (posing + ROUNDING_TRIALS * rounding)
     tuning = Tuning(run, model, data, weights)
     tuning.load(spread_weights(run, model, rounded, model.table))
     tuning.choose(sum(rounding_groups(model.table)[1:], ()) if run.config.tune_matrices else ())

@@ -630,7 +630,7 @@ def parse_options() -> argparse.Namespace:
     add("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
     add("--rates", type=float, nargs="+", default=RATES, help="bits a weight of the curve at low rates")
     add("--only-rates", action="store_true", help="nothing but that curve")
-    add("--tune-steps", type=int, default=60, help="TUNE_STEPS of that curve")
+    add("--tune-steps", type=int, default=96, help="TUNE_STEPS of that curve")
     add("--tune-tokens", type=int, default=8192, help="TUNE_TOKENS of that curve")
     add("--context", type=int, default=256, help="tokens of a window")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")

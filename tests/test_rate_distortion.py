@@ -105,6 +105,19 @@ def test_two_threads_round_as_one_does(states):
     assert states == 0 or all(is_legal(quantized.values.numpy(), states) for quantized in one.values())
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 21])
+def test_products_are_subtracted_term_after_term_to_the_last_bit(count):
+    generator = np.random.default_rng(count)
+    target, factors, rows = (
+        generator.standard_normal(shape).astype(np.float32) for shape in (33, count, (count, 33))
+    )
+    wanted = target.copy()
+    for factor, row in zip(factors, rows, strict=True):
+        wanted -= factor * row
+    t.subtract_products(target, factors, rows)
+    assert target.tobytes() == wanted.tobytes()
+
+
 def test_error_under_the_inputs_falls_with_each_part():
     problem = make_problem(256, 96)
     inputs = random_matrix(256, 96)[1]
