@@ -47,8 +47,6 @@ SMALLER = {  # what makes it minutes on two cores
     "TRAIN_LOG_EVERY": "1",
     "CHECKPOINT_EVERY": "0",
     "GPTQ_CALIBRATION_BATCHES": "1",
-    "TUNE_STEPS": "2",
-    "TUNE_TOKENS": "2048",
     "TTT_BATCH_SIZE": "4",
     "PHASED_TTT_PREFIX_DOCS": "2",
     "VAL_BATCH_TOKENS": "8192",
