@@ -6521,10 +6521,17 @@ def guess_delta(problems: dict[str, RoundingProblem], goal: float, states: int) 
     return 2.0 ** ((bits - 8 * goal) / count)
 
 
-SIZE_TOLERANCE = 5e-4  # what a file may lack to its size
-# The same where every trial is a part of the training budget: one costs more steps than half a per cent of
-# the bytes is worth.
-TUNED_TOLERANCE = 1e-2
+class Fit(NamedTuple):
+    """How exactly a file is fitted to its size."""
+
+    tolerance: float  # what it may lack, as a part of the size
+    trials: int  # after so many it may lack 5 %
+
+
+EXACT_FIT = Fit(5e-4, 8)
+# Where rounding is a part of the training budget: a trial costs more steps than half a per cent of the bytes
+# is worth.
+QUICK_FIT = Fit(1e-2, 3)
 
 
 def fit_delta(
@@ -6533,26 +6540,26 @@ def fit_delta(
     slope: float,
     size_of: Callable[[float], int],
     log: Callable,
-    tolerance: float = SIZE_TOLERANCE,
+    fit: Fit = EXACT_FIT,
 ) -> float:
-    """The delta for which `size_of(delta)` bytes lie below `goal` by at most `tolerance`, or the best of 8.
+    """The delta for which `size_of(delta)` bytes lie below `goal` by at most `fit.tolerance`, or the best.
 
-    A secant in x = log2(delta) from `delta` on, aimed at half of SIZE_TOLERANCE below the goal. `slope` is
-    about how many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to
-    `log`.
+    A secant in x = log2(delta) from `delta` on, aimed at the middle of the tolerance. `slope` is about how
+    many bytes fewer an octave makes; a secant may halve or double it at most. Every trial goes to `log`.
     """
     x = math.log2(delta)
     sizes: dict[float, int] = {}
-    for _ in range(8):
+    for trial in range(1, EXACT_FIT.trials + 1):
         sizes[x] = size_of(2.0**x)
         log(f"size: delta 2^{x:.5f} gives {sizes[x]} bytes, {100 * (sizes[x] / goal - 1):+.3f}% of the goal")
-        if 0 <= goal - sizes[x] <= tolerance * goal:
+        lacking = goal - max((size for size in sizes.values() if size <= goal), default=0)
+        if lacking <= (0.05 if trial >= fit.trials else fit.tolerance) * goal:
             break
         if len(sizes) > 1:
             before = list(sizes)[-2]
             secant = (sizes[before] - sizes[x]) / (x - before)
             slope = min(max(secant, slope / 2), slope * 2)
-        x += (sizes[x] - goal * (1 - SIZE_TOLERANCE / 2)) / slope
+        x += (sizes[x] - goal * (1 - fit.tolerance / 2)) / slope
     fitting = [exponent for exponent, size in sizes.items() if size <= goal]
     return 2.0 ** min(fitting, default=max(sizes))
 
@@ -6644,8 +6651,8 @@ def quantize(
     count = sum(problem.weight.numel() for problem in problems.values())
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
     guess = guess_delta(problems, goal, config.trellis_states)
-    tolerance = TUNED_TOLERANCE if config.tune_steps else SIZE_TOLERANCE
-    return trials[fit_delta(guess, goal, count / 8, size_of, run.log, tolerance)]
+    fit = QUICK_FIT if config.tune_steps else EXACT_FIT
+    return trials[fit_delta(guess, goal, count / 8, size_of, run.log, fit)]
 
 
 def round_group(
@@ -6678,7 +6685,7 @@ def round_group(
     delta = tensors[next(iter(problems))].delta.item()
     if "embed" in group:
         slope = sum(problem.weight.numel() for problem in problems.values()) / 8
-        delta = fit_delta(delta, goal, slope, size_of, run.log)
+        delta = fit_delta(delta, goal, slope, size_of, run.log, QUICK_FIT)
         tensors.update(trials[delta])
     else:
         tensors.update(round_at(delta))
@@ -6714,7 +6721,6 @@ def assemble_weights(table: dict[str, ParameterSpec], tensors: dict[str, Quantiz
 # order (ROUNDING_GROUPS) or by what (`tuning_loss`).
 
 TUNE_FORWARD = 2**13  # most tokens of a forward: two models' logits are kept
-ROUNDING_TRIALS = 4  # sizes that fitting delta tries, for the reserve: mostly two or three
 
 
 def rounding_groups(table: dict[str, ParameterSpec]) -> tuple[tuple[str, ...], ...]:
@@ -9683,7 +9689,7 @@ def round_sample(
 def measure_tuning(
     run: Run, model: GPT, data: Dataset, moments: dict[tuple[str, int], tuple[Tensor, Tensor]]
 ) -> float:
-    """Seconds that rounding (rank 0: ROUNDING_TRIALS sizes) and TUNE_STEPS steps take; `model` is kept.
+    """Seconds that rounding (rank 0: QUICK_FIT's trials) and TUNE_STEPS steps take; `model` is kept.
 
     A first weight may be 0, which rounds and codes faster than any other: noise is added for the sample.
     """
@@ -9703,7 +9709,7 @@ def measure_tuning(
     posing, rounding = run.on_main_rank(round_once)
     # Every matrix but the first group's is posed and rounded twice, the last group for every size.
     turns = 2 if run.config.tune_matrices else 1
-    seconds = turns * (posing + ROUNDING_TRIALS * rounding)
+    seconds = turns * (posing + QUICK_FIT.trials * rounding)
     tuning = Tuning(run, model, data, weights)
     tuning.load(spread_weights(run, model, rounded, model.table))
     tuning.choose(sum(rounding_groups(model.table)[1:], ()) if run.config.tune_matrices else ())

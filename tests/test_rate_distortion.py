@@ -252,18 +252,34 @@ def test_carries_run_through_the_stream():
         assert np.array_equal(decode(t.code_matrices([integers], 0), [(64, 64)], 0)[0], integers)
 
 
+@pytest.mark.parametrize("fit", [t.EXACT_FIT, t.QUICK_FIT])
 @pytest.mark.parametrize(
     "curve", [lambda x: 1e6 * 2**-x, lambda x: 4e5 - 1.1e5 * x, lambda x: 1e6 / (1 + 2.0**x)]
 )
-def test_the_goal_is_met_from_below(curve):
+def test_the_goal_is_met_from_below(curve, fit):
     tried = []
 
     def size_of(delta):
         tried.append(delta)
         return int(curve(np.log2(delta)))
 
-    delta = t.fit_delta(1.0, 3.3e5, 2e5, size_of, log=lambda line: None)
-    assert 0 <= 3.3e5 - size_of(delta) <= 5e-4 * 3.3e5 and len(tried) <= 9
+    delta = t.fit_delta(1.0, 3.3e5, 2e5, size_of, lambda line: None, fit)
+    tolerance = fit.tolerance if len(tried) < fit.trials else 0.05
+    assert 0 <= 3.3e5 - size_of(delta) <= tolerance * 3.3e5 and len(tried) <= 9
+
+
+def test_a_quick_fit_goes_on_until_a_file_is_small_enough():
+    sizes = iter([9.0, 4.0, 3.5, 3.4, 3.2])
+    tried = []
+
+    def size_of(delta):
+        tried.append(delta)
+        return int(1e5 * next(sizes))
+
+    assert t.fit_delta(1.0, 3.3e5, 2e5, size_of, lambda line: None, t.QUICK_FIT) == tried[4]
+    sizes = iter([9.0, 3.15, 3.2])
+    tried.clear()
+    assert t.fit_delta(1.0, 3.3e5, 2e5, size_of, lambda line: None, t.QUICK_FIT) == min(tried[1:])
 
 
 def test_moments_are_those_of_inputs_and_of_gradients_of_drawn_labels(config, monkeypatch):
