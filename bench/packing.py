@@ -14,7 +14,8 @@ contest's 36 M.
 The curve at --rates bits a weight has the public packer, ours as shipped, that with errors fed back across
 rows too (OUTPUT_FEEDBACK), and ours as shipped with --tune-steps of training of the fp16 tensors and of the
 matrices that are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the like are this against ours as
-shipped, at equal bytes. --only-rates: nothing but that curve.
+shipped, at equal bytes. --only-rates: nothing but that curve. The seconds of the flagship's 45 M weights, for
+three sizes, come last; --only-shape: nothing but them.
 --quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
 same keys. Without a checkpoint it trains a tiny model on the demo's text first.
 """
@@ -471,46 +472,63 @@ def interpolate(rows: list[Row], x: str, y: str, at: float) -> float:
     return math.exp(b + (d - b) * (math.log(at) - a) / (c - a)) if a != c else math.exp(b)
 
 
-def full_shape(form: Form, layers: int) -> dict[str, float]:
-    """Seconds to plan, round, encode and decode random weights of the full shape once, and peak memory."""
-    generator, scaled = torch.Generator().manual_seed(0), 11 / layers
-    random = lambda *shape: torch.randn(*shape, generator=generator)
+def shapes_of(layers: int, hidden: int) -> dict[str, tuple[int, int]]:
+    """The contest's matrices by name; of fewer than 11 layers, with as large a part of the embedding."""
     block = {
         "q": (512, 512),
         "k": (256, 512),
         "v": (256, 512),
         "o": (512, 512),
-        "up": (2048, 512),
-        "down": (512, 2048),
+        "up": (hidden, 512),
+        "down": (512, hidden),
     }
-    shapes = {f"{name}.{i}": shape for name, shape in block.items() for i in range(layers)}
-    shapes |= (
-        {f"embed.{i}": (8192 // 11, 512) for i in range(layers)} if layers < 11 else {"embed": (8192, 512)}
-    )
-    weights = {name: 0.02 * random(*shape) for name, shape in shapes.items()}
-    inputs = {
-        width: random(2 * width, width) * torch.rand(width, generator=generator) for width in (512, 2048)
-    }
-    moments = {width: x.T @ x for width, x in inputs.items()}
-    outputs = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
+    shapes = {f"{name}.{layer}": shape for name, shape in block.items() for layer in range(layers)}
+    if layers < 11:
+        return shapes | {f"embed.{layer}": (8192 // 11, 512) for layer in range(layers)}
+    return shapes | {"embed": (8192, 512)}
+
+
+def full_problems(form: Form, shapes: dict[str, tuple[int, int]]) -> tuple[dict, float]:
+    """Rounding problems of random weights and moments in these shapes, and the seconds that posing takes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_moments(width: int) -> Tensor:
+        x = torch.randn(2 * width, width, generator=generator) * torch.rand(width, generator=generator)
+        return x.T @ x / (2 * width)
+
+    sides = {side for name, shape in shapes.items() if role(name) != "embed*" for side in shape}
+    moments = {width: random_moments(width) for width in sorted(sides)}
+    weights = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    squares = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
     powers = (0.0, form.rows, form.columns)
 
     def pose(name: str) -> t.RoundingProblem:
-        return t.rounding_problem(weights[name], moments[shapes[name][1]], outputs[name], 0.01, powers)
+        rows, columns = shapes[name]
+        outputs = moments[rows] if form.feedback and not name.startswith("embed") else squares[name]
+        return t.rounding_problem(weights[name], moments[columns], outputs, 0.01, powers, form.damping)
 
     first = t.round_matrices({"": pose("k.0")}, 1.0, form.states, 0.0)[""]  # compiles
     t.code_stream([first.values], "brotli", form.states)
     began = time.perf_counter()
     problems = dict(zip(shapes, t.parallel_map(pose, shapes), strict=True))
-    times = [time.perf_counter() - began]
+    return problems, time.perf_counter() - began
+
+
+def full_shape(form: Form, layers: int, hidden: int, bits: float) -> dict[str, float]:
+    """Seconds to plan, round, encode and decode random weights of the full shape once, and peak memory.
+
+    The MLPs are `hidden` wide; fewer layers than 11 stand for as many.
+    """
+    scaled = 11 / layers
+    shapes = shapes_of(layers, hidden)
+    problems, planning = full_problems(form, shapes)
     count = sum(math.prod(shape) for shape in shapes.values())
-    exponents = [p.row_exponents.mean() + p.column_exponents.mean() for p in problems.values()]
-    mean = np.mean(exponents) / t.STEPS_PER_OCTAVE
-    delta = 2 ** (math.log2(0.02) - mean + 2.05 - 3.3 - (form.states > 0))
+    delta = t.guess_delta(problems, bits * count / 8, form.states)
     roles: dict[str, list[str]] = {}
     for name in shapes:
         roles.setdefault(role(name), []).append(name)
     groups = sorted(roles.values(), key=lambda names: -sum(math.prod(shapes[n]) for n in names))
+    times = [planning]
     began = time.perf_counter()
     tensors = t.round_matrices(problems, delta, form.states, form.rate)
     integers = {name: tensor.values.numpy() for name, tensor in tensors.items()}
@@ -529,6 +547,21 @@ def full_shape(form: Form, layers: int) -> dict[str, float]:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}
+
+
+def flagship_shape(layers: int) -> dict[str, Any]:
+    """Seconds for the flagship's 45 M weights, rounded from one side and from both; the figures of RESULT.
+
+    Three sizes are tried until a file fits.
+    """
+    result = {}
+    for name, form in (("", Form()), ("two_sided_", ALL)):
+        shape = full_shape(form, layers, 2816, 2.85)
+        print(f"45 M shape {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in shape.items()))
+        seconds = shape["plan"] + 3 * (shape["round"] + shape["encode"])
+        result[f"{name}quantize_encode_seconds_45m"] = round(seconds, 1)
+        result[f"{name}decode_seconds_45m"] = round(shape["decode"], 1)
+    return result
 
 
 def compare(report: Report, options: argparse.Namespace) -> dict[str, Any]:
@@ -598,7 +631,7 @@ def compare(report: Report, options: argparse.Namespace) -> dict[str, Any]:
     middle = len(goals) // 2
     saved = 1 - interpolate(final, "kl", "bytes", public[middle]["kl"]) / goals[middle]
     extra = [overhead(row["tensors"], options.states) for row in final]
-    shape = full_shape(form, 1 if options.quick else 11)
+    shape = full_shape(form, 1 if options.quick else 11, 2048, 3.3)
     print("36 M shape: " + ", ".join(f"{name} {value:.1f}" for name, value in shape.items()))
     return {
         "kl_ratio_equal_bytes": round(ratio[middle], 4),
@@ -631,6 +664,7 @@ def parse_options() -> argparse.Namespace:
     add("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
     add("--rates", type=float, nargs="+", default=RATES, help="bits a weight of the curve at low rates")
     add("--only-rates", action="store_true", help="nothing but that curve")
+    add("--only-shape", action="store_true", help="nothing but seconds of the full shape; no run is needed")
     add("--tune-steps", type=int, default=96, help="TUNE_STEPS of that curve")
     add("--tune-tokens", type=int, default=8192, help="TUNE_TOKENS of that curve")
     add("--context", type=int, default=256, help="tokens of a window")
@@ -640,7 +674,7 @@ def parse_options() -> argparse.Namespace:
     if options.quick:
         options.tokens, options.part_tokens, options.tuning, options.trials = 8192, 4096, 4096, 2
         options.calibration, options.lrzip, options.rates, options.tune_steps = 4096, None, [2.25, 2.75], 4
-    elif not (options.run / "checkpoint.pt").exists():
+    elif not options.only_shape and not (options.run / "checkpoint.pt").exists():
         parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
     return options
 
@@ -648,6 +682,9 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Print the tables and the RESULT line."""
     options = parse_options()
+    if options.only_shape:
+        print("RESULT " + json.dumps(flagship_shape(1 if options.quick else 11)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         if not (options.run / "checkpoint.pt").exists():
             options.run = train_tiny(Path(folder))
@@ -669,6 +706,7 @@ def main() -> None:
         report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
         result = {} if options.only_rates else compare(report, options)
         result |= low_rates(report, list(options.rates))
+        result |= flagship_shape(1 if options.quick else 11)
     result |= {"tokens": tokens, "tune_steps": options.tune_steps, "quick": options.quick}
     print("RESULT " + json.dumps(result))
 
