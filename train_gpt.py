@@ -1698,7 +1698,7 @@ class Past(NamedTuple):
     """What the rows of a Batch go on from (L places of a cache that is kept by visit) and leave behind.
 
     Of the `position` (B,) int64 tokens before in each row, place p % L holds token p: keys and values
-    (B, L, KV, D) of the last L. `previous` (B, 1) int64 are the last of them, 0 if there are none. The
+    (B, L, KV, D) of the last L. `previous` (B, 2) int64 are the last two of them, 0 where there are none. The
     forward writes the keys and values of its own tokens to the last two, (B, T, KV, D).
     """
 
@@ -5566,9 +5566,9 @@ class GPT(nn.Module):
             x = x + self.hashed_pairs(ids, opens).to(x.dtype)
         if order == "after_norm":
             x = self.smear(x, ids, opens, batch.past)
-        if self.config.bigram_rows:  # last: a cache knows one token before a chunk, and no pair that it ends
+        if self.config.bigram_rows:
             x = x + self.bigrams(ids, opens, batch.past, hooks)
-        return x if batch.past is None else x[:, 1:].contiguous()
+        return x if batch.past is None else x[:, 2:].contiguous()
 
     def hashed_pairs(self, ids: Tensor, opens: Tensor) -> Tensor:
         """The hash embedding of each (token before, token); 0 comes before the start of a segment (#1523)."""
@@ -5578,12 +5578,13 @@ class GPT(nn.Module):
     def bigrams(self, ids: Tensor, opens: Tensor, past: Past | None, hooks: Hooks) -> Tensor:
         """What the table of token pairs adds to each position, (B, T, D): 0 where no token comes before.
 
-        That is at the start of a row, a segment or a document; with `past` the first position is that before.
+        That is at the start of a row, a segment or a document; with `past` the first two positions are those
+        before.
         """
         alone = F.pad(((ids == BOS) | opens)[:, 1:], (1, 0), value=True)
         if past is not None:
-            second = alone[:, 1:2] | (past.position == 0)[:, None]
-            alone = torch.cat((alone[:, :1], second, alone[:, 2:]), 1)
+            third = alone[:, 2:3] | (past.position == 0)[:, None]
+            alone = torch.cat((alone[:, :2], third, alone[:, 3:]), 1)
         pairs = self.config.vocab_size * F.pad(ids[:, :-1], (1, 0)) + ids
         rows, signs = hash_pairs(pairs, self.config.bigram_rows)
         found = F.embedding(rows, self.bigram_rows.to(self.dtype)) * signs[..., None].to(self.dtype)
@@ -5593,7 +5594,7 @@ class GPT(nn.Module):
         return self.matmul("bigram_out", self.bigram_out[0].to(self.dtype), found, HEAD_VISIT, hooks)
 
     def smear(self, x: Tensor, ids: Tensor, opens: Tensor, past: Past | None) -> Tensor:
-        """x with a gated share of the position before (#1667); with `past` the first position is that."""
+        """x with a gated share of the position before (#1667); with `past` the first two are those before."""
         opening = F.linear(x[:, 1:, : self.config.gate_width or None], self.smear_w.to(x.dtype))
         share = self.smear_lambda.to(x.dtype) * torch.sigmoid(opening)
         if self.config.smear_gate_bos_fix:
@@ -5602,7 +5603,8 @@ class GPT(nn.Module):
                 shut = shut | opens
             share = share.masked_fill(shut[:, 1:, None], 0)
         if past is not None:
-            share = torch.cat((share[:, :1] * (past.position > 0)[:, None, None], share[:, 1:]), 1)
+            third = share[:, 1:2] * (past.position > 0)[:, None, None]
+            share = torch.cat((share[:, :1], third, share[:, 2:]), 1)
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), 1)
 
 
@@ -9063,7 +9065,8 @@ def mixed_chunk(copies: Copies, turn: Turn, chunk: int) -> MixedChunk:
     rows = len(turn.plan)
     batch, scored, places = window_batch(tokens, turn.plan, rows, chunk, 0)
     goes_on = turn.plan[:, 1] < turn.documents[:, 1]
-    before = tokens[np.maximum(turn.plan[:, 0] - 1, 0)].astype(np.int64) * (turn.place > 0)
+    back = np.array([2, 1])
+    before = tokens[np.maximum(turn.plan[:, :1] - back, 0)].astype(np.int64) * (turn.place[:, None] >= back)
 
     inside = scored.numpy()
     guesses = np.zeros((2, *inside.shape), np.int64)
@@ -9077,7 +9080,7 @@ def mixed_chunk(copies: Copies, turn: Turn, chunk: int) -> MixedChunk:
         places,
         learning_weight(scored, goes_on),
         torch.from_numpy(turn.place),
-        torch.from_numpy(before)[:, None],
+        torch.from_numpy(before),
         torch.from_numpy(match),
         torch.from_numpy(turn.opens),
         torch.from_numpy(turn.ends),

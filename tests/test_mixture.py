@@ -109,8 +109,11 @@ def test_chunks_over_a_cache_score_like_whole_documents(tiny, shape):
     assert torch.allclose(score(config, tokens).nats, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_hashed_pairs_reach_back_over_the_edge_of_a_chunk(tiny):
+@pytest.mark.parametrize("order", ["before_norm", "after_norm"])
+def test_hashed_pairs_reach_back_over_the_edge_of_a_chunk(tiny, order):
+    """After the norm the token before a chunk is smeared with its own pair, which began a token earlier."""
     config = replace(tiny, **ALONE, hash_embed_enabled=True, phased_ttt_num_phases=1, hash_embed_size=97)
+    config = replace(config, smear_gate_order=order)
     tokens = stream(config)
     model = build(config)
     model.hash_embed = torch.nn.Parameter(torch.randn(97, config.model_dim))
