@@ -359,14 +359,14 @@ class Config:
     tune_steps: int = knob(
         0, "steps that train the fp16 tensors after rounding, by KL to the unquantised model", not_negative
     )
-    tune_lr: float = knob(0.005, "Adam step of that training; falls linearly to 0", not_negative)
+    tune_lr: float = knob(0.002, "Adam step of that training; falls linearly to 0", not_negative)
     tune_tokens: int = knob(16_384, "training tokens of such a step, over all ranks", positive)
     tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
     tune_matrices: bool = knob(
         False, "round the matrices in three groups, and train those still to come, too, after each"
     )
     tune_matrix_lr: float = knob(
-        0.003, "their Adam step, as part of the standard deviation of a matrix", not_negative
+        0.0015, "their Adam step, as part of the standard deviation of a matrix", not_negative
     )
     compressor: Literal["brotli", "lzma"] = knob("brotli", "entropy coder of the artifact's streams")
     artifact_cap_bytes: int = knob(16_000_000, "limit for artifact plus packed code", positive)
