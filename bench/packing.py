@@ -12,10 +12,10 @@ the decoded weights. The rows that show single parts are judged on --part-tokens
 (last column) on the same as these. Time and memory of the full shape come from random weights of the
 contest's 36 M.
 The curve at --rates bits a weight has the public packer, ours as shipped, that with errors fed back across
-rows too (OUTPUT_FEEDBACK), and this with --tune-steps of training of the fp16 tensors and of the matrices that
-are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the like are all of it against ours as shipped, at equal
-bytes. --only-rates: nothing but that curve. The seconds of the flagship's 45 M weights, for
-three sizes, come last; --only-shape: nothing but them.
+rows too (OUTPUT_FEEDBACK), and this with --tune-steps of training of the fp16 tensors and of the matrices
+that are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the like are all of it against ours as shipped,
+at equal bytes. --only-rates: nothing but that curve. The seconds of the flagship's 45 M weights, for three
+sizes, come last; --only-shape: nothing but them.
 --quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
 same keys. Without a checkpoint it trains a tiny model on the demo's text first.
 """
