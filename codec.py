@@ -1231,7 +1231,7 @@ class TextGenerator:
         self.cache = trainer.KeyCache(self.model, 1, longest, 1, device)
         self.cached = longest
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.previous = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.previous = torch.zeros(1, 2, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def next_log_p(self, token: int) -> Tensor:
@@ -1242,7 +1242,7 @@ class TextGenerator:
             self.model(self.trainer.Batch(ids, ids, past=past))
         self.cache.keep(past)
         self.position = self.position + 1
-        self.previous = ids
+        self.previous = torch.cat((self.previous[:, 1:], ids), 1)
         return captured.log_softmax(captured.logits[0])
 
     def generate(self, prompt: np.ndarray, sampling: Sampling, seed: int) -> Iterator[int]:

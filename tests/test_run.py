@@ -102,7 +102,9 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert events["train_read_last"] - events["train_clock_start"] >= sum(spent)
     assert events["train_read_last"] <= events["artifact_sealed"]
     log = (folder / "train.log").read_text()
-    assert "tuned 1" in log and log.strip() == "\n".join(line for line in log.splitlines() if line.strip())
+    assert "tuned in 3 steps" in log and log.strip() == "\n".join(
+        line for line in log.splitlines() if line.strip()
+    )
     assert (folder / "stdout").read_text().splitlines()[-1].startswith("final val_loss:")
     assert log.index("sha256:" + artifact_hash(folder)) < log.index("val_tokens:")
     assert len(losses(folder)) == 8 and losses(folder)[-1] < losses(folder)[0]
