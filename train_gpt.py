@@ -6500,7 +6500,7 @@ def round_matrices(
         rows, columns = problem.row_exponents, problem.column_exponents
         integers = round_matrix(problem, step_sizes(rows, columns, delta), states, bit_price)
         scales = torch.from_numpy(np.append(rows, columns))
-        return Quantized(torch.from_numpy(integers), scales, torch.tensor([delta]))
+        return Quantized(torch.from_numpy(integers), scales, torch.tensor([delta], dtype=torch.float32))
 
     rounded = parallel_map(round_one, problems.values(), threads)
     return dict(zip(problems, rounded, strict=True))

@@ -252,6 +252,13 @@ def test_carries_run_through_the_stream():
         assert np.array_equal(decode(t.code_matrices([integers], 0), [(64, 64)], 0)[0], integers)
 
 
+def test_a_guessed_step_size_is_stored_as_any_other():
+    """A guess is a number of NumPy, of which torch would make float64, which no artifact may hold."""
+    problems = {"a": make_problem(8, 8)}
+    rounded = t.round_matrices(problems, t.guess_delta(problems, 24.0, 8), 8, 0.5)["a"]
+    assert rounded.delta.dtype == torch.float32
+
+
 @pytest.mark.parametrize("fit", [t.EXACT_FIT, t.QUICK_FIT])
 @pytest.mark.parametrize(
     "curve", [lambda x: 1e6 * 2**-x, lambda x: 4e5 - 1.1e5 * x, lambda x: 1e6 / (1 + 2.0**x)]
