@@ -6920,7 +6920,8 @@ def tune(
         f"tuned in {config.tune_steps} steps: loss on tokens that they have not read {loss_before:.6f} -> "
         f"{loss_after:.6f}"
     )
-    if loss_after >= loss_before and run.is_main:
+    pays = loss_after < loss_before  # not a number does not
+    if run.is_main and not pays:
         run.log(f"tuning does not pay: the weights before it are kept; lower TUNE_LR={config.tune_lr}")
         tensors.update(untuned)
     return {"tune_seconds": run.now() - began, "tune_loss_before": loss_before, "tune_loss_after": loss_after}

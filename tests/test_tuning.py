@@ -146,6 +146,16 @@ def test_a_tuning_that_does_not_pay_leaves_the_weights_as_they_were(rounded, mat
     assert list(tensors) == list(kept) and all(tensors[name] is kept[name] for name in kept)
 
 
+def test_a_loss_that_is_not_a_number_does_not_pay(rounded, monkeypatch):
+    run, model, data, weights, tensors, goal, moments = rounded
+    kept = dict(tensors)
+    losses = iter([0.1, float("nan")])
+    monkeypatch.setattr(t.Tuning, "loss", lambda tuning, step: next(losses))
+    run.config = replace(run.config, tune_steps=1)
+    t.tune(run, model, data, weights, tensors, moments, goal)
+    assert all(tensors[name] is kept[name] for name in kept)
+
+
 def test_the_reserve_holds_rounding_and_tuning_and_leaves_no_trace(config, monkeypatch):
     config = replace(config, tune_steps=1000, tune_tokens=256, gptq_calibration_batches=1)
     run, data = t.Run(config), t.Dataset(config)
