@@ -2,7 +2,8 @@
 """Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
-                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-steps 96] [--context 256]
+                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 96]
+                            [--context 256]
 
 The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
 equally many trials at about 3.3 bit per weight, and reported on others; the figures of RESULT are those of
@@ -12,10 +13,10 @@ the decoded weights. The rows that show single parts are judged on --part-tokens
 (last column) on the same as these. Time and memory of the full shape come from random weights of the
 contest's 36 M.
 The curve at --rates bits a weight has the public packer, ours as shipped, that with errors fed back across
-rows too (OUTPUT_FEEDBACK), and this with --tune-steps of training of the fp16 tensors and of the matrices
-that are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the like are all of it against ours as shipped,
-at equal bytes. --only-rates: nothing but that curve. The seconds of the flagship's 45 M weights, for three
-sizes, come last; --only-shape: nothing but them.
+rows too (OUTPUT_FEEDBACK), and at --tune-rates this with --tune-steps of training of the fp16 tensors and of
+the matrices that are not rounded yet (TUNE_MATRICES). kl_ratio_2_75 and the like are all of it against ours
+as shipped, at equal bytes. --only-rates: nothing but that curve. The seconds of the flagship's 45 M weights
+come last, for three sizes and for tuning; --only-shape: nothing but them.
 --quick: few tokens, two sizes, LZMA for brotli, one layer of the full shape (seconds scaled to 36 M); the
 same keys. Without a checkpoint it trains a tiny model on the demo's text first.
 """
@@ -51,10 +52,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import recipes
 import train_gpt as t
 
 CHUNK = 4096  # validation tokens that are judged at once
 RATES = (1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.3, 3.6)
+TUNE_RATES = (2.25, 2.75)
 TINY = {  # of --quick without a checkpoint
     "STAGE": "train",
     "MODEL_DIM": "64",
@@ -393,29 +396,29 @@ def clip_factor(packers: Packers, clip: Clip, bits: float) -> float:
     return 2**octaves
 
 
-def low_rates(report: Report, rates: list[float]) -> dict[str, Any]:
-    """The curve at `rates` bits a weight; the figures of RESULT."""
+def low_rates(report: Report, rates: list[float], tune_rates: list[float]) -> dict[str, Any]:
+    """The curve at `rates` bits a weight, tuned at `tune_rates` of them; the figures of RESULT."""
     count = report.subject.count
-    goals = [int(rate * count / 8) for rate in rates]
+    goals = {rate: int(rate * count / 8) for rate in rates}
     factors = [clip_factor(report.packers, Clip(), rate) for rate in rates]
     report.public("SDClip untuned", Clip(), factors)
-    plain = report.ours("ours, as shipped", Form(), goals, True)
-    rounded = report.ours("+ feedback across rows", ALL, goals, True)
-    tuned = report.ours("+ tuning", ALL, goals, True, tuned=True)
-    result: dict[str, Any] = {"rates": rates}
+    plain = report.ours("ours, as shipped", Form(), [*goals.values()], True)
+    rounded = report.ours("+ feedback across rows", ALL, [*goals.values()], True)
+    tuned = report.ours("+ tuning", ALL, [goals[rate] for rate in tune_rates], True, tuned=True)
+    plain_at = dict(zip(rates, plain, strict=True))
+    tuned_at = dict(zip(tune_rates, tuned, strict=True))
+    result: dict[str, Any] = {"rates": rates, "tune_rates": tune_rates}
     for rate in (2.75, 2.25):
-        place = rates.index(rate) if rate in rates else None
         name = str(rate).replace(".", "_")
         result[f"kl_ratio_{name}"] = result[f"delta_bpb_{name}"] = None
-        if place is not None:
-            result[f"kl_ratio_{name}"] = round(tuned[place]["kl"] / plain[place]["kl"], 4)
-            result[f"delta_bpb_{name}"] = round(tuned[place]["delta_bpb"], 5)
-    result["kl_plain"] = [round(row["kl"], 6) for row in plain]
-    result["kl_feedback"] = [round(row["kl"], 6) for row in rounded]
-    result["kl_tuned"] = [round(row["kl"], 6) for row in tuned]
-    result["delta_bpb_plain"] = [round(row["delta_bpb"], 5) for row in plain]
-    result["delta_bpb_tuned"] = [round(row["delta_bpb"], 5) for row in tuned]
-    result["tune_seconds"] = round(sum(row["tune"] for row in tuned) / len(tuned), 1)
+        if rate in tuned_at:
+            result[f"kl_ratio_{name}"] = round(tuned_at[rate]["kl"] / plain_at[rate]["kl"], 4)
+            result[f"delta_bpb_{name}"] = round(tuned_at[rate]["delta_bpb"], 5)
+    for name, rows in (("plain", plain), ("feedback", rounded), ("tuned", tuned)):
+        result[f"kl_{name}"] = [round(row["kl"], 6) for row in rows]
+        result[f"delta_bpb_{name}"] = [round(row["delta_bpb"], 5) for row in rows]
+    seconds = [row["tune"] for row in tuned]
+    result["tune_seconds"] = round(sum(seconds) / len(seconds), 1) if seconds else None
     return result
 
 
@@ -548,18 +551,54 @@ def full_shape(form: Form, layers: int, hidden: int, bits: float) -> dict[str, f
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}
 
 
-def flagship_shape(layers: int) -> dict[str, Any]:
+def tuning_seconds(tokens: int) -> list[float]:
+    """Seconds that the gradient of tuning takes on `tokens` tokens, in each part of it.
+
+    The model is that of flagship.env with random weights, in bfloat16. A part trains the fp16 tensors and the
+    matrices that are no integers yet: first all but one group, at last none.
+    """
+    settings = recipes.read(ROOT / "records" / "recipes" / "flagship.env")
+    config = t.Config.from_env(settings | {"COMPUTE_DTYPE": "bfloat16"})
+    teacher, model = t.GPT(config, dtype=torch.bfloat16), t.GPT(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, tokens + 1), generator=generator)
+    batch = t.Batch(ids[:, :-1], ids[:, 1:])
+    groups = t.rounding_groups(model.table)
+    small = {name for name, spec in model.table.items() if spec.quantizer == "fp16"}
+    seconds = []
+    for network in (teacher, model):
+        network.looped = True
+    t.tuning_loss(teacher, model, t.Batch(ids[:, :64], ids[:, 1:65]), 0.0)  # the first call is a slow one
+    for place in range(len(groups)):
+        trained = small.union(*groups[place + 1 :])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        began = time.perf_counter()
+        torch.autograd.grad(t.tuning_loss(teacher, model, batch, 0.0), parameters, materialize_grads=True)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def flagship_shape(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds for the flagship's 45 M weights, rounded from one side and from both; the figures of RESULT.
 
-    Three sizes are tried until a file fits.
+    Three sizes are tried until a file fits. What tuning takes is scaled from one batch.
     """
     result = {}
     for name, form in (("", Form()), ("two_sided_", ALL)):
-        shape = full_shape(form, layers, 2816, 2.85)
+        shape = full_shape(form, 1 if options.quick else 11, 2816, 2.85)
         print(f"45 M shape {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in shape.items()))
         seconds = shape["plan"] + 3 * (shape["round"] + shape["encode"])
         result[f"{name}quantize_encode_seconds_45m"] = round(seconds, 1)
         result[f"{name}decode_seconds_45m"] = round(shape["decode"], 1)
+    tokens = 256 if options.quick else 2048
+    parts = tuning_seconds(tokens)
+    all_tokens = options.tune_steps * options.tune_tokens
+    shown = ", ".join(f"{1024 * part / tokens:.2f}" for part in parts)
+    print(f"45 M shape, tuning: {shown} s for 1,024 tokens, with fewer matrices trained from part to part")
+    result["tune_seconds_45m"] = round(sum(parts) / len(parts) * all_tokens / tokens, 1)
+    result["tune_tokens_45m"] = all_tokens
     return result
 
 
@@ -662,6 +701,7 @@ def parse_options() -> argparse.Namespace:
     add("--calibration", type=int, default=65_536, help="training tokens of the sensitivities")
     add("--states", type=int, default=64, choices=[8, 64, 256], help="states of the trellis")
     add("--rates", type=float, nargs="+", default=RATES, help="bits a weight of the curve at low rates")
+    add("--tune-rates", type=float, nargs="*", help="those of --rates that are tuned too: 2.25 and 2.75")
     add("--only-rates", action="store_true", help="nothing but that curve")
     add("--only-shape", action="store_true", help="nothing but seconds of the full shape; no run is needed")
     add("--tune-steps", type=int, default=96, help="TUNE_STEPS of that curve")
@@ -673,7 +713,12 @@ def parse_options() -> argparse.Namespace:
     if options.quick:
         options.tokens, options.part_tokens, options.tuning, options.trials = 8192, 4096, 4096, 2
         options.calibration, options.lrzip, options.rates, options.tune_steps = 4096, None, [2.25, 2.75], 4
-    elif not options.only_shape and not (options.run / "checkpoint.pt").exists():
+    if options.tune_rates is None:
+        options.tune_rates = [rate for rate in TUNE_RATES if rate in options.rates]
+    for rate in options.tune_rates:
+        if rate not in options.rates:
+            parser.error(f"--tune-rates {rate}: none of --rates; name it there as well")
+    if not (options.quick or options.only_shape) and not (options.run / "checkpoint.pt").exists():
         parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
     return options
 
@@ -682,7 +727,7 @@ def main() -> None:
     """Print the tables and the RESULT line."""
     options = parse_options()
     if options.only_shape:
-        print("RESULT " + json.dumps(flagship_shape(1 if options.quick else 11)))
+        print("RESULT " + json.dumps(flagship_shape(options)))
         return
     with tempfile.TemporaryDirectory() as folder:
         if not (options.run / "checkpoint.pt").exists():
@@ -704,8 +749,8 @@ def main() -> None:
         print(f"{subject.count} weights; {others}")
         report = Report(packers, options.lrzip, options.part_tokens // CHUNK)
         result = {} if options.only_rates else compare(report, options)
-        result |= low_rates(report, list(options.rates))
-        result |= flagship_shape(1 if options.quick else 11)
+        result |= low_rates(report, list(options.rates), list(options.tune_rates))
+        result |= flagship_shape(options)
     result |= {"tokens": tokens, "tune_steps": options.tune_steps, "quick": options.quick}
     print("RESULT " + json.dumps(result))
 
