@@ -12,10 +12,10 @@
 tokenizer.model, of 8,192 entries, together at most --megabytes. This folder must be on the GPU's machine,
 which needs no network: there, data/prepare.py makes a dataset of it; --data FOLDER uses another. A call
 writes its parts' logs and what is done into --work, its tables into --out. A part whose time does not suffice
-is left for the next run of the same call, which repeats nothing that succeeded. Status 0: all done, 1: a part
-failed, 3: a part is left. --dry: the whole plan at tiny shapes on the CPU; shows that the plan works, not
-what a GPU does. The seconds of parts are those of an H200 for the tests and for compiling, which is most of a
-start, else assumed.
+is left for the next run of the same call, which repeats nothing that succeeded. On a machine that is lent for
+less, --parts and --limit choose. Status 0: all done, 1: a part failed, 3: a part is left. --dry: the whole
+plan at tiny shapes on the CPU; shows that the plan works, not what a GPU does. The seconds of parts are those
+of an H200 for the tests and for compiling, which is most of a start, else assumed.
 """
 
 from __future__ import annotations
@@ -305,6 +305,18 @@ def third_call(places: Places) -> list[Part]:
 CALLS = {"1": first_call, "2": second_call, "3": third_call}
 
 
+def choose_parts(parts: list[Part], names: list[str]) -> list[Part]:
+    """Those of a call's `parts` that have one of `names`, and its data; all without names.
+
+    ValueError where a name is that of no part.
+    """
+    known = [part.name for part in parts]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--parts {name}: this call has no such part; name some of {' '.join(known)}")
+    return [part for part in parts if not names or part.name in (*names, "data")]
+
+
 def facts() -> dict[str, str]:
     """Device, date and versions."""
     import torch
@@ -410,6 +422,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("files", nargs="*", type=Path, help="carry: .jsonl.xz files; record: tables_*.md")
     add = parser.add_argument
     add("--limit", type=number_option(float, 30), default=570.0, metavar="S", help="seconds of a call (570)")
+    add("--parts", nargs="+", default=[], metavar="NAME", help="of a call: these alone, after its data")
     add("--against", type=Path, metavar="FILE", help="call 3: a module like bench/train_step.py")
     add("--data", type=Path, metavar="FOLDER", help="a dataset that is there already, instead of the text")
     add("--carried", type=Path, default=ROOT / "runs" / "carried", metavar="FOLDER", help="what travels")
@@ -454,10 +467,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry and about["device"].endswith("CPU"):
         print("gpu_session: there is no GPU here; --dry tries the plan without one", file=sys.stderr)
         return 2
-    parts = CALLS[options.action](places)
-    if (
-        options.dry
-    ):  # how long a CPU takes, busy with other things, says nothing: a part may take what is left
+    try:
+        parts = choose_parts(CALLS[options.action](places), options.parts)
+    except ValueError as error:
+        print(f"gpu_session: {error}", file=sys.stderr)
+        return 2
+    if options.dry:
+        # How long a CPU takes, busy with other things, says nothing: a part may take what is left.
         parts = [part._replace(most=options.limit) for part in parts]
     outcomes = session.run(parts)
     text = section(options.action, parts, outcomes, session, about)

@@ -61,6 +61,14 @@ def states(outcomes: dict) -> dict[str, str]:
     return {name: outcome.state for name, outcome in outcomes.items()}
 
 
+def test_parts_of_a_call_can_be_chosen_and_bring_its_data(session):
+    parts = [session.Part(name, [name], 1, 2) for name in ("data", "preflight", "tests", "kernels")]
+    assert session.choose_parts(parts, []) == parts
+    assert session.choose_parts(parts, ["kernels"]) == [parts[0], parts[3]]
+    with pytest.raises(ValueError, match="--parts kernel: this call has no such part; name some of data pre"):
+        session.choose_parts(parts, ["tests", "kernel"])
+
+
 def test_a_call_is_resumed_and_repeats_nothing_that_succeeded(session, tmp_path):
     stand_in = StandIn()
     parts = [
