@@ -5066,9 +5066,8 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.feed_forward = feed_forward
         self.loops = 0  # extra passes through the looped layers
-        self.shows_logits = (
-            False  # whether logits always go through a softcapped_ce function: who looks at them
-        )
+        # Whether logits always go through a softcapped_ce function, so that one can look at them.
+        self.shows_logits = False
         self.routes = {loops: make_route(config, loops) for loops in loop_states(config)}
         self.table = parameter_table(config)
         for name, spec in self.table.items():
