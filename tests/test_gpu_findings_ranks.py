@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import subprocess
 import sys
 import types
@@ -158,6 +159,16 @@ def test_a_batch_that_more_ranks_cannot_share_equally_is_refused(config):
     t.check_batch_share(config, 16)
 
 
+# The first of two ranks on this machine.
+TWO = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
 @pytest.mark.parametrize(
     "launcher, words",
     [
@@ -168,11 +179,11 @@ def test_a_batch_that_more_ranks_cannot_share_equally_is_refused(config):
         ({"WORLD_SIZE": "12"}, "WORLD_SIZE=12: must be"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
         ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "RANK=2",
-        ),
+        (TWO | {"RANK": "2"}, "RANK=2"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x: not a number"),
+        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 without MASTER_ADDR"),
+        (TWO | {"MASTER_PORT": "abc"}, "MASTER_PORT=abc: not a port"),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536: not a port"),
     ],
 )
 def test_launcher_variables_that_cannot_be_true_are_one_line(launcher, words):
@@ -189,20 +200,55 @@ def test_a_wrong_world_size_stops_the_program_before_torch_is_loaded(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("WORLD_SIZE=0") and done.stderr.count("\n") == 1
 
 
-def test_a_local_rank_without_a_gpu_is_refused(config, monkeypatch):
-    place = {
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "1",
-    }
+def start_as(monkeypatch, place: dict[str, str]) -> None:
+    """Be the process that a launcher has told this `place`."""
     for name, value in place.items():
         monkeypatch.setenv(name, value)
+
+
+def test_ranks_that_cannot_meet_are_one_line(config, monkeypatch):
+    """Here another program listens at their port."""
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        start_as(monkeypatch, TWO | {"MASTER_PORT": port})
+        with pytest.raises(t.Stop) as stop:
+            t.Run(config)
+    said = str(stop.value)
+    assert said.startswith(
+        f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 of 2 does not meet the others ("
+    )
+    assert "a port that is free" in said and "\n" not in said
+
+
+def test_a_gpu_that_is_missing_or_cannot_be_used_is_one_line(config, monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(t.Stop) as stop:
+        t.Run(config)
+    said = str(stop.value)
+    assert said.startswith("cuda:0: cannot be used (RuntimeError: CUDA error: ") and "\n" not in said
+    start_as(monkeypatch, TWO | {"RANK": "1", "LOCAL_RANK": "1"})
     with pytest.raises(t.Stop, match="LOCAL_RANK=1: this machine shows 1 GPUs"):
         t.Run(config)
+
+
+def test_too_little_memory_is_one_line_whatever_needs_it(settings, monkeypatch):
+    def build(run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(t, "build", build)
+    done = launch(settings)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB.; lower TRAIN"
+    )
+    monkeypatch.setattr(t, "inspect_machine", lambda run, whole: 1e15)  # it takes a second
+    with pytest.raises(t.Stop, match="OutOfMemoryError: CUDA out of memory"):
+        t.report_machine(t.Config.from_env(settings))
 
 
 def nearest_quintic(low: float, high: float) -> np.ndarray:
