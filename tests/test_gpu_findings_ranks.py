@@ -140,6 +140,8 @@ def is_set(node: ast.expr, names: set[str]) -> bool:
     """Whether an expression is a set for all to see; `names` are variables that are."""
     if isinstance(node, ast.BinOp):
         return any(is_set(side, names) or called(side) == "keys" for side in (node.left, node.right))
+    if isinstance(node, ast.IfExp):
+        return is_set(node.body, names) or is_set(node.orelse, names)
     if isinstance(node, ast.Name):
         return node.id in names
     return isinstance(node, ast.Set | ast.SetComp) or called(node) in ("set", "frozenset")
@@ -171,7 +173,9 @@ def in_the_order_of_a_set(tree: ast.AST) -> list[str]:
 
 def test_nothing_is_done_in_the_order_of_a_set():
     """Two ranks agree on that of dtypes in 59 % of the cases, eight in 6 %; of words, hardly ever."""
-    before = "def f(self):\n    for dtype in {p.dtype for p in self.replicated}:\n        reduce(dtype)\n"
+    before = (
+        "def f(ps, n):\n    for dtype in {p.dtype for p in ps} if n > 1 else ():\n        reduce(dtype)\n"
+    )
     hidden = "def f(a, b):\n    kinds = set(a)\n    return [x for x in kinds] + list(a.keys() - b)\n"
     harmless = "def f(a: set[int]):\n    return sorted(a), any(x for x in a), 3 in a\n"
     assert [len(in_the_order_of_a_set(ast.parse(text))) for text in (before, hidden, harmless)] == [1, 2, 0]
