@@ -412,6 +412,7 @@ def test_a_few_steps_of_muon_in_bf16_follow_those_in_fp32(config):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=source).bfloat16().float()
             optimizers.step(1.0, 0.97, 0.0)
+        assert torch.equal(optimizers.muon.momentum, torch.tensor(0.97)), "rounded on its way to the step"
         momenta.append(optimizers.muon.momenta)
     for name, exact in momenta[0].items():
         error = momenta[1][name].float() - exact
