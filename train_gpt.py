@@ -69,6 +69,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import string
 import struct
 import subprocess
@@ -1180,12 +1181,12 @@ def open_gpu(device: torch.device) -> None:
 
 def join_ranks(run: Run) -> dist.ProcessGroup:
     """Meet the other ranks; the group through which their hosts talk. Stop if they do not come together."""
+    backend = "nccl" if run.is_cuda else "gloo"
     try:
-        dist.init_process_group(
-            "nccl" if run.is_cuda else "gloo", device_id=run.device if run.is_cuda else None
-        )
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # else half an hour is spent on asking for it
+        dist.init_process_group(backend, device_id=run.device if run.is_cuda else None)
         return dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         place = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         memory = ", and give the container shared memory: --shm-size=8g or --ipc=host" if run.is_cuda else ""
         raise Stop(

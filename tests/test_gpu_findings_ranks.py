@@ -320,6 +320,14 @@ def test_ranks_that_cannot_meet_are_one_line(config, monkeypatch):
     )
     assert "a port that is free" in said and "\n" not in said
 
+    def unknown(host, port):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    start_as(monkeypatch, {"MASTER_ADDR": "node-0"})
+    with pytest.raises(t.Stop, match="^MASTER_ADDR=node-0 .*Name or service not known.*; start all at once"):
+        t.Run(config)
+
 
 def test_a_gpu_that_is_missing_or_cannot_be_used_is_one_line(config, monkeypatch):
     def busy(device):
