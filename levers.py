@@ -33,6 +33,7 @@ RECORDS = ROOT / "records" / "levers.jsonl"
 LEVERS = ROOT / "records" / "levers.txt"
 GONE = ROOT / "records" / "levers_gone.txt"  # those that lost, whose settings the script has no more
 TOKENIZERS = ROOT / "records" / "levers_tokenizer.txt"
+SHAPES = ROOT / "records" / "levers_shape.txt"
 BASE = "base"
 TOGETHER = "together"
 WITHOUT = "without "
@@ -163,19 +164,19 @@ class Judgement(NamedTuple):
 def contests(records: Sequence[Record]) -> list[list[Record]]:
     """The records by contest, the latest contest first.
 
-    A contest is a rule and a script; scripts whose bases have the same scores, to the last bit and with the
-    same seeds, are of one contest.
+    A contest is a rule and a script; those whose bases have the same scores, to the last bit and with the
+    same seeds, are one: a rule also gets another digest when a setting that it names gets another default.
     """
     bases: dict[tuple[str, str], dict[int, float]] = {}
     for record in records:
         scores = bases.setdefault((record["rule"], record["source_sha256"]), {})
         if record["lever"] == BASE:
             scores[record["seed"]] = record["val_bpb"]
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[Any, list[Record]] = {}
     for record in reversed(records):
-        rule, source = record["rule"], record["source_sha256"]
-        scores = sorted(bases[rule, source].items())
-        groups.setdefault((rule, str(scores) if scores else source), []).append(record)
+        contest = (record["rule"], record["source_sha256"])
+        scores = tuple(sorted(bases[contest].items()))
+        groups.setdefault(scores or contest, []).append(record)
     return [group[::-1] for group in groups.values()]
 
 
@@ -494,7 +495,7 @@ def main(arguments: list[str]) -> None:
         "--levers",
         type=Path,
         nargs="+",
-        default=[LEVERS, TOKENIZERS, GONE],
+        default=[LEVERS, TOKENIZERS, SHAPES, GONE],
         help="where the evidence is said",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of levers.md and levers.svg")
