@@ -4954,12 +4954,13 @@ def refuse_lost_gpu(backend: str, error: Exception) -> None:
 
     After an illegal access CUDA refuses all that this process asks for, so no other backend can be tried.
     """
+    order = ", ".join(BACKENDS)
     try:
         torch.cuda.synchronize()
     except RuntimeError:
         raise Stop(
             f"ATTENTION={backend}: {describe_error(error)}, after which this process cannot use its GPU; "
-            f"set ATTENTION to one after {backend} of {', '.join(BACKENDS)}"
+            f"set ATTENTION to one after {backend} of {order}"
         ) from None
 
 
