@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -201,7 +202,10 @@ def count_gpus() -> int:
     if listed:
         import torch
 
-        seen = torch.cuda.device_count()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line below says it
+            # The count comes from the driver, which lists GPUs for which this torch may be too new.
+            seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if seen < listed:
             print(
                 f"{listed} GPUs are listed, but torch {torch.__version__} (CUDA {torch.version.cuda}) can "

@@ -69,6 +69,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import string
 import struct
 import subprocess
@@ -77,6 +78,7 @@ import time
 import traceback
 import typing
 import unicodedata
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -877,8 +879,11 @@ def find_place(environment: Mapping[str, str]) -> Place:
     if count == 0 or (STREAMS % count != 0 and count % STREAMS != 0):
         raise Stop(f"WORLD_SIZE={count}: must be 1, 2, 4, 8 or a multiple of 8; {remedy}")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if count > 1 and name not in environment:
+        if count > 1 and not environment.get(name):
             raise Stop(f"WORLD_SIZE={count} without {name}: {remedy}")
+    port = environment.get("MASTER_PORT", "0")
+    if count > 1 and not (re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 2**16):
+        raise Stop(f"MASTER_PORT={port}: not a port; {remedy}")
     place = Place(numbers.get("RANK", 0), count, numbers.get("LOCAL_RANK", 0))
     for name, number in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
         if number >= count:
@@ -941,14 +946,17 @@ def use_compile_cache(folder: str) -> None:
     """
     if not folder:
         return
-    path = Path(folder).expanduser().resolve()
     try:
+        path = Path(folder).expanduser().resolve()
         for variable, name in COMPILE_CACHES.items():
             (path / name).mkdir(parents=True, exist_ok=True)
+            if not os.access(path / name, os.W_OK | os.X_OK):  # it may be there on a disk mounted to be read
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             os.environ[variable] = str(path / name)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second: ~NAME of a user without a home
+        reason = error.strerror if isinstance(error, OSError) else error
         raise Stop(
-            f"COMPILE_CACHE={folder}: cannot be written ({error.strerror}); choose another folder or unset it"
+            f"COMPILE_CACHE={folder}: cannot be written ({reason}); choose another folder or unset it"
         ) from None
 
 
@@ -1011,7 +1019,7 @@ class Run:
         # The streams that this rank is the first to have: none if its rank is 8 or more.
         self.streams = range(self.rank, STREAMS, self.world_size)
 
-        self.is_cuda = torch.cuda.is_available()
+        self.is_cuda = finds_cuda()
         if self.is_cuda and local_rank >= torch.cuda.device_count():
             raise Stop(
                 f"LOCAL_RANK={local_rank}: this machine shows {torch.cuda.device_count()} GPUs; "
@@ -1033,12 +1041,10 @@ class Run:
         self.host_group: dist.ProcessGroup | None = None  # what ranks say to each other without their GPUs
         tune_process(self.is_cuda)
         if self.is_cuda:
-            torch.cuda.set_device(self.device)
+            open_gpu(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world_size > 1:
-            backend = "nccl" if self.is_cuda else "gloo"
-            dist.init_process_group(backend, device_id=self.device if self.is_cuda else None)
-            self.host_group = dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
+            self.host_group = join_ranks(self)
 
     def open(self, folder: Path) -> Path:
         """Make `folder` the run folder, locked against a second run; Stop if it is in use or not writable."""
@@ -1152,6 +1158,52 @@ class Run:
             sys.stdout.flush()
             # gloo's threads outlive destroy_process_group and may abort an interpreter that ends (2 of 8).
             os._exit(0)
+
+
+def finds_cuda() -> bool:
+    """Whether torch can use a GPU. PyTorch's warning is left out: `find_driver` says what is wrong."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def open_gpu(device: torch.device) -> None:
+    """Make `device` the one of this process; Stop if it cannot be used: taken by another, or broken."""
+    try:
+        torch.cuda.set_device(device)
+        torch.zeros((), device=device)
+    except RuntimeError as error:
+        raise Stop(
+            f"{device}: cannot be used ({describe_error(error)}); nvidia-smi shows its state: end what holds "
+            "it, or leave it out by CUDA_VISIBLE_DEVICES"
+        ) from None
+
+
+def join_ranks(run: Run) -> dist.ProcessGroup:
+    """Meet the other ranks; the group through which their hosts talk. Stop if they do not come together."""
+    backend = "nccl" if run.is_cuda else "gloo"
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # else half an hour is spent on asking for it
+        dist.init_process_group(backend, device_id=run.device if run.is_cuda else None)
+        return dist.new_group(backend="gloo", timeout=HOST_PATIENCE)
+    except (RuntimeError, ValueError, OSError) as error:
+        place = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        memory = ", and give the container shared memory: --shm-size=8g or --ipc=host" if run.is_cuda else ""
+        raise Stop(
+            f"{place}: rank {run.rank} of {run.world_size} does not meet the others "
+            f"({describe_error(error)}); start all at once by torchrun, with a port that is free{memory}"
+        ) from None
+
+
+def within_memory(work: Callable[[], Any]) -> Any:
+    """The value of `work`; Stop if the GPU has too little memory for it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        raise Stop(
+            f"{describe_error(error)}; lower TRAIN_BATCH_TOKENS or MODEL_DIM if it trains, VAL_BATCH_TOKENS "
+            "or TTT_BATCH_SIZE if it scores; or free the GPU: nvidia-smi shows what holds it"
+        ) from None
 
 
 def open_lines(path: Path) -> typing.BinaryIO:
@@ -2246,9 +2298,15 @@ def missing_triton(run: Run) -> str:
     """Why no Triton kernel can run here; empty if one can."""
     if triton is None:
         return "triton is not installed"
-    if run.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
         return ""
-    return "there is no GPU"
+    if not run.is_cuda:
+        return "there is no GPU"
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles what launches kernels, in C
+    except Exception as error:  # whatever compiler and driver raise
+        return describe_error(error)
+    return ""
 
 
 def pick_kernels(config: Config, run: Run) -> bool:
@@ -4868,6 +4926,9 @@ def try_attention(attend: Attend, config: Config, run: Run) -> str:
     return ""
 
 
+BACKENDS = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")  # the better ones first
+
+
 def usable_attention(backend: str, config: Config, run: Run) -> Attend | str:
     """The backend, or why it cannot be used."""
     if backend == "sdpa":
@@ -4883,8 +4944,24 @@ def usable_attention(backend: str, config: Config, run: Run) -> Attend | str:
         attend = attend_flash(backend)
         trouble = try_attention(attend, config, run)
     except Exception as error:  # whatever a foreign package raises is a reason against it
+        refuse_lost_gpu(backend, error)
         return describe_error(error)
     return trouble if trouble else attend
+
+
+def refuse_lost_gpu(backend: str, error: Exception) -> None:
+    """Stop if the trial of `backend`, which ended with `error`, has left a GPU that nothing else can use.
+
+    After an illegal access CUDA refuses all that this process asks for, so no other backend can be tried.
+    """
+    order = ", ".join(BACKENDS)
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise Stop(
+            f"ATTENTION={backend}: {describe_error(error)}, after which this process cannot use its GPU; "
+            f"set ATTENTION to one after {backend} of {order}"
+        ) from None
 
 
 def describe_error(error: Exception) -> str:
@@ -4895,9 +4972,8 @@ def describe_error(error: Exception) -> str:
 
 
 def pick_attention(config: Config, run: Run) -> Attend:
-    """The backend ATTENTION, or the first in the order below that can be used; logs which and why."""
-    backends = ("fa3", "fa3_hub", "fa4", "fa2", "varlen", "sdpa")
-    order = {backend: functools.partial(usable_attention, backend, config, run) for backend in backends}
+    """The backend ATTENTION, or the first of BACKENDS that can be used; logs which and why."""
+    order = {backend: functools.partial(usable_attention, backend, config, run) for backend in BACKENDS}
     return first_usable(run, "attention", "ATTENTION", config.attention, order)
 
 
@@ -9328,12 +9404,28 @@ def set_compiler_options() -> None:
         inductor.triton.mix_order_reduction = False
 
 
+def check_compiler(run: Run) -> None:
+    """Stop unless torch.compile makes something that runs here: it needs compilers, on a GPU as well."""
+
+    def negate(x: Tensor) -> Tensor:
+        return -x
+
+    try:
+        torch.compile(negate, dynamic=False, fullgraph=True)(torch.ones(1, device=run.device))
+    except Exception as error:  # whatever Inductor, Triton and their compilers raise
+        raise Stop(
+            f"COMPILE={run.config.compile}: nothing can be compiled here ({describe_error(error)}); install "
+            "gcc, g++ and Python's headers (apt install build-essential python3-dev), or set COMPILE=off"
+        ) from None
+
+
 def build(run: Run) -> Built:
     """The model of this process; one for all stages, so that it is compiled once."""
     config = run.config
     torch.manual_seed(config.seed)
     if wants_compile(config, run):
         set_compiler_options()
+        check_compiler(run)
     attend = pick_attention(config, run)
     compiled = choose_compile(config, run, attend)
     check_cuda_graphs(config, run, compiled)
@@ -10115,11 +10207,15 @@ def preflight(run: Run) -> None:
 
 
 class Finding(NamedTuple):
-    """One property of the machine: its name, how it stands, and what to do if that is bad (else empty)."""
+    """One property of the machine: its name, how it stands, and what to do if that is bad (else empty).
+
+    `idle`: there are GPUs, of which torch can use none.
+    """
 
     what: str
     state: str
     remedy: str = ""
+    idle: bool = False
 
 
 def report(run: Run, finding: Finding) -> None:
@@ -10134,7 +10230,9 @@ def query_driver() -> tuple[list[list[str]], str]:
         return [], "no nvidia-smi"
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        shown = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi: {type(error).__name__}"
     rows = [line.split(", ", 1) for line in shown.stdout.splitlines() if ", " in line]
@@ -10168,7 +10266,8 @@ def find_driver(run: Run) -> Finding:
     elif not run.is_cuda:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         remedy = f"torch sees no GPU: check CUDA_VISIBLE_DEVICES ({visible}) and the container's --gpus"
-    return Finding("GPU", f"{len(gpus)} x {name}, driver {version} ({wheel})", remedy)
+    state = f"{len(gpus)} x {name}, driver {version} ({wheel})"
+    return Finding("GPU", state, remedy, idle=not run.is_cuda)
 
 
 def worst_of_ranks(run: Run, value: float) -> float:
@@ -10261,13 +10360,24 @@ def find_shared_memory(run: Run, folder: str = "/dev/shm") -> Finding:
     return Finding("shared memory", f"{size >> 20} MiB in {folder}", remedy)
 
 
+def inspect_driver(run: Run, whole: bool) -> None:
+    """Log what became of the GPUs. Stop where a run, not the `whole` report, would leave them idle unasked.
+
+    Rank 0 only.
+    """
+    finding = find_driver(run)
+    hidden = re.match(r"\s*(-|,|$)", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    if finding.idle and not hidden and not whole:
+        raise Stop(f"GPU: {finding.state}; {finding.remedy}; or train on the CPU: CUDA_VISIBLE_DEVICES=")
+    report(run, finding)
+
+
 def inspect_machine(run: Run, whole: bool) -> float:
     """Log what this machine will give, on all ranks together; the matmul peak in FLOP/s (0: not measured).
 
     Without a GPU and unless `whole`, only what became of the GPU.
     """
-    if run.is_main:
-        report(run, find_driver(run))
+    run.on_main_rank(functools.partial(inspect_driver, run, whole))
     if not (whole or run.is_cuda):
         return 0.0
     if run.is_cuda:
@@ -10364,8 +10474,7 @@ def report_machine(config: Config) -> None:
     peak = inspect_machine(run, whole=True)
     run.on_main_rank(lambda: preflight(run))
     data = Dataset(config, need_training=True)
-    finding = find_steps(run, data, peak)
-    report(run, finding)
+    report(run, within_memory(functools.partial(find_steps, run, data, peak)))
     run.close()
 
 
@@ -10856,7 +10965,7 @@ def main(config: Config) -> None:
     run = Run(config)
     before = signal.signal(signal.SIGTERM, functools.partial(on_termination, run))
     try:
-        run_stages(run)
+        within_memory(functools.partial(run_stages, run))
     except (Exception, Stop, KeyboardInterrupt) as error:
         message = describe_end(run, error)
         if not message:

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """One trained model packed by SDClip + LQER and by ours at equal bytes: KL, BPB, seconds; on a GPU if any.
 
-    python bench/gpu_packing.py RUN [--tokens N] [--score] [--quick]
+    python bench/gpu_packing.py RUN [--tokens N] [--tune-steps N] [--score] [--quick]
 
 RUN is a run folder of train_gpt.py with a finished training. The public packer is SDClip GPTQ at its
 published widths with brotli, and int8 corrections of rank 4 on the three matrices that gain most (#1797
 stores them in fewer bits, so its bytes are overstated here by some kilobytes). Ours is fitted to the same
-bytes and left in RUN/ours.ptz. Neither is tuned here. The model runs in fp32 on windows of 256 validation
-tokens, as in bench/packing.py; dBPB is what a packer costs in bits per byte. RUN/score.json gets the score of
-the unquantised model. --score: nothing but that. --quick: few tokens, LZMA.
+bytes and left in RUN/ours.ptz. The constants of neither are tuned here. Last comes ours with --tune-steps of
+training after rounding (TUNE_STEPS, TUNE_MATRICES; 0: without). The model runs in fp32 on windows of 256
+validation tokens, as in bench/packing.py; dBPB is what a packer costs in bits per byte. RUN/score.json gets
+the score of the unquantised model. --score: nothing but that. --quick: few tokens, LZMA.
 """
 
 from __future__ import annotations
@@ -96,41 +97,53 @@ def pack_public(packers: Packers) -> tuple[dict[str, Tensor], int]:
     return weights, len(data) + spent
 
 
-def pack_ours(packers: Packers, goal: int) -> bytes:
-    """Our artifact, fitted to `goal` bytes."""
+def pack_ours(packers: Packers, goal: int, room: int = 0) -> tuple[dict[str, t.Quantized], bytes]:
+    """Our tensors and artifact, fitted to `goal` bytes less `room`."""
     form = Form()
     problems = packers.problems(form)
-    files: dict[float, bytes] = {}
+    files: dict[float, tuple[dict[str, t.Quantized], bytes]] = {}
 
     def size_of(delta: float) -> int:
-        files[delta] = packers.trellised(problems, form, delta)[1]
-        return len(files[delta])
+        files[delta] = packers.trellised(problems, form, delta)
+        return len(files[delta][1]) + room
 
     guess = t.guess_delta(problems, goal, form.states)
     return files[t.fit_delta(guess, goal, packers.subject.count / 8, size_of, lambda line: None)]
 
 
+def pack_tuned(packers: Packers, goal: int) -> bytes:
+    """Our artifact of `goal` bytes, tuned after rounding as the settings of its subject say."""
+    subject = packers.subject
+    tensors, _ = pack_ours(packers, goal, t.fp16_growth(subject.config, subject.small()))
+    subject.tune(tensors, packers.moments, goal, damping=0.0)
+    return packers.write(tensors, Form().states)
+
+
 def compare(
     subject: DeviceSubject, options: argparse.Namespace, chunks: range, bpb: float
 ) -> dict[str, dict[str, float]]:
-    """Pack both ways, print the table; bytes, KL, BPB and seconds by packer."""
+    """Pack in all ways and print a row for each as it is done; bytes, KL, BPB and seconds by packer."""
     packers = Packers(subject, options.calibration)
-    marks = [time.monotonic()]
-    public_weights, size = pack_public(packers)
-    marks.append(time.monotonic())
-    data = pack_ours(packers, size)
-    marks.append(time.monotonic())
-    (options.run / "ours.ptz").write_bytes(data)
-    packed = {
-        "SDClip + LQER": (public_weights, size, marks[1] - marks[0]),
-        "ours": (packers.read(data), len(data), marks[2] - marks[1]),
-    }
+    rows: dict[str, dict[str, float]] = {}
     print(f"{'packer':<16}{'bytes':>12}{'KL':>10}{'BPB':>10}{'dBPB':>10}{'seconds':>10}")
-    rows = {}
-    for name, (weights, bytes_, seconds) in packed.items():
+
+    def show(name: str, weights: dict[str, Tensor], size: int, seconds: float) -> None:
         kl, more = subject.divergence(weights, chunks)
-        rows[name] = {"bytes": bytes_, "kl": float(kl.mean()), "bpb": float(bpb + more), "seconds": seconds}
-        print(f"{name:<16}{bytes_:>12,}{kl.mean():>10.5f}{bpb + more:>10.5f}{more:>+10.5f}{seconds:>10.1f}")
+        rows[name] = {"bytes": size, "kl": float(kl.mean()), "bpb": float(bpb + more), "seconds": seconds}
+        numbers = f"{size:>12,}{kl.mean():>10.5f}{bpb + more:>10.5f}{more:>+10.5f}{seconds:>10.1f}"
+        print(f"{name:<16}{numbers}", flush=True)
+
+    began = time.monotonic()
+    public_weights, goal = pack_public(packers)
+    show("SDClip + LQER", public_weights, goal, time.monotonic() - began)
+    began = time.monotonic()
+    _, data = pack_ours(packers, goal)
+    (options.run / "ours.ptz").write_bytes(data)
+    show("ours", packers.read(data), len(data), time.monotonic() - began)
+    if options.tune_steps:
+        began = time.monotonic()
+        data = pack_tuned(packers, goal)
+        show("ours, tuned", packers.read(data), len(data), time.monotonic() - began)
     return rows
 
 
@@ -142,6 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=number_option(int, CHUNK), default=262_144, help="training tokens"
     )
+    parser.add_argument("--tune-steps", type=number_option(int, 0), default=96, help="after rounding (96)")
     parser.add_argument("--score", action="store_true", help="only score the unquantised model")
     parser.add_argument("--quick", action="store_true", help="8,192 tokens, little calibration, LZMA")
     options = parser.parse_args()
@@ -149,8 +163,11 @@ def main() -> None:
         parser.error(f"{options.run}: no checkpoint.pt there; train with STAGE=train first")
     if options.quick:
         options.tokens, options.calibration = 2 * CHUNK, 4 * CHUNK
+        options.tune_steps = min(options.tune_steps, len(t.ROUNDING_GROUPS))
     began = time.monotonic()
-    subject = DeviceSubject(options.run, 0, options.tokens, "lzma" if options.quick else "brotli")
+    tuning = {"TUNE_STEPS": str(options.tune_steps), "TUNE_MATRICES": str(int(options.tune_steps > 0))}
+    compressor = "lzma" if options.quick else "brotli"
+    subject = DeviceSubject(options.run, 0, options.tokens, compressor, tuning)
     chunks = range(len(subject.hidden))
     bpb = subject.bits_per_byte(chunks)
     facts = {"device": str(subject.run.device), "tokens": CHUNK * len(chunks), "quick": options.quick}

@@ -4,7 +4,7 @@
     python bench/gpu_session.py carry TEXT... --tokenizer FILE --val FILE    where the text is: what travels
     python bench/gpu_session.py 1    preflight, tests/gpu, the flagship's step with its parts, kernels
     python bench/gpu_session.py 2    trains the full shape (11 x 512) on that text, at most 7 minutes; packs
-                                     it by SDClip + LQER and by ours at equal bytes; adapters on it, tokens/s
+                                     it by SDClip + LQER and by ours at equal bytes, tuned too; adapters
     python bench/gpu_session.py 3    MLP_MULT 4 and 5.5 at equal time; with --against FILE, its step, too
     python bench/gpu_session.py record TABLES...    afterwards: appends to records/gpu_checks.md
 
@@ -269,7 +269,7 @@ def second_call(places: Places) -> list[Part]:
             needs=places.data / "tokenizer.model",
             shown="^train: |attention|kernels|model_params",
         ),
-        Part("packing", packing, 90, 240, needs=run / "checkpoint.pt", shown="^(?!RESULT )"),
+        Part("packing", packing, 90, 300, needs=run / "checkpoint.pt", shown="^(?!RESULT )"),
         Part(
             "adapters",
             tool("train_gpt.py"),

@@ -10,6 +10,7 @@ on_gpu = any("tests/gpu" in word for word in sys.argv[1:] if not word.startswith
 # A worker of pytest-xdist has another command line, and from its parent what that decided.
 if "PYTEST_XDIST_WORKER" not in os.environ and ("--dry" in sys.argv or not on_gpu):
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is loaded: kernels run on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so does everything else, where there are GPUs too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Most loops run for milliseconds: compiling them takes longer. The code of users is kept apart from this.
 os.environ.setdefault("NUMBA_OPT", "1")

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import lzma
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from helpers import ROOT
 
 
-@pytest.fixture
-def session(monkeypatch) -> ModuleType:
-    """The script as a module; it may change the path."""
+def load(monkeypatch, name: str) -> ModuleType:
+    """A script of bench/ as a module; it may change the path."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("gpu_session", ROOT / "bench" / "gpu_session.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_session", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def session(monkeypatch) -> ModuleType:
+    """The script as a module."""
+    return load(monkeypatch, "gpu_session")
 
 
 class StandIn:
@@ -200,6 +208,35 @@ def test_trainings_are_compared_in_one_table(session, tmp_path):
     rows = session.trainings([part], {"mlp_4": session.Outcome("done", 12.0)}, tmp_path)
     assert rows[2] == "| mlp_4 | 140 | 700 | 981,234 | 1.23457 |"
     assert session.trainings([part], {"mlp_4": session.Outcome("left")}, tmp_path) == []
+
+
+def test_a_tuned_artifact_comes_last_and_takes_nothing_from_the_others(monkeypatch, tmp_path, capsys):
+    """Who is stopped while it is tuned has both rows, and the artifact that the adapters need."""
+    packing = load(monkeypatch, "gpu_packing")
+    packers = types.SimpleNamespace(read=lambda data: data)
+    subject = types.SimpleNamespace(divergence=lambda weights, chunks: (np.array([len(weights)]), 0.25))
+    monkeypatch.setattr(packing, "Packers", lambda subject, calibration: packers)
+    monkeypatch.setattr(packing, "pack_public", lambda packers: (b"public", 7))
+    monkeypatch.setattr(packing, "pack_ours", lambda packers, goal: ({}, b"ours"))
+
+    def stop(packers, goal):
+        raise KeyboardInterrupt
+
+    options = argparse.Namespace(run=tmp_path, calibration=1, tune_steps=0)
+    rows = packing.compare(subject, options, range(1), 1.0)
+    assert {name: (row["bytes"], row["bpb"]) for name, row in rows.items()} == {
+        "SDClip + LQER": (7, 1.25),
+        "ours": (4, 1.25),
+    }
+    capsys.readouterr()
+    options.tune_steps = 96
+    monkeypatch.setattr(packing, "pack_tuned", stop)
+    with pytest.raises(KeyboardInterrupt):
+        packing.compare(subject, options, range(1), 1.0)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["packer", "SDClip", "ours"]
+    assert (tmp_path / "ours.ptz").read_bytes() == b"ours"
+    monkeypatch.setattr(packing, "pack_tuned", lambda packers, goal: b"tuned")
+    assert list(packing.compare(subject, options, range(1), 1.0)) == ["SDClip + LQER", "ours", "ours, tuned"]
 
 
 def test_a_command_is_stopped_and_its_output_kept(session, tmp_path):

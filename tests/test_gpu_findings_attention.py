@@ -163,6 +163,7 @@ def hopper(config, monkeypatch):
     run.is_cuda, run.dtype, run.lines = True, torch.bfloat16, []
     run.log = lambda line, console=True: run.lines.append(line)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     for name in ("flash_attn_interface", "flash_attn", t.FLASH_MODULES["fa4"], "kernels"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     return run
@@ -197,6 +198,23 @@ def test_a_package_that_imports_but_does_not_serve_gives_way_with_the_reason(
     with pytest.raises(t.Stop) as stop:
         pick(hopper, attention="fa3")
     assert str(stop.value).startswith("ATTENTION=fa3: " + reason) and "\n" not in str(stop.value)
+
+
+def test_a_trial_that_leaves_the_gpu_unusable_ends_the_run_in_one_line(hopper, monkeypatch):
+    """CUDA refuses everything after an illegal access: all backends after it would fail, then the run."""
+
+    def lost(*_):
+        raise RuntimeError(
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"
+        )
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", package(broken))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(t.Stop) as stop:
+        pick(hopper)
+    said = str(stop.value)
+    assert said.startswith("ATTENTION=fa3: RuntimeError: CUDA error: no kernel image") and "\n" not in said
+    assert said.endswith("set ATTENTION to one after fa3 of fa3, fa3_hub, fa4, fa2, varlen, sdpa")
 
 
 def test_without_any_package_the_run_goes_on_with_pytorchs_own(hopper):
@@ -340,7 +358,7 @@ def test_what_fails_on_another_rank_is_used_on_none(hopper):
     assert hopper.lines == ["attention: slow (not fast: cannot be used on 1 other ranks)"]
 
 
-def test_packed_rows_with_pytorchs_dense_attention_are_not_compiled(hopper, settings):
+def test_packed_rows_with_pytorchs_dense_attention_are_not_compiled(hopper, settings, monkeypatch):
     packed = replace(hopper.config, loader="packed", compile="auto")
     assert not t.choose_compile(packed, hopper, t.attend_sdpa)
     assert hopper.lines == [
@@ -348,6 +366,7 @@ def test_packed_rows_with_pytorchs_dense_attention_are_not_compiled(hopper, sett
     ]
     assert t.choose_compile(packed, hopper, package().flash_attn_func)
     assert t.choose_compile(replace(packed, loader="shuffled"), hopper, t.attend_sdpa)
+    monkeypatch.setattr(t, "check_compiler", lambda run: None)  # it takes seconds
     done = launch(settings | {"LOADER": "packed", "COMPILE": "on"})
     assert done.returncode == 1 and "COMPILE=on: LOADER=packed with attention sdpa" in done.stderr
     assert "set COMPILE=auto, LOADER=shuffled or another ATTENTION" in done.stderr

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import environment as environment_tool
 import train_gpt as t
 from helpers.processes import run_python
 from helpers.trainer import TRAINER, environment, launch, replace
@@ -41,10 +44,10 @@ def run(config):
 
 
 def fake_smi(folder: Path, monkeypatch, answer: str, status: int = 0) -> None:
-    """Puts an nvidia-smi on the PATH that prints `answer`."""
+    """Puts an nvidia-smi on the PATH that prints `answer`, which may hold any bytes."""
     path = folder / "bin" / "nvidia-smi"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho '{answer}'\nexit {status}\n")
+    path.write_bytes(f"#!/bin/sh\necho '{answer}'\nexit {status}\n".encode(errors="surrogateescape"))
     path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
 
@@ -56,6 +59,7 @@ def fake_smi(folder: Path, monkeypatch, answer: str, status: int = 0) -> None:
         ("535.54.03, NVIDIA A100-SXM4", 0, "13.0", "driver 535", "CUDA 13.0 needs driver 580 or later"),
         ("535.54.03, NVIDIA A100-SXM4", 0, "12.8", "driver 535", "check CUDA_VISIBLE_DEVICES (7)"),
         ("[N/A], NVIDIA A100-SXM4", 0, "12.8", "driver [N/A]", "check CUDA_VISIBLE_DEVICES (7)"),
+        ("\udcff", 0, None, "none, the CPU trains (nvidia-smi answers '\ufffd'", "install the driver"),
         ("NVIDIA-SMI has failed", 9, "12.8", "answers 'NVIDIA-SMI has failed'", "install the driver"),
         ("nonsense", 0, None, "none, the CPU trains (nvidia-smi answers 'nonsense'", "install the driver"),
         ("", 0, None, "none, the CPU trains", "install the driver"),
@@ -67,10 +71,71 @@ def test_what_nvidia_smi_says_becomes_one_line(
     fake_smi(tmp_path, monkeypatch, answer, status)
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    t.inspect_machine(run, whole=False)
+    try:
+        t.inspect_machine(run, whole=False)
+    except t.Stop as stop:  # GPUs are there: a run must not leave them idle
+        assert answer.split(", ")[-1].startswith("NVIDIA ") and str(stop).startswith("GPU: ")
+        assert str(stop).endswith("; or train on the CPU: CUDA_VISIBLE_DEVICES=") and run.lines == []
+        run.lines.append(f"preflight {stop}")
     (line,) = run.lines
     assert line.startswith("preflight GPU: ") and "\n" not in line
     assert state in line.split("; ")[0] and remedy in line
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", " -1,0"])
+def test_gpus_that_torch_cannot_use_are_left_idle_if_asked_for(run, tmp_path, monkeypatch, hidden):
+    fake_smi(tmp_path, monkeypatch, "535.54.03, NVIDIA A100-SXM4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    t.inspect_machine(run, whole=False)
+    assert run.lines[0].startswith("preflight GPU: 1 x NVIDIA A100-SXM4")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    t.inspect_driver(run, whole=True)
+    assert run.lines[1] == run.lines[0]
+    with pytest.raises(t.Stop, match="GPU: 1 x NVIDIA A100-SXM4"):
+        t.inspect_machine(run, whole=False)
+
+
+def test_gpus_for_which_torch_is_too_new_do_not_count(monkeypatch, capsys):
+    """The driver lists them, so they are counted; CUDA does not start."""
+    monkeypatch.setattr(environment_tool, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("old driver", stacklevel=1))
+    assert environment_tool.count_gpus() == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("2 GPUs are listed, but torch ") and "use 0;" in shown.err
+    assert shown.err.count("\n") == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not t.finds_cuda()
+
+
+def test_without_a_compiler_a_compiled_run_is_one_line(config, monkeypatch):
+    def compile_nothing(function, **options):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(t, "set_compiler_options", lambda: None)  # loads the compiler for seconds
+    with pytest.raises(t.Stop) as stop:
+        t.build(t.Run(replace(config, compile="on")))
+    said = str(stop.value)
+    assert said.startswith(
+        "COMPILE=on: nothing can be compiled here (RuntimeError: Failed to find C compiler.)"
+    )
+    assert "install gcc" in said and "\n" not in said
+
+
+def test_without_a_compiler_the_kernels_are_not_used_and_the_log_says_why(run, monkeypatch):
+    def launcher():
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    driver = types.SimpleNamespace(active=types.SimpleNamespace(get_current_target=launcher))
+    monkeypatch.setattr(t, "triton", types.SimpleNamespace(runtime=types.SimpleNamespace(driver=driver)))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    run.is_cuda = True
+    assert not t.pick_kernels(run.config, run)
+    assert run.lines == ["kernels: reference (RuntimeError: Failed to find C compiler.)"]
+    with pytest.raises(t.Stop, match="KERNELS=triton: RuntimeError: Failed to find C compiler"):
+        t.pick_kernels(replace(run.config, kernels="triton"), run)
 
 
 def test_a_machine_without_gpu_and_nvidia_smi_gets_one_line_and_no_remedy(run, tmp_path, monkeypatch):
@@ -150,7 +215,7 @@ def test_a_disk_that_cannot_be_written_is_a_finding(run, tmp_path):
 
 def test_little_shared_memory_matters_to_several_ranks_only(run, tmp_path, monkeypatch):
     monkeypatch.setattr(t.shutil, "disk_usage", lambda _: type("Usage", (), {"total": 2**26}))
-    assert t.find_shared_memory(run, str(tmp_path)) == ("shared memory", f"64 MiB in {tmp_path}", "")
+    assert t.find_shared_memory(run, str(tmp_path)) == t.Finding("shared memory", f"64 MiB in {tmp_path}")
     run.world_size = 2
     assert "--shm-size" in t.find_shared_memory(run, str(tmp_path)).remedy
     assert t.find_shared_memory(run, str(tmp_path / "none")).state == f"no {tmp_path / 'none'}"
@@ -167,8 +232,13 @@ def test_the_compile_cache_is_set_before_its_readers_are_loaded(tmp_path, monkey
     for variable, name in t.COMPILE_CACHES.items():
         assert os.environ[variable] == str(tmp_path / "cache" / name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(t.Stop, match="COMPILE_CACHE=.*file: cannot be written .*; choose another folder"):
-        t.use_compile_cache(str(tmp_path / "file"))
+    wrong = "COMPILE_CACHE=.*: cannot be written .*; choose another folder"
+    for folder in (str(tmp_path / "file"), "~nobody-has-this-name/cache"):
+        with pytest.raises(t.Stop, match=wrong):
+            t.use_compile_cache(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # on a disk that is mounted to be read
+    with pytest.raises(t.Stop, match=wrong):
+        t.use_compile_cache(str(tmp_path / "cache"))
 
 
 def test_an_unknown_argument_names_those_there_are():

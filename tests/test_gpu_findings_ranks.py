@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
+import socket
 import subprocess
 import sys
 import types
@@ -78,6 +80,106 @@ def test_training_calibration_and_evaluation_have_one_order_of_collectives(setti
     assert {("all_reduce", "torch.bfloat16"), ("all_reduce", "torch.float32")} <= kinds
     summary = next(Path(settings["OUT_DIR"]).glob("*/summary.json"))
     assert json.loads(summary.read_text())["world_size"] == 4
+
+
+# Several trainings in bf16, one after the other; each rank writes its collectives and its weights.
+STEPS = """
+import json, os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch, train_gpt as t
+from helpers.tensors import tokens
+config = t.Config.from_env(os.environ)
+run = t.Run(config)
+found = []
+for name in ("all_reduce", "reduce_scatter", "all_gather"):
+    def recorded(*arguments, name=name, call=getattr(t.dist if name == "all_reduce" else t, name), **options):
+        found.append([name, *(str(one.dtype) for one in arguments if isinstance(one, torch.Tensor))])
+        return call(*arguments, **options)
+    setattr(t.dist if name == "all_reduce" else t, name, recorded)
+for attempt in range(3):
+    torch.manual_seed(attempt)
+    model = t.GPT(config, dtype=run.dtype)
+    optimizers = t.Optimizers(run, model, compiled=False)
+    for step in range(2):
+        batches = [tokens(config, rows=1, seed=8 * step + stream) for stream in run.streams]
+        found.append(run.sum_over_ranks(t.train_step(run, model, optimizers, batches, 0.5, step)).item())
+    found.append([weight.double().sum().item() for weight in model.parameters()])
+with open(f"{folder}/{{run.rank}}.json", "w") as file:
+    json.dump(found, file)
+run.close()
+"""
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_in_bf16_take_the_same_steps_several_times_over(settings, tmp_path, world):
+    script = tmp_path / "script.py"
+    script.write_text(STEPS.format(root=str(ROOT), folder=str(tmp_path)))
+    done = launch(
+        settings | {"COMPUTE_DTYPE": "bfloat16", "NUM_LAYERS": "2", "NUM_LOOPS": "0"}, world, script
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    assert all(rank == ranks[0] for rank in ranks)
+    losses = [one for one in ranks[0] if isinstance(one, float)]
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    kinds = {tuple(one) for one in ranks[0] if isinstance(one, list) and isinstance(one[0], str)}
+    assert {("all_reduce", "torch.bfloat16"), ("all_reduce", "torch.float32")} <= kinds
+
+
+REDUCTIONS = ("all", "any", "len", "max", "min", "set", "sorted", "sum")  # the same in any order
+ORDERED = ("list", "tuple", "enumerate", "zip", "map", "iter", "fromkeys")
+
+
+def called(node: ast.AST) -> str:
+    """The last word of what a node calls; empty if it is no call."""
+    function = getattr(node, "func", None)
+    return getattr(function, "id", getattr(function, "attr", ""))
+
+
+def is_set(node: ast.expr, names: set[str]) -> bool:
+    """Whether an expression is a set for all to see; `names` are variables that are."""
+    if isinstance(node, ast.BinOp):
+        return any(is_set(side, names) or called(side) == "keys" for side in (node.left, node.right))
+    if isinstance(node, ast.IfExp):
+        return is_set(node.body, names) or is_set(node.orelse, names)
+    if isinstance(node, ast.Name):
+        return node.id in names
+    return isinstance(node, ast.Set | ast.SetComp) or called(node) in ("set", "frozenset")
+
+
+def in_the_order_of_a_set(tree: ast.AST) -> list[str]:
+    """Where a program goes through a set in the order of its hashes: they differ between processes."""
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        nodes = list(ast.walk(function))
+        names = set()
+        for node in nodes:
+            if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Subscript):
+                names |= {node.arg} if getattr(node.annotation.value, "id", "") == "set" else set()
+            elif isinstance(node, ast.Assign) and is_set(node.value, names):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        exempt = {id(part) for node in nodes if called(node) in REDUCTIONS for part in node.args}
+        for node in nodes:
+            walked = []
+            if isinstance(node, ast.For | ast.Starred):
+                walked = [node.iter if isinstance(node, ast.For) else node.value]
+            elif isinstance(node, ast.ListComp | ast.DictComp | ast.GeneratorExp) and id(node) not in exempt:
+                walked = [part.iter for part in node.generators]
+            elif called(node) in ORDERED:
+                walked = node.args
+            found += [f"{function.name}: {ast.unparse(one)}" for one in walked if is_set(one, names)]
+    return found
+
+
+def test_nothing_is_done_in_the_order_of_a_set():
+    """Two ranks agree on that of dtypes in 59 % of the cases, eight in 6 %; of words, hardly ever."""
+    before = (
+        "def f(ps, n):\n    for dtype in {p.dtype for p in ps} if n > 1 else ():\n        reduce(dtype)\n"
+    )
+    hidden = "def f(a, b):\n    kinds = set(a)\n    return [x for x in kinds] + list(a.keys() - b)\n"
+    harmless = "def f(a: set[int]):\n    return sorted(a), any(x for x in a), 3 in a\n"
+    assert [len(in_the_order_of_a_set(ast.parse(text))) for text in (before, hidden, harmless)] == [1, 2, 0]
+    assert in_the_order_of_a_set(ast.parse(Path(t.__file__).read_text())) == []
 
 
 def test_sixteen_ranks_train_and_score_as_one_does(settings):
@@ -158,6 +260,16 @@ def test_a_batch_that_more_ranks_cannot_share_equally_is_refused(config):
     t.check_batch_share(config, 16)
 
 
+# The first of two ranks on this machine.
+TWO = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
 @pytest.mark.parametrize(
     "launcher, words",
     [
@@ -168,11 +280,11 @@ def test_a_batch_that_more_ranks_cannot_share_equally_is_refused(config):
         ({"WORLD_SIZE": "12"}, "WORLD_SIZE=12: must be"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
         ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "RANK=2",
-        ),
+        (TWO | {"RANK": "2"}, "RANK=2"),
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x: not a number"),
+        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE=2 without MASTER_ADDR"),
+        (TWO | {"MASTER_PORT": "abc"}, "MASTER_PORT=abc: not a port"),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536: not a port"),
     ],
 )
 def test_launcher_variables_that_cannot_be_true_are_one_line(launcher, words):
@@ -189,20 +301,63 @@ def test_a_wrong_world_size_stops_the_program_before_torch_is_loaded(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("WORLD_SIZE=0") and done.stderr.count("\n") == 1
 
 
-def test_a_local_rank_without_a_gpu_is_refused(config, monkeypatch):
-    place = {
-        "WORLD_SIZE": "2",
-        "RANK": "1",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "1",
-    }
+def start_as(monkeypatch, place: dict[str, str]) -> None:
+    """Be the process that a launcher has told this `place`."""
     for name, value in place.items():
         monkeypatch.setenv(name, value)
+
+
+def test_ranks_that_cannot_meet_are_one_line(config, monkeypatch):
+    """Here another program listens at their port."""
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        start_as(monkeypatch, TWO | {"MASTER_PORT": port})
+        with pytest.raises(t.Stop) as stop:
+            t.Run(config)
+    said = str(stop.value)
+    assert said.startswith(
+        f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 of 2 does not meet the others ("
+    )
+    assert "a port that is free" in said and "\n" not in said
+
+    def unknown(host, port):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    start_as(monkeypatch, {"MASTER_ADDR": "node-0"})
+    with pytest.raises(t.Stop, match="^MASTER_ADDR=node-0 .*Name or service not known.*; start all at once"):
+        t.Run(config)
+
+
+def test_a_gpu_that_is_missing_or_cannot_be_used_is_one_line(config, monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ...")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(t.Stop) as stop:
+        t.Run(config)
+    said = str(stop.value)
+    assert said.startswith("cuda:0: cannot be used (RuntimeError: CUDA error: ") and "\n" not in said
+    start_as(monkeypatch, TWO | {"RANK": "1", "LOCAL_RANK": "1"})
     with pytest.raises(t.Stop, match="LOCAL_RANK=1: this machine shows 1 GPUs"):
         t.Run(config)
+
+
+def test_too_little_memory_is_one_line_whatever_needs_it(settings, monkeypatch):
+    def build(run):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nSee documentation")
+
+    monkeypatch.setattr(t, "build", build)
+    done = launch(settings)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB.; lower TRAIN"
+    )
+    monkeypatch.setattr(t, "inspect_machine", lambda run, whole: 1e15)  # it takes a second
+    with pytest.raises(t.Stop, match="OutOfMemoryError: CUDA out of memory"):
+        t.report_machine(t.Config.from_env(settings))
 
 
 def nearest_quintic(low: float, high: float) -> np.ndarray:
@@ -265,6 +420,7 @@ def test_a_few_steps_of_muon_in_bf16_follow_those_in_fp32(config):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=source).bfloat16().float()
             optimizers.step(1.0, 0.97, 0.0)
+        assert torch.equal(optimizers.muon.momentum, torch.tensor(0.97)), "rounded on its way to the step"
         momenta.append(optimizers.muon.momenta)
     for name, exact in momenta[0].items():
         error = momenta[1][name].float() - exact

@@ -27,7 +27,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Variables of tools, launchers, libraries and strangers, and a published name that the trainer understands.
 OTHER_VARIABLES = set(
     "COMPLIANCE TRACKER PYTHON TRITON_INTERPRET PARALLEL_RESIDUAL_START NAME WORLD_SIZE RANK LOCAL_RANK "
-    "PYTORCH_ALLOC_CONF PREQUANT_TTT MODEL_DIR DATA_DIRS COMPILER KERNEL".split()
+    "PYTORCH_ALLOC_CONF CUDA_VISIBLE_DEVICES PREQUANT_TTT MODEL_DIR DATA_DIRS COMPILER KERNEL".split()
 )
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
 SPAN = re.compile(r"`([^`\n]+)`")
