@@ -59,7 +59,7 @@ def main() -> None:
     lock = open(folder / ".lock", "w")  # noqa: SIM115 -- held to the end
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(folder / "starts", "a") as file:
-        file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES', '-')} {time.time()}\n")
+        file.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES') or '-'} {time.time()}\n")
     (folder / "config.json").write_text(json.dumps({**settings, "SEED": int(settings["SEED"])}))
     while settings["WAIT_FOR"] and settings["SEED"] == "3" and not Path(settings["WAIT_FOR"]).exists():
         time.sleep(0.02)
