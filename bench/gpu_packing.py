@@ -100,15 +100,7 @@ def pack_public(packers: Packers) -> tuple[dict[str, Tensor], int]:
 def pack_ours(packers: Packers, goal: int, room: int = 0) -> tuple[dict[str, t.Quantized], bytes]:
     """Our tensors and artifact, fitted to `goal` bytes less `room`."""
     form = Form()
-    problems = packers.problems(form)
-    files: dict[float, tuple[dict[str, t.Quantized], bytes]] = {}
-
-    def size_of(delta: float) -> int:
-        files[delta] = packers.trellised(problems, form, delta)
-        return len(files[delta][1]) + room
-
-    guess = t.guess_delta(problems, goal, form.states)
-    return files[t.fit_delta(guess, goal, packers.subject.count / 8, size_of, lambda line: None)]
+    return packers.fit(packers.problems(form), form, goal, room)[:2]
 
 
 def pack_tuned(packers: Packers, goal: int) -> bytes:

@@ -256,6 +256,22 @@ class Packers:
         tensors = t.round_matrices(problems, delta, form.states, form.rate) | self.subject.small()
         return tensors, self.write(tensors, form.states)
 
+    def fit(
+        self, problems: dict[str, t.RoundingProblem], form: Form, goal: int, room: int
+    ) -> tuple[dict[str, t.Quantized], bytes, float, int]:
+        """Tensors and file of `goal` bytes less `room`; the seconds of this try, and how many there were."""
+        files: dict[float, tuple[dict[str, t.Quantized], bytes, float]] = {}
+
+        def size_of(delta: float) -> int:
+            began = time.perf_counter()
+            tensors, data = self.trellised(problems, form, delta)
+            files[delta] = tensors, data, time.perf_counter() - began
+            return len(data) + room
+
+        guess = t.guess_delta(problems, goal, form.states)
+        delta = t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
+        return *files[delta], len(files)
+
     def write(self, tensors: dict[str, t.Quantized], states: int = 0) -> bytes:
         """The artifact."""
         config = dataclasses.replace(self.subject.config, trellis_states=states)
@@ -355,17 +371,7 @@ class Report:
         problems = self.packers.problems(form)
         rows = []
         for goal in goals:
-            files: dict[float, tuple[dict[str, t.Quantized], bytes, float]] = {}
-
-            def size_of(delta: float, files: dict = files) -> int:
-                began = time.perf_counter()
-                tensors, data = self.packers.trellised(problems, form, delta)
-                files[delta] = tensors, data, time.perf_counter() - began
-                return len(data) + room
-
-            guess = t.guess_delta(problems, goal, form.states)
-            delta = t.fit_delta(guess, goal, self.subject.count / 8, size_of, lambda line: None)
-            tensors, data, seconds = files[delta]
+            tensors, data, seconds, tries = self.packers.fit(problems, form, goal, room)
             tune_seconds = time.process_time()
             if tuned:
                 fed = self.packers.whole if form.feedback else {}
@@ -379,7 +385,7 @@ class Report:
             exact = t.assemble_weights(self.subject.model.table, tensors)
             assert all(torch.equal(weights[name], exact[name]) for name in exact)
             result = self.judge(weights, whole)
-            row = {"scheme": name, "setting": f"{len(files)} tries", "bytes": len(data), "encode": seconds}
+            row = {"scheme": name, "setting": f"{tries} tries", "bytes": len(data), "encode": seconds}
             more = {"decode": back, "off": len(data) / goal - 1, "tensors": tensors, "tune": tune_seconds}
             rows.append(self.show(row | more | result))
         return rows
