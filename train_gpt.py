@@ -347,6 +347,9 @@ class Config:
         "rate_distortion: the same for outputs; 0: a floor of 1 % (OUTPUT_FEEDBACK needs more)",
         not_negative,
     )
+    correct_levels: bool = knob(
+        False, "rate_distortion: attention in coarser steps and the head in finer ones than moments say"
+    )
     matrix_bits: int = knob(6, "sdclip: integer width of matrices", bit_width)
     attn_bits: int = knob(0, "sdclip: that of attention matrices; 0: MATRIX_BITS", bit_width_or_default)
     mlp_bits: int = knob(0, "sdclip: that of MLP matrices; 0: MATRIX_BITS", bit_width_or_default)
@@ -361,7 +364,7 @@ class Config:
     tune_steps: int = knob(
         0, "steps that train the fp16 tensors after rounding, by KL to the unquantised model", not_negative
     )
-    tune_lr: float = knob(0.002, "Adam step of that training; falls linearly to 0", not_negative)
+    tune_lr: float = knob(0.001, "Adam step of that training; falls linearly to 0", not_negative)
     tune_tokens: int = knob(16_384, "training tokens of such a step, over all ranks", positive)
     tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
     tune_matrices: bool = knob(
@@ -630,6 +633,10 @@ def packing_rules(config: Config) -> list[tuple[bool, str]]:
             not config.output_feedback or config.output_dampening > 0,
             f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
             "set it to 0.5",
+        ),
+        (
+            not config.correct_levels or config.quantizer == "rate_distortion",
+            f"CORRECT_LEVELS=1: needs QUANTIZER=rate_distortion, not {config.quantizer}, which clips instead",
         ),
         (
             not config.tune_matrices or config.quantizer == "rate_distortion",
@@ -6080,6 +6087,10 @@ def muon_momentum(config: Config, step: int) -> float:
 TRELLIS_POLYNOMIALS = {8: (0o13, 0o4), 64: (0o103, 0o24), 256: (0o515, 0o362)}
 STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_PER_OCTAVE)
 SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
+# With CORRECT_LEVELS, what the exponents of a parameter's step sizes grow by. Moments take inputs and
+# gradients as independent: rounded alone, attention costs 0.8 to 0.95 of the KL that they predict, MLPs 1.2
+# to 2.3 of it and the head, which is the embedding as well, 2.8 (docs/packing.md).
+LEVEL_CORRECTIONS = {"qo": 3, "kv": 3, "embed": -2}
 BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
 GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
 # With OUTPUT_FEEDBACK, rows that are decided at once and then feed back, and rows looked at beyond them.
@@ -6314,6 +6325,12 @@ def rounding_problem(
         (STEPS_PER_OCTAVE * column_exponents).round().int().numpy(),
         row_feedback,
     )
+
+
+def correct_level(problem: RoundingProblem, parameter: str) -> RoundingProblem:
+    """The `problem` of a matrix of `parameter` with step sizes corrected by LEVEL_CORRECTIONS."""
+    exponents = problem.row_exponents + np.int32(LEVEL_CORRECTIONS.get(parameter, 0))
+    return problem._replace(row_exponents=exponents)
 
 
 def upper_root(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -6609,6 +6626,9 @@ EXACT_FIT = Fit(5e-4, 8)
 # Where rounding is a part of the training budget: a trial costs more steps than half a per cent of the bytes
 # is worth.
 QUICK_FIT = Fit(1e-2, 3)
+# What feedback across rows makes of a file at the same delta (1.010 at 2.25 bits a weight, 1.011 at 2.75).
+# Rounding without it takes a third of the time, so it finds the delta to begin with.
+ROW_FEEDBACK_GROWTH = 1.01
 
 
 def fit_delta(
@@ -6674,7 +6694,8 @@ def pose_problems(
         weight = matrix_weight(weights, matrix)
         # Not that of the head: the probabilities of tokens differ, and are known.
         outputs = config.output_dampening if matrix.quantizer != "embed" else 0.0
-        return rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers, outputs)
+        problem = rounding_problem(weight, *moments[matrix.key], config.gptq_dampening, powers, outputs)
+        return correct_level(problem, matrix.parameter) if config.correct_levels else problem
 
     try:
         posed = parallel_map(pose, matrices)
@@ -6721,15 +6742,19 @@ def quantize(
     trials: dict[float, dict[str, Quantized]] = {}
     growth = fp16_growth(config, small) if config.tune_steps else 0
 
-    def size_of(delta: float) -> int:
-        trials[delta] = round_matrices(problems, delta, config.trellis_states, BIT_PRICE) | small
+    def size_of(delta: float, posed: dict[str, RoundingProblem] = problems) -> int:
+        trials[delta] = round_matrices(posed, delta, config.trellis_states, BIT_PRICE) | small
         return len(encode_artifact(config, trials[delta], looped)) + growth
 
     count = sum(problem.weight.numel() for problem in problems.values())
     goal = min(goal, count)  # 8 bits a weight: finer would be waste
-    guess = guess_delta(problems, goal, config.trellis_states)
+    delta = guess_delta(problems, goal, config.trellis_states)
+    if config.output_feedback:
+        one_sided = {name: problem._replace(row_feedback=None) for name, problem in problems.items()}
+        size_one_sided = functools.partial(size_of, posed=one_sided)
+        delta = fit_delta(delta, goal / ROW_FEEDBACK_GROWTH, count / 8, size_one_sided, run.log, QUICK_FIT)
     fit = QUICK_FIT if config.tune_steps else EXACT_FIT
-    return trials[fit_delta(guess, goal, count / 8, size_of, run.log, fit)]
+    return trials[fit_delta(delta, goal, count / 8, size_of, run.log, fit)]
 
 
 def round_group(

@@ -107,7 +107,7 @@ def pack_tuned(packers: Packers, goal: int) -> bytes:
     """Our artifact of `goal` bytes, tuned after rounding as the settings of its subject say."""
     subject = packers.subject
     tensors, _ = pack_ours(packers, goal, t.fp16_growth(subject.config, subject.small()))
-    subject.tune(tensors, packers.moments, goal, damping=0.0)
+    subject.tune(tensors, packers.moments, goal, Form())
     return packers.write(tensors, Form().states)
 
 

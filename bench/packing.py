@@ -2,7 +2,7 @@
 """Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
-                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 96]
+                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 24]
                             [--context 256]
 
 The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
@@ -67,6 +67,7 @@ TINY = {  # of --quick without a checkpoint
     "PARALLEL_START_LAYER": "3",
     "ITERATIONS": "30",
 }
+FLAGSHIP_WEIGHTS = 45_137_095
 Row = dict[str, Any]
 
 
@@ -132,9 +133,10 @@ class Subject:
             found.append(float(F.kl_div(q, p, reduction="sum", log_target=True)) / CHUNK)
         return np.array(found), worse / math.log(2) / self.bytes[list(chunks)].sum()
 
-    def tune(self, tensors: dict[str, t.Quantized], moments: dict, goal: int, damping: float) -> None:
-        """Tune `tensors`, a file of `goal` bytes, as the settings say, rounding with `damping` of outputs."""
-        self.run.config = dataclasses.replace(self.config, output_dampening=damping)
+    def tune(self, tensors: dict[str, t.Quantized], moments: dict, goal: int, form: Form) -> None:
+        """Tune `tensors`, a file of `goal` bytes, as the settings say, rounding as `form` says."""
+        changes = {"output_dampening": form.damping, "correct_levels": form.levels}
+        self.run.config = dataclasses.replace(self.config, **changes)
         t.tune(self.run, self.model, self.data, self.weights, tensors, moments, goal)
 
     def small(self) -> dict[str, t.Quantized]:
@@ -208,9 +210,10 @@ class Form(NamedTuple):
     rate: float = t.BIT_PRICE  # weight of the rate term
     feedback: bool = False  # across rows as well
     damping: float = 0.0  # of the outputs' moments
+    levels: bool = False  # corrected between kinds of matrices
 
 
-ALL = Form(feedback=True, damping=0.5)
+ALL = Form(feedback=True, damping=0.5, levels=True)
 
 
 class Packers:
@@ -245,7 +248,8 @@ class Packers:
             if form.feedback and m.key in self.whole:
                 outputs = self.whole[m.key]
             damping = form.damping if m.quantizer != "embed" else 0.0
-            return m.name, t.rounding_problem(self.subject.weight(m), inputs, outputs, 0.01, powers, damping)
+            problem = t.rounding_problem(self.subject.weight(m), inputs, outputs, 0.01, powers, damping)
+            return m.name, t.correct_level(problem, m.parameter) if form.levels else problem
 
         return dict(t.parallel_map(pose, self.subject.todo))
 
@@ -376,7 +380,7 @@ class Report:
             if tuned:
                 fed = self.packers.whole if form.feedback else {}
                 moments = {key: (x, fed.get(key, y)) for key, (x, y) in self.packers.moments.items()}
-                self.subject.tune(tensors, moments, goal, form.damping)
+                self.subject.tune(tensors, moments, goal, form)
                 data = self.packers.write(tensors, form.states)
             tune_seconds = time.process_time() - tune_seconds
             began = time.perf_counter()
@@ -409,7 +413,7 @@ def low_rates(report: Report, rates: list[float], tune_rates: list[float]) -> di
     factors = [clip_factor(report.packers, Clip(), rate) for rate in rates]
     report.public("SDClip untuned", Clip(), factors)
     plain = report.ours("ours, as shipped", Form(), [*goals.values()], True)
-    rounded = report.ours("+ feedback across rows", ALL, [*goals.values()], True)
+    rounded = report.ours("+ rows feed back, levels", ALL, [*goals.values()], True)
     tuned = report.ours("+ tuning", ALL, [goals[rate] for rate in tune_rates], True, tuned=True)
     plain_at = dict(zip(rates, plain, strict=True))
     tuned_at = dict(zip(tune_rates, tuned, strict=True))
@@ -496,16 +500,18 @@ def shapes_of(layers: int, hidden: int) -> dict[str, tuple[int, int]]:
     return shapes | {"embed": (8192, 512)}
 
 
+def random_moments(width: int, generator: torch.Generator) -> Tensor:
+    """Second moments (width, width) of vectors whose channels differ in size."""
+    x = torch.randn(2 * width, width, generator=generator) * torch.rand(width, generator=generator)
+    return x.T @ x / (2 * width)
+
+
 def full_problems(form: Form, shapes: dict[str, tuple[int, int]]) -> tuple[dict, float]:
     """Rounding problems of random weights and moments in these shapes, and the seconds that posing takes."""
     generator = torch.Generator().manual_seed(0)
 
-    def random_moments(width: int) -> Tensor:
-        x = torch.randn(2 * width, width, generator=generator) * torch.rand(width, generator=generator)
-        return x.T @ x / (2 * width)
-
     sides = {side for name, shape in shapes.items() if role(name) != "embed*" for side in shape}
-    moments = {width: random_moments(width) for width in sorted(sides)}
+    moments = {width: random_moments(width, generator) for width in sorted(sides)}
     weights = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     squares = {name: 0.5 + torch.rand(shape[0], generator=generator) for name, shape in shapes.items()}
     powers = (0.0, form.rows, form.columns)
@@ -557,55 +563,133 @@ def full_shape(form: Form, layers: int, hidden: int, bits: float) -> dict[str, f
     return facts | {"bits": 8 * sum(map(len, streams)) / count, "peak_mib": peak}
 
 
-def tuning_seconds(tokens: int) -> list[float]:
-    """Seconds that the gradient of tuning takes on `tokens` tokens, in each part of it.
+def product_seconds(dtype: torch.dtype) -> float:
+    """Seconds of a product of the flagship's MLPs on this machine, the least of five."""
+    inputs, weight = torch.ones(1024, 512, dtype=dtype), torch.ones(2816, 512, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        F.linear(inputs, weight)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
-    The model is that of flagship.env with random weights, in bfloat16. A part trains the fp16 tensors and the
-    matrices that are no integers yet: first all but one group, at last none.
+
+class RandomText:
+    """Stands in for the loader of calibration and tuning: random tokens in forwards of `tokens`."""
+
+    def __init__(self, config: t.Config, tokens: int):
+        self.shape = (-1, min(tokens, config.train_seq_len))
+        self.tokens = tokens
+        self.vocab_size = config.vocab_size
+
+    def get(self, step: int, stream: int) -> t.Batch:
+        """The tokens of one forward."""
+        generator = torch.Generator().manual_seed(step * t.STREAMS + stream)
+        ids = torch.randint(self.vocab_size, (self.tokens + 1,), generator=generator)
+        return t.Batch(ids[:-1].view(self.shape), ids[1:].view(self.shape))
+
+
+def moments_for(model: t.GPT) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """Stand-ins for what calibration finds for `model` with OUTPUT_FEEDBACK, the same for equal widths."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[int, Tensor] = {}
+
+    def of_width(width: int) -> Tensor:
+        if width not in found:
+            found[width] = random_moments(width, generator)
+        return found[width]
+
+    moments = {}
+    for matrix in t.list_matrices(model.table):
+        rows, columns = model.get_parameter(matrix.parameter).shape[-2:]
+        whole = matrix.key[0] not in ("head", "bigram")
+        outputs = of_width(rows) if whole else 0.5 + torch.rand(rows, generator=generator)
+        moments[matrix.key] = of_width(columns), outputs
+    return moments
+
+
+def whole_packing(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of quantising, tuning and encoding the flagship with random weights, by the trainer's own code.
+
+    At 2.85 bits a weight, all of it: rounding to size, each group's turn and the file. --quick: a model of an
+    eighth of the width, seconds scaled by the weights.
     """
     settings = recipes.read(ROOT / "records" / "recipes" / "flagship.env")
-    config = t.Config.from_env(settings | {"COMPUTE_DTYPE": "bfloat16"})
-    teacher, model = t.GPT(config, dtype=torch.bfloat16), t.GPT(config, dtype=torch.bfloat16)
+    dtype = min((torch.float32, torch.bfloat16), key=product_seconds)  # bf16 where the CPU has such products
+    settings |= {
+        "COMPUTE_DTYPE": str(dtype).removeprefix("torch."),
+        "OUTPUT_FEEDBACK": "1",
+        "OUTPUT_DAMPENING": str(ALL.damping),
+        "CORRECT_LEVELS": "1",
+        "TUNE_MATRICES": "1",
+        "TUNE_STEPS": str(options.tune_steps),
+        "TUNE_TOKENS": str(options.tune_tokens),
+        "TRAIN_SEQ_LEN": str(options.tune_tokens),
+    }
+    if options.quick:
+        settings |= {"MODEL_DIM": "64", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
+    config = t.Config.from_env(settings)
+    run = types.SimpleNamespace(
+        config=config,
+        device=torch.device("cpu"),
+        is_cuda=False,
+        dtype=dtype,
+        rank=0,
+        world_size=1,
+        is_main=True,
+        log=lambda line: None,
+        now=time.perf_counter,
+        progress=lambda name, steps: steps,
+        on_main_rank=lambda action: action(),
+        sum_over_ranks=lambda tensor: tensor,
+    )
+    model = t.GPT(config, dtype=dtype)
+    model.looped = True
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, tokens + 1), generator=generator)
-    batch = t.Batch(ids[:, :-1], ids[:, 1:])
-    groups = t.rounding_groups(model.table)
-    small = {name for name, spec in model.table.items() if spec.quantizer == "fp16"}
-    seconds = []
-    for network in (teacher, model):
-        network.looped = True
-    t.tuning_loss(teacher, model, t.Batch(ids[:, :64], ids[:, 1:65]), 0.0)  # the first call is a slow one
-    for place in range(len(groups)):
-        trained = small.union(*groups[place + 1 :])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = {name: weight.float().clone() for name, weight in model.state_dict().items()}
+    for name in {matrix.parameter for matrix in t.list_matrices(model.table)}:
+        weights[name] = 0.02 * torch.randn(weights[name].shape, generator=generator)
+    moments = moments_for(model)
+    count = sum(t.matrix_weight(weights, matrix).numel() for matrix in t.list_matrices(model.table))
+    goal = int(2.85 * count / 8)
+    loader = t.rounding_loader
+    t.rounding_loader = lambda config, data, tokens: RandomText(config, tokens)
+    try:
         began = time.perf_counter()
-        torch.autograd.grad(t.tuning_loss(teacher, model, batch, 0.0), parameters, materialize_grads=True)
-        seconds.append(time.perf_counter() - began)
-    return seconds
+        tensors = t.quantize(run, model.table, weights, goal, True, moments)
+        rounded = time.perf_counter()
+        t.tune(run, model, None, weights, tensors, moments, goal)
+        tuned = time.perf_counter()
+    finally:
+        t.rounding_loader = loader
+    data = t.encode_artifact(config, tensors, True)
+    encoded = time.perf_counter()
+    assert len(data) <= goal
+    scale = FLAGSHIP_WEIGHTS / count if options.quick else 1
+    print(
+        f"flagship, {count} weights in {dtype}: quantise {rounded - began:.1f} s, {options.tune_steps} steps "
+        f"of {options.tune_tokens} tokens {tuned - rounded:.1f} s, encode {encoded - tuned:.1f} s"
+    )
+    return {
+        "quantize_tune_encode_seconds_45m": round(scale * (encoded - began), 1),
+        "tune_seconds_45m": round(scale * (tuned - rounded), 1),
+    }
 
 
 def flagship_shape(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for the flagship's 45 M weights, rounded from one side and from both; the figures of RESULT.
+    """Seconds for the flagship's 45 M weights, rounded from one side and from both, and with tuning.
 
-    Three sizes are tried until a file fits. What tuning takes is scaled from one batch.
+    Of the first two, three sizes are tried until a file fits.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for name, form in (("", Form()), ("two_sided_", ALL)):
         shape = full_shape(form, 1 if options.quick else 11, 2816, 2.85)
         print(f"45 M shape {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in shape.items()))
         seconds = shape["plan"] + 3 * (shape["round"] + shape["encode"])
         result[f"{name}quantize_encode_seconds_45m"] = round(seconds, 1)
         result[f"{name}decode_seconds_45m"] = round(shape["decode"], 1)
-    tokens = 256 if options.quick else 2048
-    parts = tuning_seconds(tokens)
-    all_tokens = options.tune_steps * options.tune_tokens
-    shown = ", ".join(f"{1024 * part / tokens:.2f}" for part in parts)
-    print(f"45 M shape, tuning: {shown} s for 1,024 tokens, with fewer matrices trained from part to part")
-    result["tune_seconds_45m"] = round(sum(parts) / len(parts) * all_tokens / tokens, 1)
-    result["tune_tokens_45m"] = all_tokens
-    return result
+    tune_tokens = options.tune_steps * options.tune_tokens
+    return result | whole_packing(options) | {"tune_tokens_45m": tune_tokens}
 
 
 def compare(report: Report, options: argparse.Namespace) -> dict[str, Any]:
@@ -710,8 +794,8 @@ def parse_options() -> argparse.Namespace:
     add("--tune-rates", type=float, nargs="*", help="those of --rates that are tuned too: 2.25 and 2.75")
     add("--only-rates", action="store_true", help="nothing but that curve")
     add("--only-shape", action="store_true", help="nothing but seconds of the full shape; no run is needed")
-    add("--tune-steps", type=int, default=96, help="TUNE_STEPS of that curve")
-    add("--tune-tokens", type=int, default=8192, help="TUNE_TOKENS of that curve")
+    add("--tune-steps", type=int, default=24, help="TUNE_STEPS of that curve")
+    add("--tune-tokens", type=int, default=1024, help="TUNE_TOKENS of that curve")
     add("--context", type=int, default=256, help="tokens of a window")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--quick", action="store_true", help="few tokens and sizes; trains a tiny model if need be")

@@ -121,6 +121,10 @@ def test_settings_are_shown_without_loading_torch(without_packages, argument):
         ({"LOADER": "shuffled", "TRAIN_BATCH_TOKENS": "8192"}, "8 x TRAIN_SEQ_LEN = 16384"),
         ({"TTT_MODE": "chunk_sgd", "TTT_OPTIMIZER": "adam"}, "not an optimiser of TTT_MODE=chunk_sgd"),
         ({"ATTN_CLIP_SIGMAS": "12", "MATRIX_CLIP_SIGMAS": "11"}, "sets ATTN_CLIP_SIGMAS to another value"),
+        ({"QUANTIZER": "sdclip", "CORRECT_LEVELS": "1"}, "CORRECT_LEVELS=1: needs QUANTIZER=rate_distortion"),
+        ({"QUANTIZER": "sdclip", "TUNE_STEPS": "60", "TUNE_MATRICES": "1"}, "TUNE_MATRICES=1: needs QUANT"),
+        ({"TUNE_STEPS": "2", "TUNE_MATRICES": "1"}, "TUNE_STEPS=2 leaves a group without a step"),
+        ({"OUTPUT_DAMPENING": "0", "OUTPUT_FEEDBACK": "1"}, "OUTPUT_DAMPENING=0.0 to be greater than 0"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, words):

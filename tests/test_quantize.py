@@ -193,3 +193,51 @@ def test_each_class_has_its_own_width_and_clip():
         (2.0, 6),
         (3.0, 8),
     ]
+
+
+def test_corrected_levels_move_whole_kinds_of_matrices_and_nothing_within(config):
+    table, weights, moments = perturbed(config)
+    plain = t.pose_problems(config, table, weights, moments, t.SENSITIVITY_POWERS)
+    moved = t.pose_problems(
+        replace(config, correct_levels=True), table, weights, moments, t.SENSITIVITY_POWERS
+    )
+    steps = {"qo": 3, "kv": 3, "embed": -2}  # in eighths of an octave
+    assert set(steps) < {matrix.parameter for matrix in t.list_matrices(table)}
+    for matrix in t.list_matrices(table):
+        before, after = plain[matrix.name], moved[matrix.name]
+        assert after.row_exponents.dtype == before.row_exponents.dtype
+        assert set(after.row_exponents - before.row_exponents) == {steps.get(matrix.parameter, 0)}
+        assert (after.column_exponents == before.column_exponents).all()
+
+
+@pytest.mark.parametrize("tune_steps, lacks", [(0, 5e-4), (3, 1e-2)])
+def test_feedback_across_rows_is_fitted_from_one_side_first_and_ends_with_both(
+    config, monkeypatch, tune_steps, lacks
+):
+    changes = {"output_feedback": True, "output_dampening": 0.5, "tune_steps": tune_steps, "model_dim": 128}
+    run = t.Run(replace(config, **changes))
+    table, weights, moments = perturbed(run.config)
+    for key, (inputs, outputs) in moments.items():
+        if key[0] != "head":
+            moments[key] = inputs, outputs.diag() + 0.2
+    goal = int(sum(w.numel() for w in weights.values()) * 2.75 / 8)
+    rounds = []
+    round_matrices = t.round_matrices
+
+    def remember(problems, delta, *settings):
+        rounds.append((any(p.row_feedback is not None for p in problems.values()), delta))
+        return round_matrices(problems, delta, *settings)
+
+    monkeypatch.setattr(t, "round_matrices", remember)
+    tensors = t.quantize(run, table, weights, goal, False, moments)
+    small = {name: tensor for name, tensor in tensors.items() if tensor.scales is None}
+    growth = t.fp16_growth(run.config, small) if tune_steps else 0
+    assert 0 <= goal - len(t.encode_artifact(run.config, tensors, False)) - growth <= lacks * goal
+    sides = [both for both, _ in rounds]
+    assert sides == sorted(sides) and sides.count(False) <= 3 and sides[-1]
+    if tune_steps:
+        assert sides.count(True) <= 2
+    problems = t.pose_problems(run.config, table, weights, moments, t.SENSITIVITY_POWERS)
+    delta = tensors["tok_emb.weight"].delta.item()
+    again = round_matrices(problems, delta, run.config.trellis_states, t.BIT_PRICE)
+    assert all(torch.equal(again[name].values, tensors[name].values) for name in again)

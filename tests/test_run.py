@@ -42,10 +42,11 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
     assert all(word in lines[0] for word in words), lines[0]
 
 
-# Both parts of the packer that are off by default.
+# What of the packer is off by default.
 PACKER = {
     "OUTPUT_FEEDBACK": "1",
     "OUTPUT_DAMPENING": "0.5",
+    "CORRECT_LEVELS": "1",
     "TUNE_STEPS": "3",
     "TUNE_TOKENS": "256",
     "TUNE_MATRICES": "1",
