@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """What options on top of both packers give at equal bytes, and what better estimates of sensitivities give.
 
-    python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--estimates] [--quick]
+    python bench/packing_options.py [--run runs/packing] [--tokens 81920] [--estimates | --levels]
+                                    [--context 256] [--quick]
 
 On the checkpoint of bench/checkpoint.py, at about 3.3 bit per weight. Each row is one change: its divergence
 from the unquantised model over that without the change, moved to equal bytes (an octave of divergence is
 worth half a bit per weight, as measured in the first rows), on the same validation tokens. Below 1 the change
-pays for its bytes.
+pays for its bytes. --levels: how much KL each kind of matrix costs if it alone is rounded, over what the
+moments predict, and what CORRECT_LEVELS gives at equal bytes, both at --rates bits per weight.
 """
 
 from __future__ import annotations
@@ -234,6 +236,39 @@ def our_rows(
     table.add("ours + small tensors in int8 by row", size - saved, weights, mine)
 
 
+def predicted_divergence(packers: Packers, m: t.Matrix, rounded: Tensor) -> float:
+    """KL in nats per token by the moments of a matrix, were it `rounded`."""
+    inputs, outputs = packers.moments[m.key]
+    error = rounded - packers.subject.weight(m)
+    return 0.5 * float((outputs[:, None] * (error @ inputs) * error).sum())
+
+
+def levels_of_kinds(packers: Packers, chunks: range, goal: int) -> dict[str, float]:
+    """KL over what moments predict, by kind of matrix rounded alone; and what CORRECT_LEVELS gives."""
+    subject, model = packers.subject, packers.subject.model.table
+    tensors, _ = ours(packers, Form(), goal)
+    whole = t.assemble_weights(model, tensors)
+    plain = subject.divergence(whole, chunks)[0].mean()
+    kinds: dict[str, list[t.Matrix]] = {}
+    for m in subject.todo:
+        kinds.setdefault(m.key[0], []).append(m)
+    ratios = {}
+    for kind, matrices in kinds.items():
+        weights = {name: weight.clone() for name, weight in subject.weights.items()}
+        predicted = 0.0
+        for m in matrices:
+            rounded = tensors[m.name].restore()
+            predicted += predicted_divergence(packers, m, rounded)
+            t.matrix_weight(weights, m).copy_(rounded)
+        ratios[kind] = subject.divergence(weights, chunks)[0].mean() / predicted
+    corrected, _ = ours(packers, Form(levels=True), goal)
+    found = subject.divergence(t.assemble_weights(model, corrected), chunks)[0].mean()
+    ratios["corrected levels"] = found / plain
+    shown = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    print(f"{8 * goal / subject.count:.2f} bit: {shown}", flush=True)
+    return {name: round(float(ratio), 3) for name, ratio in ratios.items()}
+
+
 def main() -> None:
     """Print the table and the RESULT line."""
     parser = argparse.ArgumentParser(
@@ -249,14 +284,26 @@ def main() -> None:
     parser.add_argument(
         "--estimates", action="store_true", help="only the rows of other estimates on our packer"
     )
+    parser.add_argument("--levels", action="store_true", help="only the levels of kinds of matrices")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=(2.25, 2.75), help="bits a weight of --levels"
+    )
+    parser.add_argument("--context", type=int, default=256, help="tokens of a window")
     parser.add_argument("--quick", action="store_true", help="few tokens")
     options = parser.parse_args()
     if not (options.run / "checkpoint.pt").exists():
         parser.error(f"--run {options.run}: no checkpoint.pt there; make one with bench/checkpoint.py")
     if options.quick:
         options.tokens, options.calibration = 8192, 16_384
-    subject = Subject(options.run, 4 * CHUNK, options.tokens, "lzma" if options.quick else "brotli")
+    windows = {"EVAL_SEQ_LEN": str(options.context)}
+    subject = Subject(options.run, 4 * CHUNK, options.tokens, "lzma" if options.quick else "brotli", windows)
     packers = Packers(subject, options.calibration)
+    if options.levels:
+        chunks = range(subject.tuning, len(subject.hidden))
+        goals = {rate: int(rate * subject.count / 8) for rate in options.rates}
+        found = {str(rate): levels_of_kinds(packers, chunks, goal) for rate, goal in goals.items()}
+        print("RESULT " + json.dumps({"tokens": options.tokens, "quick": options.quick, "levels": found}))
+        return
     table = Table(packers, range(subject.tuning, len(subject.hidden)))
     form, goal, model = Form(), int(3.3 / 8 * subject.count), subject.model.table
     if not options.estimates:
