@@ -67,7 +67,6 @@ TINY = {  # of --quick without a checkpoint
     "PARALLEL_START_LAYER": "3",
     "ITERATIONS": "30",
 }
-FLAGSHIP_WEIGHTS = 45_137_095
 Row = dict[str, Any]
 
 
@@ -608,50 +607,36 @@ def moments_for(model: t.GPT) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
     return moments
 
 
-def whole_packing(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds of quantising, tuning and encoding the flagship with random weights, by the trainer's own code.
-
-    At 2.85 bits a weight, all of it: rounding to size, each group's turn and the file. --quick: a model of an
-    eighth of the width, seconds scaled by the weights.
-    """
-    settings = recipes.read(ROOT / "records" / "recipes" / "flagship.env")
-    dtype = min((torch.float32, torch.bfloat16), key=product_seconds)  # bf16 where the CPU has such products
-    settings |= {
-        "COMPUTE_DTYPE": str(dtype).removeprefix("torch."),
+def packer_settings(options: argparse.Namespace) -> dict[str, str]:
+    """Settings of a run that rounds like ALL and is tuned as the options say."""
+    return {
         "OUTPUT_FEEDBACK": "1",
         "OUTPUT_DAMPENING": str(ALL.damping),
         "CORRECT_LEVELS": "1",
-        "TUNE_MATRICES": "1",
         "TUNE_STEPS": str(options.tune_steps),
         "TUNE_TOKENS": str(options.tune_tokens),
-        "TRAIN_SEQ_LEN": str(options.tune_tokens),
+        "TUNE_MATRICES": "1",
     }
-    if options.quick:
-        settings |= {"MODEL_DIM": "64", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
-    config = t.Config.from_env(settings)
-    run = types.SimpleNamespace(
-        config=config,
-        device=torch.device("cpu"),
-        is_cuda=False,
-        dtype=dtype,
-        rank=0,
-        world_size=1,
-        is_main=True,
-        log=lambda line: None,
-        now=time.perf_counter,
-        progress=lambda name, steps: steps,
-        on_main_rank=lambda action: action(),
-        sum_over_ranks=lambda tensor: tensor,
-    )
-    model = t.GPT(config, dtype=dtype)
+
+
+def matrix_weights(table: dict[str, t.ParameterSpec]) -> int:
+    """How many weights the matrices of a model have."""
+    return sum(math.prod(table[name].shape) for name in {m.parameter for m in t.list_matrices(table)})
+
+
+def packing_seconds(config: t.Config) -> tuple[float, float, float]:
+    """Seconds to quantise, tune and encode a model with random weights at 2.85 bits each, on random text."""
+    run = t.Run(config)
+    run.log = lambda line: None
+    run.progress = lambda what, items: items
+    model = t.GPT(config, dtype=run.dtype)
     model.looped = True
     generator = torch.Generator().manual_seed(0)
     weights = {name: weight.float().clone() for name, weight in model.state_dict().items()}
-    for name in {matrix.parameter for matrix in t.list_matrices(model.table)}:
+    for name in sorted({matrix.parameter for matrix in t.list_matrices(model.table)}):
         weights[name] = 0.02 * torch.randn(weights[name].shape, generator=generator)
     moments = moments_for(model)
-    count = sum(t.matrix_weight(weights, matrix).numel() for matrix in t.list_matrices(model.table))
-    goal = int(2.85 * count / 8)
+    goal = int(2.85 * matrix_weights(model.table) / 8)
     loader = t.rounding_loader
     t.rounding_loader = lambda config, data, tokens: RandomText(config, tokens)
     try:
@@ -665,14 +650,32 @@ def whole_packing(options: argparse.Namespace) -> dict[str, float]:
     data = t.encode_artifact(config, tensors, True)
     encoded = time.perf_counter()
     assert len(data) <= goal
-    scale = FLAGSHIP_WEIGHTS / count if options.quick else 1
+    return rounded - began, tuned - rounded, encoded - tuned
+
+
+def whole_packing(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds of quantising, tuning and encoding the flagship, by the trainer's own code.
+
+    All of it: rounding to size, each group's turn and the file. --quick: a model of an eighth of the width,
+    seconds scaled by the weights.
+    """
+    dtype = min((torch.float32, torch.bfloat16), key=product_seconds)  # bf16 where the CPU has such products
+    settings = recipes.read(ROOT / "records" / "recipes" / "flagship.env") | packer_settings(options)
+    settings["COMPUTE_DTYPE"] = str(dtype).removeprefix("torch.")
+    settings["TRAIN_SEQ_LEN"] = settings["TUNE_TOKENS"]
+    whole = matrix_weights(t.parameter_table(t.Config.from_env(settings)))
+    if options.quick:
+        settings |= {"MODEL_DIM": "64", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
+    config = t.Config.from_env(settings)
+    count = matrix_weights(t.parameter_table(config))
+    quantise, tune, encode = packing_seconds(config)
     print(
-        f"flagship, {count} weights in {dtype}: quantise {rounded - began:.1f} s, {options.tune_steps} steps "
-        f"of {options.tune_tokens} tokens {tuned - rounded:.1f} s, encode {encoded - tuned:.1f} s"
+        f"flagship, {count} weights in {dtype}: quantise {quantise:.1f} s, {options.tune_steps} steps of "
+        f"{options.tune_tokens} tokens {tune:.1f} s, encode {encode:.1f} s"
     )
     return {
-        "quantize_tune_encode_seconds_45m": round(scale * (encoded - began), 1),
-        "tune_seconds_45m": round(scale * (tuned - rounded), 1),
+        "quantize_tune_encode_seconds_45m": round(whole / count * (quantise + tune + encode), 1),
+        "tune_seconds_45m": round(whole / count * tune, 1),
     }
 
 
@@ -822,15 +825,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not (options.run / "checkpoint.pt").exists():
             options.run = train_tiny(Path(folder))
-        changes = {
-            "OUTPUT_FEEDBACK": "1",
-            "OUTPUT_DAMPENING": str(ALL.damping),
-            "TUNE_STEPS": str(options.tune_steps),
-            "TUNE_TOKENS": str(options.tune_tokens),
-            "TUNE_MATRICES": "1",
-            "COMPUTE_DTYPE": options.dtype,
-            "EVAL_SEQ_LEN": str(options.context),
-        }
+        changes = packer_settings(options)
+        changes |= {"COMPUTE_DTYPE": options.dtype, "EVAL_SEQ_LEN": str(options.context)}
         coder = "lzma" if options.quick else "brotli"
         subject = Subject(options.run, options.tuning, options.tokens, coder, changes)
         packers = Packers(subject, options.calibration)

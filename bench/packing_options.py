@@ -153,15 +153,7 @@ class Table:
 
 def ours(packers: Packers, form: Form, goal: int) -> tuple[dict[str, t.Quantized], int]:
     """Our tensors at the goal in bytes, and the bytes they take."""
-    problems = packers.problems(form)
-    files = {}
-
-    def size_of(delta: float) -> int:
-        files[delta] = packers.trellised(problems, form, delta)
-        return len(files[delta][1])
-
-    guess = t.guess_delta(problems, goal, form.states)
-    tensors, data = files[t.fit_delta(guess, goal, packers.subject.count / 8, size_of, lambda line: None)]
+    tensors, data, _, _ = packers.fit(packers.problems(form), form, goal, 0)
     return tensors, len(data)
 
 

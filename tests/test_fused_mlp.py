@@ -104,7 +104,12 @@ def test_one_dynamic_graph_serves_every_number_of_rows():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 130, 70), (1, 300, 40)])
-def test_symmetric_products(shape, dtype):
+def test_symmetric_products(shape, dtype, monkeypatch):
+    def product(a, b, dtype):
+        # NumPy's own adds in an order that on some CPUs is not the same for (i, j) and (j, i).
+        return np.einsum("...ik,...kj->...ij", a, b, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", product)  # what Triton's interpreter takes for a tile's product
     (x,) = random(shape, dtype=dtype)
     gram = t.symmetric_product_op(x, 0.0, 1.0)
     assert torch.equal(gram, gram.mT) and distance(gram, x.double() @ x.double().mT) < TOLERANCE[dtype]
