@@ -6089,7 +6089,7 @@ STEPS_PER_OCTAVE = 8  # step sizes of rows and columns are 2^(exponent / STEPS_P
 SENSITIVITY_POWERS = (1.0, 1.0, 1.0)  # of the sensitivities between matrices, of rows, of columns
 # With CORRECT_LEVELS, what the exponents of a parameter's step sizes grow by. Moments take inputs and
 # gradients as independent: rounded alone, attention costs 0.8 to 1.2 of the KL that they predict, MLPs 1.0
-# to 2.7 of it and the head, which is the embedding as well, 2.7 to 3.3 (docs/packing.md).
+# to 2.7 of it and the head, which is the embedding as well, 2.5 to 3.3 (docs/packing.md).
 LEVEL_CORRECTIONS = {"qo": 3, "kv": 3, "embed": -2}
 BIT_PRICE = 0.5  # how much of the price of its bits an integer pays when it is rounded, see round_matrix
 GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s / step size) + this
