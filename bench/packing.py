@@ -2,7 +2,7 @@
 """Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
-                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 24]
+                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 32]
                             [--context 256]
 
 The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
@@ -576,8 +576,8 @@ def product_seconds(dtype: torch.dtype) -> float:
 class RandomText:
     """Stands in for the loader of calibration and tuning: random tokens in forwards of `tokens`."""
 
-    def __init__(self, config: t.Config, tokens: int):
-        self.shape = (-1, min(tokens, config.train_seq_len))
+    def __init__(self, config: t.Config, tokens: int, window: int):
+        self.shape = (-1, window)
         self.tokens = tokens
         self.vocab_size = config.vocab_size
 
@@ -638,7 +638,7 @@ def packing_seconds(config: t.Config) -> tuple[float, float, float]:
     moments = moments_for(model)
     goal = int(2.85 * matrix_weights(model.table) / 8)
     loader = t.rounding_loader
-    t.rounding_loader = lambda config, data, tokens: RandomText(config, tokens)
+    t.rounding_loader = lambda config, data, tokens, window: RandomText(config, tokens, window)
     try:
         began = time.perf_counter()
         tensors = t.quantize(run, model.table, weights, goal, True, moments)
@@ -662,7 +662,6 @@ def whole_packing(options: argparse.Namespace) -> dict[str, float]:
     dtype = min((torch.float32, torch.bfloat16), key=product_seconds)  # bf16 where the CPU has such products
     settings = recipes.read(ROOT / "records" / "recipes" / "flagship.env") | packer_settings(options)
     settings["COMPUTE_DTYPE"] = str(dtype).removeprefix("torch.")
-    settings["TRAIN_SEQ_LEN"] = settings["TUNE_TOKENS"]
     whole = matrix_weights(t.parameter_table(t.Config.from_env(settings)))
     if options.quick:
         settings |= {"MODEL_DIM": "64", "NUM_HEADS": "2", "NUM_KV_HEADS": "1"}
@@ -797,8 +796,8 @@ def parse_options() -> argparse.Namespace:
     add("--tune-rates", type=float, nargs="*", help="those of --rates that are tuned too: 2.25 and 2.75")
     add("--only-rates", action="store_true", help="nothing but that curve")
     add("--only-shape", action="store_true", help="nothing but seconds of the full shape; no run is needed")
-    add("--tune-steps", type=int, default=24, help="TUNE_STEPS of that curve")
-    add("--tune-tokens", type=int, default=1024, help="TUNE_TOKENS of that curve")
+    add("--tune-steps", type=int, default=32, help="TUNE_STEPS of that curve")
+    add("--tune-tokens", type=int, default=256, help="TUNE_TOKENS of that curve")
     add("--context", type=int, default=256, help="tokens of a window")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--quick", action="store_true", help="few tokens and sizes; trains a tiny model if need be")

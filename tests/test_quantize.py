@@ -210,6 +210,19 @@ def test_corrected_levels_move_whole_kinds_of_matrices_and_nothing_within(config
         assert (after.column_exponents == before.column_exponents).all()
 
 
+def test_a_sample_of_the_rows_tells_the_size_of_the_file(config):
+    run = t.Run(replace(config, model_dim=128))
+    table, weights, moments = perturbed(run.config)
+    problems = t.pose_problems(run.config, table, weights, moments, t.SENSITIVITY_POWERS)
+    small = t.fp16_tensors(table, weights)
+    for bits in (2.25, 3.5):
+        goal = int(sum(w.numel() for w in weights.values()) * bits / 8)
+        delta = t.guess_delta(problems, goal, run.config.trellis_states)
+        rounded = t.round_matrices(problems, delta, run.config.trellis_states, t.BIT_PRICE)
+        size = len(t.encode_artifact(run.config, rounded | small, False))
+        assert t.estimate_size(run.config, problems, small, False, delta) == pytest.approx(size, rel=0.02)
+
+
 @pytest.mark.parametrize("tune_steps, lacks", [(0, 5e-4), (3, 1e-2)])
 def test_feedback_across_rows_is_fitted_from_one_side_first_and_ends_with_both(
     config, monkeypatch, tune_steps, lacks

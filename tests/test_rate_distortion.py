@@ -106,15 +106,16 @@ def test_two_threads_round_as_one_does(states):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 21])
-def test_products_are_subtracted_term_after_term_to_the_last_bit(count):
+@pytest.mark.parametrize("first", [0, 5])
+def test_products_are_subtracted_term_after_term_to_the_last_bit(count, first):
     generator = np.random.default_rng(count)
     target, factors, rows = (
-        generator.standard_normal(shape).astype(np.float32) for shape in (33, count, (count, 33))
+        generator.standard_normal(shape).astype(np.float32) for shape in (33, count, (count, first + 33))
     )
     wanted = target.copy()
     for factor, row in zip(factors, rows, strict=True):
-        wanted -= factor * row
-    t.subtract_products(target, factors, rows)
+        wanted -= factor * row[first:]
+    t.subtract_products(target, factors, rows, first)
     assert target.tobytes() == wanted.tobytes()
 
 
@@ -156,6 +157,15 @@ def test_errors_fed_to_later_rows_cost_less_under_both_moments(states, most):
         bits = 8 * len(t.code_matrices([integers], states)) / weight.numel()
         found.append(float(cost) * 4 ** (bits - 3))
     assert found[1] < most * found[0]
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 9, 21])
+def test_an_upper_triangle_is_inverted_by_blocks_of_any_size(size, monkeypatch):
+    monkeypatch.setattr(t, "INVERSE_BLOCK", 8)
+    root, inverse = t.upper_root(random_matrix(1, size, seed=size)[1].double())
+    assert torch.allclose(root @ inverse, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(inverse, inverse.triu())
+    assert inverse.is_contiguous()  # rounding goes along its rows
 
 
 def test_row_feedback_leaves_blocks_alone_and_undoes_the_root():

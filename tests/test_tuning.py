@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -174,7 +176,7 @@ def test_a_step_is_shared_by_eight_ranks_where_it_has_as_many_windows(config, mo
         return t.tuning_forwards(replace(config, tune_tokens=tokens))
 
     assert config.train_seq_len == 32
-    assert [forwards(1), forwards(64), forwards(512), forwards(1024)] == [(1, 32), (2, 32), (8, 64), (8, 128)]
+    assert [forwards(64), forwards(512), forwards(1024)] == [(2, 32), (8, 64), (8, 128)]
     monkeypatch.setattr(t, "TUNE_FORWARD", 64)
     assert forwards(1024) == (16, 64)
 
@@ -184,3 +186,27 @@ def test_tuning_takes_whole_windows_where_training_cuts_its_segments(rounded):
     config = replace(run.config, loader="packed", train_seq_schedule="16@0.5")
     tuning = t.Tuning(t.Run(config), model, data, weights)
     assert tuning.loader.get(0, 0).inputs.size(1) == config.train_seq_len
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 32, 40])
+def test_a_step_of_less_than_a_window_reads_so_many_tokens(rounded, tokens):
+    run, model, data, weights, *_rest = rounded
+    tuning = t.Tuning(t.Run(replace(run.config, tune_tokens=tokens)), model, data, weights)
+    window = min(tokens, 32)
+    assert t.tuning_forwards(tuning.config) == (1, window)
+    assert tuning.loader.get(0, 0).inputs.shape == (1, window)
+    assert math.isfinite(tuning.loss(0))
+
+
+def test_tuning_has_no_momentum(rounded):
+    """A parameter whose gradient has become 0 stays where it is."""
+    run, model, data, weights, *_rest = rounded
+    tuning = t.Tuning(run, model, data, weights)
+    name, parameter = next(iter(tuning.parameters.items()))
+    before = parameter.detach().clone()
+    tuning.step(0, 1.0)
+    moved = parameter.detach().clone()
+    tuning.gradient = lambda step: torch.zeros(sum(p.numel() for p in tuning.parameters.values()) + 1)
+    tuning.step(1, 1.0)
+    assert not torch.equal(before, moved), name
+    assert torch.equal(parameter.detach(), moved), name
