@@ -6100,6 +6100,8 @@ GAUSSIAN_BITS = 2.05  # log2(2 pi e) / 2: a Gaussian of deviation s costs log2(s
 # With OUTPUT_FEEDBACK, rows that are decided at once and then feed back, and rows looked at beyond them.
 ROW_BLOCK = 16
 ROW_PREVIEW = 8
+COLUMN_BLOCK = 16  # columns that get the errors of all before them at once, while these are in the cache
+COLUMN_TILE = 512  # rows of such a block that get them at once
 INVERSE_BLOCK = 256  # columns that invert_upper finds at once
 
 
@@ -6505,32 +6507,92 @@ def subtract_products(target, factors, rows, first):
 
 
 @numba_jit
-def round_rows(w, taken, step_size, prices, feedback, after, before):
-    """Integers (R,) of one column w (R,) block by block; the errors go to later rows and stay in w.
+def subtract_from_columns(w, first, factors, rows):
+    """Take factors (K, J) times `rows` (K, R) from the columns w (J, R), but not before row `first`."""
+    turned = np.ascontiguousarray(factors.T)
+    for start in range(first, w.shape[1], COLUMN_TILE):
+        end = min(start + COLUMN_TILE, w.shape[1])
+        for k in range(0, len(rows), ROW_BLOCK):
+            for j in range(len(w)):
+                part = turned[j][k : k + ROW_BLOCK]
+                subtract_products(w[j][start:end], part, rows[k : k + ROW_BLOCK], start)
 
-    `taken` (R,) is what the errors of earlier columns have taken from this one: what later rows make up for
-    is both. The trellis looks ROW_PREVIEW rows beyond a block before this is decided.
+
+@numba_jit
+def round_block(w, taken, step_size, prices, after, before, state, integers, errors):
+    """Decide the integers (K,) of a block of a column w (>= K,); returns the state of the trellis behind it.
+
+    The trellis looks at all of w, which ends beyond the block. The error stays in w; `errors` (K,) have
+    `taken` (K,) added, what the errors of earlier columns have taken: later rows make up for both.
     """
-    rows = len(w)
-    integers = np.empty(rows, np.int32)
-    errors = np.empty(ROW_BLOCK, np.float32)
-    state = np.int64(0)
-    for first in range(0, rows, ROW_BLOCK):
-        end = min(first + ROW_BLOCK, rows)
-        seen = min(end + ROW_PREVIEW, rows)
-        goals = w[first:seen] / (step_size[first:seen] * prices[first:seen])
+    goals = w / (step_size * prices)
+    if before.shape[1]:
+        found = viterbi(goals, prices, before, state)
+    else:
+        found = np.rint(goals).astype(np.int32)
+    for row in range(len(integers)):
+        integer = found[row]
+        integers[row] = integer
+        state = np.int64(after[state, integer >> 1 & 1])
+        w[row] -= integer * step_size[row]
+        errors[row] = w[row] + taken[row]
+    return state
+
+
+@numba_jit
+def round_both_ways(w, taken, step_size, prices, feedback, row_feedback, after, before, integers):
+    """Round a block of columns w (J, R) whose errors go to later columns and to later rows, and stay in w.
+
+    `taken` (J, R) is what the errors of the columns before the block have taken from it. Column j is always a
+    block of rows behind column j - 1, whose errors are known as far as it looks. So all columns are within
+    `reach` rows, to which errors go at once; to the rows beyond they go when the last column is there, which
+    reads the large `row_feedback` (R, R) once for all columns.
+    """
+    columns, rows = w.shape
+    blocks = -(-rows // ROW_BLOCK)
+    reach = ROW_BLOCK * columns + ROW_PREVIEW
+    errors = np.empty((rows, columns), np.float32)
+    states = np.zeros(columns, np.int64)
+    for step in range(blocks + columns - 1):
+        for j in range(max(0, step - blocks + 1), min(step + 1, columns)):
+            first = ROW_BLOCK * (step - j)
+            end = min(first + ROW_BLOCK, rows)
+            seen = min(end + ROW_PREVIEW, rows)
+            fresh = min(first + ROW_PREVIEW, rows) if first else 0  # looked at for the first time
+            taken[j][fresh:seen] += w[j][fresh:seen]
+            subtract_products(w[j][fresh:seen], feedback[:j, j], w[:j], fresh)
+            taken[j][fresh:seen] -= w[j][fresh:seen]
+            states[j] = round_block(
+                w[j][first:seen],
+                taken[j][first:end],
+                step_size[j][first:seen],
+                prices[j][first:seen],
+                after,
+                before,
+                states[j],
+                integers[j][first:end],
+                errors[first:end, j],
+            )
+            near = min(end + reach, rows)
+            subtract_products(w[j][end:near], errors[first:end, j], row_feedback[first:end], end)
+        first = ROW_BLOCK * (step - columns + 1)
+        far = first + ROW_BLOCK + reach
+        if first >= 0 and far < rows:
+            last = first + ROW_BLOCK
+            subtract_from_columns(w, far, errors[first:last], row_feedback[first:last])
+
+
+@numba_jit
+def round_one_way(w, step_size, prices, feedback, before, largest, integers):
+    """Round a block of columns w (J, R) whose errors go to later columns and stay in w."""
+    for j in range(len(w)):
+        subtract_products(w[j], feedback[:j, j], w[:j], 0)
+        goals = w[j] / (step_size[j] * prices[j])
         if before.shape[1]:
-            found = viterbi(goals, prices[first:seen], before, state)
+            integers[j] = viterbi(goals, prices[j], before)
         else:
-            found = np.rint(goals).astype(np.int32)
-        for row in range(first, end):
-            integer = found[row - first]
-            integers[row] = integer
-            state = np.int64(after[state, integer >> 1 & 1])
-            w[row] -= integer * step_size[row]
-            errors[row - first] = w[row] + taken[row]
-        subtract_products(w[end:], errors[: end - first], feedback[first:end], end)
-    return integers
+            integers[j] = np.minimum(np.maximum(np.rint(goals), -largest), largest)
+        w[j] -= integers[j] * step_size[j]
 
 
 @numba_jit
@@ -6542,19 +6604,19 @@ def round_columns(w, step_size, feedback, row_feedback, bit_prices, after, befor
     of threads.
     """
     integers = np.empty(w.shape, np.int32)
-    for j in range(len(w)):
-        given = w[j].copy()
-        subtract_products(w[j], feedback[:j, j], w[:j], 0)
-        g = np.float32(1) + bit_prices * step_size[j] * step_size[j]
+    for first in range(0, len(w), COLUMN_BLOCK):
+        end = min(first + COLUMN_BLOCK, len(w))
+        block = w[first:end]
+        given = block.copy()
+        subtract_from_columns(block, 0, feedback[:first, first:end], w[:first])
+        steps = step_size[first:end]
+        g = np.float32(1) + bit_prices * steps * steps
+        within = feedback[first:end, first:end]
+        found = integers[first:end]
         if len(row_feedback):
-            integers[j] = round_rows(w[j], given - w[j], step_size[j], g, row_feedback, after, before)
-            continue
-        goals = w[j] / (step_size[j] * g)
-        if before.shape[1]:
-            integers[j] = viterbi(goals, g, before)
+            round_both_ways(block, given - block, steps, g, within, row_feedback, after, before, found)
         else:
-            integers[j] = np.minimum(np.maximum(np.rint(goals), -largest), largest)
-        w[j] -= integers[j] * step_size[j]
+            round_one_way(block, steps, g, within, before, largest, found)
     return integers
 
 

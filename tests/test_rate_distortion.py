@@ -159,6 +159,49 @@ def test_errors_fed_to_later_rows_cost_less_under_both_moments(states, most):
     assert found[1] < most * found[0]
 
 
+def round_in_turn(w, feedback, row_feedback, states):
+    """The integers (C, R) of columns w (C, R) with steps of 1, one column after the other."""
+    after, before = t.trellis(states)
+    integers = np.zeros(w.shape, np.int32)
+    rows = w.shape[1]
+    for j, column in enumerate(w):
+        given = column.copy()
+        column -= feedback[:j, j] @ w[:j]
+        taken = given - column
+        state = 0
+        for first in range(0, rows, t.ROW_BLOCK):
+            end = min(first + t.ROW_BLOCK, rows)
+            goals = column[first : end + t.ROW_PREVIEW].copy()
+            found = t.viterbi(goals, np.ones_like(goals), before, state) if states else np.rint(goals)
+            integers[j, first:end] = found[: end - first]
+            for integer in integers[j, first:end]:
+                state = after[state, integer >> 1 & 1]
+            column[first:end] -= integers[j, first:end]
+            column[end:] -= (column[first:end] + taken[first:end]) @ row_feedback[first:end, end:]
+    return integers
+
+
+@pytest.mark.parametrize("states", [0, 64])
+@pytest.mark.parametrize("columns, rows", [(1, 1), (3, 40), (16, 17), (17, 300), (40, 333), (5, 700)])
+def test_columns_side_by_side_are_rounded_as_one_after_the_other(columns, rows, states):
+    """Eighths and feedback of whole numbers: every sum is exact, in whatever order it is taken."""
+    generator = np.random.default_rng(rows)
+
+    def sparse(size, many):
+        upper = np.triu(generator.random((size, size)) < many / size, 1)
+        return np.where(upper, generator.choice([-1, 1], (size, size)), 0).astype(np.float32)
+
+    w = (generator.integers(-80, 80, (columns, rows)) / 8).astype(np.float32)
+    feedback = sparse(columns, 1) + np.eye(columns, dtype=np.float32)
+    row_feedback = sparse(rows, 2) + np.eye(rows, dtype=np.float32)
+    after, before = t.trellis(states)
+    none = np.zeros(rows, np.float32)
+    found = t.round_columns(w.copy(), np.ones_like(w), feedback, row_feedback, none, after, before, 1 << 30)
+    wanted = round_in_turn(w.copy(), feedback, row_feedback, states)
+    assert np.abs(wanted).max() < 2**20
+    assert np.array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("size", [1, 5, 8, 9, 21])
 def test_an_upper_triangle_is_inverted_by_blocks_of_any_size(size, monkeypatch):
     monkeypatch.setattr(t, "INVERSE_BLOCK", 8)
