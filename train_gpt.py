@@ -636,7 +636,7 @@ def packing_rules(config: Config) -> list[tuple[bool, str]]:
         (
             not config.output_feedback or config.output_dampening > 0,
             f"OUTPUT_FEEDBACK=1: needs OUTPUT_DAMPENING={config.output_dampening} to be greater than 0; "
-            "set it to 0.5",
+            "set it to 0.25",
         ),
         (
             not config.correct_levels or config.quantizer == "rate_distortion",

@@ -2,7 +2,7 @@
 """Packers on one trained checkpoint at equal bytes: size, KL to the unquantised model, BPB, time and memory.
 
     python bench/packing.py [--run runs/packing] [--lrzip PATH] [--tokens 204800] [--states 64] [--quick]
-                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 32]
+                            [--rates 1.5 ... 3.6] [--only-rates] [--tune-rates 2.25 2.75] [--tune-steps 20]
                             [--context 256]
 
 The run folder is that of bench/checkpoint.py. Both packers are tuned on the first validation tokens, with
@@ -212,7 +212,7 @@ class Form(NamedTuple):
     levels: bool = False  # corrected between kinds of matrices
 
 
-ALL = Form(feedback=True, damping=0.5, levels=True)
+ALL = Form(feedback=True, damping=0.25, levels=True)
 
 
 class Packers:
@@ -796,7 +796,7 @@ def parse_options() -> argparse.Namespace:
     add("--tune-rates", type=float, nargs="*", help="those of --rates that are tuned too: 2.25 and 2.75")
     add("--only-rates", action="store_true", help="nothing but that curve")
     add("--only-shape", action="store_true", help="nothing but seconds of the full shape; no run is needed")
-    add("--tune-steps", type=int, default=32, help="TUNE_STEPS of that curve")
+    add("--tune-steps", type=int, default=20, help="TUNE_STEPS of that curve")
     add("--tune-tokens", type=int, default=256, help="TUNE_TOKENS of that curve")
     add("--context", type=int, default=256, help="tokens of a window")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
