@@ -6609,14 +6609,14 @@ def round_columns(w, step_size, feedback, row_feedback, bit_prices, after, befor
         block = w[first:end]
         given = block.copy()
         subtract_from_columns(block, 0, feedback[:first, first:end], w[:first])
-        steps = step_size[first:end]
-        g = np.float32(1) + bit_prices * steps * steps
+        sizes = step_size[first:end]
+        g = np.float32(1) + bit_prices * sizes * sizes
         within = feedback[first:end, first:end]
         found = integers[first:end]
         if len(row_feedback):
-            round_both_ways(block, given - block, steps, g, within, row_feedback, after, before, found)
+            round_both_ways(block, given - block, sizes, g, within, row_feedback, after, before, found)
         else:
-            round_one_way(block, steps, g, within, before, largest, found)
+            round_one_way(block, sizes, g, within, before, largest, found)
     return integers
 
 
