@@ -367,7 +367,7 @@ class Config:
     tune_lr: float = knob(0.001, "Adam step of that training; falls linearly to 0", not_negative)
     tune_tokens: int = knob(
         16_384,
-        "training tokens of such a step, over all ranks; of a window as well, if it had more",
+        "training tokens of such a step, over all ranks; fewer than TRAIN_SEQ_LEN are one shorter window",
         positive,
     )
     tune_loss_weight: float = knob(0.0, "weight of the training loss beside the KL", not_negative)
